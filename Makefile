@@ -1,0 +1,61 @@
+# make setup   an environment in .venv, installed from the tested set under constraints/
+# make test    what must pass before a change goes in; sets up first
+.DEFAULT_GOAL := help
+.PHONY: help setup lint test test-slow clean
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
+# cpu or gpu: which extra of pyproject.toml, and which file of constraints/, is installed
+EXTRA ?= cpu
+# URL of a package index with CPU builds of torch, where the default index has none (see torch's install page)
+TORCH_INDEX ?=
+
+BIN := .venv/bin
+STAMP := .venv/.setup-stamp
+PACKAGES := umrg rewards learner actors cluster serving
+CHECKED := $(PACKAGES) $(wildcard models/*.py) tests
+PIP := DS_BUILD_OPS=0 $(BIN)/pip --disable-pip-version-check -qq install -c constraints/$(EXTRA).txt
+TORCH := torch==2.13.0$(if $(filter cpu,$(EXTRA)),+cpu) torchvision==0.28.0
+
+help: ## these lines
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@echo "variables: PYTHON=$(PYTHON) EXTRA=cpu|gpu TORCH_INDEX=URL"
+
+setup: $(STAMP) ## install everything into .venv (a second call does nothing)
+
+$(STAMP): pyproject.toml $(wildcard constraints/*.txt)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
+		|| { echo "error: $(PYTHON) is not Python 3.11 or 3.12; run make setup PYTHON=python3.11"; exit 2; }
+	@echo "[1/5] $(PYTHON) -m venv .venv"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "[2/5] build tools"
+	@$(PIP) setuptools wheel
+	@echo "[3/5] $(TORCH)"
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH) \
+		|| { echo "error: no CPU build of torch in this package index; run make setup TORCH_INDEX=URL with the URL" \
+		"of torch's CPU builds from its install page, or EXTRA=gpu for the CUDA builds"; exit 2; }
+	@echo "[4/5] medreasoner with vLLM, Ray, DeepSpeed and the tools: some 3 GB, a few minutes"
+	@$(PIP) --no-build-isolation -e '.[$(EXTRA),dev]'
+	@echo "[5/5] what the CPU build of torch cannot load"
+# vLLM and transformers use these two for sound and video only, but import whatever is there: CUDA builds
+# fail beside CPU torch, and nothing here hears or films.
+	@for package in torchaudio torchcodec; do \
+		$(BIN)/python -c "import $$package" 2>/dev/null || $(BIN)/pip -q uninstall -y $$package; done
+	@$(BIN)/python -m cluster.torchvision_shim
+	@touch $@
+	@echo "ready: $(BIN)/medreasoner doctor"
+
+lint: setup ## ruff, mypy --strict, and the floors (import-linter)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(CHECKED)
+	$(BIN)/lint-imports --no-logo
+
+test: lint ## lint, then every test that is not slow
+	$(BIN)/pytest -m "not slow"
+
+test-slow: setup ## the slow tests: engines and training
+	$(BIN)/pytest -m slow || test $$? -eq 5  # 5: there is none
+
+clean: ## remove .venv and every cache
+	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

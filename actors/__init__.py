@@ -1,0 +1,1 @@
+"""The Ray actors, the pools that keep them alive, and the engines and experts they hold."""

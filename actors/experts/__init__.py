@@ -1,0 +1,1 @@
+"""Promptable segmentation experts: an image is embedded once, boxes and points become masks cheaply."""

@@ -1,0 +1,59 @@
+"""Experts by name."""
+
+import difflib
+from pathlib import Path
+
+from actors.experts.config import EXPERT_NAMES, PUBLISHED_EXPERTS, read_config
+from actors.experts.protocol import Expert, Preprocess
+from actors.experts.sam import SamExpert, build_sam
+from actors.experts.weights import load_into, read_header
+
+TINY_FOLDER = Path(__file__).parents[2] / "models" / "tiny-expert"
+
+
+def load_expert(
+    name: str,
+    *,
+    checkpoint: Path | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    preprocess: Preprocess = "published",
+) -> Expert:
+    """Load a frozen expert.
+
+    name: one of `EXPERT_NAMES`; or a folder with `config.json` and `model.safetensors`, as training the tiny
+    expert writes; or a file written by `medreasoner expert convert`, which knows its expert's name.
+    checkpoint: safetensors file of the weights; published experts need it, a folder brings its own.
+    ValueError for an unknown name, missing or misshapen weights, or a preprocessing the expert has not.
+    """
+    given = Path(name)
+    if name not in EXPERT_NAMES and given.is_file():
+        _, metadata = read_header(given)
+        name, checkpoint = metadata.get("name", name), given
+    folder = TINY_FOLDER if name == "tiny" else given
+    if name in PUBLISHED_EXPERTS:
+        config, weights = PUBLISHED_EXPERTS[name].config, checkpoint or _missing_checkpoint(name)
+    elif folder.is_dir():
+        config, weights = read_config(folder / "config.json"), checkpoint or folder / "model.safetensors"
+    else:
+        nearest = difflib.get_close_matches(name, EXPERT_NAMES, n=1, cutoff=0)[0]
+        raise ValueError(f"no expert or folder is called {name!r}; the nearest expert is {nearest!r}")
+    _check_preprocess(name, preprocess)
+    sam = build_sam(config)
+    load_into(sam, weights, name=name)
+    return SamExpert(sam, config, name=name, preprocess=preprocess, device=device, dtype=dtype)
+
+
+def _missing_checkpoint(name: str) -> Path:
+    official = PUBLISHED_EXPERTS[name]
+    raise ValueError(
+        f"{name} needs its weights: get {official.checkpoint} from {official.source}, run `medreasoner expert "
+        f"convert {official.checkpoint} --name {name} --out {name}.safetensors`, and give that file as checkpoint"
+    )
+
+
+def _check_preprocess(name: str, preprocess: Preprocess) -> None:
+    if preprocess not in ("published", "native"):
+        raise ValueError(f"preprocess is published or native, not {preprocess!r}")
+    if preprocess == "native" and name != "medsam_vit_b":
+        raise ValueError(f"{name} has one preprocessing, `published`; `native` is for medsam_vit_b")

@@ -1,0 +1,81 @@
+"""Weights of experts on disk: safetensors, checked from their header before a byte of them is loaded."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and bytes, in the order of the names."""
+    sha = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def shapes_of(weights: Mapping[str, Tensor]) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in weights.items()}
+
+
+def check_shapes(found: Shapes, expected: Shapes, *, source: Path, name: str) -> None:
+    """Raise ValueError that names the first tensor, in the model's own order, which is not as `name` has it."""
+    for tensor, shape in expected.items():
+        if tensor not in found:
+            raise ValueError(f"{source} is not {name}: it has no tensor {tensor}")
+        if found[tensor] != shape:
+            raise ValueError(
+                f"{source} is not {name}: {tensor} is {list(found[tensor])} there, {list(shape)} in {name}"
+            )
+    for tensor in found:
+        if tensor not in expected:
+            raise ValueError(f"{source} is not {name}: it has a tensor {tensor}, which {name} has not")
+
+
+def read_header(path: Path) -> tuple[Shapes, dict[str, str]]:
+    """Shapes and metadata of a safetensors file. ValueError where it is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            return shapes, file.metadata() or {}
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no checkpoint {path}; give the path of a safetensors file") from error
+    except (SafetensorError, IsADirectoryError) as error:
+        raise ValueError(
+            f"{path} is not a safetensors file; turn an official .pth into one with `medreasoner expert convert`"
+        ) from error
+
+
+def load_into(model: torch.nn.Module, path: Path, *, name: str) -> None:
+    """Load a safetensors file into a model of exactly its shapes; ValueError names the first difference."""
+    shapes, _ = read_header(path)
+    check_shapes(shapes, shapes_of(model.state_dict()), source=path, name=name)
+    model.load_state_dict(load_file(path))
+
+
+def save_weights(weights: Mapping[str, Tensor], path: Path, *, metadata: dict[str, str]) -> None:
+    """Write a safetensors file, so that at no time a half-written one lies at `path`."""
+    with written_aside(path) as aside:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, aside, metadata)
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; renamed to it at the end, removed where the writing failed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield aside
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""What one runs: configuration, placement, jobs and the command line."""

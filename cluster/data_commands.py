@@ -1,0 +1,187 @@
+"""`medreasoner data …`: look at datasets, divide them, and make phantoms."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from umrg.dataset import Dataset
+from umrg.split import SplitBy, plan_split, write_split
+
+data_app = typer.Typer(help="Look at datasets, divide them, and make phantoms.", no_args_is_help=True)
+
+
+class Phrasings(StrEnum):
+    SEEN = "seen"
+    HELD_OUT = "held_out"
+
+
+class Annotation(StrEnum):
+    EXACT = "exact"
+    COARSE = "coarse"
+
+
+Files = Annotated[list[Path], typer.Argument(metavar="FILE...", help="Parquet files in the released schema.")]
+Supercategories = Annotated[list[str] | None, typer.Option("--supercategory", help="Keep only these rows.")]
+Categories = Annotated[list[str] | None, typer.Option("--category", help="Keep only these rows.")]
+Modalities = Annotated[
+    list[str] | None, typer.Option("--modality", help="Keep only these rows; MRI includes MRI-FLAIR.")
+]
+Seed = Annotated[int, typer.Option(min=0, help="Draws what is chosen at random.")]
+
+
+@data_app.command()
+def stats(
+    files: Files,
+    out: Annotated[Path | None, typer.Option(file_okay=False, help="Folder for JSON and pictures.")] = None,
+    supercategory: Supercategories = None,
+    category: Categories = None,
+    modality: Modalities = None,
+    tiles: Annotated[int, typer.Option(min=1, help="Samples on the contact sheet.")] = 42,
+) -> None:
+    """Counts, and size and position of the targets, by modality, super-category and category.
+
+    With --out also a contact sheet of samples and a heat map of where each super-category lies.
+    """
+    from umrg.statistics import GROUPINGS, summary, survey
+
+    dataset = Dataset.open(files, supercategory=supercategory, category=category, modality=modality)
+    with _progress("measuring", len(dataset)) as progress:
+        found = survey(dataset, progress)
+    figures = summary(found.measurements)
+    console = _console()
+    sizes = ", ".join(
+        f"{size} px ({count})" for size, count in list(_dict(figures["image_sizes"]).items())[:8]
+    )
+    console.print(f"{len(dataset)} rows; images of {sizes}", highlight=False)
+    for grouping in GROUPINGS:
+        console.print(_table(grouping, _dict(figures[grouping]), plain=not console.is_terminal))
+    if out is not None:
+        _write_statistics(out, dataset, found, figures, tiles)
+        typer.echo(f"{out}: stats.json, contact_sheet.png, positions.png")
+
+
+@data_app.command()
+def split(
+    files: Files,
+    by: Annotated[SplitBy, typer.Option(help="What the held-out rows do not share with the others.")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for train and held_out.parquet.")],
+    hold_out: Annotated[list[str] | None, typer.Option(help="A name to hold out; may be repeated.")] = None,
+    share: Annotated[float, typer.Option(help="Share of names or queries, where none is named.")] = 0.2,
+    seed: Seed = 0,
+) -> None:
+    """Hold out phrasings, categories or modalities, to study generalisation."""
+    dataset = Dataset.open(files)
+    plan = plan_split(dataset.infos, by, hold_out=hold_out or (), share=share, seed=seed)
+    with _progress("writing", len(dataset)) as progress:
+        report = write_split(dataset, plan, out, progress)
+    typer.echo(f"{out}: {len(plan.train)} rows in train.parquet, {len(plan.held_out)} in held_out.parquet")
+    typer.echo(f"held out by {by.value}: " + _few(plan.held_names))
+    if shared := report["images_on_both_sides"]:
+        typer.echo(f"note: {shared} images occur on both sides, with different questions")
+
+
+@data_app.command()
+def phantoms(
+    path: Annotated[Path, typer.Argument(metavar="OUT.parquet", dir_okay=False, help="The file to write.")],
+    count: Annotated[int, typer.Option(min=1, help="Number of rows.")],
+    seed: Seed = 0,
+    size: Annotated[int, typer.Option(help="Side of the square images, in pixels.")] = 224,
+    modality: Annotated[
+        list[str] | None, typer.Option(help="A modality; may be repeated. Default: all.")
+    ] = None,
+    phrasings: Annotated[Phrasings, typer.Option(help="Which queries to ask.")] = Phrasings.SEEN,
+    annotation: Annotated[
+        Annotation, typer.Option(help="Exact boxes and points, or loose ones as clinics have them.")
+    ] = Annotation.EXACT,
+) -> None:
+    """Make synthetic medical images with exact masks, implicit queries and reasoning."""
+    from umrg.dataset_writer import write_rows
+    from umrg.names import modality_name
+    from umrg.phantoms import MODALITIES, rows
+
+    made = rows(
+        count,
+        seed=seed,
+        size=size,
+        modalities=[modality_name(name) for name in modality or MODALITIES],
+        phrasings=phrasings.value,
+        annotation=annotation.value,
+    )
+    with _progress("drawing", count) as progress:
+        written = write_rows(path, made, progress=progress)
+    typer.echo(f"{path}: {written} rows")
+
+
+def _write_statistics(
+    out: Path, dataset: Dataset, found: Any, figures: dict[str, object], tiles: int
+) -> None:
+    from umrg.sample import encode_png
+    from umrg.statistics import occupancy_sheet, sample_sheet
+
+    pictures = {
+        "contact_sheet.png": encode_png(sample_sheet(dataset, tiles)),
+        "positions.png": encode_png(occupancy_sheet(found)),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(figures, indent=2, ensure_ascii=False) + "\n"
+    for name, content in {"stats.json": text.encode(), **pictures}.items():
+        aside = out / f".{name}.part"
+        aside.write_bytes(content)
+        aside.replace(out / name)
+
+
+def _table(grouping: str, groups: dict[str, Any], *, plain: bool) -> Table:
+    """Medians in per cent of the image, with the range from the 5th to the 95th percentile."""
+    title = f"By {grouping} (per cent of the image: median, 5th to 95th percentile)"
+    table = Table(title=title, title_justify="left", box=None if plain else box.SIMPLE_HEAD)
+    table.add_column(grouping, no_wrap=True)
+    for heading in ("rows", "area", "centre x", "centre y", "width", "height"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, group in groups.items():
+        cells = (
+            _range(group[key], alone=group["rows"] == 1)
+            for key in ("area", "centre_x", "centre_y", "width", "height")
+        )
+        table.add_row(name, str(group["rows"]), *cells)
+    return table
+
+
+def _range(figures: dict[str, float], *, alone: bool) -> str:
+    low, middle, high = (100 * figures[key] for key in ("q05", "q50", "q95"))
+    digits = 1 if middle < 10 else 0
+    if alone:
+        return f"{middle:.{digits}f}"
+    return f"{middle:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
+
+
+def _dict(value: object) -> dict[str, Any]:
+    assert isinstance(value, dict)
+    return value
+
+
+def _few(names: tuple[str, ...], most: int = 8) -> str:
+    return "; ".join(names[:most]) + (f"; and {len(names) - most} more" if len(names) > most else "")
+
+
+def _console() -> Console:
+    console = Console()
+    # Piped output must not be cut to a terminal's width.
+    return console if console.is_terminal else Console(width=160)
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    console = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)

@@ -1,0 +1,29 @@
+"""`medreasoner expert`: commands about segmentation experts."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from actors.experts.config import PUBLISHED_EXPERTS
+
+expert_app = typer.Typer(help="Segmentation experts.", no_args_is_help=True)
+
+
+@expert_app.callback()
+def _expert() -> None:
+    """Segmentation experts."""
+
+
+@expert_app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Official checkpoint (.pth), as downloaded.")],
+    name: Annotated[str, typer.Option(help=f"One of {', '.join(PUBLISHED_EXPERTS)}.")],
+    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+) -> None:
+    """Turn an official checkpoint into safetensors, once."""
+    # torch takes seconds to import, and `--help` should not
+    from actors.experts.convert import convert_checkpoint
+
+    digest = convert_checkpoint(source, out, name=name)
+    typer.echo(f"{out}: {name}, weights sha256 {digest}")

@@ -1,0 +1,148 @@
+"""The reasoner: a Qwen-VL folder loaded as model, processor and prompt spec, asked through the one prompt builder."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from umrg.frames import Frames, Size
+from umrg.prompts import PromptSpec, PromptStyle, prompt_messages
+
+ARCHITECTURES = ("qwen2_5_vl", "qwen2_vl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedImage:
+    """One image as the model sees it.
+
+    pixel_values: [patches, features] float32. grid_thw: [1, 3] int64, patches along time, height and width.
+    tokens: placeholders that it takes up in a prompt. frames: its coordinate frames.
+    """
+
+    pixel_values: torch.Tensor
+    grid_thw: torch.Tensor
+    tokens: int
+    frames: Frames
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedPrompt:
+    """One prompt as the model sees it. token_ids: [P] int64, image placeholders expanded."""
+
+    token_ids: torch.Tensor
+    image: EncodedImage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reasoner:
+    """Model, processor and prompt spec of one folder."""
+
+    model: Any
+    processor: Any
+    prompt: PromptSpec
+
+    @property
+    def end_token_id(self) -> int:
+        """The token that ends a completion."""
+        return int(self.processor.tokenizer.eos_token_id)
+
+    def chat_text(self, query: str) -> str:
+        """The prompt as text, with one image placeholder: what a rollout engine is given."""
+        messages = prompt_messages(query, self.prompt)
+        return str(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
+    def asked(self, *, style: PromptStyle | None = None, think: bool | None = None) -> "Reasoner":
+        """The same reasoner, asked in another style, or with or without reasoning; None leaves it as it is."""
+        changes = {key: value for key, value in (("style", style), ("think", think)) if value is not None}
+        return replace(self, prompt=self.prompt.model_copy(update=changes))
+
+    def encode_image(self, image: NDArray[np.uint8]) -> EncodedImage:
+        """Encode an image uint8 [H, W, 3] RGB."""
+        processor = self.processor.image_processor
+        inputs = processor(images=[Image.fromarray(image)], return_tensors="pt")
+        grid = inputs["image_grid_thw"]
+        return EncodedImage(
+            pixel_values=inputs["pixel_values"],
+            grid_thw=grid,
+            tokens=int(grid.prod()) // processor.merge_size**2,
+            frames=Frames(
+                original=Size(image.shape[1], image.shape[0]),
+                model=Size(int(grid[0, 2]) * processor.patch_size, int(grid[0, 1]) * processor.patch_size),
+            ),
+        )
+
+    def encode(self, query: str, image: EncodedImage) -> EncodedPrompt:
+        """Encode a query about an image; the same ids as the whole processor gives."""
+        placeholder = self.processor.image_token
+        text = self.chat_text(query).replace(placeholder, placeholder * image.tokens)
+        ids = self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+        return EncodedPrompt(token_ids=ids, image=image)
+
+    def completion_ids(self, text: str) -> torch.Tensor:
+        """Token ids [L] of a completion, its end token included."""
+        ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return torch.tensor([*ids, self.end_token_id])
+
+    @torch.inference_mode()
+    def generate(self, prompts: list[EncodedPrompt], *, max_tokens: int = 512) -> list[str]:
+        """Greedy completions, one a prompt, without special tokens."""
+        width = max(len(prompt.token_ids) for prompt in prompts)
+        ids = torch.full((len(prompts), width), self.processor.tokenizer.pad_token_id)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[width - len(prompt.token_ids) :] = prompt.token_ids
+        attention = torch.stack([torch.arange(width) >= width - len(prompt.token_ids) for prompt in prompts]).long()
+        image_token = self.model.config.image_token_id
+        output = self.model.generate(
+            input_ids=ids.to(self.model.device),
+            attention_mask=attention.to(self.model.device),
+            mm_token_type_ids=(ids == image_token).int().to(self.model.device),
+            pixel_values=torch.cat([p.image.pixel_values for p in prompts]).to(self.model.device, self.model.dtype),
+            image_grid_thw=torch.cat([p.image.grid_thw for p in prompts]).to(self.model.device),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+        )
+        texts: list[str] = self.processor.batch_decode(output[:, width:], skip_special_tokens=True)
+        return texts
+
+    def save(self, folder: Path) -> None:
+        """Write an ordinary Hugging Face folder, with the prompt spec beside it."""
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+        self.prompt.save(folder)
+
+
+def load_reasoner(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Reasoner:
+    """Load a Qwen2.5-VL or Qwen2-VL folder.
+
+    Raises ValueError where the folder is not one, or its processor does not fit its model.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is not a model folder (no config.json); give a Hugging Face folder")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(folder)
+        if config.model_type not in ARCHITECTURES:
+            raise ValueError(f"its architecture is {config.model_type}; supported are {', '.join(ARCHITECTURES)}")
+        _check_processor(config, processor)
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder} cannot be loaded as a reasoner: {str(error).splitlines()[0]}") from error
+    return Reasoner(model=model.eval(), processor=processor, prompt=PromptSpec.of_model(folder))
+
+
+def _check_processor(config: Any, processor: Any) -> None:
+    vocabulary = len(processor.tokenizer)
+    if vocabulary > config.text_config.vocab_size:
+        raise ValueError(f"the tokenizer has {vocabulary} tokens, the model {config.text_config.vocab_size}")
+    vision = config.vision_config
+    expected = (vision.patch_size, vision.spatial_merge_size)
+    found = (processor.image_processor.patch_size, processor.image_processor.merge_size)
+    if found != expected:
+        raise ValueError(f"the processor cuts patches of {found} (size, merge), the model expects {expected}")
+    if processor.image_token_id != config.image_token_id:
+        raise ValueError(f"the image token is {processor.image_token_id} in the processor, {config.image_token_id} here")

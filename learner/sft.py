@@ -1,0 +1,109 @@
+"""Supervised fine-tuning: the reference answer's tokens made likely, through the learner's own forward."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from learner.reasoner import EncodedPrompt, Reasoner
+from learner.shared_prefix import Branches, branch_logprobs, pack_groups
+from umrg.answers import format_answer
+from umrg.frames import Frame, Frames
+from umrg.sample import Sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftStep:
+    """What one step reports. loss: mean negative log-likelihood a token, in nats. grad_norm: before clipping."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftOptimizer:
+    """AdamW, a linear warm-up over `warmup` steps, then a cosine to a tenth of `lr` at `steps`."""
+
+    lr: float
+    warmup: int
+    steps: int
+    weight_decay: float
+    max_grad_norm: float
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of step 0, 1, …"""
+        if step < self.warmup:
+            return self.lr * (step + 1) / (self.warmup + 1)
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def train_sft(
+    reasoner: Reasoner,
+    batches: Iterable[Sequence[Sequence[Sample]]],
+    optimizer: SftOptimizer,
+    report: Callable[[SftStep], None],
+) -> None:
+    """Train in place, one step a batch, for `optimizer.steps` steps. A batch is a list of images, each given as the
+    samples that ask about it. Raises FloatingPointError where the loss is
+    no longer finite, before the weights take it in."""
+    model = reasoner.model.train()
+    adam = torch.optim.AdamW(
+        model.parameters(), lr=optimizer.lr, weight_decay=optimizer.weight_decay, betas=(0.9, 0.95), fused=True
+    )
+    for step, images in zip(range(optimizer.steps), batches, strict=False):
+        lr = optimizer.lr_at(step)
+        for group in adam.param_groups:
+            group["lr"] = lr
+        packed = pack_groups([reference_branches(reasoner, samples) for samples in images], model)
+        loss = -branch_logprobs(model, packed).mean()
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss of step {step} is {loss.item()}; lower learner.lr")
+        adam.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer.max_grad_norm)
+        adam.step()
+        report(
+            SftStep(step=step, loss=loss.item(), grad_norm=norm.item(), lr=lr, tokens=len(packed.targets))
+        )
+    model.eval()
+
+
+def reference_branches(reasoner: Reasoner, samples: Sequence[Sample]) -> Branches:
+    """The samples of one image as one group: what their prompts share is the prefix, and each branch is the rest of
+    a prompt, unscored, and its reference answer in the frame that the reasoner speaks."""
+    image = reasoner.encode_image(samples[0].image())
+    prompts = [reasoner.encode(sample.query, image).token_ids for sample in samples]
+    shared = _shared_length(prompts)
+    answers = [reasoner.completion_ids(_reference_answer(reasoner, sample, image.frames)) for sample in samples]
+    return Branches(
+        prefix=EncodedPrompt(token_ids=prompts[0][:shared], image=image),
+        branches=[torch.cat([prompt[shared:], answer]) for prompt, answer in zip(prompts, answers, strict=True)],
+        unscored=[len(prompt) - shared for prompt in prompts],
+    )
+
+
+def _shared_length(prompts: Sequence[torch.Tensor]) -> int:
+    shortest = min(map(len, prompts))
+    first = prompts[0][:shortest]
+    agree = torch.stack([prompt[:shortest] == first for prompt in prompts]).all(dim=0)
+    return int(agree.long().cumprod(0).sum())
+
+
+def _reference_answer(reasoner: Reasoner, sample: Sample, frames: Frames) -> str:
+    frame = reasoner.prompt.frame
+    return format_answer(
+        box=frames.box(sample.box, Frame.ORIGINAL, frame),
+        points=frames.points(sample.points, Frame.ORIGINAL, frame),
+        think=_reasoning(sample) if reasoner.prompt.think else None,
+    )
+
+
+def _reasoning(sample: Sample) -> str:
+    if not sample.reasoning:
+        raise ValueError(f"sample {sample.id!r} has no extra_info.reasoning to learn from; set think=false or add it")
+    return sample.reasoning

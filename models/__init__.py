@@ -1,0 +1,1 @@
+"""The bundled tiny models and the commands that train them."""

@@ -1,0 +1,1 @@
+"""Answers and masks to named rewards. Pure numpy: no torch, no Ray."""

@@ -1,0 +1,82 @@
+"""The two key points against the reference points: published terms (DESIGN section 4), smoothed and damped.
+
+Malformed points give 0; a malformed box takes nothing from them. The order of the two never matters.
+"""
+
+import math
+
+from rewards.box import contains, relative_error
+from rewards.case import Case
+from rewards.smoothing import damp, sexp, slog
+from umrg.frames import Point, PointPair
+from umrg.metrics import pdice_published
+
+_SPREAD = 10.0
+
+
+def points_dice(case: Case) -> float:
+    """slog of the published d = 2I/(A + B - I) of the two circles, damped. As d reaches 2, circles of an
+    IoU of one half and more all get the full reward."""
+    points = case.answer.points
+    if points is None:
+        return 0.0
+    overlap = pdice_published(points, case.reference.points)
+    return damp(slog(overlap), points_position_valid(case), points_spread_valid(case))
+
+
+def points_align(case: Case) -> float:
+    """sexp (c = 1) of the mean absolute difference of the four coordinates, in the better of the two orders,
+    over the reference box's diagonal, damped."""
+    points, reference = case.answer.points, case.reference
+    if points is None:
+        return 0.0
+    (first, second), (a, b) = points, reference.points
+    straight = _city_block(first, a) + _city_block(second, b)
+    crossed = _city_block(first, b) + _city_block(second, a)
+    diagonal = math.dist(reference.box[:2], reference.box[2:])
+    error = relative_error(min(straight, crossed) / 4, diagonal)
+    return damp(sexp(error, centre=1.0), points_position_valid(case), points_spread_valid(case))
+
+
+def points_angle(case: Case) -> float:
+    """slog of |cos| of the angle between the lines through the two pairs, damped. |cos| is 0 where one of
+    the pairs has no direction, and 1 where neither has."""
+    points = case.answer.points
+    if points is None:
+        return 0.0
+    cosine = _abs_cosine(points, case.reference.points)
+    return damp(slog(cosine), points_position_valid(case), points_spread_valid(case))
+
+
+def points_position_valid(case: Case) -> float:
+    """Product of 0.5 for each predicted point outside the reference box."""
+    points, box = case.answer.points, case.reference.box
+    if points is None:
+        return 0.0
+    return (1.0 if contains(box, points[0]) else 0.5) * (1.0 if contains(box, points[1]) else 0.5)
+
+
+def points_spread_valid(case: Case) -> float:
+    """1 if the two points are more than 10 px apart, else 0.5; `case.pixel` says how long a pixel is."""
+    points = case.answer.points
+    if points is None:
+        return 0.0
+    return 1.0 if math.dist(*points) > _SPREAD * case.pixel else 0.5
+
+
+def _city_block(a: Point, b: Point) -> float:
+    return abs(a[0] - b[0]) + abs(a[1] - b[1])
+
+
+def _abs_cosine(a: PointPair, b: PointPair) -> float:
+    (ax, ay), (bx, by) = _direction(a), _direction(b)
+    if (ax, ay) == (bx, by):
+        return 1.0
+    return min(1.0, abs(ax * bx + ay * by))
+
+
+def _direction(points: PointPair) -> Point:
+    """Unit vector from the first point to the second, (0, 0) where they are one."""
+    (ax, ay), (bx, by) = points
+    length = math.hypot(bx - ax, by - ay)
+    return ((bx - ax) / length, (by - ay) / length) if length > 0.0 else (0.0, 0.0)

@@ -1,0 +1,84 @@
+"""The terms by name, and the named sets of weighted terms."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from rewards import box, format, mask, points
+from rewards.case import Term
+
+MASK_TERMS: Mapping[str, Term] = {"mask_dice": mask.mask_dice}
+"""The terms that look at masks, so that the expert must run."""
+
+TERMS: Mapping[str, Term] = {
+    "format_think": format.format_think,
+    "format_seg": format.format_seg,
+    "bbox_iou": box.bbox_iou,
+    "bbox_align": box.bbox_align,
+    "bbox_scale": box.bbox_scale,
+    "bbox_position_valid": box.bbox_position_valid,
+    "bbox_area_valid": box.bbox_area_valid,
+    "points_dice": points.points_dice,
+    "points_align": points.points_align,
+    "points_angle": points.points_angle,
+    "points_position_valid": points.points_position_valid,
+    "points_spread_valid": points.points_spread_valid,
+    **MASK_TERMS,
+}
+"""Every term, under its published name where it has one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A named set of terms.
+
+    weights: weight of each term, by name.
+    scale_pixels: thresholds in pixels grow with the image, as long side / 840; otherwise they are of the
+        released 840 frame, whatever the image.
+    """
+
+    weights: Mapping[str, float]
+    scale_pixels: bool
+
+
+_SOFT = {"format_think": 1.0, "format_seg": 1.0, "bbox_iou": 1.0, "points_dice": 1.0}
+_HARD = {"bbox_align": 1.0, "bbox_scale": 1.0, "points_align": 1.0, "points_angle": 1.0}
+
+PRESETS: Mapping[str, Preset] = {
+    "soft": Preset(weights=_SOFT, scale_pixels=False),
+    "hard": Preset(weights=_SOFT | _HARD, scale_pixels=False),
+    # The mask is the aim and weighs most. The box counts half as much: it says where to go while the mask is
+    # still empty. Many pairs of points prompt a mask equally well, and a form once learnt needs little
+    # reward to stay, so these weigh least.
+    "mask": Preset(
+        weights={
+            "format_think": 0.5,
+            "format_seg": 0.5,
+            "bbox_iou": 1.0,
+            "points_dice": 0.5,
+            "mask_dice": 2.0,
+        },
+        scale_pixels=True,
+    ),
+}
+"""`soft` and `hard` are the published ones, unweighted sums. `mask` is ours: format, box, points and the
+expert's mask, 4.5 at most."""
+
+
+def find_term(name: str) -> Term:
+    """The term of that name. Raises ValueError that names the nearest one."""
+    if name not in TERMS:
+        raise ValueError(_unknown("reward term", name, TERMS))
+    return TERMS[name]
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of that name. Raises ValueError that names the nearest one."""
+    if name not in PRESETS:
+        raise ValueError(_unknown("reward preset", name, PRESETS))
+    return PRESETS[name]
+
+
+def _unknown(what: str, name: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    return f"there is no {what} {name!r}; did you mean {nearest!r}? Known are {', '.join(known)}"

@@ -1,0 +1,35 @@
+"""The published smoothing and damping of geometric rewards (DESIGN section 4)."""
+
+import math
+from functools import cache
+
+_LOG_4 = math.log(4.0)
+
+
+def slog(value: float) -> float:
+    """Rising smoothing 0.9·ln(3v + 1)/ln 4 + 0.1: 0 gives 0.1, 1 gives 1, more than 1 gives more."""
+    return 0.9 * math.log(3.0 * value + 1.0) / _LOG_4 + 0.1
+
+
+def sexp(value: float, *, centre: float, steepness: float = 3.0) -> float:
+    """Falling smoothing: the logistic 1/(1 + e^{k(v - c)}), min-max normalised over v in [0, 2], times 0.9
+    plus 0.1. 0 gives 1 and 2 gives 0.1; `value` lies in [0, 2]."""
+    low, span = _range(centre, steepness)
+    return 0.9 * (_logistic(value, centre, steepness) - low) / span + 0.1
+
+
+def damp(reward: float, first: float, second: float) -> float:
+    """r·(0.7 + 0.3·(v1 + v2)/2) for two validities in [0, 1], clamped to [0, 1], rounded to 4 places."""
+    # Written out, the sum rounds ties such as 0.08125 the way the published scores do.
+    damped = reward * 0.7 + reward * 0.3 * (first + second) / 2
+    return round(max(0.0, min(1.0, damped)), 4)
+
+
+def _logistic(value: float, centre: float, steepness: float) -> float:
+    return 1.0 / (1.0 + math.exp(steepness * (value - centre)))
+
+
+@cache
+def _range(centre: float, steepness: float) -> tuple[float, float]:
+    low = _logistic(2.0, centre, steepness)
+    return low, _logistic(0.0, centre, steepness) - low

@@ -1,0 +1,1 @@
+"""The grounder as a service: its HTTP API, image formats and web page."""

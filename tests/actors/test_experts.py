@@ -1,0 +1,272 @@
+"""Segmentation experts: equal to segment-anything's own predictor, strict about prompts and checkpoints."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save_file
+from segment_anything import SamPredictor
+from segment_anything.utils.transforms import ResizeLongestSide
+from typer.testing import CliRunner
+
+from actors.experts.config import PUBLISHED_EXPERTS, VIT_B, PublishedExpert, SamConfig, config_json
+from actors.experts.convert import convert_checkpoint
+from actors.experts.protocol import Decoded
+from actors.experts.registry import TINY_FOLDER, load_expert
+from actors.experts.sam import SamExpert, build_sam, content_size
+from cluster.expert_commands import expert_app
+from umrg.frames import Size, rescale
+
+SMALL = SamConfig(
+    image_side=64, patch=8, window=4, encoder_dim=16, encoder_depth=2, encoder_heads=2, global_layers=(1,),
+    prompt_dim=16, decoder_heads=2, decoder_mlp_dim=16,
+)  # fmt: skip
+IMAGE = np.random.default_rng(0).integers(0, 256, (48, 80, 3), dtype=np.uint8)
+BOXES = np.array([[10.0, 5.0, 40.0, 30.0], [0.0, 0.0, 79.0, 47.0], [50.5, 20.25, 70.0, 44.0]])
+POINTS = np.array([[[20.0, 10.0], [30.0, 25.0]], [[1.0, 1.0], [70.0, 40.0]], [[60.0, 30.0], [61.5, 35.0]]])
+PROMPTS = {
+    "boxes": {"boxes": BOXES},
+    "points": {"points": POINTS},
+    "both": {"boxes": BOXES, "points": POINTS},
+}
+
+
+def small_expert(**settings: object) -> SamExpert:
+    torch.manual_seed(0)
+    return SamExpert(build_sam(SMALL), SMALL, name="small", **settings)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def vit_b() -> tuple[SamExpert, SamPredictor]:
+    """An expert and segment-anything's predictor over the same random weights of ViT-B's real shape."""
+    torch.manual_seed(0)
+    sam = build_sam(VIT_B)
+    return SamExpert(sam, VIT_B, name="sam_vit_b"), SamPredictor(sam)
+
+
+def best_of_predictor(predictor: SamPredictor, prompts: dict[str, NDArray[np.float64]], i: int) -> Decoded:
+    """The predictor's mask of highest score for prompt i, as one would use it by hand."""
+    points = prompts["points"][i] if "points" in prompts else None
+    masks, scores, logits = predictor.predict(
+        point_coords=points,
+        point_labels=None if points is None else np.ones(len(points)),
+        box=prompts["boxes"][i] if "boxes" in prompts else None,
+        multimask_output=True,
+    )
+    best = int(scores.argmax())
+    return Decoded(masks=masks[best], scores=scores[best], logits=logits[best])
+
+
+def test_sam_vit_b_equals_sam_predictor_batched_and_one_at_a_time(vit_b: tuple[SamExpert, SamPredictor]) -> None:
+    expert, predictor = vit_b
+    predictor.set_image(IMAGE)
+    embedding = expert.embed(IMAGE)
+    for prompts in PROMPTS.values():
+        batched = expert.decode(embedding, **prompts)
+        for i in range(len(BOXES)):
+            theirs = best_of_predictor(predictor, prompts, i)
+            alone = expert.decode(embedding, **{kind: values[i : i + 1] for kind, values in prompts.items()})
+            for logits, scores, masks in (
+                (batched.logits[i], batched.scores[i], batched.masks[i]),
+                (alone.logits[0], alone.scores[0], alone.masks[0]),
+            ):
+                np.testing.assert_allclose(logits, theirs.logits, atol=1e-4)
+                np.testing.assert_allclose(scores, theirs.scores, atol=1e-4)
+                assert np.mean(masks != theirs.masks) < 1e-3  # a logit of 1e-6 may fall on either side
+        assert np.ptp(batched.logits) > 0.01
+
+
+def test_sizes_are_those_of_the_official_builders() -> None:
+    from segment_anything import sam_model_registry
+
+    for name in ("vit_b", "vit_l", "vit_h"):
+        with torch.device("meta"):
+            official = sam_model_registry[name]().state_dict()
+            ours = build_sam(PUBLISHED_EXPERTS[f"sam_{name}"].config).state_dict()
+        assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in official.items()}
+
+
+def test_decoded_arrays_are_in_original_pixels_and_on_the_experts_grid() -> None:
+    expert = small_expert()
+    decoded = expert.decode(expert.embed(IMAGE), boxes=BOXES, points=POINTS)
+    assert (decoded.masks.shape, decoded.masks.dtype) == ((3, 48, 80), np.bool_)
+    assert (decoded.scores.shape, decoded.scores.dtype) == ((3,), np.float32)
+    assert (decoded.logits.shape, decoded.logits.dtype) == ((3, 32, 32), np.float32)
+
+
+def test_more_prompts_than_fit_a_batch_are_decoded_in_order() -> None:
+    expert = small_expert()
+    embedding = expert.embed(IMAGE)
+    whole, parts = (expert.decode(embedding, boxes=BOXES, points=POINTS, batch=batch) for batch in (3, 2))
+    np.testing.assert_allclose(parts.logits, whole.logits, atol=1e-5)
+    assert len(expert.decode(embedding, boxes=BOXES[:0]).masks) == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_half_precision_encoder_gives_nearly_the_same_logits(dtype: str) -> None:
+    exact, half = small_expert(), small_expert(dtype=dtype)
+    expected, logits = (expert.decode(expert.embed(IMAGE), boxes=BOXES).logits for expert in (exact, half))
+    assert 0 < np.abs(logits - expected).max() < 0.1 * np.ptp(expected)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "points", "message"),
+    [
+        (None, None, "give boxes, points, or both"),
+        (BOXES[0], None, r"boxes are \[n, 4\]"),
+        (None, POINTS[0], r"points are \[n, k, 2\]"),
+        (None, POINTS[:, :0], "k at least 1"),
+        (BOXES[:2], POINTS, "2 boxes, 3 points"),
+        (np.full((1, 4), np.nan), None, "finite"),
+    ],
+)
+def test_prompts_that_are_none_say_what_is_wrong(
+    boxes: NDArray[np.float64] | None, points: NDArray[np.float64] | None, message: str
+) -> None:
+    expert = small_expert()
+    with pytest.raises(ValueError, match=message):
+        expert.decode(expert.embed(IMAGE), boxes=boxes, points=points)
+
+
+def test_an_image_of_another_layout_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"uint8 \[H, W, 3\]"):
+        small_expert().embed(IMAGE[:, :, 0])
+
+
+def test_native_medsam_fills_the_input_takes_boxes_only_and_ignores_brightness() -> None:
+    expert = small_expert(preprocess="native")
+    dark, bright = expert.embed(IMAGE // 4), expert.embed(IMAGE // 4 + 100)
+    assert dark.content == Size(64, 64)
+    torch.testing.assert_close(dark.features, bright.features)
+    with pytest.raises(ValueError, match="boxes only"):
+        expert.decode(dark, boxes=BOXES, points=POINTS)
+    assert expert.decode(dark, boxes=BOXES).masks.shape == (3, 48, 80)
+
+
+sides = st.integers(1, 4000)
+
+
+@given(width=sides, height=sides, side=st.sampled_from([224, 1024]), x=st.floats(0, 1), y=st.floats(0, 1))
+def test_the_expert_frame_is_resize_longest_sides(width: int, height: int, side: int, x: float, y: float) -> None:
+    original = Size(width, height)
+    content = content_size(original, side)
+    assert max(content.width, content.height) == side
+    points = np.array([[x * (width - 1), y * (height - 1)]])
+    scaled = rescale(points, original, content)
+    assert (scaled >= 0).all() and scaled[0, 0] < content.width and scaled[0, 1] < content.height
+    if min(width, height) * side >= max(width, height):  # below half a pixel segment-anything has no image left
+        np.testing.assert_allclose(scaled, ResizeLongestSide(side).apply_coords(points, (height, width)))
+
+
+@given(width=sides, height=sides, factor=st.integers(2, 4), x=st.floats(0, 1), y=st.floats(0, 1))
+def test_enlarging_image_and_prompt_together_changes_nothing(
+    width: int, height: int, factor: int, x: float, y: float
+) -> None:
+    small, large = Size(width, height), Size(factor * width, factor * height)
+    points = np.array([[x * width, y * height]])
+    np.testing.assert_allclose(
+        rescale(points, small, content_size(small, 1024)),
+        rescale(factor * points, large, content_size(large, 1024)),
+        rtol=1e-2,
+        atol=1e-9,
+    )
+
+
+@pytest.fixture
+def small_official(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A .pth of a published expert, shrunk to a size that takes no time."""
+    small = PublishedExpert(config=SMALL, checkpoint="small.pth", source="https://example.org")
+    monkeypatch.setitem(PUBLISHED_EXPERTS, "sam_vit_b", small)
+    torch.manual_seed(0)
+    torch.save(build_sam(SMALL).state_dict(), tmp_path / "small.pth")
+    return tmp_path / "small.pth"
+
+
+def test_a_converted_checkpoint_keeps_weights_and_provenance(small_official: Path, tmp_path: Path) -> None:
+    target = tmp_path / "new" / "small.safetensors"
+    digest = convert_checkpoint(small_official, target, name="sam_vit_b")
+    with safe_open(target, framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["source_sha256"] == hashlib.sha256(small_official.read_bytes()).hexdigest()
+    assert metadata["weights_sha256"] == digest
+    assert [path.name for path in target.parent.iterdir()] == ["small.safetensors"]
+    by_name, by_file = load_expert("sam_vit_b", checkpoint=target), load_expert(str(target))
+    assert by_name.digest() == by_file.digest() == digest == small_expert().digest()
+    assert by_file.name == "sam_vit_b"
+
+
+def test_the_convert_command_writes_and_prints_the_digest(small_official: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    outcome = CliRunner().invoke(expert_app, ["convert", str(small_official), "--name", "sam_vit_b", "--out", str(out)])
+    assert outcome.exit_code == 0, outcome.output
+    assert load_expert("sam_vit_b", checkpoint=out).digest() in outcome.output.replace("\n", "")
+
+
+def test_a_checkpoint_of_the_wrong_shape_names_the_first_differing_tensor(
+    small_official: Path, tmp_path: Path
+) -> None:
+    weights = torch.load(small_official, weights_only=True)
+    weights["image_encoder.patch_embed.proj.weight"] = torch.zeros(32, 3, 8, 8)
+    weights["mask_decoder.iou_token.weight"] = torch.zeros(1, 32)
+    torch.save(weights, small_official)
+    save_file(weights, tmp_path / "wrong.safetensors")
+    message = r"image_encoder\.patch_embed\.proj\.weight is \[32, 3, 8, 8\] there, \[16, 3, 8, 8\] in sam_vit_b"
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(small_official, tmp_path / "out.safetensors", name="sam_vit_b")
+    assert not (tmp_path / "out.safetensors").exists()
+    with pytest.raises(ValueError, match=message):
+        load_expert("sam_vit_b", checkpoint=tmp_path / "wrong.safetensors")
+
+
+def test_missing_and_foreign_tensors_are_named(small_official: Path, tmp_path: Path) -> None:
+    weights = torch.load(small_official, weights_only=True)
+    missing = {name: value for name, value in weights.items() if name != "mask_decoder.iou_token.weight"}
+    save_file(missing, tmp_path / "missing.safetensors")
+    with pytest.raises(ValueError, match=r"has no tensor mask_decoder\.iou_token\.weight"):
+        load_expert("sam_vit_b", checkpoint=tmp_path / "missing.safetensors")
+    save_file({**weights, "adapter": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(ValueError, match="a tensor adapter"):
+        load_expert("sam_vit_b", checkpoint=tmp_path / "foreign.safetensors")
+
+
+def test_pickles_with_code_are_not_read(tmp_path: Path) -> None:
+    torch.save({"weights": Path}, tmp_path / "code.pth")
+    (tmp_path / "text.pth").write_text("<html>not found</html>")
+    torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "nested.pth")
+    for file, message in (("code", "plain tensors"), ("text", "plain tensors"), ("nested", "table of tensors")):
+        with pytest.raises(ValueError, match=message):
+            convert_checkpoint(tmp_path / f"{file}.pth", tmp_path / "out.safetensors", name="sam_vit_b")
+
+
+def test_what_is_asked_for_wrongly_is_answered_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nearest expert is 'medsam_vit_b'"):
+        load_expert("medsam_vitb")
+    with pytest.raises(ValueError, match=r"get sam_vit_h_4b8939\.pth .* --name sam_vit_h"):
+        load_expert("sam_vit_h")
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        load_expert(str(tmp_path))
+    (tmp_path / "config.json").write_text(config_json(SMALL).replace("encoder_depth", "encoder_deep"))
+    with pytest.raises(ValueError, match=r"config\.json: encoder_dep"):
+        load_expert(str(tmp_path))
+    with pytest.raises(ValueError, match=r"no checkpoint .*none\.safetensors"):
+        load_expert("sam_vit_b", checkpoint=tmp_path / "none.safetensors")
+    with pytest.raises(ValueError, match="`native` is for medsam_vit_b"):
+        load_expert("sam_vit_b", checkpoint=tmp_path / "none.safetensors", preprocess="native")
+    with pytest.raises(ValueError, match="dtype is one of float32"):
+        small_expert(dtype="int8")
+
+
+@pytest.mark.skipif(not TINY_FOLDER.joinpath("model.safetensors").exists(), reason="the tiny expert is not trained")
+def test_the_tiny_expert_segments_held_out_phantoms() -> None:
+    from models.train_tiny_expert import dice_by_prompt, held_out
+
+    dice = dice_by_prompt(load_expert("tiny"), held_out(24))
+    assert dice["box and points"] >= 0.85
+    assert min(dice["box"], dice["box 20 % too loose, and points"]) >= 0.80
+    assert min(dice["two points"], dice["box 20 % too loose"]) >= 0.65

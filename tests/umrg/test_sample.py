@@ -1,0 +1,117 @@
+"""A sample's image and mask, and what is said of damaged ones."""
+
+import io
+import random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from umrg.frames import Size
+from umrg.sample import Sample, decode_image, decode_mask, encode_png
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+
+
+def mask(*rows: int) -> np.ndarray:
+    pixels = np.zeros((20, 30), dtype=np.bool_)
+    pixels[list(rows)] = True
+    return pixels
+
+
+def sample(image: bytes | None = None, *masks: bytes) -> Sample:
+    return Sample(
+        id="ct-7",
+        query="Which organ filters blood?",
+        image_bytes=encode_png(PIXELS) if image is None else image,
+        mask_bytes=masks,
+        box=(0, 0, 29, 19),
+        points=((5, 5), (20, 10)),
+        supercategory="abdomen",
+        category="kidney",
+        modality="ct",
+    )
+
+
+def encoded(image: Image.Image, form: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form)
+    return buffer.getvalue()
+
+
+def test_an_image_is_read_as_it_was_written() -> None:
+    assert sample().size == Size(30, 20)
+    assert np.array_equal(sample().image(), PIXELS)
+
+
+def test_a_mask_is_read_as_it_was_written() -> None:
+    assert np.array_equal(sample(None, encode_png(mask(3, 4))).mask(), mask(3, 4))
+
+
+def test_the_parts_of_a_mask_are_joined() -> None:
+    parts = sample(None, encode_png(mask(1)), encode_png(mask(5, 6)))
+    assert np.array_equal(parts.mask(), mask(1, 5, 6))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK"])
+def test_images_of_any_mode_become_rgb(mode: str) -> None:
+    image = decode_image(encoded(Image.new(mode, (30, 20)), "TIFF"), "the image")
+    assert image.shape == (20, 30, 3) and image.dtype == np.uint8
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_an_image_of_more_than_eight_bits_is_refused_rather_than_clipped(dtype: type) -> None:
+    deep = encoded(Image.fromarray(np.full((20, 30), 3000, dtype=dtype)), "TIFF")
+    with pytest.raises(ValueError, match="sample 'ct-7' has more than 8 bits a pixel; window it"):
+        sample(deep).image()
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n"])
+def test_what_is_no_image_is_named(content: bytes) -> None:
+    broken = sample(content, encode_png(mask(1)))
+    for read in (lambda: broken.size, broken.image, broken.mask):
+        with pytest.raises(ValueError, match="the image of sample 'ct-7' cannot be decoded"):
+            read()
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+def test_a_truncated_image_is_named(form: str) -> None:
+    whole = encoded(Image.fromarray(PIXELS), form)
+    cut = sample(whole[: len(whole) * 2 // 3])
+    assert cut.size == Size(30, 20)  # the header is whole
+    with pytest.raises(ValueError, match=r"the image of sample 'ct-7' cannot be decoded .*cut short"):
+        cut.image()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF"])
+def test_damaged_bytes_give_pixels_or_a_clear_error(form: str) -> None:
+    rng, whole = random.Random(form), encoded(Image.fromarray(PIXELS), form)
+    failures = 0
+    for _ in range(500):
+        damaged = bytearray(whole)
+        for _ in range(3):
+            damaged[rng.randrange(200)] = rng.randrange(256)
+        try:
+            decode_image(bytes(damaged), "the image")
+        except ValueError as error:
+            assert str(error).startswith("the image ")
+            failures += 1
+    assert failures > 0
+
+
+def test_a_sample_without_a_mask_says_so() -> None:
+    with pytest.raises(ValueError, match="'ct-7' has no mask"):
+        sample().mask()
+
+
+def test_a_damaged_mask_is_named() -> None:
+    with pytest.raises(ValueError, match="the mask of sample 'ct-7' cannot be decoded"):
+        sample(None, b"oops").mask()
+    with pytest.raises(ValueError, match=r"the mask .* cut short"):
+        decode_mask(encode_png(mask(1))[:-30], "the mask")
+
+
+def test_a_mask_of_another_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="mask of sample 'ct-7' is 20x30 px, its image 30x20"):
+        sample(None, encode_png(mask(1).T)).mask()

@@ -1,0 +1,1 @@
+"""The task vocabulary: sample, prompt, answer, coordinate frames, metrics, dataset readers, phantoms."""

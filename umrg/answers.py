@@ -1,0 +1,140 @@
+"""The answer's grammar: how a completion is written, and how it is read back.
+
+    <think>reasoning</think><answer>{"bbox": [x1, y1, x2, y2], "points_1": [x, y], "points_2": [x, y]}</answer>
+
+Reading is total: any text whatever gives an `Answer`, whose `form` says how far it got.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from enum import IntEnum
+
+from umrg.frames import Box, Frame, Frames, Point, PointPair
+
+_TAG = re.compile(r"</?(?:think|answer)>")
+_STRICT = re.compile(r"\s*(?:<think>.*?</think>\s*)?<answer>.*?</answer>\s*", re.DOTALL)
+_STRICT_TAGS = (["<think>", "</think>", "<answer>", "</answer>"], ["<answer>", "</answer>"])
+_LARGEST = 1e9
+_KEYS = ("bbox", "points_1", "points_2")
+
+
+class Form(IntEnum):
+    """How well formed the answer block is, from nothing to correct."""
+
+    NO_BLOCK = 0
+    NOT_AN_OBJECT = 1
+    KEYS_MISSING = 2
+    BOTH_MALFORMED = 3
+    ONE_MALFORMED = 4
+    CORRECT = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a completion says, in the frame that the reasoner speaks.
+
+    think: text of the first think block, stripped; None without a block.
+    form: how well formed the answer block is.
+    box: XYXY with x1 <= x2 and y1 <= y2, finite; None where malformed.
+    points: two XY points, finite; None unless both are well formed.
+    strict: the completion is one optional think block, then one answer block, and nothing else.
+    """
+
+    think: str | None
+    form: Form
+    box: Box | None
+    points: PointPair | None
+    strict: bool
+
+    def well_formed(self, *, think: bool = True) -> bool:
+        """Box and points can be used and, where reasoning was asked for, there is some."""
+        return self.form is Form.CORRECT and (bool(self.think) or not think)
+
+    def to_original(self, frames: Frames, source: Frame) -> "Answer":
+        """The same answer with box and points in original pixels."""
+        return Answer(
+            think=self.think,
+            form=self.form,
+            box=None if self.box is None else frames.box(self.box, source, Frame.ORIGINAL),
+            points=None if self.points is None else frames.points(self.points, source, Frame.ORIGINAL),
+            strict=self.strict,
+        )
+
+
+def parse_answer(completion: str) -> Answer:
+    """Read a completion. The first think and the first answer block count; single quotes pass for double
+    ones. Numbers that are not finite and boxes whose edges are in the wrong order are malformed."""
+    think = _block(completion, "think")
+    block = _block(completion, "answer")
+    fields = None if block is None else _json_object(block)
+    box = None if fields is None else _box(fields.get("bbox"))
+    pair = None if fields is None else _points(fields)
+    return Answer(
+        think=None if think is None else think.strip(),
+        form=_form(block is not None, fields, box, pair),
+        box=box,
+        points=pair,
+        strict=_TAG.findall(completion) in _STRICT_TAGS and _STRICT.fullmatch(completion) is not None,
+    )
+
+
+def format_answer(*, box: Box, points: PointPair, think: str | None) -> str:
+    """Write an answer with whole numbers, as the reasoner is taught to; no think block where think is None."""
+    (ax, ay), (bx, by) = points
+    fields = {"bbox": box, "points_1": (ax, ay), "points_2": (bx, by)}
+    body = ", ".join(f'"{key}": [{",".join(str(round(v)) for v in values)}]' for key, values in fields.items())
+    reasoning = "" if think is None else f"<think>{think}</think>"
+    return f"{reasoning}<answer>{{{body}}}</answer>"
+
+
+def _block(completion: str, name: str) -> str | None:
+    """Text of the first block of that name. Linear in time, which a regular expression is not: a collapsed
+    policy repeats opening tags to the limit."""
+    _, opening, rest = completion.partition(f"<{name}>")
+    text, closing, _ = rest.partition(f"</{name}>")
+    return text if opening and closing else None
+
+
+def _form(block: bool, fields: dict[str, object] | None, box: Box | None, points: PointPair | None) -> Form:
+    if not block:
+        return Form.NO_BLOCK
+    if fields is None:
+        return Form.NOT_AN_OBJECT
+    if any(key not in fields for key in _KEYS):
+        return Form.KEYS_MISSING
+    malformed = (box is None) + (points is None)
+    return (Form.CORRECT, Form.ONE_MALFORMED, Form.BOTH_MALFORMED)[malformed]
+
+
+def _json_object(text: str) -> dict[str, object] | None:
+    try:
+        value = json.loads(text.strip().replace("'", '"'))
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _numbers(value: object, count: int) -> list[float] | None:
+    if not isinstance(value, list) or len(value) != count:
+        return None
+    # The bound keeps products of coordinates finite; NaN fails the comparison.
+    if not all(type(v) in (int, float) and abs(v) < _LARGEST for v in value):
+        return None
+    return [float(v) for v in value]
+
+
+def _box(value: object) -> Box | None:
+    numbers = _numbers(value, 4)
+    if numbers is None or numbers[0] > numbers[2] or numbers[1] > numbers[3]:
+        return None
+    return numbers[0], numbers[1], numbers[2], numbers[3]
+
+
+def _points(fields: dict[str, object]) -> PointPair | None:
+    first, second = (_numbers(fields.get(key), 2) for key in ("points_1", "points_2"))
+    if first is None or second is None:
+        return None
+    a: Point = (first[0], first[1])
+    b: Point = (second[0], second[1])
+    return a, b

@@ -1,0 +1,54 @@
+"""A group: one prompt and its n answers, the unit of work of the whole pipeline.
+
+    sample ──► Group ──rollout──► Completion × n ──segmenter──► rewards × n ──► learner
+
+Worked example: group (run "demo", step 3, index 5) has the id "demo/3/5"; its third answer is "demo/3/5/2" and is
+sampled with the seed `group.seed(run_seed, 2)`.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+
+from umrg.sample import Sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """One prompt of one step.
+
+    run: name of the run. step: the training step that consumes the group. index: place within the step.
+    """
+
+    run: str
+    step: int
+    index: int
+    sample: Sample
+
+    @property
+    def id(self) -> str:
+        return f"{self.run}/{self.step}/{self.index}"
+
+    def answer_id(self, i: int) -> str:
+        return f"{self.id}/{i}"
+
+    def seed(self, run_seed: int, i: int) -> int:
+        """Sampling seed of answer i, in [0, 2**31): a hash, so that the seeds that an engine derives by adding
+        small numbers to one group's seed never meet another group's."""
+        text = f"{run_seed}/{self.step}/{self.index}/{i}".encode()
+        return int.from_bytes(hashlib.sha256(text).digest()[:4]) >> 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One sampled answer.
+
+    text: the completion without special tokens. token_ids: its tokens, the end token included.
+    logprobs: of each token under the sampling distribution (temperature-scaled, before any bias), as many as tokens.
+    policy_version: version of the weights that produced it. finished: it ended by itself, not at the limit.
+    """
+
+    text: str
+    token_ids: tuple[int, ...] = field(repr=False)
+    logprobs: tuple[float, ...] = field(repr=False)
+    policy_version: int
+    finished: bool

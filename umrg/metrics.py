@@ -1,0 +1,82 @@
+"""Metrics of boxes, points and masks against a reference."""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from umrg.frames import Box, PointPair
+
+
+def box_area(box: Box) -> float:
+    """Area of an XYXY box as (x2 - x1)(y2 - y1), the published reward's convention (and torchvision's)."""
+    return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
+
+
+def box_iou(a: Box, b: Box) -> float:
+    """Intersection over union of two XYXY boxes in one frame, in [0, 1]; equal boxes without area give 1."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    intersection = max(0.0, width) * max(0.0, height)
+    union = box_area(a) + box_area(b) - intersection
+    return intersection / union if union > 0 else float(a == b)
+
+
+def circle_overlap(a: PointPair, b: PointPair) -> tuple[float, float, float]:
+    """Areas (a, b, intersection) of the circles whose diameters are the two point pairs."""
+    (ax, ay, ar), (bx, by, br) = _circle(a), _circle(b)
+    area_a, area_b = math.pi * ar * ar, math.pi * br * br
+    distance = math.hypot(ax - bx, ay - by)
+    if distance >= ar + br:
+        return area_a, area_b, 0.0
+    if distance <= abs(ar - br):
+        return area_a, area_b, min(area_a, area_b)
+    # The law of cosines, arranged so that no product of small radii can underflow to a division by zero.
+    difference = (ar - br) / distance * (ar + br)
+    cos_a, cos_b = (distance + difference) / (2 * ar), (distance - difference) / (2 * br)
+    kite = (ar + br - distance) * (distance + ar - br) * (distance - ar + br) * (distance + ar + br)
+    sectors = ar * ar * math.acos(_clamp(cos_a)) + br * br * math.acos(_clamp(cos_b))
+    lens = sectors - 0.5 * math.sqrt(max(0.0, kite))
+    return area_a, area_b, max(0.0, min(lens, area_a, area_b))
+
+
+def pdice(a: PointPair, b: PointPair) -> float:
+    """Dice of the circles spanned by two point pairs, 2I / (A + B), in [0, 1]."""
+    area_a, area_b, intersection = circle_overlap(a, b)
+    total = area_a + area_b
+    return min(1.0, 2 * intersection / total) if total > 0 else float(set(a) == set(b))
+
+
+def pdice_published(a: PointPair, b: PointPair) -> float:
+    """The published evaluation's "pDice", 2I / (A + B - I), in [0, 2]: twice the circles' IoU."""
+    area_a, area_b, intersection = circle_overlap(a, b)
+    union = area_a + area_b - intersection
+    return min(2.0, 2 * intersection / union) if union > 0 else 2.0 * float(set(a) == set(b))
+
+
+def mask_dice(prediction: NDArray[np.bool_], reference: NDArray[np.bool_]) -> float:
+    """Dice of two boolean masks [H, W], in [0, 1]; two empty masks give 1 (a row declared without target)."""
+    intersection, total = _mask_counts(prediction, reference)
+    return 2 * intersection / total if total else 1.0
+
+
+def mask_iou(prediction: NDArray[np.bool_], reference: NDArray[np.bool_]) -> float:
+    """Intersection over union of two boolean masks [H, W], in [0, 1]; two empty masks give 1."""
+    intersection, total = _mask_counts(prediction, reference)
+    return intersection / (total - intersection) if total else 1.0
+
+
+def _mask_counts(prediction: NDArray[np.bool_], reference: NDArray[np.bool_]) -> tuple[int, int]:
+    if prediction.shape != reference.shape:
+        raise ValueError(f"masks of {prediction.shape} and {reference.shape} cannot be compared; resize one")
+    intersection = int(np.count_nonzero(prediction & reference))
+    return intersection, int(np.count_nonzero(prediction)) + int(np.count_nonzero(reference))
+
+
+def _circle(points: PointPair) -> tuple[float, float, float]:
+    (ax, ay), (bx, by) = points
+    return (ax + bx) / 2, (ay + by) / 2, math.hypot(ax - bx, ay - by) / 2
+
+
+def _clamp(cosine: float) -> float:
+    return max(-1.0, min(1.0, cosine))

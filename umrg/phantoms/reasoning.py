@@ -1,0 +1,31 @@
+"""Short reasoning traces: what the query hints at, the structure's name, and where it lies in this image."""
+
+import numpy as np
+
+from umrg.phantoms.structure import Structure
+
+# The clue's article stays lower case, so every template opens with a word of its own.
+TEMPLATES = (
+    "The question asks for {clue}. This is the {name}, {place}.",
+    "We look for {clue}. The {name} lies {place}.",
+    "It hints at {clue}: the {name}. I see it {place}.",
+    "This means {clue}, so the {name}. Here it is {place}.",
+)
+PLACES = (
+    ("in the upper left", "in the upper middle", "in the upper right"),
+    ("on the left", "in the centre", "on the right"),
+    ("in the lower left", "in the lower middle", "in the lower right"),
+)
+
+
+def place_of(box: tuple[int, int, int, int], width: int, height: int) -> str:
+    """Which ninth of the image the centre of a box (XYXY, inclusive, original pixels) lies in, in words."""
+    x, y = (box[0] + box[2] + 1) / 2, (box[1] + box[3] + 1) / 2
+    return PLACES[min(int(3 * y / height), 2)][min(int(3 * x / width), 2)]
+
+
+def trace(structure: Structure, place: str, rng: np.random.Generator) -> str:
+    """One reasoning trace of at most 25 words."""
+    clue = structure.reasons[int(rng.integers(len(structure.reasons)))]
+    template = TEMPLATES[int(rng.integers(len(TEMPLATES)))]
+    return template.format(clue=clue, name=structure.name, place=place)

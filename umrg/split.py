@@ -1,0 +1,191 @@
+"""Dividing a dataset so that what is held out is new in one respect: phrasing, category or modality."""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from umrg.dataset import Dataset, RowInfo, check_names
+from umrg.dataset_writer import write_rows
+from umrg.names import category_matches, category_name, modality_family, modality_matches, modality_name
+from umrg.prompts import clean_query
+from umrg.row_groups import Row
+
+_PARQUETS = ("train.parquet", "held_out.parquet")
+
+
+class SplitBy(StrEnum):
+    """What no row of the one side shares with any row of the other."""
+
+    PHRASING = "phrasing"
+    CATEGORY = "category"
+    SUPERCATEGORY = "supercategory"
+    MODALITY = "modality"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Which rows go where.
+
+    held_names: the names held out or, by phrasing, the query texts. train, held_out: row numbers, rising.
+    """
+
+    by: SplitBy
+    held_names: tuple[str, ...]
+    train: tuple[int, ...]
+    held_out: tuple[int, ...]
+
+
+def plan_split(
+    infos: Sequence[RowInfo],
+    by: SplitBy,
+    *,
+    hold_out: Sequence[str] = (),
+    share: float = 0.2,
+    seed: int = 0,
+) -> Split:
+    """Decide what to hold out.
+
+    By category, super-category or modality: the names in `hold_out` or, without any, a share of all names
+    drawn from `seed` (of modalities: families). By phrasing: the queries of rows marked "held_out" and, of
+    rows without a mark (of all rows, if none is so marked), a share of each category's distinct queries. A
+    query is told apart without regard to case and white space; a category's only query stays.
+    Raises ValueError for an unknown name, a share outside (0, 1), and where either side would be empty.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"the share to hold out is {share}; it must lie between 0 and 1")
+    if by is SplitBy.PHRASING and hold_out:
+        raise ValueError("names cannot be held out by phrasing; name none, or split by category")
+    rng = np.random.default_rng(seed)
+    if by is SplitBy.PHRASING:
+        names, held = _by_phrasing(infos, share, rng)
+    else:
+        names, held = _by_name(infos, by, hold_out, share, rng)
+    split = Split(
+        by=by,
+        held_names=tuple(names),
+        train=tuple(i for i, out in enumerate(held) if not out),
+        held_out=tuple(i for i, out in enumerate(held) if out),
+    )
+    _refuse_empty_side(split)
+    return split
+
+
+def _by_phrasing(
+    infos: Sequence[RowInfo], share: float, rng: np.random.Generator
+) -> tuple[list[str], list[bool]]:
+    queries = _held_queries(infos, share, rng)
+    held = [_query_key(info) in queries for info in infos]
+    return sorted({info.query for info, out in zip(infos, held, strict=True) if out}), held
+
+
+def _by_name(
+    infos: Sequence[RowInfo], by: SplitBy, hold_out: Sequence[str], share: float, rng: np.random.Generator
+) -> tuple[list[str], list[bool]]:
+    normalised, matches = (
+        (modality_name, modality_matches) if by is SplitBy.MODALITY else (category_name, category_matches)
+    )
+    check_names(infos, by.value, hold_out, matches)
+    names = [normalised(name) for name in hold_out] or _drawn_names(infos, by, share, rng)
+    return names, [any(matches(getattr(info, by.value), name) for name in names) for info in infos]
+
+
+def write_split(
+    dataset: Dataset, split: Split, folder: Path, progress: Callable[[int], object] = lambda done: None
+) -> dict[str, object]:
+    """Write train.parquet, held_out.parquet and split.json; returns what split.json says.
+
+    Rows are copied as they are, all columns included. `images_on_both_sides` counts images that occur in
+    both files (with different questions), which matters where a model could have learned the image itself.
+    `progress` is told the number of rows written. The three files appear together, when complete.
+    Raises ValueError where one of them would replace a file of the dataset.
+    """
+    schema = dataset.schema
+    _refuse_overwriting(dataset, folder)
+    sides = {"train": split.train, "held_out": split.held_out}
+    images: dict[str, set[bytes]] = {side: set() for side in sides}
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder, prefix=".split-") as aside:
+        before = 0
+        for side, rows in sides.items():
+            copied = _copied(dataset, rows, images[side])
+            write_rows(
+                Path(aside) / f"{side}.parquet",
+                copied,
+                schema=schema,
+                progress=_counting_on(progress, before),
+            )
+            before += len(rows)
+        report: dict[str, object] = {
+            "by": split.by.value,
+            "held_out": list(split.held_names),
+            "rows": {side: len(rows) for side, rows in sides.items()},
+            "images": {side: len(seen) for side, seen in images.items()},
+            "images_on_both_sides": len(images["train"] & images["held_out"]),
+        }
+        (Path(aside) / "split.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        for name in (*_PARQUETS, "split.json"):
+            (Path(aside) / name).replace(folder / name)
+    return report
+
+
+def _refuse_overwriting(dataset: Dataset, folder: Path) -> None:
+    sources = {info.file.resolve() for info in dataset.infos}
+    for name in _PARQUETS:
+        if (folder / name).resolve() in sources:
+            raise ValueError(f"{folder / name} is a file of the dataset itself; choose another folder")
+
+
+def _counting_on(progress: Callable[[int], object], before: int) -> Callable[[int], object]:
+    return lambda written: progress(before + written)
+
+
+def _copied(dataset: Dataset, rows: Sequence[int], images: set[bytes]) -> Iterator[Row]:
+    for i in rows:
+        row = dataset.row(i)
+        for image in row["images"] or ():
+            images.add(hashlib.sha256(image["bytes"] or b"").digest())
+        yield row
+
+
+def _held_queries(infos: Sequence[RowInfo], share: float, rng: np.random.Generator) -> set[str]:
+    held = {_query_key(info) for info in infos if info.phrasing == "held_out"}
+    queries: dict[str, set[str]] = defaultdict(set)
+    for info in infos:
+        if info.phrasing is None or not held:
+            queries[info.category].add(_query_key(info))
+    drawn = set[str]()
+    for _, texts in sorted(queries.items()):
+        drawn.update(_drawn(sorted(texts), share, rng))
+    return held | drawn
+
+
+def _drawn_names(infos: Sequence[RowInfo], by: SplitBy, share: float, rng: np.random.Generator) -> list[str]:
+    names = {getattr(info, by.value) for info in infos}
+    if by is SplitBy.MODALITY:
+        names = {modality_family(name) for name in names}
+    return _drawn(sorted(names), share, rng)
+
+
+def _drawn(names: Sequence[str], share: float, rng: np.random.Generator) -> list[str]:
+    """About a share of the names, at least one and never all; none of a single name."""
+    count = min(max(1, round(share * len(names))), len(names) - 1)
+    return sorted(names[i] for i in rng.permutation(len(names))[:count])
+
+
+def _query_key(info: RowInfo) -> str:
+    return clean_query(info.query).casefold()
+
+
+def _refuse_empty_side(split: Split) -> None:
+    if not split.held_out:
+        what = "category has two different queries" if split.by is SplitBy.PHRASING else "second name exists"
+        raise ValueError(f"nothing can be held out by {split.by.value}: no {what}; split by something else")
+    if not split.train:
+        raise ValueError(f"all rows would be held out by {split.by.value}; hold out less")
