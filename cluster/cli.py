@@ -4,12 +4,17 @@ A command imports what it runs inside its body: torch, Ray and vLLM take seconds
 How a user's mistake is shown stands in `cluster.cli_frame`.
 """
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from cluster.cli_frame import run_command
 from cluster.data_commands import data_app
+from cluster.expert_commands import expert_app
+
+TINY_REASONER = Path(__file__).parents[1] / "models" / "tiny-reasoner"
 
 app = typer.Typer(
     help="Train, evaluate and serve models that reason about a medical image and ground the answer in it.",
@@ -18,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data")
+app.add_typer(expert_app, name="expert")
 
 
 @app.command()
@@ -28,6 +34,46 @@ def doctor(
     from cluster.doctor import run_doctor
 
     raise typer.Exit(run_doctor(as_json=as_json))
+
+
+@app.command()
+def sft(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see configs/.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="Laid over the file's keys.")
+    ] = None,
+) -> None:
+    """Fine-tune a reasoner on reference answers."""
+    from cluster.config import SftConfig, load_config
+    from cluster.sft import sft as run_sft
+
+    typer.echo(f"the model lies in {run_sft(load_config(SftConfig, config, overrides or ())).model}")
+
+
+@app.command()
+def ground(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="PNG, JPEG or the like.")],
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="What is asked about the image.")],
+    model: Annotated[Path, typer.Option(help="Folder of the reasoner.")] = TINY_REASONER,
+    expert: Annotated[str, typer.Option(help="Name or folder of the expert.")] = "tiny",
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights of a published expert, as `expert convert` wrote them.")
+    ] = None,
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for overlay, mask and JSON.")] = Path("."),
+) -> None:
+    """Answer a query about one image: reasoning, box and points; overlay and mask are saved."""
+    with Console(stderr=True).status("grounding"):
+        from cluster.ground import ground_file
+
+        found, files = ground_file(image, query, model=model, expert=expert, checkpoint=checkpoint, out=out)
+    answer = found.answer
+    typer.echo(f"reasoning  {answer.think or '(none)'}")
+    if answer.box is None or answer.points is None:
+        typer.echo(f"no usable box and points in the answer: {found.completion!r}")
+    else:
+        typer.echo(f"box        {', '.join(f'{v:.0f}' for v in answer.box)}  (x1, y1, x2, y2 in pixels)")
+        typer.echo(f"points     {'; '.join(f'{x:.0f}, {y:.0f}' for x, y in answer.points)}  (x, y)")
+    typer.echo(f"saved      {', '.join(str(file) for file in files)}")
 
 
 def main() -> None:

@@ -11,8 +11,7 @@ def one_line(error: ValueError) -> str:
     """The error as one line; of a ValidationError each fault as `place: message`."""
     if isinstance(error, ValidationError):
         faults = (
-            (".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, "))
-            for fault in error.errors()
+            (".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")) for fault in error.errors()
         )
         return "; ".join(f"{place}: {message}" if place else message for place, message in faults)
     return " ".join(str(error).split())

@@ -42,7 +42,8 @@ class SftConfig(Config):
     """Supervised fine-tuning: `medreasoner sft CONFIG`.
 
     name: of the run; its folder is `runs/<name>`. model: a Qwen-VL folder to start from. prompt, think: asked
-    otherwise than the folder's prompt.json says. batch: rows a step. matmul_precision: of fp32 matrix products,
+    otherwise than the folder's prompt.json says. batch: images a step, each with all
+    rows that ask about it. matmul_precision: of fp32 matrix products,
     as torch.set_float32_matmul_precision takes it (`medium` is about half as fast again on CPUs with bf16).
     """
 
@@ -52,7 +53,7 @@ class SftConfig(Config):
     prompt: PromptStyle | None = None
     think: bool | None = None
     learner: OptimizerConfig
-    batch: PositiveInt = 32
+    batch: PositiveInt = 16
     steps: PositiveInt
     seed: int = 0
     matmul_precision: Literal["highest", "high", "medium"] = "highest"

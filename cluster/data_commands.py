@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from umrg.dataset import Dataset
+from umrg.atomic import written_aside
+from umrg.dataset import Dataset, write_rows
 from umrg.split import SplitBy, plan_split, write_split
 
 data_app = typer.Typer(help="Look at datasets, divide them, and make phantoms.", no_args_is_help=True)
@@ -58,9 +59,7 @@ def stats(
         found = survey(dataset, progress)
     figures = summary(found.measurements)
     console = _console()
-    sizes = ", ".join(
-        f"{size} px ({count})" for size, count in list(_dict(figures["image_sizes"]).items())[:8]
-    )
+    sizes = ", ".join(f"{size} px ({count})" for size, count in list(_dict(figures["image_sizes"]).items())[:8])
     console.print(f"{len(dataset)} rows; images of {sizes}", highlight=False)
     for grouping in GROUPINGS:
         console.print(_table(grouping, _dict(figures[grouping]), plain=not console.is_terminal))
@@ -95,16 +94,13 @@ def phantoms(
     count: Annotated[int, typer.Option(min=1, help="Number of rows.")],
     seed: Seed = 0,
     size: Annotated[int, typer.Option(help="Side of the square images, in pixels.")] = 224,
-    modality: Annotated[
-        list[str] | None, typer.Option(help="A modality; may be repeated. Default: all.")
-    ] = None,
+    modality: Annotated[list[str] | None, typer.Option(help="A modality; may be repeated. Default: all.")] = None,
     phrasings: Annotated[Phrasings, typer.Option(help="Which queries to ask.")] = Phrasings.SEEN,
     annotation: Annotated[
         Annotation, typer.Option(help="Exact boxes and points, or loose ones as clinics have them.")
     ] = Annotation.EXACT,
 ) -> None:
     """Make synthetic medical images with exact masks, implicit queries and reasoning."""
-    from umrg.dataset_writer import write_rows
     from umrg.names import modality_name
     from umrg.phantoms import MODALITIES, rows
 
@@ -121,9 +117,7 @@ def phantoms(
     typer.echo(f"{path}: {written} rows")
 
 
-def _write_statistics(
-    out: Path, dataset: Dataset, found: Any, figures: dict[str, object], tiles: int
-) -> None:
+def _write_statistics(out: Path, dataset: Dataset, found: Any, figures: dict[str, object], tiles: int) -> None:
     from umrg.sample import encode_png
     from umrg.statistics import occupancy_sheet, sample_sheet
 
@@ -131,12 +125,10 @@ def _write_statistics(
         "contact_sheet.png": encode_png(sample_sheet(dataset, tiles)),
         "positions.png": encode_png(occupancy_sheet(found)),
     }
-    out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(figures, indent=2, ensure_ascii=False) + "\n"
     for name, content in {"stats.json": text.encode(), **pictures}.items():
-        aside = out / f".{name}.part"
-        aside.write_bytes(content)
-        aside.replace(out / name)
+        with written_aside(out / name) as aside:
+            aside.write_bytes(content)
 
 
 def _table(grouping: str, groups: dict[str, Any], *, plain: bool) -> Table:
@@ -148,8 +140,7 @@ def _table(grouping: str, groups: dict[str, Any], *, plain: bool) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for name, group in groups.items():
         cells = (
-            _range(group[key], alone=group["rows"] == 1)
-            for key in ("area", "centre_x", "centre_y", "width", "height")
+            _range(group[key], alone=group["rows"] == 1) for key in ("area", "centre_x", "centre_y", "width", "height")
         )
         table.add_row(name, str(group["rows"]), *cells)
     return table

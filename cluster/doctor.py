@@ -116,9 +116,7 @@ def check_versions(tested: dict[str, str], installed: dict[str, str]) -> list[Fi
     findings = [check_version(name, tested=tested[name], installed=installed.get(name)) for name in core]
     others = sorted((tested.keys() & installed.keys()) - set(core))
     changed = [
-        f"{name} {installed[name]} (tested {tested[name]})"
-        for name in others
-        if installed[name] != tested[name]
+        f"{name} {installed[name]} (tested {tested[name]})" for name in others if installed[name] != tested[name]
     ]
     if changed:
         detail = f"{len(changed)} of {len(others)} differ: {', '.join(changed)}"
@@ -128,9 +126,7 @@ def check_versions(tested: dict[str, str], installed: dict[str, str]) -> list[Fi
 
 def check_amount(name: str, amount: float, *, need: float, wish: float, unit: str, mend: str) -> Finding:
     """Below `need` is a failure, below `wish` a remark; `mend` says how to get more."""
-    status: Literal["ok", "remark", "fail"] = (
-        "ok" if amount >= wish else "remark" if amount >= need else "fail"
-    )
+    status: Literal["ok", "remark", "fail"] = "ok" if amount >= wish else "remark" if amount >= need else "fail"
     detail = f"{amount:.3g} {unit}"
     if status == "ok":
         return Finding(name=name, status=status, detail=detail)
@@ -141,15 +137,11 @@ def check_gpus(listed: str | None, *, cuda_set: bool) -> Finding:
     """`listed`: lines of nvidia-smi, None without it. `cuda_set`: the gpu extra is installed."""
     gpus = [line.strip() for line in (listed or "").splitlines() if line.strip()]
     if not gpus:
-        mend = (
-            "Nothing to mend for the tiny models, which run on the CPU; 3B and 7B models need an NVIDIA GPU."
-        )
+        mend = "Nothing to mend for the tiny models, which run on the CPU; 3B and 7B models need an NVIDIA GPU."
         return Finding(name="GPUs", status="remark", detail="none found", mend=mend)
     if not cuda_set:
         mend = "Run `make clean setup EXTRA=gpu` to use it."
-        return Finding(
-            name="GPUs", status="remark", detail=f"{'; '.join(gpus)}; the CPU set is installed", mend=mend
-        )
+        return Finding(name="GPUs", status="remark", detail=f"{'; '.join(gpus)}; the CPU set is installed", mend=mend)
     return Finding(name="GPUs", status="ok", detail="; ".join(gpus))
 
 
@@ -179,9 +171,7 @@ def check_machine() -> list[Finding]:
     shared_bytes = shutil.disk_usage(shared).total if shared.exists() else 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     findings = [
-        check_amount(
-            "cores", cores, need=1, wish=2, unit="cores", mend="Give the container two cores or more."
-        ),
+        check_amount("cores", cores, need=1, wish=2, unit="cores", mend="Give the container two cores or more."),
         check_amount(
             "memory",
             memory_limit() / GIB,

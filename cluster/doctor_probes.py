@@ -67,9 +67,7 @@ def segment_anything() -> str:
     import torch
     from segment_anything.modeling import PromptEncoder
 
-    encoder = PromptEncoder(
-        embed_dim=8, image_embedding_size=(4, 4), input_image_size=(64, 64), mask_in_chans=4
-    )
+    encoder = PromptEncoder(embed_dim=8, image_embedding_size=(4, 4), input_image_size=(64, 64), mask_in_chans=4)
     sparse, _ = encoder(points=None, boxes=torch.tensor([[1.0, 1.0, 9.0, 9.0]]), masks=None)
     if tuple(sparse.shape) != (1, 2, 8):
         raise RuntimeError(f"a box is encoded with shape {tuple(sparse.shape)}")
@@ -120,8 +118,7 @@ def ray() -> str:
 
 
 PROBES: dict[str, Callable[[], str]] = {
-    probe.__name__: probe
-    for probe in (torch, torchvision, transformers, segment_anything, deepspeed, vllm, ray)
+    probe.__name__: probe for probe in (torch, torchvision, transformers, segment_anything, deepspeed, vllm, ray)
 }
 
 

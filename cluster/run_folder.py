@@ -1,14 +1,13 @@
 """The run folder: `runs/<name>/{config.yaml, metrics.jsonl, model/, summary.json, …}`."""
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from cluster.config import Config, save_config
+from umrg.atomic import written_aside
 
 
 @dataclass(frozen=True)
@@ -37,27 +36,5 @@ class RunFolder:
             file.write(json.dumps(metrics) + "\n")
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        replace_file(self.path / name, lambda path: path.write_text(json.dumps(value, indent=2) + "\n"))
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file aside, then rename it into place: readers see the old one or the new one, never half of one."""
-    aside = path.with_name(f".{path.name}.partial")
-    try:
-        write(aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def replace_folder(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a folder aside, then rename it into place, over an older one if there is one."""
-    aside = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        write(aside)
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(aside, path)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        with written_aside(self.path / name) as aside:
+            aside.write_text(json.dumps(value, indent=2) + "\n")

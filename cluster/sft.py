@@ -10,13 +10,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cluster.cli_frame import run_command
 from cluster.config import SftConfig, load_config
-from cluster.run_folder import RunFolder, replace_folder
-from umrg.dataset import Cursor, Dataset, batches
+from cluster.run_folder import RunFolder
+from umrg.atomic import written_aside
+from umrg.dataset import Dataset
 from umrg.sample import Sample
+from umrg.shuffling import Cursor, batches
 
 
-def sft(config: SftConfig) -> Path:
-    """Fine-tune a reasoner; the run folder is returned, the model lies in its `model/`."""
+def sft(config: SftConfig) -> RunFolder:
+    """Fine-tune a reasoner; the model lies in the run folder's `model/`."""
     import torch
 
     from learner.reasoner import load_reasoner
@@ -44,14 +46,22 @@ def sft(config: SftConfig) -> Path:
 
         optimizer = SftOptimizer(steps=config.steps, **config.learner.model_dump())
         train_sft(reasoner, _batches(dataset, config), optimizer, report)
-    replace_folder(run.model, reasoner.save)
+    with written_aside(run.model) as aside:
+        reasoner.save(aside)
     run.write_json("summary.json", {"steps": config.steps, "seconds": {"sft": time.monotonic() - started}})
-    return run.path
+    return run
 
 
-def _batches(dataset: Dataset, config: SftConfig) -> Iterator[list[Sample]]:
-    for rows, _ in batches(dataset, config.batch, Cursor(seed=config.seed)):
-        yield [dataset[row] for row in rows]
+def _batches(dataset: Dataset, config: SftConfig) -> Iterator[list[list[Sample]]]:
+    """Images in shuffled order, each as the samples that ask about it."""
+    images = dataset.rows_by_image()
+    for chosen, _ in batches(images, config.batch, Cursor(seed=config.seed)):
+        rows = [row for image in chosen for row in images[image]]
+        # Paths only propose what belongs together; the bytes decide.
+        together: dict[bytes, list[Sample]] = {}
+        for sample in dataset.samples(rows):
+            together.setdefault(sample.image_bytes, []).append(sample)
+        yield list(together.values())
 
 
 def _progress() -> Progress:
@@ -68,8 +78,8 @@ def _progress() -> Progress:
 def main(arguments: list[str]) -> None:
     if not arguments:
         raise ValueError("usage: python -m cluster.sft CONFIG [key=value …]")
-    path = sft(load_config(SftConfig, Path(arguments[0]), arguments[1:]))
-    print(f"the model lies in {path / 'model'}")
+    run = sft(load_config(SftConfig, Path(arguments[0]), arguments[1:]))
+    print(f"the model lies in {run.model}")
 
 
 if __name__ == "__main__":

@@ -54,9 +54,7 @@ class TorchvisionFinder:
     """Meta path finder of the one name `torchvision`; torch is imported only when torchvision is run."""
 
     @staticmethod
-    def find_spec(
-        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != "torchvision":
             return None
         spec = PathFinder.find_spec(name, path, target)

@@ -145,4 +145,6 @@ def _check_processor(config: Any, processor: Any) -> None:
     if found != expected:
         raise ValueError(f"the processor cuts patches of {found} (size, merge), the model expects {expected}")
     if processor.image_token_id != config.image_token_id:
-        raise ValueError(f"the image token is {processor.image_token_id} in the processor, {config.image_token_id} here")
+        raise ValueError(
+            f"the image token is {processor.image_token_id} in the processor, {config.image_token_id} here"
+        )

@@ -53,7 +53,11 @@ def train_sft(
     no longer finite, before the weights take it in."""
     model = reasoner.model.train()
     adam = torch.optim.AdamW(
-        model.parameters(), lr=optimizer.lr, weight_decay=optimizer.weight_decay, betas=(0.9, 0.95), fused=True
+        model.parameters(),
+        lr=optimizer.lr,
+        weight_decay=optimizer.weight_decay,
+        betas=(0.9, 0.95),
+        fused=True,
     )
     for step, images in zip(range(optimizer.steps), batches, strict=False):
         lr = optimizer.lr_at(step)
@@ -67,9 +71,7 @@ def train_sft(
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer.max_grad_norm)
         adam.step()
-        report(
-            SftStep(step=step, loss=loss.item(), grad_norm=norm.item(), lr=lr, tokens=len(packed.targets))
-        )
+        report(SftStep(step=step, loss=loss.item(), grad_norm=norm.item(), lr=lr, tokens=len(packed.targets)))
     model.eval()
 
 

@@ -79,7 +79,9 @@ def pack_groups(groups: Sequence[Branches], model: Any) -> PackedGroups:
         lengths = torch.tensor([len(group.prefix.token_ids), *map(len, group.branches)])
         owner[row, : len(tokens)] = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
         position_ids[:, row, : len(tokens)] = _positions(group, model)
-        sources.extend(torch.stack([torch.full_like(columns, row), columns]) for columns in _sources(lengths, group.skips))
+        sources.extend(
+            torch.stack([torch.full_like(columns, row), columns]) for columns in _sources(lengths, group.skips)
+        )
     scored = [tokens for group in groups for tokens in group.scored]
     return PackedGroups(
         token_ids=token_ids,

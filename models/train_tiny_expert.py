@@ -211,7 +211,10 @@ def train(sam: Sam, recipe: Recipe) -> None:
             reported = now
             rate = step * recipe.batch / (now - start)
             report = ", ".join(f"{kind.name} {dice:.3f}" for kind, dice in zip(PROMPT_KINDS, running, strict=True))
-            print(f"{now - start:5.0f} s, {rate:4.1f} images/s, loss {loss.item():.3f}, Dice: {report}", flush=True)
+            print(
+                f"{now - start:5.0f} s, {rate:4.1f} images/s, loss {loss.item():.3f}, Dice: {report}",
+                flush=True,
+            )
 
 
 def held_out(count: int, seed: int = 0) -> list[Phantom]:

@@ -1,10 +1,10 @@
 """Weighted terms to a reward.
 
-    scorer = Scorer.of_preset("mask")
-    reference = Reference.of_sample(sample, with_mask=scorer.uses_mask)
-    answer = parse_answer(completion.text).to_original(frames, Frame.MODEL)
-    mask = segment(answer) if scorer.needs_mask(answer) else None
-    reward = scorer.score(answer, reference, mask)     # reward.total, reward.parts["bbox_iou"]
+scorer = Scorer.of_preset("mask")
+reference = Reference.of_sample(sample, with_mask=scorer.uses_mask)
+answer = parse_answer(completion.text).to_original(frames, Frame.MODEL)
+mask = segment(answer) if scorer.needs_mask(answer) else None
+reward = scorer.score(answer, reference, mask)     # reward.total, reward.parts["bbox_iou"]
 """
 
 import math

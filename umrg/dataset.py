@@ -13,10 +13,14 @@ from typing import Any
 
 import pyarrow as pa
 
+from umrg.dataset_writer import write_rows
 from umrg.frames import Box, Point, PointPair
 from umrg.names import category_matches, category_name, modality_matches, modality_name
 from umrg.row_groups import Row, RowFile, RowGroups
 from umrg.sample import Sample
+from umrg.shuffling import Cursor, batches
+
+__all__ = ["Cursor", "Dataset", "RowInfo", "batches", "check_names", "write_rows"]
 
 _REQUIRED = (
     "images.bytes",
@@ -38,7 +42,8 @@ class RowInfo:
     """A row without its images.
 
     id: `extra_info.id`. query: the bare question. supercategory, category, modality: normalised names.
-    phrasing: "seen" or "held_out" where the row says so. file, row: where it is, counted within the file.
+    phrasing: "seen" or "held_out" where the row says so. image: the image's own path, "" where the row has none.
+    file, row: where the row is, counted within the file.
     """
 
     id: str
@@ -47,6 +52,7 @@ class RowInfo:
     category: str
     modality: str
     phrasing: str | None
+    image: str = ""
     file: Path
     row: int
 
@@ -117,6 +123,13 @@ class Dataset:
     def infos(self) -> Sequence[RowInfo]:
         return self._infos
 
+    def rows_by_image(self) -> list[list[int]]:
+        """Rows that name the same image file, together; a row without one stands alone."""
+        groups: dict[tuple[Path, str | int], list[int]] = {}
+        for index, info in enumerate(self._infos):
+            groups.setdefault((info.file, info.image or index), []).append(index)
+        return list(groups.values())
+
     def row(self, index: int) -> Row:
         """The row as it is in its file, unchecked."""
         info = self.info(index)
@@ -129,9 +142,7 @@ class Dataset:
         try:
             return pa.unify_schemas(schemas, promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise ValueError(
-                f"the columns of {_listed(self._files)} are of different types ({error})"
-            ) from error
+            raise ValueError(f"the columns of {_listed(self._files)} are of different types ({error})") from error
 
 
 def check_names(
@@ -184,15 +195,19 @@ def _read_infos(file: RowFile) -> Iterator[RowInfo]:
         )
     for name in _BINARY:
         if not (pa.types.is_binary(types[name]) or pa.types.is_large_binary(types[name])):
-            raise ValueError(
-                f"{file.path} has {name} of type {types[name]}; it must be binary (the encoded file)"
-            )
+            raise ValueError(f"{file.path} has {name} of type {types[name]}; it must be binary (the encoded file)")
     light = [
         "prompt",
+        *(path for path in _parquet_paths(file) if path.startswith("images.") and path.endswith(".path")),
         *(name for name in (*_REQUIRED, *_OPTIONAL) if name.startswith("extra_info.") and name in types),
     ]
     for number, row in enumerate(file.reader().read(columns=light).to_pylist()):
         yield _info(row, file.path, number)
+
+
+def _parquet_paths(file: RowFile) -> list[str]:
+    schema = file.metadata.schema
+    return [schema.column(i).path for i in range(len(schema))]
 
 
 def _leaves(schema: pa.Schema) -> Iterator[tuple[str, pa.DataType]]:
@@ -218,6 +233,7 @@ def _info(row: Row, file: Path, number: int) -> RowInfo:
         category=category_name(extra["category"]),
         modality=modality_name(extra.get("modality")),
         phrasing=extra.get("phrasing"),
+        image=next((image["path"] or "" for image in row.get("images") or () if image), ""),
         file=file,
         row=number,
     )
@@ -292,9 +308,7 @@ def _check_inside(sample: Sample, where: str) -> None:
     width, height = sample.size.width, sample.size.height
     box = "[" + ", ".join(f"{v:g}" for v in sample.box) + "]"
     if x1 > x2 or y1 > y2:
-        raise ValueError(
-            f"{where} has the inverted box {box}; it must be x1, y1, x2, y2 with x1 <= x2 and y1 <= y2"
-        )
+        raise ValueError(f"{where} has the inverted box {box}; it must be x1, y1, x2, y2 with x1 <= x2 and y1 <= y2")
     # Up to the full width: some annotators write the edge's coordinate instead of the last pixel's.
     if x1 < 0 or y1 < 0 or x2 > width or y2 > height:
         raise ValueError(f"{where} has the box {box} outside its image of {width}x{height} px")

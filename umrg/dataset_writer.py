@@ -1,6 +1,5 @@
 """Writing rows in the released schema."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from umrg.atomic import written_aside
 from umrg.row_groups import Row
 
 _FILE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -21,7 +21,10 @@ RELEASED_SCHEMA = pa.schema(
         ("masks", pa.list_(_FILE)),
         ("ability", pa.string()),
         ("reward_model", pa.struct([("ground_truth", pa.string()), ("style", pa.string())])),
-        ("extra_info", pa.struct([*((name, pa.string()) for name in _TEXTS), ("index", pa.int64())])),
+        (
+            "extra_info",
+            pa.struct([*((name, pa.string()) for name in _TEXTS), ("index", pa.int64()), ("no_target", pa.bool_())]),
+        ),
     ]
 )
 
@@ -40,19 +43,13 @@ def write_rows(
     that the schema lacks raise ValueError. `progress` is told the number of rows written so far, after each
     row group.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     written = 0
-    try:
-        with pq.ParquetWriter(aside, schema, compression="zstd") as writer:
-            for group in _groups(rows, rows_per_group):
-                _refuse_unknown_fields(group, schema)
-                writer.write_table(pa.Table.from_pylist(group, schema=schema), row_group_size=rows_per_group)
-                written += len(group)
-                progress(written)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with written_aside(path) as aside, pq.ParquetWriter(aside, schema, compression="zstd") as writer:
+        for group in _groups(rows, rows_per_group):
+            _refuse_unknown_fields(group, schema)
+            writer.write_table(pa.Table.from_pylist(group, schema=schema), row_group_size=rows_per_group)
+            written += len(group)
+            progress(written)
     return written
 
 
@@ -66,9 +63,7 @@ def _refuse_unknown_fields(rows: list[Row], schema: pa.Schema) -> None:
     columns = set(schema.names)
     fields = {field.name for field in schema.field("extra_info").type}
     for row in rows:
-        unknown = sorted((row.keys() - columns) | (row.get("extra_info", {}).keys() - fields))
+        unknown = sorted((row.keys() - columns) | ((row.get("extra_info") or {}).keys() - fields))
         if unknown:
             names = ", ".join(unknown)
-            raise ValueError(
-                f"a row has {names}, which the schema lacks; add it to the schema or leave it out"
-            )
+            raise ValueError(f"a row has {names}, which the schema lacks; add it to the schema or leave it out")

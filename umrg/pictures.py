@@ -99,9 +99,7 @@ def contact_sheet(tiles: Sequence[Tile], columns: int, *, side: int = 280, headi
     draw = ImageDraw.Draw(sheet)
     if heading:
         large = _font(round(line * 1.1))
-        draw.text(
-            (gap, head // 2), _wrapped(heading, large, sheet.width - 2 * gap, 1), _INK, large, anchor="lm"
-        )
+        draw.text((gap, head // 2), _wrapped(heading, large, sheet.width - 2 * gap, 1), _INK, large, anchor="lm")
     for number, (tile, (title, text)) in enumerate(zip(tiles, captions, strict=True)):
         left, top = gap + number % columns * (side + gap), head + number // columns * cell
         picture = Image.fromarray(_resized(tile.picture, side / max(tile.picture.shape[:2])))

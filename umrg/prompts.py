@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from umrg.atomic import written_aside
 from umrg.frames import Frame
 
 _SPECIAL = re.compile(r"<\|[^<>|]*\|>|<(?:image|video)>")
@@ -72,7 +73,7 @@ _UNITS = {
 
 
 class PromptStyle(StrEnum):
-    """`full`: the instructions a general model needs. `compact`: the bare query, for a model trained on nothing else."""
+    """`full`: the instructions a general model needs. `compact`: the bare query, for a model trained on it."""
 
     FULL = "full"
     COMPACT = "compact"
@@ -105,7 +106,8 @@ class PromptSpec(BaseModel):
             raise ValueError(f"{path} is not a prompt spec: {where} {first['msg']}") from error
 
     def save(self, folder: Path) -> None:
-        (folder / "prompt.json").write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
+        with written_aside(folder / "prompt.json") as aside:
+            aside.write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
 
 
 def prompt_messages(query: str, spec: PromptSpec) -> list[dict[str, Any]]:

@@ -89,9 +89,7 @@ class _Stream:
 
     def __init__(self, file: RowFile, group: int) -> None:
         self._key = (file.path, group)
-        self._batches: Iterator[pa.RecordBatch] = file.reader().iter_batches(
-            _STREAMED_ROWS, row_groups=[group]
-        )
+        self._batches: Iterator[pa.RecordBatch] = file.reader().iter_batches(_STREAMED_ROWS, row_groups=[group])
         self._first = 0
         self._batch = next(self._batches)
 

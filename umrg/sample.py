@@ -63,8 +63,8 @@ class Sample:
     def mask(self) -> NDArray[np.bool_]:
         """The reference mask, bool [H, W]: the union of the row's parts.
 
-        Raises ValueError where the row has no mask, one cannot be decoded, its size is not the image's, or it is empty
-        in a row that does not declare `extra_info.no_target`.
+        Raises ValueError where the row has no mask, one cannot be decoded or has another size than the image,
+        or it is empty in a row that does not declare `extra_info.no_target`.
         """
         if not self.mask_bytes:
             raise ValueError(f"{self.name} has no mask; add one to its `masks` or leave the row out")

@@ -1,6 +1,6 @@
 """A deterministic, endless, shuffled pass over a dataset's rows, with a cursor that can be saved."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,12 +25,13 @@ def epoch_order(length: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, epoch]).permutation(length)
 
 
-def batches(length: int, batch_size: int, cursor: Cursor) -> Iterator[tuple[list[int], Cursor]]:
+def batches(dataset: Sized, batch_size: int, cursor: Cursor) -> Iterator[tuple[list[int], Cursor]]:
     """Row numbers of batch after batch, each with the cursor that continues right after it; never ends.
 
     Every epoch gives each row once. A batch at an epoch's end is filled up from the next epoch, so none is
     dropped. Raises ValueError for no rows, an empty batch, or a cursor of another, longer dataset.
     """
+    length = len(dataset)
     if length < 1 or batch_size < 1:
         raise ValueError(f"batches of {batch_size} from {length} rows: both must be 1 or more")
     if cursor.position > length:

@@ -11,8 +11,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from umrg.dataset import Dataset, RowInfo, check_names
-from umrg.dataset_writer import write_rows
+from umrg.dataset import Dataset, RowInfo, check_names, write_rows
 from umrg.names import category_matches, category_name, modality_family, modality_matches, modality_name
 from umrg.prompts import clean_query
 from umrg.row_groups import Row
@@ -77,9 +76,7 @@ def plan_split(
     return split
 
 
-def _by_phrasing(
-    infos: Sequence[RowInfo], share: float, rng: np.random.Generator
-) -> tuple[list[str], list[bool]]:
+def _by_phrasing(infos: Sequence[RowInfo], share: float, rng: np.random.Generator) -> tuple[list[str], list[bool]]:
     queries = _held_queries(infos, share, rng)
     held = [_query_key(info) in queries for info in infos]
     return sorted({info.query for info, out in zip(infos, held, strict=True) if out}), held

@@ -140,15 +140,11 @@ def _in_turns(queues: Iterable[Sequence[int]]) -> list[int]:
     return [queue[turn] for turn in range(longest) for queue in waiting if turn < len(queue)]
 
 
-def sample_sheet(
-    dataset: Dataset, count: int, *, columns: int = 7, side: int = 280, seed: int = 0
-) -> Picture:
+def sample_sheet(dataset: Dataset, count: int, *, columns: int = 7, side: int = 280, seed: int = 0) -> Picture:
     """A contact sheet of rows spread over modalities and categories, with masks, boxes and points."""
     rows = spread(dataset.infos, count, seed)
     tiles = [_tile(sample, side) for sample in dataset.samples(rows)]
-    heading = (
-        f"{len(tiles)} of {len(dataset)} rows · tinted: mask · rectangle: box · disc and ring: key points"
-    )
+    heading = f"{len(tiles)} of {len(dataset)} rows · tinted: mask · rectangle: box · disc and ring: key points"
     return contact_sheet(tiles, columns, side=side, heading=heading)
 
 
@@ -167,7 +163,5 @@ def occupancy_sheet(found: Survey, *, columns: int = 6, side: int = 200) -> Pict
 
 
 def _tile(sample: Sample, side: int) -> Tile:
-    picture = overlay(
-        sample.image(), mask=sample.mask(), box=sample.box, points=sample.points, long_side=side
-    )
+    picture = overlay(sample.image(), mask=sample.mask(), box=sample.box, points=sample.points, long_side=side)
     return Tile(picture=picture, title=f"{sample.modality} · {sample.category}", text=sample.query)

@@ -89,7 +89,9 @@ def test_sizes_are_those_of_the_official_builders() -> None:
         with torch.device("meta"):
             official = sam_model_registry[name]().state_dict()
             ours = build_sam(PUBLISHED_EXPERTS[f"sam_{name}"].config).state_dict()
-        assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in official.items()}
+        assert {key: value.shape for key, value in ours.items()} == {
+            key: value.shape for key, value in official.items()
+        }
 
 
 def test_decoded_arrays_are_in_original_pixels_and_on_the_experts_grid() -> None:
@@ -208,9 +210,7 @@ def test_the_convert_command_writes_and_prints_the_digest(small_official: Path, 
     assert load_expert("sam_vit_b", checkpoint=out).digest() in outcome.output.replace("\n", "")
 
 
-def test_a_checkpoint_of_the_wrong_shape_names_the_first_differing_tensor(
-    small_official: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_of_the_wrong_shape_names_the_first_differing_tensor(small_official: Path, tmp_path: Path) -> None:
     weights = torch.load(small_official, weights_only=True)
     weights["image_encoder.patch_embed.proj.weight"] = torch.zeros(32, 3, 8, 8)
     weights["mask_decoder.iou_token.weight"] = torch.zeros(1, 32)

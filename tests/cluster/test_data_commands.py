@@ -22,9 +22,7 @@ def run(*arguments: str | Path) -> Result:
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "phantoms.parquet"
-    result = run(
-        "phantoms", path, "--count", "20", "--size", "112", "--modality", "ct", "--modality", "X-Ray"
-    )
+    result = run("phantoms", path, "--count", "20", "--size", "112", "--modality", "ct", "--modality", "X-Ray")
     assert result.exit_code == 0, result.output
     assert "20 rows" in result.output
     return path

@@ -25,9 +25,7 @@ def fake_nms(boxes, scores, iou_threshold):
 def run_with(packages: Path, program: str) -> subprocess.CompletedProcess[str]:
     """Run `program` in a process that knows only the shim in `packages`, from another working directory."""
     environment = os.environ | {"PYTHONPATH": str(packages), OFF_SWITCH: "1"}
-    start = (
-        f"import os; del os.environ['{OFF_SWITCH}']; exec(open('{packages}/{INSTALLED_NAME}.pth').read())\n"
-    )
+    start = f"import os; del os.environ['{OFF_SWITCH}']; exec(open('{packages}/{INSTALLED_NAME}.pth').read())\n"
     return subprocess.run(
         [sys.executable, "-c", start + program],
         env=environment,
@@ -75,9 +73,7 @@ print(shim.TorchvisionFinder.find_spec("torchvision"), shim.TorchvisionFinder.fi
     assert run_with(packages, program).stdout == "None None\n"
 
 
-@pytest.mark.parametrize(
-    ("torchvision", "needed"), [(CUDA_BUILD, True), ("", False), ("import nothing", False)]
-)
+@pytest.mark.parametrize(("torchvision", "needed"), [(CUDA_BUILD, True), ("", False), ("import nothing", False)])
 def test_it_is_installed_only_where_the_operators_are_what_is_missing(
     torchvision: str, needed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,7 +98,5 @@ def test_uninstall_leaves_nothing(packages: Path) -> None:
 
 def test_torchvision_of_this_environment_imports_in_any_working_directory() -> None:
     program = "from torchvision.transforms import v2; print(v2.Resize.__name__)"
-    outcome = subprocess.run(
-        [sys.executable, "-c", program], cwd="/", capture_output=True, text=True, check=False
-    )
+    outcome = subprocess.run([sys.executable, "-c", program], cwd="/", capture_output=True, text=True, check=False)
     assert outcome.stdout == "Resize\n", outcome.stderr

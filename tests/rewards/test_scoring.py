@@ -26,9 +26,7 @@ def square(x: int, y: int) -> np.ndarray:
     return mask
 
 
-REFERENCE = Reference(
-    box=(10, 20, 49, 59), points=((20, 30), (40, 50)), size=Size(100, 80), mask=square(10, 20)
-)
+REFERENCE = Reference(box=(10, 20, 49, 59), points=((20, 30), (40, 50)), size=Size(100, 80), mask=square(10, 20))
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -139,9 +139,7 @@ def test_a_scaled_image_gives_the_same_reward_where_thresholds_scale(
     size = Size(int(840 * k), int(840 * k))
     there = Reference(box=scaled_box(reference.box), points=scaled_pair(reference.points), size=size)
     here = score(SCALED, box, points, reference)
-    assert score(SCALED, scaled_box(box), scaled_pair(points), there).parts == pytest.approx(
-        here.parts, abs=1.01e-4
-    )
+    assert score(SCALED, scaled_box(box), scaled_pair(points), there).parts == pytest.approx(here.parts, abs=1.01e-4)
 
 
 @relaxed

@@ -148,9 +148,7 @@ def test_an_answer_is_well_formed_with_some_reasoning_where_that_was_asked(
         ("", False),
     ],
 )
-def test_strict_is_one_think_block_if_any_then_one_answer_block_and_nothing_else(
-    completion: str, strict: bool
-) -> None:
+def test_strict_is_one_think_block_if_any_then_one_answer_block_and_nothing_else(completion: str, strict: bool) -> None:
     assert parse_answer(completion).strict is strict
 
 
@@ -164,9 +162,7 @@ coordinates = st.integers(0, 10_000).map(float)
     st.tuples(st.tuples(coordinates, coordinates), st.tuples(coordinates, coordinates)),
     st.one_of(st.none(), st.text(st.characters(exclude_characters="<>"))),
 )
-def test_what_is_written_is_read_back(
-    x: list[float], y: list[float], points: PointPair, think: str | None
-) -> None:
+def test_what_is_written_is_read_back(x: list[float], y: list[float], points: PointPair, think: str | None) -> None:
     box: Box = (x[0], y[0], x[1], y[1])
     answer = parse_answer(format_answer(box=box, points=points, think=think))
     reasoning = None if think is None else think.strip()

@@ -18,18 +18,14 @@ pairs = st.tuples(st.tuples(number, number), st.tuples(number, number))
 
 
 @given(frames_of_images, frame, frame, st.tuples(number, number, number, number), pairs)
-def test_there_and_back_again(
-    frames: Frames, source: Frame, target: Frame, box: Box, points: PointPair
-) -> None:
+def test_there_and_back_again(frames: Frames, source: Frame, target: Frame, box: Box, points: PointPair) -> None:
     assert frames.box(frames.box(box, source, target), target, source) == pytest.approx(box)
     back = frames.points(frames.points(points, source, target), target, source)
     assert np.asarray(back) == pytest.approx(np.asarray(points))
 
 
 @given(frames_of_images, frame, frame)
-def test_the_whole_image_is_the_whole_image_in_every_frame(
-    frames: Frames, source: Frame, target: Frame
-) -> None:
+def test_the_whole_image_is_the_whole_image_in_every_frame(frames: Frames, source: Frame, target: Frame) -> None:
     old, new = frames.size(source), frames.size(target)
     whole = frames.box((0, 0, old.width, old.height), source, target)
     assert whole == pytest.approx((0, 0, new.width, new.height))

@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from umrg import phantoms
-from umrg.dataset import Dataset, RowInfo
-from umrg.dataset_writer import write_rows
+from umrg.dataset import Dataset, RowInfo, write_rows
 from umrg.names import modality_family
 from umrg.split import SplitBy, plan_split, write_split
+
+# A busy machine is slow without being wrong.
+steady = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 CATEGORIES = ("liver", "kidney", "left kidney", "spleen")
 MODALITIES = ("CT", "MRI", "MRI-FLAIR", "X-ray")
@@ -35,9 +37,7 @@ def info(number: int, query: str, category: str, modality: str, phrasing: str | 
 def infos(draw: st.DrawFn) -> list[RowInfo]:
     """Rows whose queries recur within and across categories, in varying case."""
     rows = st.tuples(
-        st.sampled_from(
-            ["Where is bile made?", "where is  bile made?", "What filters blood?", "What is big?", "Why?"]
-        ),
+        st.sampled_from(["Where is bile made?", "where is  bile made?", "What filters blood?", "What is big?", "Why?"]),
         st.sampled_from(CATEGORIES),
         st.sampled_from(MODALITIES),
         st.sampled_from([None, "seen", "held_out"]) if draw(st.booleans()) else st.none(),
@@ -52,6 +52,7 @@ def key(by: SplitBy, row: RowInfo) -> str:
 
 
 @given(rows=infos(), by=st.sampled_from(SplitBy), share=st.floats(0.05, 0.95), seed=st.integers(0, 99))
+@steady
 def test_nothing_that_is_held_out_is_on_both_sides(
     rows: Sequence[RowInfo], by: SplitBy, share: float, seed: int
 ) -> None:
@@ -66,11 +67,12 @@ def test_nothing_that_is_held_out_is_on_both_sides(
     assert split == plan_split(rows, by, share=share, seed=seed)
 
 
-@given(rows=infos())
-def test_by_name_a_share_of_the_names_is_held_out(rows: Sequence[RowInfo]) -> None:
-    names = {row.category for row in rows}
-    if len(names) == 4:
-        assert len(plan_split(rows, SplitBy.CATEGORY, share=0.5).held_names) == 2
+@pytest.mark.parametrize(("share", "count"), [(0.01, 1), (0.25, 1), (0.5, 2), (0.99, 3)])
+def test_by_name_a_share_of_the_names_is_held_out_but_never_all(share: float, count: int) -> None:
+    rows = [info(i, "?", CATEGORIES[i % 4], "CT", None) for i in range(20)]
+    split = plan_split(rows, SplitBy.CATEGORY, share=share)
+    assert len(split.held_names) == count
+    assert {rows[i].category for i in split.held_out} == set(split.held_names)
 
 
 def test_phrasings_that_are_marked_are_held_out_and_the_seen_ones_stay() -> None:
@@ -86,11 +88,7 @@ def test_phrasings_that_are_marked_are_held_out_and_the_seen_ones_stay() -> None
 
 
 def test_without_marks_every_category_with_two_queries_gives_some() -> None:
-    rows = [
-        info(10 * k + j, f"{name} {j}?", name, "CT", None)
-        for k, name in enumerate(CATEGORIES)
-        for j in range(10)
-    ]
+    rows = [info(10 * k + j, f"{name} {j}?", name, "CT", None) for k, name in enumerate(CATEGORIES) for j in range(10)]
     split = plan_split([*rows, info(99, "only one", "aorta", "CT", None)], SplitBy.PHRASING, share=0.3)
     assert [sum(rows[i].category == name for i in split.held_out) for name in CATEGORIES] == [3, 3, 3, 3]
     assert len(split.train) == 29

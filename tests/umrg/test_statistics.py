@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from umrg import phantoms
-from umrg.dataset import Dataset
-from umrg.dataset_writer import write_rows
+from umrg.dataset import Dataset, write_rows
 from umrg.sample import Sample, encode_png
 from umrg.statistics import Measurement, measure, occupancy_sheet, sample_sheet, spread, summary, survey
 

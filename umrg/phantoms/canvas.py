@@ -116,12 +116,7 @@ class Canvas:
         """Anatomy x and y of every pixel, each [S, S]."""
         axis = np.arange(self.size, dtype=np.float64)
         pixels = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
-        x, y = (
-            self.pose.to_anatomy(pixels)
-            .astype(np.float32)
-            .reshape(self.size, self.size, 2)
-            .transpose(2, 0, 1)
-        )
+        x, y = self.pose.to_anatomy(pixels).astype(np.float32).reshape(self.size, self.size, 2).transpose(2, 0, 1)
         return x, y
 
     def _blend(self, window: Window, coverage: Field, tone: Tone, texture: Field | None) -> None:
@@ -157,9 +152,7 @@ def _window(points: Outline, size: int, margin: int) -> Window | None:
 
 def _layer(window: Window) -> Image.Image:
     rows, columns = window
-    return Image.new(
-        "L", ((columns.stop - columns.start) * _SUPERSAMPLING, (rows.stop - rows.start) * _SUPERSAMPLING)
-    )
+    return Image.new("L", ((columns.stop - columns.start) * _SUPERSAMPLING, (rows.stop - rows.start) * _SUPERSAMPLING))
 
 
 def _in_layer(points: Outline, window: Window) -> list[tuple[float, float]]:

@@ -20,9 +20,7 @@ STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.10, 1.10, 0.95]], 
 def smooth_noise(rng: np.random.Generator, size: int, cells: int, cells_down: int | None = None) -> Field:
     """Noise [S, S] of about unit variance: `cells` grains across, `cells_down` (or as many) down."""
     coarse = rng.standard_normal((cells_down or cells, cells)).astype(np.float32)
-    return np.asarray(
-        Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32
-    )
+    return np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32)
 
 
 def grain(rng: np.random.Generator, image: Field, amount: float) -> Field:

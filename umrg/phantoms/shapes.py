@@ -129,9 +129,7 @@ def ribbon(line: Outline, widths: float | NDArray[np.float64]) -> Outline:
     """A band along a polyline [N, 2], of one full width or of one width a vertex."""
     half = np.broadcast_to(np.asarray(widths, dtype=np.float64), len(line))[:, None] / 2
     along = np.gradient(line, axis=0)
-    normal = np.stack([-along[:, 1], along[:, 0]], axis=1) / (
-        np.linalg.norm(along, axis=1, keepdims=True) + 1e-9
-    )
+    normal = np.stack([-along[:, 1], along[:, 0]], axis=1) / (np.linalg.norm(along, axis=1, keepdims=True) + 1e-9)
     return np.concatenate([line + normal * half, (line - normal * half)[::-1]])
 
 

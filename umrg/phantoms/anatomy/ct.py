@@ -32,9 +32,7 @@ def draw(rng: np.random.Generator, size: int) -> Canvas:
     canvas.line(np.array([(-1.3, .86), (-.6, .92), (.6, .92), (1.3, .86)]), 0.35, width=0.025)  # fmt: skip
     _body_wall(canvas, rng)
     _bowel(canvas, rng)
-    liver = canvas.paint(
-        vary(rng, spline(LIVER), jitter=0), rng.uniform(0.52, 0.60), name="liver", texture=noise
-    )
+    liver = canvas.paint(vary(rng, spline(LIVER), jitter=0), rng.uniform(0.52, 0.60), name="liver", texture=noise)
     _liver_vessels(canvas, rng, liver)
     _liver_tumour(canvas, rng, liver)
     _stomach(canvas, rng)
@@ -45,9 +43,7 @@ def draw(rng: np.random.Generator, size: int) -> Canvas:
     canvas.paint(ellipse((-0.20, 0.04), (0.10, 0.08)), 0.66)
     aorta = rng.uniform((0.02, -0.02), (0.1, 0.03))
     radius = rng.uniform(0.115, 0.16)
-    canvas.paint(
-        ellipse((float(aorta[0]), float(aorta[1])), (radius, radius)), rng.uniform(0.86, 0.94), name="aorta"
-    )
+    canvas.paint(ellipse((float(aorta[0]), float(aorta[1])), (radius, radius)), rng.uniform(0.86, 0.94), name="aorta")
     canvas.image = looks.grain(rng, looks.soften(canvas.image, 0.7 * size / 224), rng.uniform(0.02, 0.05))
     return canvas
 

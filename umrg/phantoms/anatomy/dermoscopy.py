@@ -18,9 +18,7 @@ def draw(rng: np.random.Generator, size: int) -> Canvas:
     canvas.image += (looks.smooth_noise(rng, size, size // 4) * np.float32(0.02))[..., None]
     kinds = rng.permutation(LESIONS)[: int(rng.integers(2, 5))].tolist()
     radii = rng.uniform(0.32, 0.50, len(kinds)).tolist()
-    for kind, place, radius in zip(
-        kinds, scatter(rng, radii, reach=(0.58, 0.58), gap=0.02), radii, strict=True
-    ):
+    for kind, place, radius in zip(kinds, scatter(rng, radii, reach=(0.58, 0.58), gap=0.02), radii, strict=True):
         if place is not None:
             _PAINTERS[kind](canvas, rng, place, radius)
     if rng.random() < 0.6:
@@ -87,9 +85,7 @@ def _hairs(canvas: Canvas, rng: np.random.Generator) -> None:
 def _ruler(canvas: Canvas) -> None:
     for tick in np.linspace(-0.9, 0.9, 19):
         height = 0.12 if abs(tick * 10 % 5) < 0.5 else 0.07
-        canvas.line(
-            np.array([(tick, 0.98), (tick, 0.98 - height)]), (0.1, 0.1, 0.12), width=0.012, opacity=0.8
-        )
+        canvas.line(np.array([(tick, 0.98), (tick, 0.98 - height)]), (0.1, 0.1, 0.12), width=0.012, opacity=0.8)
 
 
 _PAINTERS = {

@@ -39,9 +39,7 @@ def _wall(canvas: Canvas, rng: np.random.Generator, lumen: XY, radius: float) ->
     canvas.image += (looks.smooth_noise(rng, size, 8) * np.float32(0.03))[..., None]
     # Folds at equal steps of log distance: evenly spaced rings of a tube, seen in perspective.
     reach = np.maximum(distance * size / (2 * canvas.pose.unit * radius), 0.5)
-    phase = np.float32(rng.uniform(7, 10)) * np.log(reach) + looks.smooth_noise(rng, size, 5) * np.float32(
-        0.6
-    )
+    phase = np.float32(rng.uniform(7, 10)) * np.log(reach) + looks.smooth_noise(rng, size, 5) * np.float32(0.6)
     crease = np.clip(np.cos(phase), 0, 1) ** 3
     crest = np.clip(np.cos(phase - 1.1), 0, 1)
     canvas.image *= (1 - np.float32(0.30) * crease + np.float32(0.10) * crest)[..., None]
@@ -61,9 +59,7 @@ def _polyp(canvas: Canvas, rng: np.random.Generator, place: XY, radius: float) -
     canvas.paint(outline, (0.72, 0.22, 0.20), name="polyp", texture=bumps)
     canvas.paint((outline - place) * 0.78 + (x - 0.02, y - 0.03), (0.92, 0.42, 0.38), soft=0.07, hides=False)
     canvas.paint((outline - place) * 0.40 + (x - 0.04, y - 0.06), (1.0, 0.60, 0.56), soft=0.05, hides=False)
-    canvas.paint(
-        ellipse((x - radius * 0.3, y - radius * 0.4), (0.05, 0.03), 30), (1, 1, 1), soft=0.008, hides=False
-    )
+    canvas.paint(ellipse((x - radius * 0.3, y - radius * 0.4), (0.05, 0.03), 30), (1, 1, 1), soft=0.008, hides=False)
 
 
 def _ulcer(canvas: Canvas, rng: np.random.Generator, place: XY, radius: float) -> None:
@@ -89,9 +85,7 @@ def _forceps(canvas: Canvas, rng: np.random.Generator, goal: XY) -> None:
     canvas.paint(tube([entry, joint], 0.13), (0.50, 0.55, 0.60), name="forceps")
     canvas.paint(tube([entry, joint], 0.05), (0.86, 0.90, 0.94), hides=False)
     for way in (-1, 1):
-        jaw = tube(
-            [joint, (joint + tip) / 2 + side * way * 0.07, tip + side * way * 0.13], [0.06, 0.09, 0.05]
-        )
+        jaw = tube([joint, (joint + tip) / 2 + side * way * 0.07, tip + side * way * 0.13], [0.06, 0.09, 0.05])
         canvas.paint(jaw, (0.72, 0.76, 0.80), name="forceps")
 
 

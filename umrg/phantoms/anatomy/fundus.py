@@ -39,16 +39,12 @@ def draw(rng: np.random.Generator, size: int) -> Canvas:
 def _vessels(canvas: Canvas, rng: np.random.Generator) -> None:
     for knots in ARCADES:
         for tone, width, sway in (((0.46, 0.06, 0.05), 0.038, 0.02), ((0.66, 0.14, 0.08), 0.024, 0.05)):
-            path = np.array(knots) + np.linspace(0, 1, len(knots))[:, None] * rng.normal(
-                0, sway, (len(knots), 2)
-            )
+            path = np.array(knots) + np.linspace(0, 1, len(knots))[:, None] * rng.normal(0, sway, (len(knots), 2))
             canvas.line(curve(path), tone, width=width, opacity=0.85)
             for _ in range(3):
                 knot = int(rng.integers(1, len(path)))
                 ahead = rotate(path[knot] - path[knot - 1], rng.choice((-1, 1)) * rng.uniform(25, 60))
-                twig = curve(
-                    [path[knot], path[knot] + ahead * 0.5 + rng.normal(0, 0.02, 2), path[knot] + ahead]
-                )
+                twig = curve([path[knot], path[knot] + ahead * 0.5 + rng.normal(0, 0.02, 2), path[knot] + ahead])
                 canvas.line(twig, tone, width=width * 0.45, opacity=0.7)
 
 

@@ -28,9 +28,7 @@ def draw(rng: np.random.Generator, size: int) -> Canvas:
     breast = canvas.paint(spline(BREAST), 0.22, soft=0.03)
     _fibres(canvas, rng, breast)
     nipple = np.array([0.60, 0.14]) + rng.normal(0, 0.02, 2)
-    canvas.paint(
-        blob(rng, (nipple[0], nipple[1]), (0.15, 0.12), roughness=0.05), 0.70, name="nipple", soft=0.02
-    )
+    canvas.paint(blob(rng, (nipple[0], nipple[1]), (0.15, 0.12), roughness=0.05), 0.70, name="nipple", soft=0.02)
     muscle = vary(rng, spline(MUSCLE), shift=0.08, stretch=0.10, jitter=0, turn=8)
     chest = canvas.paint(muscle, 0.70, name="pectoral muscle", soft=0.02, within=breast)
     canvas.image += chest * looks.smooth_noise(rng, size, 6, 40) * np.float32(0.03)
@@ -42,13 +40,9 @@ def draw(rng: np.random.Generator, size: int) -> Canvas:
 
 def _fibres(canvas: Canvas, rng: np.random.Generator, breast: Mask) -> None:
     density = np.float32(rng.uniform(0.06, 0.20))
-    web = looks.smooth_noise(rng, canvas.size, 12) + looks.smooth_noise(rng, canvas.size, 36) * np.float32(
-        0.7
-    )
+    web = looks.smooth_noise(rng, canvas.size, 12) + looks.smooth_noise(rng, canvas.size, 36) * np.float32(0.7)
     gland = vary(rng, spline(GLAND), jitter=0)
-    canvas.paint(
-        gland, 0.30 + float(density), soft=0.08, texture=web * density * np.float32(0.6), within=breast
-    )
+    canvas.paint(gland, 0.30 + float(density), soft=0.08, texture=web * density * np.float32(0.6), within=breast)
     end = np.array([0.5, 0.15])
     for _ in range(9):
         start = rng.uniform((-0.7, -0.5), (-0.1, 0.6))
@@ -60,9 +54,7 @@ def _node(canvas: Canvas, rng: np.random.Generator, breast: Mask) -> None:
     if rng.random() < 0.4:
         return
     centre = rng.uniform((-0.62, -0.72), (-0.34, -0.42))
-    outline = ellipse(
-        (centre[0], centre[1]), (rng.uniform(0.16, 0.21), rng.uniform(0.12, 0.15)), rng.uniform(20, 80)
-    )
+    outline = ellipse((centre[0], centre[1]), (rng.uniform(0.16, 0.21), rng.uniform(0.12, 0.15)), rng.uniform(20, 80))
     node = canvas.paint(outline, 0.92, name="lymph node", within=breast)
     canvas.paint((outline - centre) * 0.5 + centre + (0.03, 0), 0.45, within=node, hides=False)
 

@@ -50,9 +50,7 @@ def draw(rng: np.random.Generator, size: int) -> Canvas:
 
 
 def _sagittal(rng: np.random.Generator, size: int) -> Canvas:
-    canvas = Canvas(
-        size, Pose.sample(rng, size, zoom=(0.84, 1.22), shift=(0.26, 0.24), turn=18, mirror=0.3), 0.0
-    )
+    canvas = Canvas(size, Pose.sample(rng, size, zoom=(0.84, 1.22), shift=(0.26, 0.24), turn=18, mirror=0.3), 0.0)
     canvas.paint(spline(SCALP), 0.66)
     canvas.paint(
         spline(np.array(SCALP) * 0.965 + (0.015, 0.01)),
@@ -66,9 +64,7 @@ def _sagittal(rng: np.random.Generator, size: int) -> Canvas:
     _sulci(canvas, rng, brain)
     canvas.paint(vary(rng, spline(CEREBELLUM), shift=0.02, jitter=0, turn=5), 0.62, name="cerebellum")
     _folia(canvas, canvas.masks["cerebellum"])
-    canvas.paint(
-        vary(rng, spline(BRAINSTEM), shift=0.01, jitter=0, turn=4, stretch=0.08), 0.80, name="brainstem"
-    )
+    canvas.paint(vary(rng, spline(BRAINSTEM), shift=0.01, jitter=0, turn=4, stretch=0.08), 0.80, name="brainstem")
     ventricle = spline(VENTRICLE)
     swelling = rng.uniform(1.0, 1.45)
     canvas.paint(
@@ -137,9 +133,7 @@ def _axial(rng: np.random.Generator, size: int) -> Canvas:
     for side in (-1, 1):
         horn = vary(rng, spline(HORN), shift=0.01, stretch=0.06, jitter=0, turn=3)
         canvas.paint(horn * (side * swelling * 1.1, 1.1), 0.06, name="ventricle")
-        canvas.paint(
-            ellipse((side * 0.22 * swelling, 0.02), (0.09, 0.16), side * -12), 0.56, hides=False, opacity=0.7
-        )
+        canvas.paint(ellipse((side * 0.22 * swelling, 0.02), (0.09, 0.16), side * -12), 0.56, hides=False, opacity=0.7)
     places = [(-.40, -.40), (.42, -.36), (-.46, .10), (.46, .16), (.32, .52), (-.34, .54)]  # fmt: skip
     _tumour(canvas, rng, places, brain)
     return canvas

@@ -36,9 +36,7 @@ def draw(rng: np.random.Generator, size: int) -> Canvas:
     if "fluid" in lesions:
         canvas.fill(fluid_gap, 0.05, name="subretinal fluid")
     if "detachment" in lesions:
-        canvas.fill(
-            (y > surfaces.pigment + 0.07) & (y <= surfaces.bruch), 0.42, name="pigment epithelium detachment"
-        )
+        canvas.fill((y > surfaces.pigment + 0.07) & (y <= surfaces.bruch), 0.42, name="pigment epithelium detachment")
     if "cyst" in lesions:
         _cyst(canvas, rng, x, y, surfaces)
     image = looks.speckle(rng, canvas.image, amount=0.55, across=size // 2, down=size)
@@ -57,9 +55,7 @@ def _surfaces(rng: np.random.Generator, x: looks.Field, lesions: list[str]) -> S
     pit = 0.22 * np.exp(-((x / 0.22) ** 2))
     thickness = np.float32(rng.uniform(0.44, 0.56)) - pit
     choroid = np.float32(rng.uniform(0.22, 0.36)) + np.float32(0.02) * np.sin(5 * x)
-    return Surfaces(
-        inner=outer - thickness, outer=outer, pigment=pigment, bruch=bruch, sclera=bruch + choroid
-    )
+    return Surfaces(inner=outer - thickness, outer=outer, pigment=pigment, bruch=bruch, sclera=bruch + choroid)
 
 
 def _dome(rng: np.random.Generator, x: looks.Field, place: float, height: tuple[float, float]) -> looks.Field:
@@ -79,16 +75,12 @@ def _layers(canvas: Canvas, rng: np.random.Generator, y: looks.Field, surfaces: 
     vessels = looks.smooth_noise(rng, canvas.size, 22, 26)
     choroid = (y > surfaces.bruch) & (y <= surfaces.sclera)
     fade = np.clip(1.2 - 1.2 * (y - surfaces.bruch) / (surfaces.sclera - surfaces.bruch), 0.4, 1)
-    canvas.fill(
-        choroid, (fade * np.where(vessels > 0.35, 0.26, 0.62)).astype(np.float32)[choroid], name="choroid"
-    )
+    canvas.fill(choroid, (fade * np.where(vessels > 0.35, 0.26, 0.62)).astype(np.float32)[choroid], name="choroid")
     behind = y > surfaces.sclera
     canvas.fill(behind, np.clip(0.30 - 0.5 * (y - surfaces.sclera), 0.05, 1)[behind].astype(np.float32))
 
 
-def _cyst(
-    canvas: Canvas, rng: np.random.Generator, x: looks.Field, y: looks.Field, surfaces: Surfaces
-) -> None:
+def _cyst(canvas: Canvas, rng: np.random.Generator, x: looks.Field, y: looks.Field, surfaces: Surfaces) -> None:
     place = float(rng.choice((-0.42, 0.42)) + rng.normal(0, 0.10))
     near = np.abs(x - place) < 0.02
     if not near.any():

@@ -39,9 +39,7 @@ def _stroma(canvas: Canvas, rng: np.random.Generator) -> None:
     _nuclei(canvas, rng, rng.uniform(-1.3, 1.3, (150, 2)), 0.017, 0.9)
 
 
-def _nuclei(
-    canvas: Canvas, rng: np.random.Generator, centres: Outline, radius: float, density: float
-) -> None:
+def _nuclei(canvas: Canvas, rng: np.random.Generator, centres: Outline, radius: float, density: float) -> None:
     sizes = radius * rng.uniform(0.75, 1.3, len(centres))
     canvas.dots(centres, sizes.tolist(), (density, 0.25, 0.0), opacity=0.9)
 
@@ -56,9 +54,7 @@ def _inside(rng: np.random.Generator, outline: Outline, count: int) -> Outline:
 
 
 def _gland(canvas: Canvas, rng: np.random.Generator, place: XY, radius: float) -> None:
-    outline = blob(
-        rng, place, (radius, radius * rng.uniform(0.7, 1.0)), roughness=0.08, angle=rng.uniform(0, 180)
-    )
+    outline = blob(rng, place, (radius, radius * rng.uniform(0.7, 1.0)), roughness=0.08, angle=rng.uniform(0, 180))
     canvas.paint(outline, (0.34, 0.42, 0.0), name="gland")
     _nuclei(canvas, rng, (outline[::3] - place) * 0.88 + place, 0.034, 1.35)
     _nuclei(canvas, rng, (outline[1::4] - place) * 0.74 + place, 0.026, 1.2)
@@ -73,9 +69,7 @@ def _tumour_nest(canvas: Canvas, rng: np.random.Generator, place: XY, radius: fl
 
 
 def _arteriole(canvas: Canvas, rng: np.random.Generator, place: XY, radius: float) -> None:
-    outline = blob(
-        rng, place, (radius, radius * rng.uniform(0.75, 1.0)), roughness=0.05, angle=rng.uniform(0, 180)
-    )
+    outline = blob(rng, place, (radius, radius * rng.uniform(0.75, 1.0)), roughness=0.05, angle=rng.uniform(0, 180))
     canvas.paint(outline, (0.12, 0.62, 0.0), name="arteriole")
     for ring in (0.94, 0.80, 0.68):
         path = (outline - place) * ring + place
@@ -100,9 +94,7 @@ def _fat_tissue(canvas: Canvas, rng: np.random.Generator, place: XY, radius: flo
     whole = canvas.paint(outline, (0.15, 0.50, 0.0), name="fat tissue")
     cell = radius * rng.uniform(0.24, 0.30)
     row, column = (axis.ravel() for axis in np.meshgrid(np.arange(-5, 6), np.arange(-5, 6)))
-    cells = np.stack([(column + 0.5 * (row % 2)) * 1.02, row * 0.88], axis=1) * cell + rng.normal(
-        0, 0.012, (121, 2)
-    )
+    cells = np.stack([(column + 0.5 * (row % 2)) * 1.02, row * 0.88], axis=1) * cell + rng.normal(0, 0.012, (121, 2))
     cells = cells[np.hypot(*cells.T) < radius * 1.05] + place
     canvas.dots(cells, (cell * rng.uniform(0.44, 0.53, len(cells))).tolist(), PALE, within=whole)
 

@@ -33,9 +33,7 @@ def _beam(size: int) -> tuple[looks.Field, looks.Field]:
 
 
 def _tissue(rng: np.random.Generator, size: int, tone: float) -> Canvas:
-    canvas = Canvas(
-        size, Pose.sample(rng, size, zoom=(0.84, 1.15), shift=(0.16, 0.16), turn=20, mirror=0.3), tone
-    )
+    canvas = Canvas(size, Pose.sample(rng, size, zoom=(0.84, 1.15), shift=(0.16, 0.16), turn=20, mirror=0.3), tone)
     canvas.image += looks.smooth_noise(rng, size, 9) * np.float32(0.05)
     return canvas
 

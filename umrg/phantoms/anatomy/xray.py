@@ -33,9 +33,7 @@ def draw(rng: np.random.Generator, size: int) -> Canvas:
     right = canvas.paint(
         vary(rng, spline(RIGHT_LUNG), shift=0.03, jitter=0, turn=4), 0.14, name="right lung", soft=0.012
     )
-    left = canvas.paint(
-        vary(rng, spline(LEFT_LUNG), shift=0.03, jitter=0, turn=4), 0.14, name="left lung", soft=0.012
-    )
+    left = canvas.paint(vary(rng, spline(LEFT_LUNG), shift=0.03, jitter=0, turn=4), 0.14, name="left lung", soft=0.012)
     lungs = right | left
     canvas.image += lungs * looks.smooth_noise(rng, size, size // 8) * np.float32(0.02)
     _lung_vessels(canvas, rng)

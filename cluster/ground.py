@@ -1,0 +1,87 @@
+"""One image: `medreasoner ground IMAGE "QUERY"`."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.experts.protocol import Expert
+from actors.experts.registry import load_expert
+from learner.reasoner import Reasoner, load_reasoner
+from umrg.answers import Answer, parse_answer
+from umrg.atomic import written_aside
+from umrg.pictures import overlay
+from umrg.prompts import clean_query
+from umrg.sample import decode_image, encode_png
+
+MAX_TOKENS = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grounding:
+    """A reasoner's answer about one image and the expert's mask.
+
+    answer: in original pixels. completion: the text as generated. image: uint8 [H, W, 3]. mask: bool [H, W], and
+    score, the expert's prediction of its IoU; None where box and points were malformed.
+    """
+
+    answer: Answer
+    completion: str
+    image: NDArray[np.uint8]
+    mask: NDArray[np.bool_] | None
+    score: float | None
+
+    def save(self, out: Path, name: str) -> list[Path]:
+        """Write `<name>.overlay.png`, `<name>.json` and, where there is one, `<name>.mask.png` into `out`."""
+        picture = overlay(self.image, mask=self.mask, box=self.answer.box, points=self.answer.points)
+        files = {f"{name}.overlay.png": encode_png(picture), f"{name}.json": self._record()}
+        if self.mask is not None:
+            files[f"{name}.mask.png"] = encode_png(self.mask)
+        for file, content in files.items():
+            with written_aside(out / file) as aside:
+                aside.write_bytes(content)
+        return [out / file for file in files]
+
+    def _record(self) -> bytes:
+        answer = self.answer
+        fields = {
+            "reasoning": answer.think,
+            "bbox": answer.box,
+            "points": answer.points,
+            "score": self.score,
+            "completion": self.completion,
+        }
+        return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def ground(image: NDArray[np.uint8], query: str, reasoner: Reasoner, expert: Expert) -> Grounding:
+    """Ask about an image uint8 [H, W, 3], greedily, and let the expert draw the mask."""
+    prompt = reasoner.encode(query, reasoner.encode_image(image))
+    (completion,) = reasoner.generate([prompt], max_tokens=MAX_TOKENS)
+    answer = parse_answer(completion).to_original(prompt.image.frames, reasoner.prompt.frame)
+    if answer.box is None or answer.points is None:
+        return Grounding(answer=answer, completion=completion, image=image, mask=None, score=None)
+    decoded = expert.decode(expert.embed(image), boxes=np.array([answer.box]), points=np.array([answer.points]))
+    return Grounding(
+        answer=answer,
+        completion=completion,
+        image=image,
+        mask=decoded.masks[0],
+        score=float(decoded.scores[0]),
+    )
+
+
+def ground_file(
+    path: Path, query: str, *, model: Path, expert: str, checkpoint: Path | None, out: Path
+) -> tuple[Grounding, list[Path]]:
+    """Ground a query in an image file and save what comes out. Checks the input before a model is loaded."""
+    if not clean_query(query):
+        raise ValueError("the query is empty; ask about something in the image")
+    try:
+        image = decode_image(path.read_bytes(), str(path))
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ValueError(f"{path} is not a file; give the path of an image") from error
+    found = ground(image, query, load_reasoner(model), load_expert(expert, checkpoint=checkpoint))
+    return found, found.save(out, path.stem)

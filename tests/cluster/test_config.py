@@ -1,0 +1,61 @@
+"""Configuration: YAML, overrides, and errors that name the nearest right key."""
+
+import pytest
+
+from cluster.config import SftConfig, load_config, save_config
+
+CONFIG = """
+name: trial
+model: models/tiny-reasoner
+data: {train: [a.parquet]}
+learner: {lr: 1.0e-4}
+steps: 10
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+def test_overrides_lie_over_the_file(config):
+    loaded = load_config(SftConfig, config, ["learner.lr=0.001", "data.train=[b.parquet, c.parquet]", "seed=3"])
+    assert loaded.learner.lr == 0.001
+    assert [path.name for path in loaded.data.train] == ["b.parquet", "c.parquet"]
+    assert loaded.seed == 3 and loaded.steps == 10
+
+
+def test_the_resolved_config_is_read_again_as_it_was(config, tmp_path):
+    loaded = load_config(SftConfig, config, ["seed=5"])
+    save_config(loaded, tmp_path / "resolved.yaml")
+    assert load_config(SftConfig, tmp_path / "resolved.yaml") == loaded
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("learner.lrr=1", r"unknown key 'learner.lrr'; did you mean 'lr'\?"),
+        ("stepz=1", r"did you mean 'steps'\?"),
+        ("steps=0", "steps: Input should be greater than 0"),
+        ("learner.lr=fast", "learner.lr: Input should be a valid number"),
+        ("steps", "is not key=value"),
+        ("name.of=x", "name holds a value"),
+        ("data.train=[]", "data.train"),
+    ],
+)
+def test_mistakes_are_named(config, override, said):
+    with pytest.raises(ValueError, match=said):
+        load_config(SftConfig, config, [override])
+
+
+def test_a_file_that_is_no_config_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="there is no config file"):
+        load_config(SftConfig, tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("[1, 2]")
+    with pytest.raises(ValueError, match="must hold keys and values"):
+        load_config(SftConfig, tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    with pytest.raises(ValueError, match="is not YAML"):
+        load_config(SftConfig, tmp_path / "broken.yaml")

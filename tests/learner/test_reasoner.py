@@ -1,0 +1,100 @@
+"""The reasoner's folder, its prompt, and what is said of folders that are none."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from learner.reasoner import Reasoner, load_reasoner
+from umrg.frames import Size
+from umrg.prompts import PromptStyle, prompt_messages
+
+TINY = Path(__file__).parents[2] / "models" / "tiny-reasoner"
+
+
+@pytest.fixture(scope="module")
+def reasoner() -> Reasoner:
+    return load_reasoner(TINY)
+
+
+@pytest.mark.parametrize("style", PromptStyle)
+@pytest.mark.parametrize("shape", [(224, 224), (101, 333), (840, 840)])
+def test_a_prompt_is_what_the_whole_processor_makes_of_it(reasoner, style, shape):
+    asked = reasoner.asked(style=style)
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    encoded = asked.encode("Which <|image_pad|> organ makes {bile}?", asked.encode_image(image))
+    messages = prompt_messages("Which organ makes {bile}?", asked.prompt)
+    text = asked.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    whole = asked.processor(text=[text], images=[Image.fromarray(image)], return_tensors="pt")
+    assert encoded.token_ids.tolist() == whole["input_ids"][0].tolist()
+    assert torch.equal(encoded.image.pixel_values, whole["pixel_values"])
+    assert encoded.image.grid_thw.tolist() == whole["image_grid_thw"].tolist()
+
+
+def test_frames_are_those_of_the_processor(reasoner):
+    frames = reasoner.encode_image(np.zeros((101, 333, 3), dtype=np.uint8)).frames
+    assert frames.original == Size(333, 101)
+    assert frames.model == Size(336, 112)
+
+
+def test_digits_stand_alone(reasoner):
+    tokens = reasoner.processor.tokenizer.tokenize("[123,45]")
+    assert [token for token in tokens if token.isdigit()] == list("12345")
+
+
+def test_a_saved_reasoner_is_loaded_again(reasoner, tmp_path):
+    reasoner.save(tmp_path)
+    again = load_reasoner(tmp_path)
+    assert again.prompt == reasoner.prompt
+    image = np.zeros((112, 112, 3), dtype=np.uint8)
+    prompts = [r.encode("What?", r.encode_image(image)) for r in (reasoner, again)]
+    assert reasoner.generate(prompts[:1], max_tokens=8) == again.generate(prompts[1:], max_tokens=8)
+
+
+def test_batched_generation_equals_single(reasoner):
+    rng = np.random.default_rng(1)
+    prompts = [
+        reasoner.encode(query, reasoner.encode_image(rng.integers(0, 256, (112, 112, 3), dtype=np.uint8)))
+        for query in ("What?", "Which organ makes the bile that helps to digest fat?")
+    ]
+    single = [reasoner.generate([prompt], max_tokens=60)[0] for prompt in prompts]
+    assert reasoner.generate(prompts, max_tokens=60) == single
+
+
+def _copy(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(TINY, tmp_path / "model"))
+
+
+def _edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is not a model folder"):
+        load_reasoner(tmp_path)
+
+
+def test_another_architecture_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ValueError, match="cannot be loaded as a reasoner"):
+        load_reasoner(tmp_path)
+
+
+def test_a_processor_that_does_not_fit_is_refused(tmp_path):
+    folder = _copy(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    _edit(folder / "config.json", vision_config={**config["vision_config"], "patch_size": 16})
+    with pytest.raises(ValueError, match="the model expects"):
+        load_reasoner(folder)
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    folder = _copy(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    _edit(folder / "config.json", text_config={**config["text_config"], "num_hidden_layers": 5})
+    with pytest.raises(ValueError, match="layers.4"):
+        load_reasoner(folder)
