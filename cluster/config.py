@@ -30,12 +30,16 @@ class DataConfig(Config):
 
 
 class OptimizerConfig(Config):
-    """AdamW with a linear warm-up over `warmup` steps and a cosine decay to a tenth of `lr`."""
+    """AdamW with a linear warm-up over `warmup` steps and a cosine decay to a tenth of `lr`.
+
+    micro_batch_tokens: tokens, padding included, that go through the model at once.
+    """
 
     lr: PositiveFloat
     warmup: int = Field(default=0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: PositiveFloat = 1.0
+    micro_batch_tokens: PositiveInt = 4096
 
 
 class SftConfig(Config):

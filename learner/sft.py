@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from learner.reasoner import EncodedPrompt, Reasoner
-from learner.shared_prefix import Branches, branch_logprobs, pack_groups
+from learner.shared_prefix import Branches, branch_logprobs, micro_batches, pack_groups
 from umrg.answers import format_answer
 from umrg.frames import Frame, Frames
 from umrg.sample import Sample
@@ -26,13 +26,17 @@ class SftStep:
 
 @dataclass(frozen=True, kw_only=True)
 class SftOptimizer:
-    """AdamW, a linear warm-up over `warmup` steps, then a cosine to a tenth of `lr` at `steps`."""
+    """AdamW, a linear warm-up over `warmup` steps, then a cosine to a tenth of `lr` at `steps`.
+
+    micro_batch_tokens: tokens, padding included, that go through the model at once.
+    """
 
     lr: float
     warmup: int
     steps: int
     weight_decay: float
     max_grad_norm: float
+    micro_batch_tokens: int
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step 0, 1, …"""
@@ -63,16 +67,26 @@ def train_sft(
         lr = optimizer.lr_at(step)
         for group in adam.param_groups:
             group["lr"] = lr
-        packed = pack_groups([reference_branches(reasoner, samples) for samples in images], model)
-        loss = -branch_logprobs(model, packed).mean()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss of step {step} is {loss.item()}; lower learner.lr")
         adam.zero_grad(set_to_none=True)
-        loss.backward()
+        loss, tokens = _accumulate(reasoner, images, optimizer.micro_batch_tokens)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss of step {step} is {loss}; lower learner.lr")
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer.max_grad_norm)
         adam.step()
-        report(SftStep(step=step, loss=loss.item(), grad_norm=norm.item(), lr=lr, tokens=len(packed.targets)))
+        report(SftStep(step=step, loss=loss, grad_norm=norm.item(), lr=lr, tokens=tokens))
     model.eval()
+
+
+def _accumulate(reasoner: Reasoner, images: Sequence[Sequence[Sample]], max_tokens: int) -> tuple[float, int]:
+    """Gradients of the mean loss over all scored tokens of a batch; that loss, and how many tokens."""
+    groups = [reference_branches(reasoner, samples) for samples in images]
+    total = sum(len(tokens) for group in groups for tokens in group.scored)
+    summed = 0.0
+    for batch in micro_batches(groups, max_tokens):
+        loss = -branch_logprobs(reasoner.model, pack_groups(batch, reasoner.model)).sum() / total
+        loss.backward()
+        summed += loss.item()
+    return summed, total
 
 
 def reference_branches(reasoner: Reasoner, samples: Sequence[Sample]) -> Branches:

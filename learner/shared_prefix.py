@@ -95,6 +95,17 @@ def pack_groups(groups: Sequence[Branches], model: Any) -> PackedGroups:
     )
 
 
+def micro_batches(groups: Sequence[Branches], max_tokens: int) -> list[list[Branches]]:
+    """Groups of like length together, so that a padded batch holds at most `max_tokens`; a longer group is alone."""
+    batches: list[list[Branches]] = []
+    for group in sorted(groups, key=len):
+        if batches and (len(batches[-1]) + 1) * len(group) <= max_tokens:
+            batches[-1].append(group)
+        else:
+            batches.append([group])
+    return batches
+
+
 def branch_logprobs(model: Any, packed: PackedGroups, *, temperature: float = 1.0) -> torch.Tensor:
     """Log-probs [T] of every scored token under the temperature-scaled distribution, differentiable."""
     hidden = model.model(

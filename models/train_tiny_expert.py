@@ -1,10 +1,11 @@
 """Train the tiny expert from nothing on phantoms: `python -m models.train_tiny_expert --minutes 20`.
 
 Each image is embedded once and decoded for one prompt of each kind in `PROMPT_KINDS`, as a group of answers
-is in training. Phantoms are drawn in a worker process and never seen twice.
+is in training. No phantom is seen twice.
 """
 
 import math
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,13 +18,14 @@ import typer
 from numpy.typing import NDArray
 from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from actors.experts.config import SamConfig, config_json
 from actors.experts.protocol import Expert
-from actors.experts.sam import SamExpert, build_sam
+from actors.experts.registry import TINY_FOLDER, load_expert
+from actors.experts.sam import build_sam
 from actors.experts.weights import save_weights, written_aside
 from umrg.frames import Size, rescale
 from umrg.keypoints import reference_points, tight_box
@@ -32,13 +34,14 @@ from umrg.phantoms import MODALITIES, Phantom, draw
 
 TINY = SamConfig(
     image_side=224,
-    patch=8,
-    window=7,
+    patch=14,
+    window=8,
     encoder_dim=128,
     encoder_depth=4,
     encoder_heads=2,
     global_layers=(2,),
-    prompt_dim=64,
+    prompt_dim=128,
+    decoder_heads=4,
     decoder_mlp_dim=256,
     multimask_outputs=0,
 )
@@ -65,26 +68,29 @@ PROMPT_KINDS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Settings of a training run. `minutes` is the whole budget: the learning rate follows the clock."""
+    """Settings of a training run. `minutes` is the whole budget: the learning rate follows the clock.
+    `batch` is of images, a process."""
 
     minutes: float
     seed: int = 0
-    batch: int = 16
+    processes: int = 2
+    batch: int = 4
     lr: float = 1e-3
     warmup: float = 0.03
     weight_decay: float = 0.01
 
 
 def loosened(box: tuple[int, int, int, int], rng: np.random.Generator) -> NDArray[np.float64]:
-    """A box as an annotator or a reasoner would draw it: each edge from 5 % of the side inward to 25 % outward."""
+    """A box as annotators and reasoners draw it: each edge from 5 % of the side inward to 25 % outward."""
     x1, y1, x2, y2 = box
     sides = np.array([x1 - x2, y1 - y2, x2 - x1, y2 - y1]) + np.array([-1, -1, 1, 1])
     moved = np.array(box) + sides * rng.uniform(-0.05, 0.25, size=4)
-    return np.clip(moved, 0, PHANTOM_SIDE - 1)
+    clipped: NDArray[np.float64] = np.clip(moved, 0, PHANTOM_SIDE - 1)
+    return clipped
 
 
 def two_points(mask: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.float64]:
-    """Two points in the mask, [2, 2] XY in random order: the reference ones half of the time, else any two."""
+    """Two points in the mask, [2, 2] XY in random order: the reference ones half of the time, or any."""
     if rng.random() < 0.5:
         points = np.array(reference_points(mask))
     else:
@@ -114,31 +120,40 @@ def example(phantom: Phantom, rng: np.random.Generator) -> dict[str, Tensor]:
     }
 
 
-def phantoms(seed: int, stream: int, worker: int = 0) -> Iterator[tuple[Phantom, np.random.Generator]]:
-    """Phantoms without end, all modalities in turn; streams and workers never share one."""
-    rng = np.random.default_rng([seed, stream, worker])
+def phantoms(seed: int, stream: int, rank: int = 0) -> Iterator[tuple[Phantom, np.random.Generator]]:
+    """Phantoms without end, all modalities in turn; streams and ranks never share one."""
+    rng = np.random.default_rng([seed, stream, rank])
     while True:
         for modality in rng.permutation(MODALITIES):
             yield draw(str(modality), rng, size=PHANTOM_SIDE), rng
 
 
-class Examples(IterableDataset[dict[str, Tensor]]):
-    """Training examples without end, drawn as they are asked for."""
+def batches(recipe: Recipe, rank: int) -> Iterator[dict[str, Tensor]]:
+    """Training batches without end, drawn as they are asked for; ranks never share a phantom."""
+    stream = phantoms(recipe.seed, TRAINING, rank)
+    while True:
+        examples = [example(*next(stream)) for _ in range(recipe.batch)]
+        yield {field: torch.stack([each[field] for each in examples]) for field in examples[0]}
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        worker = get_worker_info()
-        for phantom, rng in phantoms(self.seed, TRAINING, worker.id if worker else 0):
-            yield example(phantom, rng)
+def fresh_sam(seed: int) -> Sam:
+    """A model of the tiny sizes with fresh weights, its image tokens told apart from the start.
+
+    segment-anything starts the encoder's positions at zero. Starting them as the prompts' own encoding of
+    position lets the decoder relate prompts to places much sooner.
+    """
+    torch.manual_seed(seed)
+    sam = build_sam(TINY)
+    with torch.no_grad():
+        sam.image_encoder.pos_embed.copy_(sam.prompt_encoder.get_dense_pe().permute(0, 2, 3, 1))
+    return sam
 
 
 def decode_kind(sam: Sam, features: Tensor, kind: PromptKind, boxes: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [B, h, w] and predicted IoU [B] of one prompt an image."""
     given = (points[:, : kind.points], torch.ones(len(points), kind.points)) if kind.points else None
     sparse, dense = sam.prompt_encoder(points=given, boxes=boxes if kind.box else None, masks=None)
-    # the decoder repeats one image for its prompts; images that differ enter through the dense prompt, as a sum
+    # the decoder repeats one image for all prompts; images that differ enter through the dense prompt it adds
     logits, scores = sam.mask_decoder(
         image_embeddings=torch.zeros_like(features[:1]),
         image_pe=sam.prompt_encoder.get_dense_pe(),
@@ -157,15 +172,17 @@ def soft_overlap(probability: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mask_loss(logits: Tensor, scores: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """SAM's loss, 20 focal + Dice + squared error of the predicted IoU (Kirillov et al., 2023, appendix A), as
-    a mean over prompts; and the Dice [n] of the thresholded masks. Masks may cover a cell partly."""
-    probability = logits.sigmoid()
-    entropy = functional.binary_cross_entropy_with_logits(logits, masks, reduction="none")
-    focal = (entropy * (probability - masks) ** 2).mean((1, 2))
-    soft_dice, _ = soft_overlap(probability, masks)
+    """Cross entropy + Dice loss + squared error of the predicted IoU, as a mean over prompts; and the Dice [n]
+    of the thresholded masks. Masks may cover a cell partly.
+
+    SAM itself weighs a focal loss by 20 in place of the cross entropy (Kirillov et al., 2023, appendix A); from
+    fresh weights that ends in empty masks, and stays there for thousands of images.
+    """
+    entropy = functional.binary_cross_entropy_with_logits(logits, masks, reduction="none").mean((1, 2))
+    soft_dice, _ = soft_overlap(logits.sigmoid(), masks)
     with torch.no_grad():
         dice, iou = soft_overlap((logits > 0).float(), (masks > 0.5).float())
-    return (20 * focal + (1 - soft_dice) + (scores - iou) ** 2).mean(), dice
+    return (entropy + (1 - soft_dice) + (scores - iou) ** 2).mean(), dice
 
 
 def step_loss(sam: Sam, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -187,34 +204,59 @@ def learning_rate(recipe: Recipe, progress: float) -> float:
     return recipe.lr * warmed * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def train(sam: Sam, recipe: Recipe) -> None:
-    """Train for the recipe's minutes, with a line of progress every ten seconds."""
-    optimizer = torch.optim.AdamW(sam.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, betas=(0.9, 0.98))
-    loader = DataLoader(Examples(recipe.seed), batch_size=recipe.batch, num_workers=1, prefetch_factor=4)
-    sam.train()
-    start = reported = time.monotonic()
-    running: Tensor | None = None
-    for step, batch in enumerate(loader, start=1):
-        now = time.monotonic()
-        progress = (now - start) / (60 * recipe.minutes)
-        if progress >= 1:
-            break
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, progress)
+def average_over_ranks(tensors: list[Tensor]) -> None:
+    """Replace each tensor, in place, by its mean over all processes."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    distributed.all_reduce(flat)
+    parts = (flat / distributed.get_world_size()).split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def train(sam: Sam, recipe: Recipe, rank: int) -> None:
+    """Train for the recipe's minutes, one of several equal processes; a line of progress every ten seconds."""
+    parameters = [parameter for parameter in sam.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=recipe.weight_decay, betas=(0.9, 0.98))
+    start, reported, running, spent = time.monotonic(), 0.0, torch.zeros(len(PROMPT_KINDS)), torch.zeros(())
+    for step, batch in enumerate(batches(recipe, rank), start=1):
         loss, dices = step_loss(sam, batch)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(sam.parameters(), 1.0)
+        spent.fill_(time.monotonic() - start)
+        # the clock is averaged with the gradients, so that all processes take the same steps and stop together
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        average_over_ranks([*gradients, dices, spent])
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        progress = spent.item() / (60 * recipe.minutes)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, progress)
         optimizer.step()
-        running = dices if running is None else running.lerp(dices, 0.05)
-        if now - reported >= 10:
-            reported = now
-            rate = step * recipe.batch / (now - start)
-            report = ", ".join(f"{kind.name} {dice:.3f}" for kind, dice in zip(PROMPT_KINDS, running, strict=True))
-            print(
-                f"{now - start:5.0f} s, {rate:4.1f} images/s, loss {loss.item():.3f}, Dice: {report}",
-                flush=True,
-            )
+        running.lerp_(dices, max(0.01, 1 / step))
+        if rank == 0 and spent >= reported + 10:
+            reported = spent.item()
+            report_progress(recipe, step, reported, loss.item(), running)
+        if progress >= 1:
+            return
+
+
+def report_progress(recipe: Recipe, step: int, seconds: float, loss: float, dices: Tensor) -> None:
+    rate = step * recipe.batch * recipe.processes / seconds
+    dice = ", ".join(f"{kind.name} {dice:.3f}" for kind, dice in zip(PROMPT_KINDS, dices, strict=True))
+    print(f"{seconds:5.0f} s, {rate:4.1f} images/s, loss {loss:.3f}, Dice: {dice}", flush=True)
+
+
+def train_process(rank: int, recipe: Recipe, meeting: str, out: Path) -> None:
+    """One training process, with one thread: on few cores, several of these outrun one of several threads, and
+    other load does not stall them. The first writes the expert into `out`."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=recipe.processes)
+    sam = fresh_sam(recipe.seed)
+    train(sam, recipe, rank)
+    distributed.destroy_process_group()
+    if rank == 0:
+        save_weights(sam.state_dict(), out / "model.safetensors", metadata={"name": "tiny"})
+        with written_aside(out / "config.json") as aside:
+            aside.write_text(config_json(TINY))
 
 
 def held_out(count: int, seed: int = 0) -> list[Phantom]:
@@ -224,7 +266,7 @@ def held_out(count: int, seed: int = 0) -> list[Phantom]:
 
 
 def dice_by_prompt(expert: Expert, images: list[Phantom]) -> dict[str, float]:
-    """Mean Dice over all targets of the images, by kind of prompt: reference box and points, less, and looser."""
+    """Mean Dice over all targets of the images, by prompt: reference box and points, fewer, and looser."""
     dices: dict[str, list[float]] = {}
     for phantom in images:
         embedding = expert.embed(phantom.image)
@@ -254,21 +296,17 @@ def _scaled(boxes: NDArray[np.float32], factor: float) -> NDArray[np.float32]:
 def main(
     minutes: Annotated[float, typer.Option(help="Time budget of the training.")] = 20,
     seed: Annotated[int, typer.Option(help="Of the weights and the phantoms.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for config.json and model.safetensors.")] = Path(
-        "models/tiny-expert"
-    ),
-    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
+    out: Annotated[Path, typer.Option(help="Folder for config.json and model.safetensors.")] = TINY_FOLDER,
+    processes: Annotated[int, typer.Option(help="Training processes, each with one thread.")] = 2,
 ) -> None:
     """Train the tiny expert, write it, and print its Dice on held-out phantoms."""
-    torch.set_num_threads(threads)
-    torch.manual_seed(seed)
-    sam = build_sam(TINY)
-    print(f"{sum(parameter.numel() for parameter in sam.parameters()) / 1e6:.2f} M parameters")
-    train(sam, Recipe(minutes=minutes, seed=seed))
-    save_weights(sam.state_dict(), out / "model.safetensors", metadata={"name": "tiny"})
-    with written_aside(out / "config.json") as aside:
-        aside.write_text(config_json(TINY))
-    for name, dice in dice_by_prompt(SamExpert(sam, TINY, name="tiny"), held_out(64)).items():
+    recipe = Recipe(minutes=minutes, seed=seed, processes=processes)
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(train_process, args=(recipe, f"{folder}/meeting", out), nprocs=processes)
+    parameters = sum(parameter.numel() for parameter in build_sam(TINY).parameters())
+    print(f"{out}: {parameters / 1e6:.2f} M parameters")
+    torch.set_num_threads(1)
+    for name, dice in dice_by_prompt(load_expert(str(out)), held_out(64)).items():
         print(f"{name}: Dice {dice:.3f}")
 
 

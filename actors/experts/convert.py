@@ -19,7 +19,7 @@ def convert_checkpoint(source: Path, target: Path, *, name: str) -> str:
     ValueError where the source is no checkpoint, or not one of `name`; then nothing is written.
     """
     if name not in PUBLISHED_EXPERTS:
-        raise ValueError(f"no official checkpoint is called {name!r}; there are {', '.join(PUBLISHED_EXPERTS)}")
+        raise ValueError(f"no official checkpoint is called {name!r}; name one of {', '.join(PUBLISHED_EXPERTS)}")
     weights = _read_official(source)
     with torch.device("meta"):
         expected = shapes_of(build_sam(PUBLISHED_EXPERTS[name].config).state_dict())

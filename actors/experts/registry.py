@@ -47,8 +47,9 @@ def load_expert(
 def _missing_checkpoint(name: str) -> Path:
     official = PUBLISHED_EXPERTS[name]
     raise ValueError(
-        f"{name} needs its weights: get {official.checkpoint} from {official.source}, run `medreasoner expert "
-        f"convert {official.checkpoint} --name {name} --out {name}.safetensors`, and give that file as checkpoint"
+        f"{name} needs its weights: get {official.checkpoint} from {official.source}, run "
+        f"`medreasoner expert convert {official.checkpoint} --name {name} --out {name}.safetensors`, "
+        "and give that file as checkpoint"
     )
 
 

@@ -1,4 +1,4 @@
-"""Experts made of segment-anything's own parts: SAM, MedSAM, and the tiny expert bundled with this project."""
+"""Experts made of segment-anything's own parts: SAM, MedSAM, and the bundled tiny expert."""
 
 from functools import partial
 
@@ -74,8 +74,8 @@ class SamExpert:
     pads, as SamPredictor does. `native` is MedSAM's own: it squeezes the image into the square input, scales
     its values to [0, 1], takes boxes only, and upsamples probabilities instead of logits.
 
-    multimask: choose, a prompt, the mask of highest score out of the decoder's alternatives (the default where
-    it has any, as SamPredictor and the published evaluation do), or take its single mask (the default for
+    multimask: True takes, for each prompt, the mask of highest score out of the decoder's alternatives (the
+    default where it has any, as in the published evaluation); False takes its single mask (the default for
     `native`: MedSAM trains that one only).
 
     dtype: of the image encoder, where nearly all the work is; prompts and masks are always float32.
@@ -126,7 +126,7 @@ class SamExpert:
         points: NDArray[np.floating] | None = None,
         batch: int = 32,
     ) -> Decoded:
-        """See `Expert.decode`. `batch` prompts are decoded at a time, which bounds memory and changes nothing."""
+        """See `Expert.decode`. `batch` prompts are decoded at a time, which bounds memory and nothing else."""
         n = _prompt_count(boxes, points)
         if self.preprocess == "native" and points is not None:
             raise ValueError("MedSAM's native preprocessing takes boxes only; drop the points, or use `published`")
@@ -155,7 +155,7 @@ class SamExpert:
         return weights_digest(self._sam.state_dict())
 
     def _padded(self, image: NDArray[np.uint8]) -> Tensor:
-        """float32 [1, 3, side, side]: longest side scaled, pixel statistics normalised, padded right and below."""
+        """float32 [1, 3, side, side]: longest side scaled, normalised, padded on the right and below."""
         scaled = ResizeLongestSide(self.config.image_side).apply_image(image)
         pixels = torch.from_numpy(scaled).to(self._sam.device).permute(2, 0, 1)[None]
         padded: Tensor = self._sam.preprocess(pixels)
@@ -188,11 +188,11 @@ class SamExpert:
         """Masks, bool [n, H, W] in original pixels, of low-resolution logits [n, h, w]."""
         original = (embedding.original.height, embedding.original.width)
         if self.preprocess == "native":
-            probabilities = functional.interpolate(logits[:, None].sigmoid(), original, mode="bilinear")
-            return probabilities[:, 0] > 0.5
+            shares = functional.interpolate(logits[:, None].sigmoid(), original, mode="bilinear")
+            return shares[:, 0] > 0.5
         content = (embedding.content.height, embedding.content.width)
-        masks: Tensor = self._sam.postprocess_masks(logits[:, None], content, original)[:, 0]
-        return masks > self._sam.mask_threshold
+        upsampled: Tensor = self._sam.postprocess_masks(logits[:, None], content, original)
+        return upsampled[:, 0] > float(self._sam.mask_threshold)
 
 
 def _squeezed(image: NDArray[np.uint8], side: int) -> Tensor:
@@ -213,7 +213,9 @@ def _prompt_count(boxes: NDArray[np.floating] | None, points: NDArray[np.floatin
     if points is not None and (points.ndim != 3 or points.shape[2] != 2 or points.shape[1] == 0):
         raise ValueError(f"points are [n, k, 2] (XY) with k at least 1, these are {list(points.shape)}")
     if boxes is not None and points is not None and len(boxes) != len(points):
-        raise ValueError(f"each prompt has a box and its points, but there are {len(boxes)} boxes, {len(points)} points")
+        raise ValueError(
+            f"a prompt of both has a box and its points; these are {len(boxes)} boxes, {len(points)} points"
+        )
     given = [prompt for prompt in (boxes, points) if prompt is not None]
     if not all(np.isfinite(prompt).all() for prompt in given):
         raise ValueError("boxes and points must be finite numbers")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -29,7 +29,7 @@ def shapes_of(weights: Mapping[str, Tensor]) -> Shapes:
 
 
 def check_shapes(found: Shapes, expected: Shapes, *, source: Path, name: str) -> None:
-    """Raise ValueError that names the first tensor, in the model's own order, which is not as `name` has it."""
+    """Raise ValueError naming the first tensor, in the model's own order, that is not as `name` has it."""
     for tensor, shape in expected.items():
         if tensor not in found:
             raise ValueError(f"{source} is not {name}: it has no tensor {tensor}")
@@ -52,7 +52,7 @@ def read_header(path: Path) -> tuple[Shapes, dict[str, str]]:
         raise ValueError(f"there is no checkpoint {path}; give the path of a safetensors file") from error
     except (SafetensorError, IsADirectoryError) as error:
         raise ValueError(
-            f"{path} is not a safetensors file; turn an official .pth into one with `medreasoner expert convert`"
+            f"{path} is not a safetensors file; `medreasoner expert convert` makes one of an official .pth"
         ) from error
 
 
@@ -65,8 +65,10 @@ def load_into(model: torch.nn.Module, path: Path, *, name: str) -> None:
 
 def save_weights(weights: Mapping[str, Tensor], path: Path, *, metadata: dict[str, str]) -> None:
     """Write a safetensors file, so that at no time a half-written one lies at `path`."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     with written_aside(path) as aside:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, aside, metadata)
+        # `save_file` would make a file that only its owner may read, whatever the umask
+        aside.write_bytes(save(tensors, metadata))
 
 
 @contextmanager

@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 
 from actors.experts.config import PUBLISHED_EXPERTS, VIT_B, PublishedExpert, SamConfig, config_json
 from actors.experts.convert import convert_checkpoint
-from actors.experts.protocol import Decoded
+from actors.experts.protocol import Decoded, Embedding
 from actors.experts.registry import TINY_FOLDER, load_expert
 from actors.experts.sam import SamExpert, build_sam, content_size
+from actors.experts.weights import shapes_of
 from cluster.expert_commands import expert_app
 from umrg.frames import Size, rescale
 
@@ -42,12 +43,8 @@ def small_expert(**settings: object) -> SamExpert:
     return SamExpert(build_sam(SMALL), SMALL, name="small", **settings)  # type: ignore[arg-type]
 
 
-@pytest.fixture(scope="module")
-def vit_b() -> tuple[SamExpert, SamPredictor]:
-    """An expert and segment-anything's predictor over the same random weights of ViT-B's real shape."""
-    torch.manual_seed(0)
-    sam = build_sam(VIT_B)
-    return SamExpert(sam, VIT_B, name="sam_vit_b"), SamPredictor(sam)
+def decode(expert: SamExpert, embedding: Embedding, prompts: dict[str, NDArray[np.float64]]) -> Decoded:
+    return expert.decode(embedding, boxes=prompts.get("boxes"), points=prompts.get("points"))
 
 
 def best_of_predictor(predictor: SamPredictor, prompts: dict[str, NDArray[np.float64]], i: int) -> Decoded:
@@ -63,15 +60,17 @@ def best_of_predictor(predictor: SamPredictor, prompts: dict[str, NDArray[np.flo
     return Decoded(masks=masks[best], scores=scores[best], logits=logits[best])
 
 
-def test_sam_vit_b_equals_sam_predictor_batched_and_one_at_a_time(vit_b: tuple[SamExpert, SamPredictor]) -> None:
-    expert, predictor = vit_b
+def test_sam_vit_b_equals_sam_predictor_batched_and_one_at_a_time() -> None:
+    torch.manual_seed(0)
+    sam = build_sam(VIT_B)
+    expert, predictor = SamExpert(sam, VIT_B, name="sam_vit_b"), SamPredictor(sam)
     predictor.set_image(IMAGE)
     embedding = expert.embed(IMAGE)
     for prompts in PROMPTS.values():
-        batched = expert.decode(embedding, **prompts)
+        batched = decode(expert, embedding, prompts)
         for i in range(len(BOXES)):
             theirs = best_of_predictor(predictor, prompts, i)
-            alone = expert.decode(embedding, **{kind: values[i : i + 1] for kind, values in prompts.items()})
+            alone = decode(expert, embedding, {kind: values[i : i + 1] for kind, values in prompts.items()})
             for logits, scores, masks in (
                 (batched.logits[i], batched.scores[i], batched.masks[i]),
                 (alone.logits[0], alone.scores[0], alone.masks[0]),
@@ -89,17 +88,15 @@ def test_sizes_are_those_of_the_official_builders() -> None:
         with torch.device("meta"):
             official = sam_model_registry[name]().state_dict()
             ours = build_sam(PUBLISHED_EXPERTS[f"sam_{name}"].config).state_dict()
-        assert {key: value.shape for key, value in ours.items()} == {
-            key: value.shape for key, value in official.items()
-        }
+        assert shapes_of(ours) == shapes_of(official)
 
 
 def test_decoded_arrays_are_in_original_pixels_and_on_the_experts_grid() -> None:
     expert = small_expert()
     decoded = expert.decode(expert.embed(IMAGE), boxes=BOXES, points=POINTS)
-    assert (decoded.masks.shape, decoded.masks.dtype) == ((3, 48, 80), np.bool_)
-    assert (decoded.scores.shape, decoded.scores.dtype) == ((3,), np.float32)
-    assert (decoded.logits.shape, decoded.logits.dtype) == ((3, 32, 32), np.float32)
+    assert (*decoded.masks.shape, str(decoded.masks.dtype)) == (3, 48, 80, "bool")
+    assert (*decoded.scores.shape, str(decoded.scores.dtype)) == (3, "float32")
+    assert (*decoded.logits.shape, str(decoded.logits.dtype)) == (3, 32, 32, "float32")
 
 
 def test_more_prompts_than_fit_a_batch_are_decoded_in_order() -> None:
@@ -162,7 +159,7 @@ def test_the_expert_frame_is_resize_longest_sides(width: int, height: int, side:
     points = np.array([[x * (width - 1), y * (height - 1)]])
     scaled = rescale(points, original, content)
     assert (scaled >= 0).all() and scaled[0, 0] < content.width and scaled[0, 1] < content.height
-    if min(width, height) * side >= max(width, height):  # below half a pixel segment-anything has no image left
+    if min(width, height) * side >= max(width, height):  # else segment-anything has no image left
         np.testing.assert_allclose(scaled, ResizeLongestSide(side).apply_coords(points, (height, width)))
 
 
@@ -205,7 +202,8 @@ def test_a_converted_checkpoint_keeps_weights_and_provenance(small_official: Pat
 
 def test_the_convert_command_writes_and_prints_the_digest(small_official: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
-    outcome = CliRunner().invoke(expert_app, ["convert", str(small_official), "--name", "sam_vit_b", "--out", str(out)])
+    arguments = ["convert", str(small_official), "--name", "sam_vit_b", "--out", str(out)]
+    outcome = CliRunner().invoke(expert_app, arguments)
     assert outcome.exit_code == 0, outcome.output
     assert load_expert("sam_vit_b", checkpoint=out).digest() in outcome.output.replace("\n", "")
 
@@ -216,7 +214,7 @@ def test_a_checkpoint_of_the_wrong_shape_names_the_first_differing_tensor(small_
     weights["mask_decoder.iou_token.weight"] = torch.zeros(1, 32)
     torch.save(weights, small_official)
     save_file(weights, tmp_path / "wrong.safetensors")
-    message = r"image_encoder\.patch_embed\.proj\.weight is \[32, 3, 8, 8\] there, \[16, 3, 8, 8\] in sam_vit_b"
+    message = r"patch_embed\.proj\.weight is \[32, 3, 8, 8\] there, \[16, 3, 8, 8\] in sam_vit_b"
     with pytest.raises(ValueError, match=message):
         convert_checkpoint(small_official, tmp_path / "out.safetensors", name="sam_vit_b")
     assert not (tmp_path / "out.safetensors").exists()
@@ -239,7 +237,8 @@ def test_pickles_with_code_are_not_read(tmp_path: Path) -> None:
     torch.save({"weights": Path}, tmp_path / "code.pth")
     (tmp_path / "text.pth").write_text("<html>not found</html>")
     torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "nested.pth")
-    for file, message in (("code", "plain tensors"), ("text", "plain tensors"), ("nested", "table of tensors")):
+    refusals = {"code": "plain tensors", "text": "plain tensors", "nested": "table of tensors"}
+    for file, message in refusals.items():
         with pytest.raises(ValueError, match=message):
             convert_checkpoint(tmp_path / f"{file}.pth", tmp_path / "out.safetensors", name="sam_vit_b")
 
@@ -262,7 +261,7 @@ def test_what_is_asked_for_wrongly_is_answered_with_what_to_do(tmp_path: Path) -
         small_expert(dtype="int8")
 
 
-@pytest.mark.skipif(not TINY_FOLDER.joinpath("model.safetensors").exists(), reason="the tiny expert is not trained")
+@pytest.mark.skipif(not (TINY_FOLDER / "model.safetensors").exists(), reason="the tiny expert is not trained")
 def test_the_tiny_expert_segments_held_out_phantoms() -> None:
     from models.train_tiny_expert import dice_by_prompt, held_out
 

@@ -1,0 +1,98 @@
+"""First stage of the tiny reasoner: its vision tower learns where structures lie, from coarse boxes alone.
+
+A language-model loss is a thin signal for a vision tower that starts from nothing. Here a linear head on each image
+token says, for every category, which of the token's 4x4 cells (7x7 px each) lie within that category's coarse box.
+Only categories that a row of the image asks about are scored: of the others nobody said where they are. The head
+is thrown away.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.progress import track
+from torch.nn import functional
+
+from learner.reasoner import EncodedImage, Reasoner
+from umrg.dataset import Dataset
+from umrg.frames import Box, Frame, Frames
+from umrg.sample import Sample
+from umrg.shuffling import Cursor, batches
+
+CELLS = 4  # a side, of one image token
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretraining:
+    """passes: over the images. batch: images a step."""
+
+    passes: float = 3.0
+    batch: int = 32
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    seed: int = 0
+
+
+def pretrain_vision(reasoner: Reasoner, dataset: Dataset, recipe: Pretraining) -> list[float]:
+    """Train the vision tower in place; the loss of each step, in nats a cell."""
+    categories = {name: i for i, name in enumerate(sorted({info.category for info in dataset.infos}))}
+    visual = reasoner.model.model.visual.train()
+    head = torch.nn.Linear(reasoner.model.config.text_config.hidden_size, len(categories) * CELLS**2)
+    parameters = [*visual.parameters(), *head.parameters()]
+    adam = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+    steps = int(recipe.passes * len(dataset.rows_by_image()) / recipe.batch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, recipe.lr, total_steps=steps, pct_start=0.05)
+    losses = []
+    for images in track(_image_batches(dataset, recipe, steps), "vision", total=steps):
+        loss = _loss(reasoner, head, images, categories)
+        adam.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        adam.step()
+        schedule.step()
+        losses.append(loss.item())
+        if len(losses) % 50 == 0:
+            print(f"step {len(losses)}/{steps}  loss {np.mean(losses[-50:]):.4f}", flush=True)
+    return losses
+
+
+def _image_batches(dataset: Dataset, recipe: Pretraining, steps: int) -> Iterator[list[list[Sample]]]:
+    images = dataset.rows_by_image()
+    for _, (chosen, _) in zip(range(steps), batches(images, recipe.batch, Cursor(seed=recipe.seed)), strict=False):
+        yield [dataset.samples(images[image]) for image in chosen]
+
+
+def _loss(
+    reasoner: Reasoner, head: torch.nn.Linear, images: Sequence[Sequence[Sample]], categories: dict[str, int]
+) -> torch.Tensor:
+    encoded = [reasoner.encode_image(samples[0].image()) for samples in images]
+    tokens = reasoner.model.model.visual(
+        torch.cat([image.pixel_values for image in encoded]), torch.cat([image.grid_thw for image in encoded])
+    ).pooler_output
+    logits = head(tokens).split([image.tokens for image in encoded])
+    scored, targets = [], []
+    for image, samples, own in zip(encoded, images, logits, strict=True):
+        cells = own.view(image.tokens, len(categories), CELLS**2)
+        for sample in samples:
+            scored.append(cells[:, categories[sample.category]].flatten())
+            targets.append(torch.from_numpy(covered_cells(image, sample.box)).flatten())
+    return functional.binary_cross_entropy_with_logits(torch.cat(scored), torch.cat(targets))
+
+
+def covered_cells(image: EncodedImage, box: Box) -> NDArray[np.float32]:
+    """The share of each cell that a box (XYXY, original pixels) covers, [tokens, CELLS²], rows of cells within rows
+    of tokens."""
+    frames: Frames = image.frames
+    left, top, right, bottom = frames.box(box, Frame.ORIGINAL, Frame.MODEL)
+    _, rows, columns = (int(n) // 2 for n in image.grid_thw[0])
+    across = _overlap(left, right + 1, columns * CELLS, frames.model.width)
+    down = _overlap(top, bottom + 1, rows * CELLS, frames.model.height)
+    grid = np.outer(down, across).reshape(rows, CELLS, columns, CELLS)
+    return grid.transpose(0, 2, 1, 3).reshape(rows * columns, CELLS**2).astype(np.float32)
+
+
+def _overlap(start: float, end: float, cells: int, extent: int) -> NDArray[np.float64]:
+    edges = np.linspace(0, extent, cells + 1)
+    return np.clip(np.minimum(edges[1:], end) - np.maximum(edges[:-1], start), 0, None) / (extent / cells)
