@@ -1,9 +1,10 @@
 """Print the figures of the bundled models on held-out phantoms.
 
-    python -m models.measure [--count 512] [--model models/tiny-reasoner] [--expert tiny]
+    python -m models.measure [--count 512] [--model models/tiny-reasoner] [--expert tiny] [--modality CT …]
 
-Images, poses and phrasings are all unseen in training. The mean-box answer is what a reasoner could do without
-looking: each structure's average exact box over other phantoms. Prints tables and, last, one JSON line.
+Images, poses and phrasings are all unseen in training; the modalities are those that the tiny reasoner knows. The
+mean-box answer is what a reasoner could do without looking: each structure's average exact box over other
+phantoms. Prints tables and, last, one JSON line.
 """
 
 import argparse
@@ -22,16 +23,16 @@ from rich.table import Table
 from actors.experts.protocol import Embedding, Expert
 from actors.experts.registry import load_expert
 from learner.reasoner import Reasoner, load_reasoner
+from models.build_tiny_reasoner import TRAINED_MODALITIES
 from umrg.answers import Answer, parse_answer
 from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
 from umrg.frames import Box
 from umrg.metrics import box_iou, mask_dice, pdice
-from umrg.phantoms import MODALITIES, rows
+from umrg.phantoms import rows
 from umrg.sample import Sample
 
 HELD_OUT_SEED = 1_000_003
-MEAN_BOX_ROWS = 4000
 LOOSE = 0.2
 BATCH = 32
 
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=512)
     parser.add_argument("--model", type=Path, default=Path("models/tiny-reasoner"))
     parser.add_argument("--expert", default="tiny")
-    parser.add_argument("--modality", nargs="+", default=list(MODALITIES))
+    parser.add_argument("--modality", nargs="+", default=list(TRAINED_MODALITIES))
     args = parser.parse_args()
     reasoner, expert = load_reasoner(args.model), load_expert(args.expert)
     samples = phantoms(args.count, HELD_OUT_SEED, args.modality, "held_out")
@@ -61,10 +62,10 @@ def phantoms(count: int, seed: int, modalities: Sequence[str], phrasings: Litera
         return list(Dataset.open(path))
 
 
-def mean_boxes(modalities: Sequence[str]) -> dict[str, Box]:
+def mean_boxes(modalities: Sequence[str], count: int = 4000) -> dict[str, Box]:
     """Average exact box (XYXY) of each category, over phantoms of another seed."""
     boxes: dict[str, list[Box]] = defaultdict(list)
-    for sample in phantoms(MEAN_BOX_ROWS, HELD_OUT_SEED + 1, modalities, "seen"):
+    for sample in phantoms(count, HELD_OUT_SEED + 1, modalities, "seen"):
         boxes[sample.category].append(sample.box)
     return {name: (*np.mean(several, axis=0).tolist(),) for name, several in boxes.items()}
 

@@ -22,6 +22,7 @@ from umrg.sample import Sample
 from umrg.shuffling import Cursor, batches
 
 CELLS = 4  # a side, of one image token
+TOKEN_SCALE = 0.15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,23 @@ def pretrain_vision(reasoner: Reasoner, dataset: Dataset, recipe: Pretraining) -
         losses.append(loss.item())
         if len(losses) % 50 == 0:
             print(f"step {len(losses)}/{steps}  loss {np.mean(losses[-50:]):.4f}", flush=True)
+    _quieten(reasoner, dataset)
     return losses
+
+
+def _quieten(reasoner: Reasoner, dataset: Dataset) -> None:
+    """Scale what the tower puts out to a root mean square of `TOKEN_SCALE`.
+
+    Training for the head leaves it 20 times as large as what the language model's layers add to a token; an image
+    token could then never take up where it lies, which only those layers know.
+    """
+    image = reasoner.encode_image(dataset[0].image())
+    with torch.no_grad():
+        tokens = reasoner.model.model.visual(image.pixel_values, image.grid_thw).pooler_output
+        last = reasoner.model.model.visual.merger.mlp[-1]
+        scale = TOKEN_SCALE / tokens.pow(2).mean().sqrt()
+        last.weight.mul_(scale)
+        last.bias.mul_(scale)
 
 
 def _image_batches(dataset: Dataset, recipe: Pretraining, steps: int) -> Iterator[list[list[Sample]]]:
@@ -95,4 +112,5 @@ def covered_cells(image: EncodedImage, box: Box) -> NDArray[np.float32]:
 
 def _overlap(start: float, end: float, cells: int, extent: int) -> NDArray[np.float64]:
     edges = np.linspace(0, extent, cells + 1)
-    return np.clip(np.minimum(edges[1:], end) - np.maximum(edges[:-1], start), 0, None) / (extent / cells)
+    covered: NDArray[np.float64] = np.minimum(edges[1:], end) - np.maximum(edges[:-1], start)
+    return np.maximum(covered, 0) / (extent / cells)

@@ -26,7 +26,7 @@ from actors.experts.config import SamConfig, config_json
 from actors.experts.protocol import Expert
 from actors.experts.registry import TINY_FOLDER, load_expert
 from actors.experts.sam import build_sam
-from actors.experts.weights import save_weights, written_aside
+from actors.experts.weights import save_weights
 from umrg.frames import Size, rescale
 from umrg.keypoints import reference_points, tight_box
 from umrg.metrics import mask_dice

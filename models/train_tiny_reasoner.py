@@ -1,10 +1,12 @@
 """Train the tiny reasoner from nothing.
 
-    python -m models.train_tiny_reasoner [--out models/tiny-reasoner] [--rows 36000] [key=value …]
+    python -m models.train_tiny_reasoner [--out models/tiny-reasoner] [--rows 16000] [--passes 3] [key=value …]
 
 Builds the untrained folder, draws phantoms with coarse annotations (loose boxes, jittered points; seen phrasings),
-and runs `medreasoner sft configs/tiny_reasoner_sft.yaml` on them; `key=value` goes to that config. About 40 minutes
-on two cores. `python -m models.measure` prints what it can do.
+lets the vision tower learn where structures lie (`models.tiny_vision`, `--passes` over the images) and the first
+layers where image tokens are (`models.tiny_position`), and runs `medreasoner sft configs/tiny_reasoner_sft.yaml`;
+`key=value` goes to that config. About 40 minutes on two cores. `--rows 64 --passes 1 steps=2` is a short trial.
+`python -m models.measure` prints what the model can do.
 """
 
 import argparse
@@ -16,8 +18,11 @@ from pathlib import Path
 from cluster.cli_frame import run_command
 from cluster.config import SftConfig, load_config
 from cluster.sft import sft
-from models.build_tiny_reasoner import build
+from models.build_tiny_reasoner import TRAINED_MODALITIES, build
+from models.tiny_position import PositionRecipe, learn_positions
+from models.tiny_vision import Pretraining, pretrain_vision
 from umrg.atomic import written_aside
+from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
 from umrg.phantoms import rows
 
@@ -28,16 +33,22 @@ PARTS = 2
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("models/tiny-reasoner"))
-    parser.add_argument("--rows", type=int, default=36000)
+    parser.add_argument("--rows", type=int, default=16000)
+    parser.add_argument("--passes", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="tiny-reasoner-") as name:
         folder = Path(name)
         print("building the untrained model", flush=True)
-        build(args.seed).save(folder / "start")
+        reasoner = build(args.seed)
         print(f"drawing {args.rows} phantom rows", flush=True)
         parts = draw(folder, args.rows, args.seed)
+        dataset = Dataset.open(parts)
+        pretrain_vision(reasoner, dataset, Pretraining(passes=args.passes, seed=args.seed))
+        found = learn_positions(reasoner, dataset, PositionRecipe(seed=args.seed))
+        print(f"positions: {found:.1%} of the image tokens know where they are", flush=True)
+        reasoner.save(folder / "start")
         config = load_config(
             SftConfig,
             CONFIG,
@@ -65,7 +76,7 @@ def draw(folder: Path, count: int, seed: int) -> list[str]:
 
 
 def _draw_part(path: Path, count: int, seed: int) -> None:
-    write_rows(path, rows(count, seed=seed, annotation="coarse"))
+    write_rows(path, rows(count, seed=seed, modalities=TRAINED_MODALITIES, annotation="coarse"))
 
 
 if __name__ == "__main__":

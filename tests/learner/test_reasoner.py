@@ -96,5 +96,5 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     folder = _copy(tmp_path)
     config = json.loads((folder / "config.json").read_text())
     _edit(folder / "config.json", text_config={**config["text_config"], "num_hidden_layers": 5})
-    with pytest.raises(ValueError, match="layers.4"):
+    with pytest.raises(ValueError, match=r"layers\.4"):
         load_reasoner(folder)

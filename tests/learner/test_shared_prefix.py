@@ -34,7 +34,7 @@ def answers(reasoner: Reasoner, *texts: str) -> list[torch.Tensor]:
 def logprobs_alone(reasoner: Reasoner, prompt: EncodedPrompt, answer: torch.Tensor) -> torch.Tensor:
     """The plain way: transformers' own forward over prompt and answer, its own positions and causal mask."""
     ids = torch.cat([prompt.token_ids, answer])[None]
-    logits = reasoner.model(
+    logits: torch.Tensor = reasoner.model(
         input_ids=ids,
         mm_token_type_ids=(ids == reasoner.model.config.image_token_id).int(),
         pixel_values=prompt.image.pixel_values,
