@@ -46,9 +46,9 @@ class SftConfig(Config):
     """Supervised fine-tuning: `medreasoner sft CONFIG`.
 
     name: of the run; its folder is `runs/<name>`. model: a Qwen-VL folder to start from. prompt, think: asked
-    otherwise than the folder's prompt.json says. batch: images a step, each with all
-    rows that ask about it. matmul_precision: of fp32 matrix products,
-    as torch.set_float32_matmul_precision takes it (`medium` is about half as fast again on CPUs with bf16).
+    otherwise than the folder's prompt.json says. freeze_vision: the vision tower stands still. batch: images a
+    step, each with all rows that ask about it. matmul_precision: of fp32 matrix products, as
+    torch.set_float32_matmul_precision takes it.
     """
 
     name: str = Field(pattern=r"^[\w.-]+$")
@@ -57,6 +57,7 @@ class SftConfig(Config):
     prompt: PromptStyle | None = None
     think: bool | None = None
     learner: OptimizerConfig
+    freeze_vision: bool = False
     batch: PositiveInt = 16
     steps: PositiveInt
     seed: int = 0

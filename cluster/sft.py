@@ -31,6 +31,7 @@ def sft(config: SftConfig) -> RunFolder:
         modality=config.data.modality,
     )
     reasoner = load_reasoner(config.model).asked(style=config.prompt, think=config.think)
+    reasoner.model.model.visual.requires_grad_(not config.freeze_vision)
     run = RunFolder.create(config.runs / config.name, config)
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision(config.matmul_precision)

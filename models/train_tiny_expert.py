@@ -27,6 +27,7 @@ from actors.experts.protocol import Expert
 from actors.experts.registry import TINY_FOLDER, load_expert
 from actors.experts.sam import build_sam
 from actors.experts.weights import save_weights
+from umrg.atomic import written_aside
 from umrg.frames import Size, rescale
 from umrg.keypoints import reference_points, tight_box
 from umrg.metrics import mask_dice

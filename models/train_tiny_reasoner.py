@@ -3,10 +3,12 @@
     python -m models.train_tiny_reasoner [--out models/tiny-reasoner] [--rows 16000] [--passes 3] [key=value …]
 
 Builds the untrained folder, draws phantoms with coarse annotations (loose boxes, jittered points; seen phrasings),
-lets the vision tower learn where structures lie (`models.tiny_vision`, `--passes` over the images) and the first
-layers where image tokens are (`models.tiny_position`), and runs `medreasoner sft configs/tiny_reasoner_sft.yaml`;
-`key=value` goes to that config. About 40 minutes on two cores. `--rows 64 --passes 1 steps=2` is a short trial.
-`python -m models.measure` prints what the model can do.
+lets the vision tower learn where structures lie (`models.tiny_vision`, `--passes` over the images), the first layers
+where image tokens are (`models.tiny_position`) and all of them to point (`models.tiny_pointing`), and runs
+`medreasoner sft configs/tiny_reasoner_sft.yaml`; `key=value` goes to that config. About 40 minutes on two cores.
+`python -m models.measure` prints what the model can do. A short trial that only shows that it works:
+
+    python -m models.train_tiny_reasoner --out /tmp/trial --rows 64 --short steps=2
 """
 
 import argparse
@@ -19,6 +21,7 @@ from cluster.cli_frame import run_command
 from cluster.config import SftConfig, load_config
 from cluster.sft import sft
 from models.build_tiny_reasoner import TRAINED_MODALITIES, build
+from models.tiny_pointing import PointingRecipe, learn_to_point
 from models.tiny_position import PositionRecipe, learn_positions
 from models.tiny_vision import Pretraining, pretrain_vision
 from umrg.atomic import written_aside
@@ -35,6 +38,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("models/tiny-reasoner"))
     parser.add_argument("--rows", type=int, default=16000)
     parser.add_argument("--passes", type=float, default=3.0)
+    parser.add_argument("--short", action="store_true", help="a few steps of each stage")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
@@ -45,9 +49,12 @@ def main() -> None:
         print(f"drawing {args.rows} phantom rows", flush=True)
         parts = draw(folder, args.rows, args.seed)
         dataset = Dataset.open(parts)
+        short = {"steps": 4} if args.short else {}
         pretrain_vision(reasoner, dataset, Pretraining(passes=args.passes, seed=args.seed))
-        found = learn_positions(reasoner, dataset, PositionRecipe(seed=args.seed))
+        found = learn_positions(reasoner, dataset, PositionRecipe(seed=args.seed, **short))
         print(f"positions: {found:.1%} of the image tokens know where they are", flush=True)
+        found = learn_to_point(reasoner, dataset, PointingRecipe(seed=args.seed, **short))
+        print(f"pointing: {found:.1%} of the queries are pointed at the right box", flush=True)
         reasoner.save(folder / "start")
         config = load_config(
             SftConfig,

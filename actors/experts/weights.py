@@ -1,15 +1,15 @@
 """Weights of experts on disk: safetensors, checked from their header before a byte of them is loaded."""
 
 import hashlib
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
+
+from umrg.atomic import written_aside
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -69,15 +69,3 @@ def save_weights(weights: Mapping[str, Tensor], path: Path, *, metadata: dict[st
     with written_aside(path) as aside:
         # `save_file` would make a file that only its owner may read, whatever the umask
         aside.write_bytes(save(tensors, metadata))
-
-
-@contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; renamed to it at the end, removed where the writing failed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        yield aside
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

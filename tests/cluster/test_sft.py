@@ -26,7 +26,9 @@ def phantoms(tmp_path_factory):
 def config(tmp_path: Path, data: Path, *overrides: str) -> SftConfig:
     tiny = [f"model={ROOT / 'models' / 'tiny-reasoner'}", f"data.train=[{data}]", f"runs={tmp_path}", "name=trial"]
     file = ROOT / "configs" / "tiny_reasoner_sft.yaml"
-    return load_config(SftConfig, file, [*tiny, "learner.warmup=0", "batch=4", "learner.lr=3e-4", *overrides])
+    return load_config(
+        SftConfig, file, [*tiny, "learner.warmup=0", "batch=4", "learner.lr=3e-4", "freeze_vision=false", *overrides]
+    )
 
 
 def test_training_lowers_the_loss_and_leaves_a_run_folder(tmp_path, phantoms):
