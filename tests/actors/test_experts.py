@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from actors.experts.config import PUBLISHED_EXPERTS, VIT_B, PublishedExpert, SamConfig, config_json
 from actors.experts.convert import convert_checkpoint
 from actors.experts.protocol import Decoded, Embedding
-from actors.experts.registry import TINY_FOLDER, load_expert
+from actors.experts.registry import load_expert
 from actors.experts.sam import SamExpert, build_sam, content_size
 from actors.experts.weights import shapes_of
 from cluster.expert_commands import expert_app
@@ -60,6 +60,7 @@ def best_of_predictor(predictor: SamPredictor, prompts: dict[str, NDArray[np.flo
     return Decoded(masks=masks[best], scores=scores[best], logits=logits[best])
 
 
+@pytest.mark.slow
 def test_sam_vit_b_equals_sam_predictor_batched_and_one_at_a_time() -> None:
     torch.manual_seed(0)
     sam = build_sam(VIT_B)
@@ -261,13 +262,3 @@ def test_what_is_asked_for_wrongly_is_answered_with_what_to_do(tmp_path: Path) -
         load_expert("sam_vit_b", checkpoint=tmp_path / "none.safetensors", preprocess="native")
     with pytest.raises(ValueError, match="dtype is one of float32"):
         small_expert(dtype="int8")
-
-
-@pytest.mark.skipif(not (TINY_FOLDER / "model.safetensors").exists(), reason="the tiny expert is not trained")
-def test_the_tiny_expert_segments_held_out_phantoms() -> None:
-    from models.train_tiny_expert import dice_by_prompt, held_out
-
-    dice = dice_by_prompt(load_expert("tiny"), held_out(24))
-    assert dice["box and points"] >= 0.85
-    assert min(dice["box"], dice["box 20 % too loose, and points"]) >= 0.80
-    assert min(dice["two points"], dice["box 20 % too loose"]) >= 0.65
