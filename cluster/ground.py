@@ -83,5 +83,6 @@ def ground_file(
         image = decode_image(path.read_bytes(), str(path))
     except (FileNotFoundError, IsADirectoryError) as error:
         raise ValueError(f"{path} is not a file; give the path of an image") from error
-    found = ground(image, query, load_reasoner(model), load_expert(expert, checkpoint=checkpoint))
+    segmenter = load_expert(expert, checkpoint=checkpoint)
+    found = ground(image, query, load_reasoner(model), segmenter)
     return found, found.save(out, path.stem)

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -123,16 +125,20 @@ def load_reasoner(folder: Path, *, device: str = "cpu", dtype: torch.dtype = tor
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a model folder (no config.json); give a Hugging Face folder")
+    transformers.utils.logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(folder)
         processor = AutoProcessor.from_pretrained(folder)
         if config.model_type not in ARCHITECTURES:
             raise ValueError(f"its architecture is {config.model_type}; supported are {', '.join(ARCHITECTURES)}")
         _check_processor(config, processor)
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder} cannot be loaded as a reasoner: {str(error).splitlines()[0]}") from error
-    return Reasoner(model=model.eval(), processor=processor, prompt=PromptSpec.of_model(folder))
+        model, loading = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"{folder} cannot be loaded as a reasoner: {reason}") from error
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(f"{folder} cannot be loaded as a reasoner: its weights lack {missing[0]}")
+    return Reasoner(model=model.to(device).eval(), processor=processor, prompt=PromptSpec.of_model(folder))
 
 
 def _check_processor(config: Any, processor: Any) -> None:

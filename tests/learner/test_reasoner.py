@@ -92,9 +92,17 @@ def test_a_processor_that_does_not_fit_is_refused(tmp_path):
         load_reasoner(folder)
 
 
-def test_weights_that_do_not_fit_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_hidden_layers": 5, "layer_types": ["full_attention"] * 5}, r"lack .*layers\.4"),
+        ({"num_hidden_layers": 5}, "num_hidden_layers"),
+        ({"intermediate_size": 512}, "mismatch"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(tmp_path, change, said):
     folder = _copy(tmp_path)
     config = json.loads((folder / "config.json").read_text())
-    _edit(folder / "config.json", text_config={**config["text_config"], "num_hidden_layers": 5})
-    with pytest.raises(ValueError, match=r"layers\.4"):
+    _edit(folder / "config.json", text_config={**config["text_config"], **change})
+    with pytest.raises(ValueError, match=said):
         load_reasoner(folder)
