@@ -23,6 +23,7 @@ from umrg.shuffling import Cursor, batches
 
 CELLS = 4  # a side, of one image token
 TOKEN_SCALE = 0.15
+FEWEST_STEPS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ def pretrain_vision(reasoner: Reasoner, dataset: Dataset, recipe: Pretraining) -
     head = torch.nn.Linear(reasoner.model.config.text_config.hidden_size, len(categories) * CELLS**2)
     parameters = [*visual.parameters(), *head.parameters()]
     adam = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-    steps = int(recipe.passes * len(dataset.rows_by_image()) / recipe.batch)
+    steps = max(FEWEST_STEPS, int(recipe.passes * len(dataset.rows_by_image()) / recipe.batch))
     schedule = torch.optim.lr_scheduler.OneCycleLR(adam, recipe.lr, total_steps=steps, pct_start=0.05)
     losses = []
     for images in track(_image_batches(dataset, recipe, steps), "vision", total=steps):
