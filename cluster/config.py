@@ -20,10 +20,9 @@ class Config(BaseModel):
 
 
 class DataConfig(Config):
-    """train, eval: parquet files in the released schema. The filters keep rows of these names only."""
+    """train: parquet files in the released schema. The filters keep rows of these names only."""
 
     train: list[Path] = Field(min_length=1)
-    eval: list[Path] = []
     supercategory: list[str] = []
     category: list[str] = []
     modality: list[str] = []

@@ -2,8 +2,8 @@
 
 A linear head on the state of the prompt's last token gives a distribution over the image's tokens, to match the share
 of each that the coarse box covers. An answer's loss asks for the same thing in digits, among many tokens that are
-easy to guess; asked for alone, over short prompts and with the vision tower's tokens computed once, it is learnt ten
-times sooner. The head is thrown away.
+easy to guess; asked for alone, over short prompts and with the vision tower's tokens computed once, it is learnt much
+sooner. The head is thrown away.
 """
 
 from collections.abc import Sequence

@@ -5,7 +5,7 @@
 Builds the untrained folder, draws phantoms with coarse annotations (loose boxes, jittered points; seen phrasings),
 lets the vision tower learn where structures lie (`models.tiny_vision`, `--passes` over the images), the first layers
 where image tokens are (`models.tiny_position`) and all of them to point (`models.tiny_pointing`), and runs
-`medreasoner sft configs/tiny_reasoner_sft.yaml`; `key=value` goes to that config. About 40 minutes on two cores.
+`medreasoner sft configs/tiny_reasoner_sft.yaml`; `key=value` goes to that config. By estimate 40 minutes on two cores.
 `python -m models.measure` prints what the model can do. A short trial that only shows that it works:
 
     python -m models.train_tiny_reasoner --out /tmp/trial --rows 64 --short steps=2
