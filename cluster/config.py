@@ -3,42 +3,104 @@
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
 
+from actors.config import DeadlineConfig, RolloutConfig, SegmenterConfig
+from learner.config import LearnerConfig, OptimizerConfig
+from rewards.config import RewardConfig
+from umrg.config import Config
+from umrg.phantoms import MODALITIES
 from umrg.prompts import PromptStyle
 
-C = TypeVar("C", bound="Config")
+C = TypeVar("C", bound=Config)
 
 
-class Config(BaseModel):
-    """A part of a run's configuration: frozen, and without room for unknown keys."""
+class PhantomConfig(Config):
+    """Rows to be drawn instead of read. queries_per_image: at most so many rows share an image. phrasings: "held_out"
+    asks in words that training has not seen."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    phantoms: PositiveInt
+    seed: NonNegativeInt = 0
+    modalities: list[str] = Field(default_factory=lambda: list(MODALITIES))
+    queries_per_image: PositiveInt = 4
+    phrasings: Literal["seen", "held_out"] = "seen"
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, (str, Path)) else value
+
+
+Files = Annotated[list[Path], BeforeValidator(_as_list), Field(min_length=1)]
 
 
 class DataConfig(Config):
     """train: parquet files in the released schema. The filters keep rows of these names only."""
 
-    train: list[Path] = Field(min_length=1)
-    supercategory: list[str] = []
-    category: list[str] = []
-    modality: list[str] = []
+    train: Files
+    supercategory: list[str] = Field(default_factory=list)
+    category: list[str] = Field(default_factory=list)
+    modality: list[str] = Field(default_factory=list)
 
 
-class OptimizerConfig(Config):
-    """AdamW with a linear warm-up over `warmup` steps and a cosine decay to a tenth of `lr`.
+class RunDataConfig(DataConfig):
+    """train, eval: parquet files, or phantoms to draw."""
 
-    micro_batch_tokens: tokens, padding included, that go through the model at once.
+    train: Files | PhantomConfig  # type: ignore[assignment]
+    eval: Files | PhantomConfig
+
+
+class EvaluationConfig(Config):
+    """How held-out rows are asked. limit: so many rows at most. n: sampled answers each, besides the greedy one.
+    every: steps between evaluations on the way; 0 for none, before and after remain. before: measure the model that
+    the run starts from."""
+
+    limit: PositiveInt = 128
+    n: NonNegativeInt = 8
+    every: NonNegativeInt = 0
+    before: bool = True
+
+
+class TrainConfig(Config):
+    """GRPO: `medreasoner train CONFIG`.
+
+    name: of the run; its folder is `runs/<name>`. model: a Qwen-VL folder. expert: name or folder of the segmenter.
+    prompt, think: asked otherwise than the folder's prompt.json says. batch: groups a step. steps: how many.
+    staleness: how many steps the rollouts' weights may lag behind. placement: whether actors are packed on few nodes
+    or spread over many. checkpoint_every: steps; 0 for none but the last. keep: newest checkpoints that stay.
+    resume: "auto" goes on from the newest checkpoint of a run folder that exists, "never" refuses such a folder.
     """
 
-    lr: PositiveFloat
-    warmup: int = Field(default=0, ge=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    max_grad_norm: PositiveFloat = 1.0
-    micro_batch_tokens: PositiveInt = 4096
+    name: str = Field(pattern=r"^[\w.-]+$")
+    model: Path
+    expert: str
+    data: RunDataConfig
+    prompt: PromptStyle | None = None
+    think: bool | None = None
+    reward: RewardConfig
+    rollout: RolloutConfig = RolloutConfig()
+    segmenter: SegmenterConfig = SegmenterConfig()
+    learner: LearnerConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    deadlines: DeadlineConfig = DeadlineConfig()
+    placement: Literal["pack", "spread"] = "pack"
+    staleness: NonNegativeInt = 0
+    batch: PositiveInt = 16
+    steps: PositiveInt
+    seed: NonNegativeInt = 0
+    checkpoint_every: NonNegativeInt = 0
+    keep: PositiveInt = 2
+    resume: Literal["never", "auto"] = "never"
+    runs: Path = Path("runs")
+
+    @field_validator("staleness")
+    @classmethod
+    def _on_policy(cls, value: int) -> int:
+        if value:
+            raise ValueError("only 0 is built: every step's answers come from the newest weights")
+        return value
 
 
 class SftConfig(Config):

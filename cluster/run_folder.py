@@ -1,13 +1,18 @@
-"""The run folder: `runs/<name>/{config.yaml, metrics.jsonl, model/, summary.json, …}`."""
+"""The run folder: `runs/<name>/{config.yaml, metrics.jsonl, samples/, checkpoints/, model/, summary.json, report/}`."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from cluster.config import Config, save_config
+import yaml
+
+from cluster.config import save_config
 from umrg.atomic import written_aside
+from umrg.config import Config
+
+_MAY_CHANGE = ("steps", "resume", "checkpoint_every", "keep", "runs", "deadlines", "placement")
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,34 @@ class RunFolder:
         save_config(config, path / "config.yaml")
         return cls(path)
 
+    @classmethod
+    def begin(cls, path: Path, config: Config, *, resume: bool) -> Self:
+        """Make the folder, or with `resume` take the one that is there. Raises ValueError where one is there and should
+        not be, or was made with another configuration."""
+        if not (resume and path.exists()):
+            return cls.create(path, config)
+        kept = yaml.safe_load((path / "config.yaml").read_text())
+        given = config.model_dump(mode="json")
+        changed = sorted(key for key in given if key not in _MAY_CHANGE and kept.get(key) != given[key])
+        if changed:
+            raise ValueError(
+                f"{path} was made with another {', '.join(changed)}; resume with what its config.yaml says"
+            )
+        save_config(config, path / "config.yaml")
+        return cls(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
+
     @property
     def model(self) -> Path:
         return self.path / "model"
@@ -34,6 +67,19 @@ class RunFolder:
         """Add a line to metrics.jsonl."""
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(metrics) + "\n")
+
+    def keep_metrics(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop the lines of metrics.jsonl that are not wanted."""
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines(keepends=True) if wanted(json.loads(line))]
+            with written_aside(path) as aside:
+                aside.write_text("".join(lines))
+
+    def read_json(self, name: str) -> Any:
+        """What `write_json` wrote under that name; None where there is nothing."""
+        path = self.path / name
+        return json.loads(path.read_text()) if path.exists() else None
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         with written_aside(self.path / name) as aside:

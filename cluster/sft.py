@@ -22,7 +22,7 @@ def sft(config: SftConfig) -> RunFolder:
     import torch
 
     from learner.reasoner import load_reasoner
-    from learner.sft import SftOptimizer, SftStep, train_sft
+    from learner.sft import SftStep, train_sft
 
     dataset = Dataset.open(
         config.data.train,
@@ -45,8 +45,7 @@ def sft(config: SftConfig) -> RunFolder:
             if not progress.console.is_terminal and (step.step + 1) % 50 == 0:
                 print(f"step {step.step + 1}/{config.steps}  loss {step.loss:.4f}", flush=True)
 
-        optimizer = SftOptimizer(steps=config.steps, **config.learner.model_dump())
-        train_sft(reasoner, _batches(dataset, config), optimizer, report)
+        train_sft(reasoner, _batches(dataset, config), config.steps, config.learner, report)
     with written_aside(run.model) as aside:
         reasoner.save(aside)
     run.write_json("summary.json", {"steps": config.steps, "seconds": {"sft": time.monotonic() - started}})

@@ -1,8 +1,10 @@
 """The reasoner: a Qwen-VL folder loaded as model, processor and prompt spec, asked through the one prompt builder."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from umrg.frames import Frames, Size
+from umrg.frames import Frames, ResizeRule, Size
 from umrg.prompts import PromptSpec, PromptStyle, prompt_messages
 
 ARCHITECTURES = ("qwen2_5_vl", "qwen2_vl")
@@ -41,27 +43,45 @@ class EncodedPrompt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reasoner:
-    """Model, processor and prompt spec of one folder."""
+class Prompter:
+    """A folder's processor and prompt spec: what turns a query about an image into the model's prompt.
 
-    model: Any
+    image_token_id, vision_tokens: the image's placeholder, and the ids of all such placeholders and marks.
+    resize: how the processor chooses the model frame.
+    """
+
     processor: Any
     prompt: PromptSpec
+    image_token_id: int
+    vision_tokens: tuple[int, ...]
 
     @property
     def end_token_id(self) -> int:
         """The token that ends a completion."""
         return int(self.processor.tokenizer.eos_token_id)
 
+    @property
+    def resize(self) -> ResizeRule:
+        size, processor = self.processor.image_processor.size, self.processor.image_processor
+        return ResizeRule(
+            factor=processor.patch_size * processor.merge_size,
+            min_pixels=size["shortest_edge"],
+            max_pixels=size["longest_edge"],
+        )
+
     def chat_text(self, query: str) -> str:
         """The prompt as text, with one image placeholder: what a rollout engine is given."""
         messages = prompt_messages(query, self.prompt)
         return str(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
-    def asked(self, *, style: PromptStyle | None = None, think: bool | None = None) -> "Reasoner":
-        """The same reasoner, asked in another style, or with or without reasoning; None leaves it as it is."""
+    def asked(self, *, style: PromptStyle | None = None, think: bool | None = None) -> Self:
+        """The same, asked in another style, or with or without reasoning; None leaves it as it is."""
         changes = {key: value for key, value in (("style", style), ("think", think)) if value is not None}
         return replace(self, prompt=self.prompt.model_copy(update=changes))
+
+    def frames(self, original: Size) -> Frames:
+        """The coordinate frames of an image of this size."""
+        return Frames(original=original, model=self.resize.model_size(original))
 
     def encode_image(self, image: NDArray[np.uint8]) -> EncodedImage:
         """Encode an image uint8 [H, W, 3] RGB."""
@@ -90,6 +110,13 @@ class Reasoner:
         ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
         return torch.tensor([*ids, self.end_token_id])
 
+
+@dataclass(frozen=True, kw_only=True)
+class Reasoner(Prompter):
+    """A prompter and its model."""
+
+    model: Any
+
     @torch.inference_mode()
     def generate(self, prompts: list[EncodedPrompt], *, max_tokens: int = 512) -> list[str]:
         """Greedy completions, one a prompt, without special tokens."""
@@ -98,11 +125,10 @@ class Reasoner:
         for row, prompt in zip(ids, prompts, strict=True):
             row[width - len(prompt.token_ids) :] = prompt.token_ids
         attention = torch.stack([torch.arange(width) >= width - len(prompt.token_ids) for prompt in prompts]).long()
-        image_token = self.model.config.image_token_id
         output = self.model.generate(
             input_ids=ids.to(self.model.device),
             attention_mask=attention.to(self.model.device),
-            mm_token_type_ids=(ids == image_token).int().to(self.model.device),
+            mm_token_type_ids=(ids == self.image_token_id).int().to(self.model.device),
             pixel_values=torch.cat([p.image.pixel_values for p in prompts]).to(self.model.device, self.model.dtype),
             image_grid_thw=torch.cat([p.image.grid_thw for p in prompts]).to(self.model.device),
             max_new_tokens=max_tokens,
@@ -111,34 +137,72 @@ class Reasoner:
         texts: list[str] = self.processor.batch_decode(output[:, width:], skip_special_tokens=True)
         return texts
 
-    def save(self, folder: Path) -> None:
-        """Write an ordinary Hugging Face folder, with the prompt spec beside it."""
-        self.model.save_pretrained(folder)
+    def save(self, folder: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Write an ordinary Hugging Face folder, with the prompt spec beside it; `state` instead of the model's own
+        weights, where those are spread over ranks."""
+        self.model.save_pretrained(folder, state_dict=state)
         self.processor.save_pretrained(folder)
         self.prompt.save(folder)
 
 
-def load_reasoner(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Reasoner:
-    """Load a Qwen2.5-VL or Qwen2-VL folder.
+def load_prompter(folder: Path) -> Prompter:
+    """Load the processor and the prompt spec of a Qwen2.5-VL or Qwen2-VL folder.
 
     Raises ValueError where the folder is not one, or its processor does not fit its model.
     """
+    with _loading(folder):
+        return prompter_of(*_config_and_processor(folder), PromptSpec.of_model(folder))
+
+
+def load_reasoner(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Reasoner:
+    """Load a Qwen2.5-VL or Qwen2-VL folder. Raises ValueError as `load_prompter` does, and where weights are
+    missing."""
+    with _loading(folder):
+        config, processor = _config_and_processor(folder)
+        model, loading = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        if missing := sorted(loading["missing_keys"]):
+            raise ValueError(f"its weights lack {missing[0]}")
+        return with_model(prompter_of(config, processor, PromptSpec.of_model(folder)), model.to(device).eval())
+
+
+def prompter_of(config: Any, processor: Any, prompt: PromptSpec) -> Prompter:
+    """A prompter from a model's configuration and its processor."""
+    tokenizer = processor.tokenizer
+    marks = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
+    known = {int(tokenizer.convert_tokens_to_ids(mark)) for mark in marks if mark in tokenizer.get_vocab()}
+    return Prompter(
+        processor=processor,
+        prompt=prompt,
+        image_token_id=int(config.image_token_id),
+        vision_tokens=tuple(sorted({int(config.image_token_id), int(config.video_token_id), *known})),
+    )
+
+
+def with_model(prompter: Prompter, model: Any) -> Reasoner:
+    """The prompter with its model."""
+    return Reasoner(model=model, **{field.name: getattr(prompter, field.name) for field in fields(prompter)})
+
+
+@contextmanager
+def _loading(folder: Path) -> Iterator[None]:
+    """Whatever a folder that is no reasoner makes transformers say becomes one ValueError."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a model folder (no config.json); give a Hugging Face folder")
     transformers.utils.logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(folder)
-        processor = AutoProcessor.from_pretrained(folder)
-        if config.model_type not in ARCHITECTURES:
-            raise ValueError(f"its architecture is {config.model_type}; supported are {', '.join(ARCHITECTURES)}")
-        _check_processor(config, processor)
-        model, loading = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        yield
     except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ValueError(f"{folder} cannot be loaded as a reasoner: {reason}") from error
-    if missing := sorted(loading["missing_keys"]):
-        raise ValueError(f"{folder} cannot be loaded as a reasoner: its weights lack {missing[0]}")
-    return Reasoner(model=model.to(device).eval(), processor=processor, prompt=PromptSpec.of_model(folder))
+
+
+def _config_and_processor(folder: Path) -> tuple[Any, Any]:
+    config = AutoConfig.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    if config.model_type not in ARCHITECTURES:
+        raise ValueError(f"its architecture is {config.model_type}; supported are {', '.join(ARCHITECTURES)}")
+    _check_processor(config, processor)
+    return config, processor
 
 
 def _check_processor(config: Any, processor: Any) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from learner.config import OptimizerConfig
 from learner.reasoner import EncodedPrompt, Reasoner
 from learner.shared_prefix import Branches, branch_logprobs, micro_batches, pack_groups
 from umrg.answers import format_answer
@@ -24,47 +25,33 @@ class SftStep:
     tokens: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class SftOptimizer:
-    """AdamW, a linear warm-up over `warmup` steps, then a cosine to a tenth of `lr` at `steps`.
-
-    micro_batch_tokens: tokens, padding included, that go through the model at once.
-    """
-
-    lr: float
-    warmup: int
-    steps: int
-    weight_decay: float
-    max_grad_norm: float
-    micro_batch_tokens: int
-
-    def lr_at(self, step: int) -> float:
-        """Learning rate of step 0, 1, …"""
-        if step < self.warmup:
-            return self.lr * (step + 1) / (self.warmup + 1)
-        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress))))
+def lr_at(step: int, steps: int, optimizer: OptimizerConfig) -> float:
+    """Learning rate of step 0, 1, …: a linear warm-up, then a cosine to a tenth at `steps`."""
+    if step < optimizer.warmup:
+        return optimizer.lr * (step + 1) / (optimizer.warmup + 1)
+    progress = (step - optimizer.warmup) / max(1, steps - optimizer.warmup)
+    return optimizer.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
 def train_sft(
     reasoner: Reasoner,
     batches: Iterable[Sequence[Sequence[Sample]]],
-    optimizer: SftOptimizer,
+    steps: int,
+    optimizer: OptimizerConfig,
     report: Callable[[SftStep], None],
 ) -> None:
-    """Train in place, one step a batch, for `optimizer.steps` steps. A batch is a list of images, each given as the
-    samples that ask about it. Raises FloatingPointError where the loss is
-    no longer finite, before the weights take it in."""
+    """Train in place, one step a batch. A batch is a list of images, each given as the samples that ask about it.
+    Raises FloatingPointError where the loss is no longer finite, before the weights take it in."""
     model = reasoner.model.train()
     adam = torch.optim.AdamW(
         model.parameters(),
         lr=optimizer.lr,
         weight_decay=optimizer.weight_decay,
-        betas=(0.9, 0.95),
+        betas=optimizer.betas,
         fused=True,
     )
-    for step, images in zip(range(optimizer.steps), batches, strict=False):
-        lr = optimizer.lr_at(step)
+    for step, images in zip(range(steps), batches, strict=False):
+        lr = lr_at(step, steps, optimizer)
         for group in adam.param_groups:
             group["lr"] = lr
         adam.zero_grad(set_to_none=True)

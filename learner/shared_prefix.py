@@ -12,13 +12,15 @@ In supervised training several queries may ask about one image: then the prefix 
 is the rest of a prompt, which is not scored, and its answer, which is.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence, Sized
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 import torch
 
 from learner.reasoner import EncodedPrompt
+
+G = TypeVar("G", bound=Sized)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,10 @@ class PackedGroups:
     targets: torch.Tensor
     branch: torch.Tensor
 
+    def to(self, device: str) -> "PackedGroups":
+        """The same on another device."""
+        return PackedGroups(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
 
 def pack_groups(groups: Sequence[Branches], model: Any) -> PackedGroups:
     """Lay out groups for one forward. `model` gives the prompts' m-rope positions (transformers' Qwen-VL)."""
@@ -95,9 +101,9 @@ def pack_groups(groups: Sequence[Branches], model: Any) -> PackedGroups:
     )
 
 
-def micro_batches(groups: Sequence[Branches], max_tokens: int) -> list[list[Branches]]:
+def micro_batches(groups: Sequence[G], max_tokens: int) -> list[list[G]]:
     """Groups of like length together, so that a padded batch holds at most `max_tokens`; a longer group is alone."""
-    batches: list[list[Branches]] = []
+    batches: list[list[G]] = []
     for group in sorted(groups, key=len):
         if batches and (len(batches[-1]) + 1) * len(group) <= max_tokens:
             batches[-1].append(group)
@@ -106,8 +112,11 @@ def micro_batches(groups: Sequence[Branches], max_tokens: int) -> list[list[Bran
     return batches
 
 
-def branch_logprobs(model: Any, packed: PackedGroups, *, temperature: float = 1.0) -> torch.Tensor:
-    """Log-probs [T] of every scored token under the temperature-scaled distribution, differentiable."""
+def branch_logprobs(
+    model: Any, packed: PackedGroups, *, temperature: float = 1.0, forbidden: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Log-probs [T] of every scored token under the sampling distribution, differentiable: temperature-scaled, and
+    without the `forbidden` token ids, which are never sampled."""
     hidden = model.model(
         input_ids=packed.token_ids,
         position_ids=packed.position_ids,
@@ -117,6 +126,8 @@ def branch_logprobs(model: Any, packed: PackedGroups, *, temperature: float = 1.
         use_cache=False,
     ).last_hidden_state
     logits = model.lm_head(hidden[packed.sources[0], packed.sources[1]]).float() / temperature
+    if forbidden is not None:
+        logits = logits.index_fill(1, forbidden, -torch.inf)
     return -torch.nn.functional.cross_entropy(logits, packed.targets, reduction="none")
 
 

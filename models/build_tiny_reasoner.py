@@ -23,12 +23,12 @@ from transformers import (
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from learner.reasoner import Reasoner
+from learner.reasoner import Reasoner, prompter_of, with_model
 from umrg.answers import format_answer
 from umrg.phantoms import rows
 from umrg.prompts import PromptSpec, PromptStyle, prompt_text
 
-TRAINED_MODALITIES = ("CT", "MRI", "X-ray", "endoscopy")
+TRAINED_MODALITIES = ("CT", "X-ray")
 """All ten are too much for a model this small in the time that two cores have."""
 
 VOCABULARY = 1024
@@ -157,11 +157,9 @@ def build_model(tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2_5_VLForConditiona
 def build(seed: int) -> Reasoner:
     """The untrained tiny reasoner."""
     tokenizer = build_tokenizer(seed)
-    return Reasoner(
-        model=build_model(tokenizer, seed),
-        processor=build_processor(tokenizer),
-        prompt=PromptSpec(style=PromptStyle.COMPACT),
-    )
+    model = build_model(tokenizer, seed)
+    prompt = PromptSpec(style=PromptStyle.COMPACT)
+    return with_model(prompter_of(model.config, build_processor(tokenizer), prompt), model)
 
 
 def main() -> None:

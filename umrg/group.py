@@ -1,6 +1,6 @@
 """A group: one prompt and its n answers, the unit of work of the whole pipeline.
 
-    sample ──► Group ──rollout──► Completion × n ──segmenter──► rewards × n ──► learner
+    sample ──► Group ──rollout──► GroupSamples (Completion × n) ──segmenter──► ScoredAnswer × n ──► learner
 
 Worked example: group (run "demo", step 3, index 5) has the id "demo/3/5"; its third answer is "demo/3/5/2" and is
 sampled with the seed `group.seed(run_seed, 2)`.
@@ -9,6 +9,7 @@ sampled with the seed `group.seed(run_seed, 2)`.
 import hashlib
 from dataclasses import dataclass, field
 
+from umrg.frames import Frames
 from umrg.sample import Sample
 
 
@@ -52,3 +53,17 @@ class Completion:
     logprobs: tuple[float, ...] = field(repr=False)
     policy_version: int
     finished: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSamples:
+    """What a rollout makes of a group. It names the group and does not hold it: images travel once.
+
+    group: its id. prompt_ids: token ids of the prompt, image placeholders expanded, as the engine saw them.
+    frames: the image's coordinate frames. completions: the n answers.
+    """
+
+    group: str
+    prompt_ids: tuple[int, ...] = field(repr=False)
+    frames: Frames
+    completions: tuple[Completion, ...]

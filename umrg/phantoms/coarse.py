@@ -1,4 +1,4 @@
-"""Coarse annotations as clinics have them: boxes drawn too loosely, points set roughly."""
+"""Coarse annotations as clinics have them: boxes drawn too loosely and off the middle, points set roughly."""
 
 from collections.abc import Sequence
 
@@ -9,15 +9,18 @@ Point = tuple[int, int]
 
 # Each edge moves outward by a uniform share of the box's side across it.
 LOOSENING = (0.05, 0.45)
+# Then the whole box moves by up to this share of its side, either way along each axis.
+DISPLACEMENT = 0.1
 # Each point moves by up to this share of the exact box's side, either way along each axis.
 JITTER = 0.25
 
 
 def loosen_box(box: Box, width: int, height: int, rng: np.random.Generator) -> Box:
-    """Move each edge of a box (XYXY, inclusive, original pixels) outward, clipped to the image."""
+    """Move each edge of a box (XYXY, inclusive, original pixels) outward, then all together, clipped to the image."""
     sides = np.array([box[2] - box[0] + 1, box[3] - box[1] + 1] * 2)
     outward = rng.uniform(*LOOSENING, 4) * sides * (-1, -1, 1, 1)
-    left, top, right, bottom = np.rint(np.array(box) + outward).astype(int).tolist()
+    aside = np.tile(rng.uniform(-DISPLACEMENT, DISPLACEMENT, 2), 2) * sides
+    left, top, right, bottom = np.rint(np.array(box) + outward + aside).astype(int).tolist()
     return max(left, 0), max(top, 0), min(right, width - 1), min(bottom, height - 1)
 
 

@@ -6,10 +6,8 @@ from umrg.phantoms.structure import Structure
 
 # The clue's article stays lower case, so every template opens with a word of its own.
 TEMPLATES = (
-    "The question asks for {clue}. This is the {name}, {place}.",
+    "This hints at {clue}: the {name}, {place}.",
     "We look for {clue}. The {name} lies {place}.",
-    "It hints at {clue}: the {name}. I see it {place}.",
-    "This means {clue}, so the {name}. Here it is {place}.",
 )
 PLACES = (
     ("in the upper left", "in the upper middle", "in the upper right"),

@@ -1,0 +1,68 @@
+"""The actors' parts of a run's configuration. Imports neither Ray nor torch."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from actors.experts.protocol import Preprocess
+from umrg.config import Config
+
+
+class RolloutConfig(Config):
+    """Rollout actors: a vLLM engine each.
+
+    actors: how many. num_gpus, num_cpus: of each, as Ray counts them. tensor_parallel: GPUs that one engine spans;
+    it then wants as many in num_gpus. threads: of a CPU engine; None for all cores, shared among the actors.
+    n: answers to a prompt. temperature: of sampling. max_tokens: longest answer. max_prompt_tokens: longest prompt,
+    image included.
+    dtype: of the engine's weights. gpu_memory: share of its GPU that an engine may fill. cpu_cache_gib: of a CPU
+    engine's key-value cache.
+    reset_caches: forget prompts and images at a weight update. Only ever false to see the canary stop a run.
+    """
+
+    actors: PositiveInt = 1
+    num_gpus: float = Field(default=0.0, ge=0)
+    num_cpus: float = Field(default=1.0, ge=0)
+    tensor_parallel: PositiveInt = 1
+    threads: PositiveInt | None = None
+    n: PositiveInt = 8
+    temperature: PositiveFloat = 1.0
+    max_tokens: PositiveInt = 512
+    max_prompt_tokens: PositiveInt = 2048
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    gpu_memory: float = Field(default=0.6, gt=0, le=1)
+    cpu_cache_gib: PositiveInt = 1
+    reset_caches: bool = True
+
+
+class SegmenterConfig(Config):
+    """Segmenter actors: a frozen expert each.
+
+    actors, num_gpus, num_cpus: as for rollouts; num_gpus may be a fraction. threads: of torch on CPU.
+    checkpoint: weights of a published expert. device: None for a GPU where num_gpus is above 0, else the CPU.
+    dtype: of the expert's image encoder. preprocess: as published, or as the expert's own code does it.
+    """
+
+    actors: PositiveInt = 1
+    num_gpus: float = Field(default=0.0, ge=0)
+    num_cpus: float = Field(default=1.0, ge=0)
+    threads: PositiveInt | None = None
+    checkpoint: Path | None = None
+    device: str | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    preprocess: Preprocess = "published"
+
+    @property
+    def where(self) -> str:
+        """The device that an actor's expert lives on."""
+        return self.device or ("cuda" if self.num_gpus > 0 else "cpu")
+
+
+class DeadlineConfig(Config):
+    """Seconds after which a wait is given up. start: of actors and their models. step: of one phase of a step.
+    resources: for the cluster to have room for all actors."""
+
+    resources: NonNegativeInt = 120
+    start: PositiveInt = 900
+    step: PositiveInt = 1800

@@ -1,0 +1,149 @@
+"""A vLLM engine that samples answers, reports their log-probs, and takes new weights while it lives."""
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from vllm import AsyncEngineArgs, SamplingParams
+from vllm.config import WeightTransferConfig
+from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from actors.config import RolloutConfig
+from learner.reasoner import Prompter
+from umrg.group import Completion
+
+_HOST_MEMORY = Path("/dev/shm")
+_FORBIDDEN = -100.0  # vLLM's lowest logit bias: e^-100 is no probability in any precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How answers are drawn. n: how many. temperature: 0 for the greedy answer. seed: of the first; vLLM draws answer
+    i with seed + i."""
+
+    n: int
+    temperature: float
+    max_tokens: int
+    seed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """prompt_ids: of the prompt, image placeholders expanded. completions: n answers."""
+
+    prompt_ids: tuple[int, ...]
+    completions: tuple[Completion, ...]
+
+
+class Engine:
+    """Make it with `Engine.start`, in a process whose environment has `actors.engine_environment`."""
+
+    def __init__(self, llm: AsyncLLM, prompter: Prompter, *, reset_caches: bool) -> None:
+        self.prompter = prompter
+        self._llm = llm
+        self._reset_caches = reset_caches
+        self._requests = 0
+
+    @classmethod
+    async def start(cls, model: Path, prompter: Prompter, config: RolloutConfig) -> "Engine":
+        """Load a model folder; its weights are version 0."""
+        prompt_limit = config.max_prompt_tokens
+        llm = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(
+                model=str(model),
+                dtype=config.dtype,
+                seed=0,
+                max_model_len=prompt_limit + config.max_tokens,
+                # Seeded requests need whole prompts on a CPU: its generators know no offset.
+                enable_chunked_prefill=config.num_gpus > 0,
+                max_num_batched_tokens=max(prompt_limit + config.max_tokens, 4096),
+                enable_prefix_caching=True,
+                enforce_eager=config.num_gpus == 0,
+                tensor_parallel_size=config.tensor_parallel,
+                gpu_memory_utilization=config.gpu_memory,
+                limit_mm_per_prompt={"image": 1, "video": 0},
+                # Temperature-scaled, and without the tokens that are never sampled.
+                logprobs_mode="processed_logprobs",
+                weight_transfer_config=WeightTransferConfig(backend="medreasoner-host"),
+                worker_extension_cls="actors.weight_transfer.WorkerExtension",
+                disable_log_stats=True,
+            )
+        )
+        await llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+        await llm.update_weight_version("0")
+        return cls(llm, prompter, reset_caches=config.reset_caches)
+
+    async def generate(self, image: NDArray[np.uint8], query: str, sampling: Sampling) -> Generated:
+        """Answer a query about an image uint8 [H, W, 3]; all n answers of it at once."""
+        self._requests += 1
+        parameters = SamplingParams(
+            n=sampling.n,
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_tokens,
+            seed=sampling.seed,
+            logprobs=0,
+            flat_logprobs=True,
+            logit_bias=dict.fromkeys(self.prompter.vision_tokens, _FORBIDDEN),
+            # Streamed outputs of several answers leave some out.
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        prompt = {"prompt": self.prompter.chat_text(query), "multi_modal_data": {"image": Image.fromarray(image)}}
+        final: Any = None
+        async for output in self._llm.generate(prompt, parameters, request_id=f"request-{self._requests}"):
+            final = output
+        assert final is not None and len(final.outputs) == sampling.n, "vLLM left answers out"
+        outputs = sorted(final.outputs, key=lambda output: output.index)
+        return Generated(
+            prompt_ids=tuple(final.prompt_token_ids),
+            completions=tuple(_completion(output) for output in outputs),
+        )
+
+    async def update_weights(self, buckets: Iterable[bytes], version: int) -> str:
+        """Replace the weights by safetensors files given as bytes, between two tokens of whatever is being sampled;
+        digest of the tensors that arrived."""
+        await self._llm.pause_generation(mode="keep", clear_cache=self._reset_caches)
+        try:
+            await self._llm.start_weight_update()
+            for bucket in buckets:
+                with _in_host_memory(bucket) as path:
+                    await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"path": str(path)}))
+            await self._llm.finish_weight_update(weight_version=str(version))
+            digests: list[str] = await self._llm.collective_rpc("received_digest")
+        finally:
+            await self._llm.resume_generation()
+        assert len(set(digests)) == 1, "the workers of one engine received different weights"
+        return digests[0]
+
+    def stop(self) -> None:
+        """End the engine's processes."""
+        self._llm.shutdown()
+
+
+def _completion(output: Any) -> Completion:
+    versions = [int(span.version) for span in output.weight_versions or ()]
+    return Completion(
+        text=output.text,
+        token_ids=tuple(output.token_ids),
+        logprobs=tuple(output.logprobs.logprobs),
+        # One that saw an update belongs to the oldest weights it was sampled with.
+        policy_version=min(versions),
+        finished=output.finish_reason == "stop",
+    )
+
+
+@contextmanager
+def _in_host_memory(data: bytes) -> Iterator[Path]:
+    """A file in memory that holds some bytes for as long as the context lasts."""
+    folder = _HOST_MEMORY if _HOST_MEMORY.is_dir() else None
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="medreasoner-weights-") as file:
+        file.write(data)
+        file.flush()
+        yield Path(file.name)

@@ -1,0 +1,127 @@
+"""The learner actor: one ZeRO rank in a process of its own."""
+
+import os
+import socket
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ray
+
+from actors.weight_files import WeightsDigest, pack
+from learner.config import LearnerConfig
+from umrg.group import Group, GroupSamples
+from umrg.prompts import PromptStyle
+from umrg.sample import Sample
+
+if TYPE_CHECKING:
+    from learner.zero import UpdateReport, ZeroLearner
+
+
+class LearnerRank:
+    """Rank `rank` of `config.ranks`. `start` must have returned on every rank before anything else is called, and what
+    is a collective must be called on every rank."""
+
+    def __init__(
+        self,
+        model: Path,
+        config: LearnerConfig,
+        *,
+        rank: int,
+        temperature: float,
+        seed: int,
+        style: PromptStyle | None,
+        think: bool | None,
+    ) -> None:
+        self._model, self._config, self._rank = model, config, rank
+        self._temperature, self._seed, self._style, self._think = temperature, seed, style, think
+        self._learner: ZeroLearner | None = None
+
+    def address(self) -> tuple[str, int]:
+        """Where the ranks may meet: this host and a free port of it."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
+
+    def start(self, host: str, port: int, seconds: float) -> None:
+        """Meet the other ranks and load the model; each collective may last `seconds`."""
+        on_gpu = self._config.num_gpus > 0
+        os.environ.update(
+            RANK=str(self._rank),
+            WORLD_SIZE=str(self._config.ranks),
+            LOCAL_RANK="0",  # Ray shows each actor its own GPUs only
+            MASTER_ADDR=host,
+            MASTER_PORT=str(port),
+        )
+        import deepspeed
+        import torch
+
+        from learner.zero import ZeroLearner
+
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        torch.manual_seed(self._seed)
+        deepspeed.init_distributed(
+            dist_backend="nccl" if on_gpu else "gloo", timeout=timedelta(seconds=seconds), verbose=False
+        )
+        self._learner = ZeroLearner(
+            self._model, self._config, temperature=self._temperature, device="cuda" if on_gpu else "cpu"
+        )
+        self._learner.asked(style=self._style, think=self._think)
+
+    def update(
+        self,
+        groups: Sequence["ray.ObjectRef[Group]"],
+        samples: Sequence[GroupSamples],
+        rewards: Sequence[Sequence[float]],
+    ) -> "UpdateReport":
+        """Learn from a step's groups, given by reference; all ranks."""
+        from learner.scored_group import ScoredGroup
+
+        return self._running().update(
+            [
+                ScoredGroup(
+                    id=group.id,
+                    sample=group.sample,
+                    prompt_ids=sampled.prompt_ids,
+                    completions=sampled.completions,
+                    rewards=tuple(values),
+                )
+                for group, sampled, values in zip(ray.get(list(groups)), samples, rewards, strict=True)
+            ]
+        )
+
+    def weights(self) -> tuple[str, list["ray.ObjectRef[bytes]"]]:
+        """Digest of the weights and buckets of them as safetensors bytes; all ranks, of which the first has any to give."""
+        digest, buckets = WeightsDigest(), []
+        for tensors in self._running().named_weights():
+            if self._rank == 0:
+                digest.add(tensors)
+                buckets.append(ray.put(pack(tensors)))
+        return digest.hexdigest(), buckets
+
+    def logprobs(self, sample: Sample, token_ids: Sequence[int]) -> list[float]:
+        """Log-probs of an answer's tokens to a sample's query; all ranks."""
+        import torch
+
+        from learner.shared_prefix import Branches
+
+        learner = self._running()
+        prompt = learner.reasoner.encode(sample.query, learner.reasoner.encode_image(sample.image()))
+        return learner.logprobs(Branches(prefix=prompt, branches=[torch.tensor(token_ids)]))
+
+    def save_model(self, folder: Path) -> None:
+        """Write the model as a Hugging Face folder; all ranks."""
+        self._running().save_model(folder)
+
+    def save_state(self, folder: Path) -> None:
+        """Write optimizer, model and random state; all ranks."""
+        self._running().save_state(folder)
+
+    def load_state(self, folder: Path) -> None:
+        """Read what `save_state` wrote; all ranks."""
+        self._running().load_state(folder)
+
+    def _running(self) -> "ZeroLearner":
+        assert self._learner is not None, "the learner was not started"
+        return self._learner

@@ -1,0 +1,199 @@
+"""The pools of actors that a run is made of, as typed facades: nothing else calls `.remote`.
+
+Every wait has a deadline and a name: an actor that died, raised or took too long ends the run as `ActorFailed` or
+`DeadlinePassed`, which say which one and what it was doing.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from actors.config import DeadlineConfig
+from rewards.scored import ScoredAnswer
+from umrg.group import GroupSamples
+from umrg.sample import Sample
+
+Ref = Any
+"""A Ray object reference; Ray's own type says nothing of what it refers to."""
+
+
+class ActorFailed(RuntimeError):
+    """An actor died, or raised what is no mistake of the user's."""
+
+
+class DeadlinePassed(TimeoutError):
+    """A wait took longer than its deadline."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seat:
+    """Where one actor sits: its name, the bundle of the run's placement group, and what it takes of that."""
+
+    name: str
+    group: Any
+    bundle: int
+    num_cpus: float
+    num_gpus: float
+    environment: Mapping[str, str]
+
+    def options(self) -> dict[str, Any]:
+        """Ray's options for the actor. GPUs are asked for by the actor, not by its bundle alone: else it sees none."""
+        return {
+            "num_cpus": self.num_cpus,
+            "num_gpus": self.num_gpus,
+            "runtime_env": {"env_vars": dict(self.environment)},
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                placement_group=self.group, placement_group_bundle_index=self.bundle
+            ),
+        }
+
+
+def gather(calls: Mapping[str, Ref], *, seconds: float, doing: str) -> list[Any]:
+    """Results of calls, named by the actor that each was made to, in order."""
+    found = dict(as_completed(calls, {name: name for name in calls}, seconds=seconds, doing=doing))
+    return [found[name] for name in calls]
+
+
+def as_completed(
+    calls: Mapping[str, Ref], owners: Mapping[str, str], *, seconds: float, doing: str
+) -> Iterator[tuple[str, Any]]:
+    """(key, result) of each call as it ends; the first that failed ends it all. owners: the name of the actor that each
+    was made to."""
+    deadline = time.monotonic() + seconds
+    keys = {ref: key for key, ref in calls.items()}
+    pending = list(keys)
+    while pending:
+        ready, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            late = ", ".join(sorted({owners[keys[ref]] for ref in pending}))
+            raise DeadlinePassed(f"{late} did not finish {doing} within {seconds:.0f} s")
+        key = keys[ready[0]]
+        yield key, _result(ready[0], owners[key], doing)
+
+
+def _result(ref: Ref, name: str, doing: str) -> Any:
+    try:
+        return ray.get(ref, timeout=60)
+    except RayTaskError as error:
+        if isinstance(error.cause, ValueError):
+            raise ValueError(f"{name}, {doing}: {error.cause}") from error
+        raise ActorFailed(f"{name} failed while {doing}: {error.cause!r}") from error
+    except (RayActorError, GetTimeoutError) as error:
+        raise ActorFailed(f"{name} died while {doing}: {str(error).strip().splitlines()[0]}") from error
+
+
+class RolloutPool:
+    """The rollout actors, by name."""
+
+    def __init__(self, actors: Mapping[str, Any], deadlines: DeadlineConfig) -> None:
+        self._actors, self._deadlines = dict(actors), deadlines
+
+    def starting(self) -> dict[str, Ref]:
+        return {name: actor.start.remote() for name, actor in self._actors.items()}
+
+    def sample(
+        self, groups: Mapping[str, Ref], *, n: int, temperature: float, max_tokens: int, run_seed: int
+    ) -> Iterator[tuple[str, GroupSamples]]:
+        """(group id, its samples) of each group as it is sampled. groups: references of `Group`s by their ids; they are
+        dealt out in turn, and each engine batches what it has."""
+        actors = list(self._actors.items())
+        calls, owners = {}, {}
+        for i, (group, ref) in enumerate(groups.items()):
+            owners[group], actor = actors[i % len(actors)]
+            calls[group] = actor.sample.remote(
+                ref, n=n, temperature=temperature, max_tokens=max_tokens, run_seed=run_seed
+            )
+        yield from as_completed(calls, owners, seconds=self._deadlines.step, doing="sampling")
+
+    def update_weights(self, version: int, buckets: Sequence[Ref]) -> list[str]:
+        """Give every engine the weights of a version; the digests of what arrived."""
+        calls = {name: actor.update_weights.remote(version, *buckets) for name, actor in self._actors.items()}
+        return gather(calls, seconds=self._deadlines.step, doing="taking new weights")
+
+    def canary(self, group: Ref, *, temperature: float, max_tokens: int) -> list[GroupSamples]:
+        """Every engine's own answer to one group."""
+        calls = {
+            name: actor.sample.remote(group, n=1, temperature=temperature, max_tokens=max_tokens, run_seed=0)
+            for name, actor in self._actors.items()
+        }
+        return gather(calls, seconds=self._deadlines.step, doing="answering the canary")
+
+    def stop(self) -> None:
+        """End the engines' processes; an actor that is gone already has none."""
+        refs = [actor.stop.remote() for actor in self._actors.values()]
+        ray.wait(refs, num_returns=len(refs), timeout=20)
+
+
+class SegmenterPool:
+    """The segmenter actors, by name."""
+
+    def __init__(self, actors: Mapping[str, Any], deadlines: DeadlineConfig) -> None:
+        self._actors, self._deadlines = dict(actors), deadlines
+        self._turn = 0
+
+    def starting(self) -> dict[str, Ref]:
+        """Calls whose results are digests of the experts' weights."""
+        return {name: actor.start.remote() for name, actor in self._actors.items()}
+
+    def digests(self) -> list[str]:
+        return gather(self.starting(), seconds=self._deadlines.step, doing="hashing its expert")
+
+    def score(self, group: Ref, samples: GroupSamples) -> tuple[str, Ref]:
+        """Start to score a group: the actor whose turn it is, and the reference of what it will make."""
+        names = list(self._actors)
+        name = names[self._turn % len(names)]
+        self._turn += 1
+        return name, self._actors[name].score.remote(group, samples)
+
+    def collect(self, calls: Mapping[str, tuple[str, Ref]]) -> dict[str, tuple[ScoredAnswer, ...]]:
+        """What `score` started, by group id."""
+        refs = {group: ref for group, (_, ref) in calls.items()}
+        owners = {group: name for group, (name, _) in calls.items()}
+        return dict(as_completed(refs, owners, seconds=self._deadlines.step, doing="scoring"))
+
+
+class LearnerPool:
+    """The ranks of the learner; every method is called on all of them."""
+
+    def __init__(self, actors: Mapping[str, Any], deadlines: DeadlineConfig) -> None:
+        self._actors, self._deadlines = dict(actors), deadlines
+
+    def starting(self) -> dict[str, Ref]:
+        first = next(iter(self._actors))
+        host, port = gather(
+            {first: self._actors[first].address.remote()}, seconds=self._deadlines.start, doing="starting"
+        )[0]
+        return {name: actor.start.remote(host, port, self._deadlines.step) for name, actor in self._actors.items()}
+
+    def update(self, groups: Sequence[Ref], samples: Sequence[GroupSamples], rewards: Sequence[Sequence[float]]) -> Any:
+        """One step of updates; the `UpdateReport`, the same on every rank."""
+        return self._all("update", "updating", groups, samples, rewards)[0]
+
+    def weights(self) -> tuple[str, list[Ref]]:
+        """Digest of the weights and references of their buckets."""
+        digest, buckets = self._all("weights", "giving out weights")[0]
+        return digest, buckets
+
+    def logprobs(self, sample: Sample, token_ids: Sequence[int]) -> list[float]:
+        """Log-probs of an answer's tokens."""
+        values: list[float] = self._all("logprobs", "scoring the canary", sample, token_ids)[0]
+        return values
+
+    def save_model(self, folder: Path) -> None:
+        self._all("save_model", "writing the model", folder)
+
+    def save_state(self, folder: Path) -> None:
+        self._all("save_state", "writing a checkpoint", folder)
+
+    def load_state(self, folder: Path) -> None:
+        self._all("load_state", "reading a checkpoint", folder)
+
+    def _all(self, method: str, doing: str, *args: Any) -> list[Any]:
+        calls = {name: getattr(actor, method).remote(*args) for name, actor in self._actors.items()}
+        return gather(calls, seconds=self._deadlines.step, doing=doing)

@@ -1,0 +1,95 @@
+"""The segmenter actor: a frozen expert that turns answers into masks, and masks into rewards."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.config import SegmenterConfig
+from actors.experts.registry import load_expert
+from rewards.case import Reference
+from rewards.mask import promptable
+from rewards.scored import ScoredAnswer
+from rewards.scoring import Scorer
+from umrg.answers import Answer, parse_answer
+from umrg.frames import Frame
+from umrg.group import Group, GroupSamples
+from umrg.masks import encode_rle
+from umrg.metrics import box_iou, mask_dice, mask_iou, pdice, pdice_published
+
+METRICS = ("well_formed", "iou", "pdice", "pdice_published", "dice", "mask_iou")
+
+
+class Segmenter:
+    """Scores groups: the image is embedded once, all usable answers are decoded in one batch.
+
+    frame: the frame that the reasoner answers in. think: whether an answer must reason to be well formed.
+    """
+
+    def __init__(self, expert: str, config: SegmenterConfig, scorer: Scorer, *, frame: Frame, think: bool) -> None:
+        if config.threads is not None:
+            import torch
+
+            torch.set_num_threads(config.threads)
+        self._expert = load_expert(
+            expert,
+            checkpoint=config.checkpoint,
+            device=config.where,
+            dtype=config.dtype,
+            preprocess=config.preprocess,
+        )
+        self._scorer, self._frame, self._think = scorer, frame, think
+
+    def start(self) -> str:
+        """Digest of the expert's weights, which never change."""
+        return self._expert.digest()
+
+    def score(self, group: Group, samples: GroupSamples) -> tuple[ScoredAnswer, ...]:
+        """Masks, metrics and rewards of a group's answers. Raises ValueError where the reference cannot be read."""
+        parsed = (parse_answer(completion.text) for completion in samples.completions)
+        answers = [answer.to_original(samples.frames, self._frame) for answer in parsed]
+        reference = Reference.of_sample(group.sample, with_mask=True)
+        drawn = self._draw(group.sample.image(), answers)
+        return tuple(self._scored(answer, reference, *drawn.get(i, (None, None))) for i, answer in enumerate(answers))
+
+    def _draw(
+        self, image: NDArray[np.uint8], answers: Sequence[Answer]
+    ) -> Mapping[int, tuple[NDArray[np.bool_], float]]:
+        """Mask and the expert's score of each usable answer, by its index."""
+        usable = [i for i, answer in enumerate(answers) if promptable(answer)]
+        if not usable:
+            return {}
+        decoded = self._expert.decode(
+            self._expert.embed(image),
+            boxes=np.array([answers[i].box for i in usable]),
+            points=np.array([answers[i].points for i in usable]),
+        )
+        return {i: (mask, float(score)) for i, mask, score in zip(usable, decoded.masks, decoded.scores, strict=True)}
+
+    def _scored(
+        self, answer: Answer, reference: Reference, mask: NDArray[np.bool_] | None, score: float | None
+    ) -> ScoredAnswer:
+        return ScoredAnswer(
+            reward=self._scorer.score(answer, reference, mask),
+            answer=answer,
+            metrics=metrics_of(answer, mask, reference, think=self._think),
+            mask=None if mask is None else encode_rle(mask),
+            expert_score=score,
+        )
+
+
+def metrics_of(
+    answer: Answer, mask: NDArray[np.bool_] | None, reference: Reference, *, think: bool
+) -> dict[str, float]:
+    """The metrics named in `METRICS` of one answer, in original pixels like the reference and the mask."""
+    if mask is None or answer.box is None or answer.points is None or not answer.well_formed(think=think):
+        return dict.fromkeys(METRICS, 0.0)
+    assert reference.mask is not None
+    return {
+        "well_formed": 1.0,
+        "iou": box_iou(answer.box, reference.box),
+        "pdice": pdice(answer.points, reference.points),
+        "pdice_published": pdice_published(answer.points, reference.points),
+        "dice": mask_dice(mask, reference.mask),
+        "mask_iou": mask_iou(mask, reference.mask),
+    }

@@ -1,0 +1,40 @@
+"""The rows of a run: read from files, or phantoms drawn into the run folder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cluster.config import PhantomConfig, TrainConfig
+from cluster.run_folder import RunFolder
+from umrg.dataset import Dataset
+from umrg.dataset_writer import write_rows
+from umrg.phantoms import rows
+from umrg.sample import Sample
+
+
+def open_rows(config: TrainConfig, run: RunFolder) -> tuple[Dataset, list[Sample]]:
+    """Training rows, and the held-out ones that are evaluated on."""
+    data = config.data
+    train = Dataset.open(
+        _files(data.train, run.path / "data" / "train.parquet"),
+        supercategory=data.supercategory,
+        category=data.category,
+        modality=data.modality,
+    )
+    held_out = Dataset.open(_files(data.eval, run.path / "data" / "eval.parquet"))
+    count = min(len(held_out), config.evaluation.limit)
+    return train, held_out.samples(range(count))
+
+
+def _files(source: Sequence[Path] | PhantomConfig, drawn: Path) -> Sequence[Path]:
+    if not isinstance(source, PhantomConfig):
+        return source
+    if not drawn.exists():
+        phantoms = rows(
+            source.phantoms,
+            seed=source.seed,
+            modalities=source.modalities,
+            phrasings=source.phrasings,
+            queries_per_image=source.queries_per_image,
+        )
+        write_rows(drawn, phantoms)
+    return [drawn]

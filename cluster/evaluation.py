@@ -1,0 +1,64 @@
+"""One function that evaluates a model: before and after a run, on the way, and by itself."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cluster.clock import Clock
+from cluster.experience import Draw, Experience, gain
+from cluster.workers import Workers
+from umrg.group import Group
+from umrg.sample import Sample
+
+SEED = 20_000_003
+"""Evaluations draw the same random numbers whatever the run, so that two models are compared on equal terms."""
+
+FIGURES = ("dice", "iou", "pdice", "well_formed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """greedy: one answer a row. sampled: n answers a row, none where n is 0."""
+
+    greedy: Sequence[Experience]
+    sampled: Sequence[Experience]
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Mean figures of the greedy and of the sampled answers; n counts rows."""
+        parts = {"greedy": self.greedy, "sampled": self.sampled}
+        return {name: figures(part) for name, part in parts.items() if part}
+
+
+def figures(experience: Sequence[Experience]) -> dict[str, float]:
+    """Means over rows of means over each row's answers."""
+    means = {name: float(np.mean(row_means(experience, name))) for name in FIGURES}
+    return {**means, "n": len(experience)}
+
+
+def row_means(experience: Sequence[Experience], metric: str) -> list[float]:
+    """Mean of a metric over each row's answers."""
+    return [float(np.mean([answer.metrics[metric] for answer in each.scored])) for each in experience]
+
+
+def evaluate(workers: Workers, rows: Sequence[Sample], *, n: int, temperature: float, max_tokens: int) -> Evaluation:
+    """Answer held-out rows greedily and, where n > 0, n times at a temperature."""
+    groups = [Group(run="evaluation", step=0, index=i, sample=row) for i, row in enumerate(rows)]
+    clock = Clock()
+    greedy = Draw(n=1, temperature=0.0, max_tokens=max_tokens, run_seed=SEED)
+    sampled = Draw(n=n, temperature=temperature, max_tokens=max_tokens, run_seed=SEED)
+    return Evaluation(
+        greedy=gain(workers, groups, greedy, clock),
+        sampled=gain(workers, groups, sampled, clock) if n else (),
+    )
+
+
+def paired_interval(
+    before: Sequence[float], after: Sequence[float], *, draws: int = 10_000, seed: int = 0
+) -> Mapping[str, float]:
+    """Mean of after - before over rows, and its 95 % interval by bootstrap over rows."""
+    gain = np.asarray(after) - np.asarray(before)
+    rng = np.random.default_rng(seed)
+    means = gain[rng.integers(len(gain), size=(draws, len(gain)))].mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return {"mean": float(gain.mean()), "low": float(low), "high": float(high)}

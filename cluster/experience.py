@@ -1,0 +1,54 @@
+"""Groups sampled and scored: what both training and evaluation are made of."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import ray
+
+from actors.pools import Ref
+from cluster.clock import Clock
+from cluster.workers import Workers
+from rewards.scored import ScoredAnswer
+from umrg.group import Group, GroupSamples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experience:
+    """One group, its answers and what they are worth. ref: of the group, so that its image travels once."""
+
+    group: Group
+    ref: Ref
+    samples: GroupSamples
+    scored: tuple[ScoredAnswer, ...]
+
+    @property
+    def rewards(self) -> list[float]:
+        return [answer.reward.total for answer in self.scored]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """How each group is sampled. run_seed: what the groups' own seeds are hashed with."""
+
+    n: int
+    temperature: float
+    max_tokens: int
+    run_seed: int
+
+
+def gain(workers: Workers, groups: Sequence[Group], draw: Draw, clock: Clock) -> list[Experience]:
+    """Sample and score groups; a group is scored while others are still being sampled."""
+    refs = {group.id: ray.put(group) for group in groups}
+    samples, scoring = {}, {}
+    with clock.phase("rollout"):
+        for group, sampled in workers.rollouts.sample(
+            refs, n=draw.n, temperature=draw.temperature, max_tokens=draw.max_tokens, run_seed=draw.run_seed
+        ):
+            samples[group] = sampled
+            scoring[group] = workers.segmenters.score(refs[group], sampled)
+    with clock.phase("score"):
+        scored = workers.segmenters.collect(scoring)
+    return [
+        Experience(group=group, ref=refs[group.id], samples=samples[group.id], scored=scored[group.id])
+        for group in groups
+    ]

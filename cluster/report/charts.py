@@ -1,0 +1,72 @@
+"""Curves and bars as SVG text, through matplotlib."""
+
+import io
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+matplotlib.use("Agg")
+matplotlib.rcParams.update(
+    {
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "medreasoner",
+    }
+)
+COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280", "#718096")
+
+Series = Mapping[str, Sequence[float]]
+
+
+def curves(title: str, steps: Sequence[int], series: Series, *, smooth: bool = True) -> str:
+    """Lines over steps; with `smooth`, a running mean over a tenth of the steps, the values pale behind it."""
+    figure, axes = _figure(title)
+    window = max(1, len(steps) // 10) if smooth else 1
+    for colour, (name, values) in zip(COLOURS, series.items(), strict=False):
+        if window > 1:
+            axes.plot(steps, values, color=colour, alpha=0.22, linewidth=1)
+        axes.plot(steps, running_mean(values, window), color=colour, linewidth=1.8, label=name)
+    axes.set_xlabel("step")
+    if len(series) > 1:
+        axes.legend(frameon=False, fontsize=8)
+    return _svg(figure)
+
+
+def stacked(title: str, steps: Sequence[int], series: Series, unit: str) -> str:
+    """Areas over steps, one on another."""
+    figure, axes = _figure(title)
+    axes.stackplot(steps, *series.values(), labels=list(series), colors=COLOURS, alpha=0.85, linewidth=0)
+    axes.set_xlabel("step")
+    axes.set_ylabel(unit)
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=8, loc="upper right")
+    return _svg(figure)
+
+
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean of each value and up to window - 1 before it."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - window)
+    means: list[float] = ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
+    return means
+
+
+def _figure(title: str) -> tuple[Figure, "matplotlib.axes.Axes"]:
+    figure = Figure(figsize=(5.2, 2.9), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    return figure, axes
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,166 @@
+"""The actors of a run: started together, and gone when the run ends, however it ends."""
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from actors.engine_environment import engine_environment
+from actors.learner_rank import LearnerRank
+from actors.pools import DeadlinePassed, LearnerPool, RolloutPool, Seat, SegmenterPool, gather
+from actors.rollout import Rollout
+from actors.segmenter import Segmenter
+from cluster.config import TrainConfig
+from cluster.placement import Bundle, Node, bundles, shortage
+from umrg.prompts import PromptSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """rollouts sample, segmenters score, the learner learns. expert_digest: of the frozen expert's weights."""
+
+    rollouts: RolloutPool
+    segmenters: SegmenterPool
+    learner: LearnerPool
+    expert_digest: str
+
+    def check_expert(self) -> None:
+        """The expert is what it was at the start."""
+        for digest in self.segmenters.digests():
+            assert digest == self.expert_digest, "the frozen expert's weights changed"
+
+
+@contextmanager
+def cluster() -> Iterator[None]:
+    """A connection to the cluster that RAY_ADDRESS or a Ray job names, or a local one of our own, ended afterwards."""
+    ours = not ray.is_initialized()
+    if ours:
+        ray.init(logging_level="ERROR", log_to_driver=bool(os.environ.get("MEDREASONER_ACTOR_LOGS")))
+    try:
+        yield
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+@contextmanager
+def started(config: TrainConfig) -> Iterator[Workers]:
+    """Start all actors, in one placement group. Raises ValueError where the cluster is too small for them."""
+    wanted = bundles(config)
+    if missing := shortage(wanted, cluster_nodes()):
+        raise ValueError(f"{missing}; ask for fewer actors or less of each, or add nodes")
+    group = placement_group([bundle.resources for bundle in wanted], strategy=config.placement.upper())
+    actors: dict[str, Any] = {}
+    rollouts = RolloutPool({}, config.deadlines)
+    try:
+        _await_room(group, config, wanted)
+        seats = [_seat(group, i, bundle, config) for i, bundle in enumerate(wanted)]
+        for bundle, seat in zip(wanted, seats, strict=True):
+            actors[bundle.name] = _make(bundle, seat, config)
+        rollouts = RolloutPool(_of("rollout", actors), config.deadlines)
+        segmenters = SegmenterPool(_of("segmenter", actors), config.deadlines)
+        learner = LearnerPool(_of("learner", actors), config.deadlines)
+        calls = {**rollouts.starting(), **segmenters.starting(), **learner.starting()}
+        results = dict(zip(calls, gather(calls, seconds=config.deadlines.start, doing="starting"), strict=True))
+        digests = {result for name, result in results.items() if name.startswith("segmenter")}
+        assert len(digests) == 1, "the segmenters hold different experts"
+        yield Workers(rollouts=rollouts, segmenters=segmenters, learner=learner, expert_digest=digests.pop())
+    finally:
+        rollouts.stop()
+        for actor in actors.values():
+            ray.kill(actor)
+        remove_placement_group(group)
+
+
+def cluster_nodes() -> list[Node]:
+    """What each living node has."""
+    return [
+        Node(cpus=node["Resources"].get("CPU", 0.0), gpus=node["Resources"].get("GPU", 0.0))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def _await_room(group: Any, config: TrainConfig, wanted: list[Bundle]) -> None:
+    """Wait until other jobs leave room. Raises DeadlinePassed that says what is missing."""
+    deadline = time.monotonic() + config.deadlines.resources
+    while True:
+        try:
+            ray.get(group.ready(), timeout=min(10.0, max(0.1, deadline - time.monotonic())))
+            return
+        except GetTimeoutError:
+            free = ray.available_resources()
+            need = f"{sum(b.cpus for b in wanted):g} CPUs and {sum(b.gpus for b in wanted):g} GPUs"
+            have = f"{free.get('CPU', 0):g} and {free.get('GPU', 0):g} are free"
+            if time.monotonic() >= deadline:
+                raise DeadlinePassed(f"waited {config.deadlines.resources} s for {need}; {have}") from None
+            print(f"waiting for {need}; {have}", flush=True)
+
+
+def _seat(group: Any, index: int, bundle: Bundle, config: TrainConfig) -> Seat:
+    return Seat(
+        name=bundle.name,
+        group=group,
+        bundle=index,
+        num_cpus=bundle.cpus,
+        num_gpus=bundle.gpus,
+        environment=_environment(bundle.role, config),
+    )
+
+
+def _environment(role: str, config: TrainConfig) -> Mapping[str, str]:
+    if role == "rollout":
+        return engine_environment(config.rollout)
+    if role == "segmenter":
+        return {"OMP_NUM_THREADS": str(config.segmenter.threads or _share(config.segmenter.actors))}
+    threads = config.learner.threads or _share(config.learner.ranks)
+    accelerator = "cuda" if config.learner.num_gpus > 0 else "cpu"
+    return {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": accelerator}
+
+
+def _share(actors: int) -> int:
+    """Cores for each of so many actors that compute at the same time. Ray would give each as many as its num_cpus."""
+    return max(1, (os.cpu_count() or 1) // actors)
+
+
+def _make(bundle: Bundle, seat: Seat, config: TrainConfig) -> Any:
+    model, asked = config.model.resolve(), {"style": config.prompt, "think": config.think}
+    if bundle.role == "rollout":
+        return ray.remote(Rollout).options(**seat.options()).remote(model, config.rollout, **asked)
+    if bundle.role == "segmenter":
+        spec = PromptSpec.of_model(config.model)
+        think = spec.think if config.think is None else config.think
+        scorer = config.reward.scorer(think=think)
+        return (
+            ray.remote(Segmenter)
+            .options(**seat.options())
+            .remote(_local(config.expert), config.segmenter, scorer, frame=spec.frame, think=think)
+        )
+    return (
+        ray.remote(LearnerRank)
+        .options(**seat.options())
+        .remote(
+            model,
+            config.learner,
+            rank=bundle.index,
+            temperature=config.rollout.temperature,
+            seed=config.seed,
+            **asked,
+        )
+    )
+
+
+def _local(expert: str) -> str:
+    """An expert's folder by its full path; its name as it is."""
+    return str(Path(expert).resolve()) if Path(expert).exists() else expert
+
+
+def _of(role: str, actors: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: actor for name, actor in actors.items() if name.startswith(role)}

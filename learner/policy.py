@@ -1,0 +1,30 @@
+"""The trained model as a module with one forward: packed groups in, log-probs of their answers out."""
+
+from typing import Any
+
+import torch
+
+from learner.shared_prefix import PackedGroups, branch_logprobs
+
+
+class Policy(torch.nn.Module):
+    """A reasoner's model under the distribution that its answers are sampled from.
+
+    temperature: of sampling. forbidden: token ids that are never sampled, and so have no probability.
+    DeepSpeed wraps this, so that its hooks see one call a micro-batch.
+    """
+
+    def __init__(self, model: Any, *, temperature: float, forbidden: tuple[int, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+        self.register_buffer("forbidden", torch.tensor(forbidden, dtype=torch.int64), persistent=False)
+
+    def forward(self, packed: PackedGroups) -> torch.Tensor:
+        """Log-probs [T] of the scored tokens."""
+        assert isinstance(self.forbidden, torch.Tensor)
+        return branch_logprobs(self.model, packed, temperature=self.temperature, forbidden=self.forbidden)
+
+    def named_weights(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """Parameters under the names of the model's own folder."""
+        return list(self.model.named_parameters())
