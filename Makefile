@@ -1,13 +1,16 @@
 # make setup   an environment in .venv, installed from the tested set under constraints/
+# make demo    the main job, small: GRPO on phantoms; leaves runs/demo/report/index.html; sets up first
 # make test    what must pass before a change goes in; sets up first
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-slow clean
+.PHONY: help setup demo lint test test-slow clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 # cpu or gpu: which extra of pyproject.toml, and which file of constraints/, is installed
 EXTRA ?= cpu
 # URL of a package index with CPU builds of torch, where the default index has none (see torch's install page)
 TORCH_INDEX ?=
+# overrides of configs/demo.yaml, such as "name=demo2 seed=1"
+DEMO ?=
 
 BIN := .venv/bin
 STAMP := .venv/.setup-stamp
@@ -43,6 +46,9 @@ $(STAMP): pyproject.toml $(wildcard constraints/*.txt)
 	@$(BIN)/python -m cluster.torchvision_shim
 	@touch $@
 	@echo "ready: $(BIN)/medreasoner doctor"
+
+demo: setup ## train the tiny reasoner with GRPO on phantoms: about ten minutes; DEMO="key=value …" changes its config
+	$(BIN)/medreasoner train configs/demo.yaml $(DEMO)
 
 lint: setup ## ruff, mypy --strict, and the floors (import-linter)
 	$(BIN)/ruff check .

@@ -92,7 +92,7 @@ class LearnerRank:
         )
 
     def weights(self) -> tuple[str, list["ray.ObjectRef[bytes]"]]:
-        """Digest of the weights and buckets of them as safetensors bytes; all ranks, of which the first has any to give."""
+        """Digest of the weights, and buckets of them as safetensors bytes; all ranks, though only the first gives."""
         digest, buckets = WeightsDigest(), []
         for tensors in self._running().named_weights():
             if self._rank == 0:

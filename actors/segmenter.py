@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.config import SegmenterConfig
+from actors.experts.protocol import Expert
 from actors.experts.registry import load_expert
 from rewards.case import Reference
 from rewards.mask import promptable
@@ -27,17 +28,7 @@ class Segmenter:
     """
 
     def __init__(self, expert: str, config: SegmenterConfig, scorer: Scorer, *, frame: Frame, think: bool) -> None:
-        if config.threads is not None:
-            import torch
-
-            torch.set_num_threads(config.threads)
-        self._expert = load_expert(
-            expert,
-            checkpoint=config.checkpoint,
-            device=config.where,
-            dtype=config.dtype,
-            preprocess=config.preprocess,
-        )
+        self._expert = load_frozen(expert, config)
         self._scorer, self._frame, self._think = scorer, frame, think
 
     def start(self) -> str:
@@ -49,22 +40,8 @@ class Segmenter:
         parsed = (parse_answer(completion.text) for completion in samples.completions)
         answers = [answer.to_original(samples.frames, self._frame) for answer in parsed]
         reference = Reference.of_sample(group.sample, with_mask=True)
-        drawn = self._draw(group.sample.image(), answers)
+        drawn = draw_masks(self._expert, group.sample.image(), answers)
         return tuple(self._scored(answer, reference, *drawn.get(i, (None, None))) for i, answer in enumerate(answers))
-
-    def _draw(
-        self, image: NDArray[np.uint8], answers: Sequence[Answer]
-    ) -> Mapping[int, tuple[NDArray[np.bool_], float]]:
-        """Mask and the expert's score of each usable answer, by its index."""
-        usable = [i for i, answer in enumerate(answers) if promptable(answer)]
-        if not usable:
-            return {}
-        decoded = self._expert.decode(
-            self._expert.embed(image),
-            boxes=np.array([answers[i].box for i in usable]),
-            points=np.array([answers[i].points for i in usable]),
-        )
-        return {i: (mask, float(score)) for i, mask, score in zip(usable, decoded.masks, decoded.scores, strict=True)}
 
     def _scored(
         self, answer: Answer, reference: Reference, mask: NDArray[np.bool_] | None, score: float | None
@@ -76,6 +53,33 @@ class Segmenter:
             mask=None if mask is None else encode_rle(mask),
             expert_score=score,
         )
+
+
+def load_frozen(expert: str, config: SegmenterConfig) -> Expert:
+    """The expert that a configuration asks for."""
+    return load_expert(
+        expert,
+        checkpoint=config.checkpoint,
+        device=config.where,
+        dtype=config.dtype,
+        preprocess=config.preprocess,
+    )
+
+
+def draw_masks(
+    expert: Expert, image: NDArray[np.uint8], answers: Sequence[Answer]
+) -> Mapping[int, tuple[NDArray[np.bool_], float]]:
+    """Mask bool [H, W] and the expert's own score of each usable answer about an image uint8 [H, W, 3], by its index.
+    The image is embedded once, and all answers are decoded in one batch."""
+    usable = [i for i, answer in enumerate(answers) if promptable(answer)]
+    if not usable:
+        return {}
+    decoded = expert.decode(
+        expert.embed(image),
+        boxes=np.array([answers[i].box for i in usable]),
+        points=np.array([answers[i].points for i in usable]),
+    )
+    return {i: (mask, float(score)) for i, mask, score in zip(usable, decoded.masks, decoded.scores, strict=True)}
 
 
 def metrics_of(

@@ -26,7 +26,7 @@ class WeightsDigest:
         for name in sorted(tensors):
             tensor = tensors[name]
             self._hash.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            self._hash.update(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+            self._hash.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()

@@ -51,6 +51,40 @@ def sft(
 
 
 @app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see configs/.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="Laid over the file's keys.")
+    ] = None,
+) -> None:
+    """Train a reasoner with GRPO; the run folder holds model, figures and report."""
+    from cluster.train import main as run_train
+
+    run_train([str(config), *(overrides or ())])
+
+
+@app.command()
+def serve(
+    model: Annotated[Path, typer.Argument(metavar="[MODEL]", help="Folder of the reasoner.")] = TINY_REASONER,
+    expert: Annotated[str, typer.Option(help="Name or folder of the expert.")] = "tiny",
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights of a published expert, as `expert convert` wrote them.")
+    ] = None,
+    gpu: Annotated[bool, typer.Option("--gpu", help="One GPU, shared by reasoner and expert.")] = False,
+    port: Annotated[int, typer.Option(help="Of the loopback interface.")] = 8000,
+) -> None:
+    """Serve a reasoner and its expert over HTTP on this machine, until Ctrl-C."""
+    from serving.run import run
+
+    segmenter: dict[str, object] = {"num_cpus": 0.1, "checkpoint": checkpoint}
+    args: dict[str, object] = {"model": model, "expert": expert, "segmenter": segmenter}
+    if gpu:
+        segmenter["num_gpus"] = 0.2
+        args["rollout"] = {"num_cpus": 0.5, "num_gpus": 0.8, "dtype": "bfloat16"}
+    run(args, port=port)
+
+
+@app.command()
 def ground(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="PNG, JPEG or the like.")],
     query: Annotated[str, typer.Argument(metavar="QUERY", help="What is asked about the image.")],

@@ -1,6 +1,7 @@
 """How every command of the project ends: a user's mistake is one line on stderr and exit code 2."""
 
 import os
+import signal
 from collections.abc import Callable
 
 import typer
@@ -20,11 +21,15 @@ def one_line(error: ValueError) -> str:
 def run_command(command: Callable[[], object]) -> None:
     """Run `command`; a ValueError becomes the line `error: …` on stderr, and SystemExit(2).
 
-    With MEDREASONER_TRACEBACK=1 in the environment it is raised as it is. Everything else is a fault of
-    ours and passes through.
+    With MEDREASONER_TRACEBACK=1 in the environment it is raised as it is. Ctrl-C and SIGTERM end it alike, with
+    SystemExit(130) once everything is cleaned up. Everything else is a fault of ours and passes through.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         command()
+    except KeyboardInterrupt:
+        typer.secho("interrupted", fg=typer.colors.YELLOW, err=True)
+        raise SystemExit(130) from None
     except ValueError as error:
         if os.environ.get("MEDREASONER_TRACEBACK") == "1":
             raise

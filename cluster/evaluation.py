@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from cluster.clock import Clock
 from cluster.experience import Draw, Experience, gain
@@ -53,9 +54,7 @@ def evaluate(workers: Workers, rows: Sequence[Sample], *, n: int, temperature: f
     )
 
 
-def paired_interval(
-    before: Sequence[float], after: Sequence[float], *, draws: int = 10_000, seed: int = 0
-) -> Mapping[str, float]:
+def paired_interval(before: ArrayLike, after: ArrayLike, *, draws: int = 10_000, seed: int = 0) -> Mapping[str, float]:
     """Mean of after - before over rows, and its 95 % interval by bootstrap over rows."""
     gain = np.asarray(after) - np.asarray(before)
     rng = np.random.default_rng(seed)

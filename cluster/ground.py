@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from actors.experts.protocol import Expert
 from actors.experts.registry import load_expert
+from actors.segmenter import draw_masks
 from learner.reasoner import Reasoner, load_reasoner
 from umrg.answers import Answer, parse_answer
 from umrg.atomic import written_aside
@@ -61,16 +62,8 @@ def ground(image: NDArray[np.uint8], query: str, reasoner: Reasoner, expert: Exp
     prompt = reasoner.encode(query, reasoner.encode_image(image))
     (completion,) = reasoner.generate([prompt], max_tokens=MAX_TOKENS)
     answer = parse_answer(completion).to_original(prompt.image.frames, reasoner.prompt.frame)
-    if answer.box is None or answer.points is None:
-        return Grounding(answer=answer, completion=completion, image=image, mask=None, score=None)
-    decoded = expert.decode(expert.embed(image), boxes=np.array([answer.box]), points=np.array([answer.points]))
-    return Grounding(
-        answer=answer,
-        completion=completion,
-        image=image,
-        mask=decoded.masks[0],
-        score=float(decoded.scores[0]),
-    )
+    mask, score = draw_masks(expert, image, [answer]).get(0, (None, None))
+    return Grounding(answer=answer, completion=completion, image=image, mask=mask, score=score)
 
 
 def ground_file(

@@ -28,17 +28,22 @@ class Journal:
         self._evaluations: dict[str, Any] = run.read_json("evaluations.json") or {}
         self._board = SummaryWriter(str(run.path / "tensorboard"))
         self._memory = MemoryWatch()
+        self._steps = 0
 
     def __enter__(self) -> Self:
         self._memory.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         self._memory.stop()
         self._board.close()
+        if kind is not None:
+            status = "interrupted" if kind is KeyboardInterrupt else f"failed: {kind.__name__}: {error}"
+            self._run.write_json("summary.json", {"status": status, **self.summary()})
 
     def step(self, step: int, experience: list[Experience], report: Any, *, canary_gap: float) -> dict[str, float]:
         """Write down a step; its metrics by name."""
+        self._steps = step
         metrics = {
             **sample_metrics(experience, step),
             **{f"learner/{name}": value for name, value in asdict(report).items()},
@@ -67,23 +72,25 @@ class Journal:
 
     def rewind(self, step: int) -> None:
         """Forget what came after a step that the run goes on from."""
+        self._steps = step
         self._run.keep_metrics(lambda metrics: metrics["step"] <= step)
 
     def finish(self, held_out: list[Sample]) -> None:
         """Write summary and report."""
         from cluster.report import write_report
 
-        self._run.write_json("summary.json", self.summary())
+        self._run.write_json("summary.json", {"status": "finished", **self.summary()})
         write_report(self._run, held_out)
 
     def summary(self) -> dict[str, Any]:
         """What `summary.json` holds."""
-        measured = {name: kept for name, kept in self._evaluations.items() if name in ("before", "after")}
+        kinds = {
+            name: {kind: kept[kind] for kind in ("greedy", "sampled") if kind in kept}
+            for name, kept in self._evaluations.items()
+        }
         return {
-            **{
-                name: {kind: kept[kind] for kind in ("greedy", "sampled") if kind in kept}
-                for name, kept in measured.items()
-            },
+            "steps": self._steps,
+            **{name: kinds[name] for name in ("before", "after") if name in kinds},
             "seconds": {name: round(seconds, 2) for name, seconds in self.clock.total.items()},
             "peak_memory_gib": round(self._memory.peak / 2**30, 2),
             "versions": {"vllm": _vllm_version(), **{name: version(name) for name in PACKAGES}},

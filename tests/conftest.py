@@ -1,6 +1,9 @@
 """Settings every test, and every process a test starts, runs under."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 # Nothing may reach out of the machine: a test that needs the network would pass here and fail there.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -8,3 +11,36 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 # Tokenizers warn at each fork when their thread pool is on.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+ROOT = Path(__file__).parents[1]
+TINY_REASONER = ROOT / "models" / "tiny-reasoner"
+
+
+@pytest.fixture(scope="session")
+def demo_config():
+    """The demo's configuration, with overrides as the command line takes them."""
+    from cluster.config import TrainConfig, load_config
+
+    def load(*overrides: str) -> TrainConfig:
+        return load_config(TrainConfig, ROOT / "configs" / "demo.yaml", [f"model={TINY_REASONER}", *overrides])
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """One local cluster for all tests. Its GPU is logical: Ray counts it, and nothing computes on it."""
+    import ray
+
+    ray.init(num_cpus=4, num_gpus=1, logging_level="ERROR", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def workers(ray_cluster, demo_config):
+    """One rollout, one segmenter and one learner rank on the tiny models, for all tests that need them."""
+    from cluster.workers import started
+
+    with started(demo_config()) as running:
+        yield running

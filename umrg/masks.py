@@ -1,5 +1,6 @@
 """Masks as COCO run-length encoding, through pycocotools."""
 
+import warnings
 from collections.abc import Mapping
 
 import numpy as np
@@ -15,5 +16,8 @@ def encode_rle(mask: NDArray[np.bool_]) -> dict[str, object]:
 
 def decode_rle(encoded: Mapping[str, object]) -> NDArray[np.bool_]:
     """The mask, bool [H, W]."""
-    mask: NDArray[np.bool_] = coco.decode(dict(encoded)).astype(np.bool_)
+    with warnings.catch_warnings():
+        # Of pycocotools' own arrays, which do not know numpy 2's `copy`.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        mask: NDArray[np.bool_] = coco.decode(dict(encoded)).astype(np.bool_)
     return mask

@@ -72,11 +72,11 @@ def _row(
     structure = target.structure
     row_id = f"{image_id}-{structure.name.replace(' ', '_')}"
     choices = structure.queries if phrasings == "seen" else structure.held_out_queries
-    query = choices[int(rng.integers(len(choices)))]
-    reasoning = trace(structure, place_of(tight_box(target.mask), width, height), rng)
+    phrasing = int(rng.integers(len(choices)))
+    reasoning = trace(structure, place_of(tight_box(target.mask), width, height), phrasing)
     return {
         "data_source": "umrg",
-        "prompt": [{"role": "user", "content": query}],
+        "prompt": [{"role": "user", "content": choices[phrasing]}],
         "images": [image],
         "masks": [{"bytes": _png(target.mask.astype(np.uint8) * 255), "path": f"{row_id}-mask.png"}],
         "ability": "medical_grounding",

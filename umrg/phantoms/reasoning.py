@@ -1,7 +1,5 @@
 """Short reasoning traces: what the query hints at, the structure's name, and where it lies in this image."""
 
-import numpy as np
-
 from umrg.phantoms.structure import Structure
 
 # The clue's article stays lower case, so every template opens with a word of its own.
@@ -22,8 +20,7 @@ def place_of(box: tuple[int, int, int, int], width: int, height: int) -> str:
     return PLACES[min(int(3 * y / height), 2)][min(int(3 * x / width), 2)]
 
 
-def trace(structure: Structure, place: str, rng: np.random.Generator) -> str:
-    """One reasoning trace of at most 25 words."""
-    clue = structure.reasons[int(rng.integers(len(structure.reasons)))]
-    template = TEMPLATES[int(rng.integers(len(TEMPLATES)))]
-    return template.format(clue=clue, name=structure.name, place=place)
+def trace(structure: Structure, place: str, phrasing: int) -> str:
+    """The reasoning trace that goes with a structure's query number `phrasing`; at most 25 words."""
+    template, clue = divmod(phrasing, len(structure.reasons))
+    return TEMPLATES[template % len(TEMPLATES)].format(clue=structure.reasons[clue], name=structure.name, place=place)

@@ -1,0 +1,174 @@
+"""The grounder as a Ray Serve application.
+
+    POST /v1/ground ──► Ingress ──image, query──► Reasoner (vLLM) ──answer──► Segmenter (expert) ──► JSON
+
+Prompt, parser, engine and expert are training's own, so that a served answer is the one that was evaluated.
+"""
+
+import asyncio
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import FastAPI, Form, HTTPException, Request, UploadFile
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from numpy.typing import NDArray
+from pydantic import BaseModel
+from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+
+from actors.engine_environment import engine_environment
+from serving.config import ServeConfig
+from umrg.answers import Answer, parse_answer
+from umrg.frames import Size
+from umrg.masks import encode_rle
+from umrg.prompts import clean_query
+from umrg.sample import decode_image
+
+api = FastAPI(title="MedReasoner", description="Ask a medical image an implicit question.")
+
+
+class Rle(BaseModel):
+    """A mask as COCO run-length encoding. size: [height, width]."""
+
+    size: tuple[int, int]
+    counts: str
+
+
+class GroundResponse(BaseModel):
+    """box: x1, y1, x2, y2, inclusive maximum; points: x, y; both in pixels of the image as it was sent, and null, as is
+    the mask, where the model's answer had no usable ones. score: the expert's own estimate of the mask's IoU."""
+
+    query: str
+    reasoning: str | None
+    well_formed: bool
+    box: tuple[float, float, float, float] | None
+    points: tuple[tuple[float, float], tuple[float, float]] | None
+    mask: Rle | None
+    score: float | None
+    width: int
+    height: int
+    completion: str
+
+
+@serve.deployment
+class Reasoner:
+    """Answers queries; one vLLM engine a replica."""
+
+    async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        from actors.engine import Engine
+        from learner.reasoner import load_prompter
+
+        prompter = load_prompter(config.model).asked(style=config.prompt, think=config.think)
+        self._engine = await Engine.start(config.model, prompter, config.rollout)
+        self._max_tokens = config.rollout.max_tokens
+
+    async def answer(self, image: NDArray[np.uint8], query: str) -> tuple[str, Answer]:
+        """The greedy completion, and what it says in original pixels."""
+        from actors.engine import Sampling
+
+        prompter = self._engine.prompter
+        frames = prompter.frames(Size(image.shape[1], image.shape[0]))
+        greedy = Sampling(n=1, temperature=0.0, max_tokens=self._max_tokens)
+        (completion,) = (await self._engine.generate(image, query, greedy)).completions
+        return completion.text, parse_answer(completion.text).to_original(frames, prompter.prompt.frame)
+
+
+@serve.deployment
+class Segmenter:
+    """Draws masks; one expert a replica."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        from actors.segmenter import load_frozen
+
+        self._expert = load_frozen(config.expert, config.segmenter)
+
+    def draw(self, image: NDArray[np.uint8], answer: Answer) -> tuple[NDArray[np.bool_], float] | None:
+        """The mask and the expert's score; None where the answer has no usable box and points."""
+        from actors.segmenter import draw_masks
+
+        return draw_masks(self._expert, image, [answer]).get(0)
+
+
+@serve.deployment
+@serve.ingress(api)
+class Ingress:
+    """Checks what comes in, and passes it on."""
+
+    def __init__(self, config: ServeConfig, reasoner: DeploymentHandle, segmenter: DeploymentHandle) -> None:
+        self._config, self._reasoner, self._segmenter = config, reasoner, segmenter
+
+    @api.post("/v1/ground")
+    async def ground(self, image: UploadFile, query: Annotated[str, Form()]) -> GroundResponse:
+        """Ground a query in an image."""
+        pixels = self._decoded(await image.read(), image.filename or "the image")
+        if not clean_query(query):
+            raise HTTPException(400, "the query is empty; ask about something in the image")
+        try:
+            return await asyncio.wait_for(self._ground(pixels, query), self._config.timeout)
+        except ValueError as error:
+            # A replica's own; Ray's wrapper adds its whole traceback to the message.
+            raise HTTPException(400, str(getattr(error, "cause", error))) from None
+        except TimeoutError:
+            raise HTTPException(504, f"no answer within {self._config.timeout:g} s; try again later") from None
+
+    @api.get("/healthz")
+    async def health(self) -> dict[str, str]:
+        """Whether the service is up."""
+        return {"status": "ok", "model": str(self._config.model), "expert": self._config.expert}
+
+    async def _ground(self, pixels: NDArray[np.uint8], query: str) -> GroundResponse:
+        completion, answer = await self._reasoner.answer.remote(pixels, query)
+        drawn = await self._segmenter.draw.remote(pixels, answer)
+        mask, score = drawn if drawn is not None else (None, None)
+        return GroundResponse(
+            query=query,
+            reasoning=answer.think,
+            well_formed=drawn is not None,
+            box=answer.box,
+            points=answer.points,
+            mask=None if mask is None else Rle.model_validate(encode_rle(mask)),
+            score=score,
+            width=pixels.shape[1],
+            height=pixels.shape[0],
+            completion=completion,
+        )
+
+    def _decoded(self, data: bytes, name: str) -> NDArray[np.uint8]:
+        limit = self._config.max_image_mib
+        if len(data) > limit << 20:
+            raise HTTPException(413, f"{name} has {len(data) / 2**20:.1f} MiB; at most {limit} are taken")
+        try:
+            return decode_image(data, name)
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from None
+
+
+@api.exception_handler(RequestValidationError)
+async def _what_is_missing(_: Request, error: RequestValidationError) -> JSONResponse:
+    faults = "; ".join(f"{fault['loc'][-1]}: {fault['msg']}" for fault in error.errors())
+    return JSONResponse({"detail": f"{faults}; send a form with an image file and a query"}, status_code=422)
+
+
+def build_app(args: dict[str, Any]) -> Application:
+    """The application, from Python or from a Serve YAML file: `import_path: serving.app:build_app`. args: the fields of
+    `ServeConfig`. Raises ValueError for what is wrong with them."""
+    config = ServeConfig.model_validate(args)
+    config = config.model_copy(update={"model": config.model.resolve()})
+    rollout, segmenter = config.rollout, config.segmenter
+    reasoner = Reasoner.options(  # type: ignore[attr-defined]
+        num_replicas=rollout.actors,
+        ray_actor_options={
+            "num_cpus": rollout.num_cpus,
+            "num_gpus": rollout.num_gpus,
+            "runtime_env": {"env_vars": engine_environment(rollout)},
+        },
+    ).bind(config)
+    expert = Segmenter.options(  # type: ignore[attr-defined]
+        num_replicas=segmenter.actors,
+        ray_actor_options={"num_cpus": segmenter.num_cpus, "num_gpus": segmenter.num_gpus},
+    ).bind(config)
+    ingress = Ingress.options(ray_actor_options={"num_cpus": 0.1})  # type: ignore[attr-defined]
+    app: Application = ingress.bind(config, reasoner, expert)
+    return app

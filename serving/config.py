@@ -1,0 +1,24 @@
+"""What the service is started with."""
+
+from pathlib import Path
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from actors.config import RolloutConfig, SegmenterConfig
+from umrg.config import Config
+from umrg.prompts import PromptStyle
+
+
+class ServeConfig(Config):
+    """model: a Qwen-VL folder. expert: name or folder of the segmenter. prompt, think: asked otherwise than the
+    folder's prompt.json says. rollout, segmenter: the engine and the expert, as in training. max_image_mib: largest
+    image file that is taken. timeout: seconds that one request may last."""
+
+    model: Path
+    expert: str = "tiny"
+    prompt: PromptStyle | None = None
+    think: bool | None = None
+    rollout: RolloutConfig = Field(default_factory=lambda: RolloutConfig(num_cpus=0.5))
+    segmenter: SegmenterConfig = Field(default_factory=lambda: SegmenterConfig(num_cpus=0.1))
+    max_image_mib: PositiveInt = 32
+    timeout: PositiveFloat = 120.0

@@ -1,0 +1,110 @@
+"""The learner's ranks, as real actors with real DeepSpeed engines."""
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from actors.learner_rank import LearnerRank
+from actors.pools import LearnerPool, gather
+from actors.weight_files import unpack
+from learner.config import LearnerConfig
+from learner.reasoner import load_reasoner
+from learner.shared_prefix import Branches, branch_logprobs, pack_groups
+from tests.conftest import TINY_REASONER
+from umrg.answers import format_answer
+from umrg.dataset import Dataset
+from umrg.dataset_writer import write_rows
+from umrg.group import Completion, Group, GroupSamples
+from umrg.phantoms import rows
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory):
+    """Three groups of three answers each, as a rollout of the tiny reasoner would give them."""
+    path = tmp_path_factory.mktemp("data") / "phantoms.parquet"
+    write_rows(path, rows(3, seed=3, modalities=["CT"], queries_per_image=1))
+    reasoner = load_reasoner(TINY_REASONER)
+    rng = np.random.default_rng(0)
+    return [
+        answered(reasoner, Group(run="t", step=0, index=i, sample=s), rng) for i, s in enumerate(Dataset.open(path))
+    ]
+
+
+def answered(reasoner, group, rng):
+    sample = group.sample
+    prompt = reasoner.encode(sample.query, reasoner.encode_image(sample.image()))
+    boxes = np.clip(np.array(sample.box) + rng.integers(-20, 20, (3, 4)), 0, 223)
+    texts = [format_answer(box=tuple(box), points=sample.points, think="Here.") for box in boxes.tolist()]
+    ids = [reasoner.completion_ids(text) for text in texts]
+    with torch.no_grad():
+        flat = branch_logprobs(
+            reasoner.model,
+            pack_groups([Branches(prefix=prompt, branches=ids)], reasoner.model),
+            forbidden=torch.tensor(reasoner.vision_tokens),
+        )
+    completions = tuple(
+        Completion(text=text, token_ids=tuple(i.tolist()), logprobs=tuple(p.tolist()), policy_version=0, finished=True)
+        for text, i, p in zip(texts, ids, flat.split([len(i) for i in ids]), strict=True)
+    )
+    samples = GroupSamples(
+        group=group.id,
+        prompt_ids=tuple(prompt.token_ids.tolist()),
+        frames=prompt.image.frames,
+        completions=completions,
+    )
+    return group, samples
+
+
+def trained(groups, demo_config, steps=3, **changes):
+    """Reports and weights after some steps on the same groups."""
+    config = LearnerConfig.model_validate({"lr": 1e-4, "micro_batch_tokens": 1000, "threads": 1, **changes})
+    actors = {
+        f"learner {rank}": ray.remote(LearnerRank)
+        .options(num_cpus=0, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}})
+        .remote(TINY_REASONER, config, rank=rank, temperature=1.0, seed=0, style=None, think=None)
+        for rank in range(config.ranks)
+    }
+    try:
+        pool = LearnerPool(actors, demo_config().deadlines)
+        gather(pool.starting(), seconds=300, doing="starting")
+        refs, samples = [ray.put(group) for group, _ in groups], [sampled for _, sampled in groups]
+        rewards = [[0.1, 0.7, 0.4], [0.9, 0.2, 0.3], [0.5, 0.5, 0.5]]
+        reports = [pool.update(refs, samples, rewards) for _ in range(steps)]
+        _, buckets = pool.weights()
+        return reports, {name: tensor for ref in buckets for name, tensor in unpack(ray.get(ref)).items()}
+    finally:
+        for actor in actors.values():
+            ray.kill(actor)
+
+
+def test_an_update_moves_every_parameter_and_reports(ray_cluster, groups, demo_config):
+    (report,), weights = trained(groups, demo_config, steps=1)
+    assert report.engine_gap < 1e-5 and report.updates == 1 and report.clipped == 0
+    assert report.tokens == sum(len(c.token_ids) for _, samples in groups for c in samples.completions)
+    assert report.grad_norm > 0 and report.lr == 1e-4
+    before = dict(load_reasoner(TINY_REASONER).model.named_parameters())
+    assert weights.keys() == before.keys()
+    assert not any(torch.equal(weights[name], before[name]) for name in before)
+
+
+def test_two_ranks_of_zero_2_match_one(ray_cluster, groups, demo_config):
+    alone, one = trained(groups, demo_config)
+    together, two = trained(groups, demo_config, ranks=2, zero_stage=2)
+    for name, tensor in one.items():
+        assert (tensor - two[name]).abs().max() <= 1e-5 * tensor.abs().max(), name
+    for first, second in zip(alone, together, strict=True):
+        assert second.loss == pytest.approx(first.loss, abs=1e-5)
+        assert second.grad_norm == pytest.approx(first.grad_norm, rel=1e-3)
+
+
+def test_a_divergence_from_the_reference_is_zero_at_first_and_grows(ray_cluster, groups, demo_config):
+    reports, _ = trained(groups, demo_config, steps=2, kl=0.05)
+    assert abs(reports[0].kl) < 1e-6 < reports[1].kl
+
+
+def test_a_frozen_vision_tower_stands_still(ray_cluster, groups, demo_config):
+    _, weights = trained(groups, demo_config, steps=1, freeze_vision=True)
+    before = dict(load_reasoner(TINY_REASONER).model.named_parameters())
+    same = {name for name in before if torch.equal(weights[name], before[name])}
+    assert same == {name for name in before if ".visual." in name}

@@ -1,0 +1,55 @@
+"""Where actors would sit, worked out without a cluster."""
+
+import pytest
+
+from cluster.placement import Bundle, Node, bundles, shortage
+
+
+def actor(cpus: float = 0.0, gpus: float = 0.0, role: str = "rollout", index: int = 0) -> Bundle:
+    return Bundle(role=role, index=index, cpus=cpus, gpus=gpus)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "nodes", "fits"),
+    [
+        ([actor(cpus=1)], [Node(cpus=2, gpus=0)], True),
+        ([actor(cpus=1), actor(cpus=1)], [Node(cpus=2, gpus=0)], True),
+        ([actor(cpus=1), actor(cpus=1.5)], [Node(cpus=2, gpus=0)], False),
+        # Fractions of a GPU share it; they add up to one exactly.
+        ([actor(gpus=0.25)] * 4, [Node(cpus=8, gpus=1)], True),
+        ([actor(gpus=0.1)] * 10, [Node(cpus=8, gpus=1)], True),
+        ([actor(gpus=0.25)] * 5, [Node(cpus=8, gpus=1)], False),
+        # One actor's GPUs must lie on one node.
+        ([actor(gpus=2)], [Node(cpus=8, gpus=1), Node(cpus=8, gpus=1)], False),
+        ([actor(gpus=2), actor(gpus=2)], [Node(cpus=8, gpus=2), Node(cpus=8, gpus=2)], True),
+        # The large one is placed first, and the small ones fill what is left.
+        ([actor(gpus=0.5), actor(gpus=0.5), actor(gpus=4)], [Node(cpus=8, gpus=4), Node(cpus=8, gpus=1)], True),
+        ([actor()], [Node(cpus=0, gpus=0)], True),
+    ],
+)
+def test_what_fits(wanted, nodes, fits):
+    assert (shortage(wanted, nodes) is None) == fits
+
+
+def test_what_is_missing_is_said():
+    message = shortage([actor(cpus=1, gpus=1), actor(cpus=1, gpus=1, index=1)], [Node(cpus=4, gpus=1)])
+    assert message is not None
+    assert "2 actors need 2 CPUs and 2 GPUs" in message
+    assert "the cluster has 4 and 1 on 1 node" in message
+    assert "no room for rollout 1 (1 CPUs, 1 GPUs on one node)" in message
+
+
+def test_a_bundle_asks_for_something():
+    assert actor().resources == {"CPU": 0.001}
+    assert actor(cpus=0.5, gpus=0.25).resources == {"CPU": 0.5, "GPU": 0.25}
+
+
+def test_every_actor_has_a_bundle(demo_config):
+    config = demo_config("rollout.actors=2", "segmenter.actors=3", "segmenter.num_gpus=0.25", "learner.ranks=2")
+    wanted = bundles(config)
+    assert [bundle.name for bundle in wanted] == [
+        *("learner 0", "learner 1"),
+        *("rollout 0", "rollout 1"),
+        *("segmenter 0", "segmenter 1", "segmenter 2"),
+    ]
+    assert [bundle.gpus for bundle in wanted] == [0, 0, 0, 0, 0.25, 0.25, 0.25]

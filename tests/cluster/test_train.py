@@ -1,0 +1,172 @@
+"""The training job on real components: vLLM, Ray, DeepSpeed, SAM, on the tiny models."""
+
+import json
+
+import numpy as np
+import pytest
+
+from cluster.broadcast import Canary, WeightsDiffer, broadcast
+from cluster.clock import Clock
+from cluster.evaluation import evaluate
+from cluster.experience import Draw, gain
+from cluster.records import read_records
+from cluster.train import train
+from cluster.workers import started
+from learner.reasoner import load_reasoner
+from tests.conftest import ROOT
+from umrg.dataset import Dataset
+from umrg.dataset_writer import write_rows
+from umrg.group import Group
+from umrg.phantoms import rows
+
+SMALL = (
+    "data.train={phantoms: 24, seed: 1, modalities: [CT]}",
+    "data.eval={phantoms: 4, seed: 2, modalities: [CT]}",
+    "batch=4",
+    "rollout.n=4",
+    "evaluation.limit=4",
+    "evaluation.n=2",
+    "learner.warmup=0",
+)
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "phantoms.parquet"
+    write_rows(path, rows(6, seed=9, modalities=["CT"], queries_per_image=2))
+    return list(Dataset.open(path))
+
+
+@pytest.fixture(scope="module")
+def finished(ray_cluster, demo_config, tmp_path_factory):
+    """A run of three steps, with two rollouts, three segmenters and two learner ranks by configuration alone."""
+    folder = tmp_path_factory.mktemp("runs")
+    actors = ("rollout.actors=2", "segmenter.actors=3", "learner.ranks=2", "learner.num_cpus=0.25")
+    config = demo_config(*SMALL, *actors, f"runs={folder}", "name=small", "steps=3", "checkpoint_every=2")
+    return train(config), config
+
+
+def test_a_rollout_is_the_same_whichever_actor_draws_it_and_however_it_is_batched(workers, samples):
+    groups = [Group(run="t", step=0, index=i, sample=sample) for i, sample in enumerate(samples)]
+    draw = Draw(n=4, temperature=1.0, max_tokens=96, run_seed=7)
+    together = gain(workers, groups, draw, Clock())
+    (alone,) = gain(workers, groups[3:4], draw, Clock())
+    assert alone.samples == together[3].samples
+    texts = {completion.text for completion in together[0].samples.completions}
+    assert len(texts) > 1, "four answers at temperature 1 should differ"
+
+
+def test_answers_are_scored_by_form_geometry_and_mask(workers, samples):
+    (experience,) = gain(
+        workers,
+        [Group(run="t", step=0, index=0, sample=samples[0])],
+        Draw(n=4, temperature=1.0, max_tokens=96, run_seed=7),
+        Clock(),
+    )
+    for completion, scored in zip(experience.samples.completions, experience.scored, strict=True):
+        assert 0 <= scored.reward.total <= 4.5 and np.isfinite(list(scored.metrics.values())).all()
+        assert (scored.mask is not None) == (scored.metrics["well_formed"] == 1.0)
+        assert len(completion.logprobs) == len(completion.token_ids)
+
+
+def test_the_learners_log_probs_are_the_engines_after_updates(ray_cluster, demo_config, samples):
+    """After two real updates, every token of a new group, to 1e-4."""
+    with started(demo_config("learner.lr=3e-4", "learner.warmup=0")) as own:
+        canary = Canary(samples[0], demo_config())
+        assert canary.check(own) < 1e-5
+        for step in range(2):
+            groups = [Group(run="t", step=step, index=i, sample=sample) for i, sample in enumerate(samples[:3])]
+            taken = gain(own, groups, Draw(n=4, temperature=1.0, max_tokens=96, run_seed=7), Clock())
+            report = own.learner.update(
+                [each.ref for each in taken], [each.samples for each in taken], [each.rewards for each in taken]
+            )
+            assert report.engine_gap < 1e-5
+            broadcast(own, version=step + 1)
+            assert canary.check(own) < 1e-5
+        group = Group(run="t", step=2, index=0, sample=samples[4])
+        (new,) = gain(own, [group], Draw(n=3, temperature=1.0, max_tokens=96, run_seed=8), Clock())
+        for completion in new.samples.completions:
+            assert completion.policy_version == 2
+            expected = own.learner.logprobs(group.sample, completion.token_ids)
+            assert np.abs(np.subtract(completion.logprobs, expected)).max() < 1e-4
+
+
+def test_without_the_cache_reset_the_canary_stops_the_run(ray_cluster, demo_config, tmp_path):
+    config = demo_config(*SMALL, "rollout.reset_caches=false", f"runs={tmp_path}", "name=stale", "learner.lr=3e-4")
+    with pytest.raises(WeightsDiffer, match="stale weights or caches"):
+        train(config)
+    summary = json.loads((tmp_path / "stale" / "summary.json").read_text())
+    assert summary["status"].startswith("failed: WeightsDiffer") and summary["before"]["greedy"]["n"] == 4
+
+
+def test_a_run_leaves_its_folder(finished):
+    run, config = finished
+    metrics = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics] == [1, 2, 3]
+    for line in metrics:
+        assert np.isfinite(list(line.values())).all()
+        assert line["learner/engine_gap"] < 1e-4 and line["learner/canary_gap"] < 1e-4
+        assert line["policy/lag"] == 0
+        assert {"seconds/rollout", "seconds/score", "seconds/learn", "seconds/sync"} <= line.keys()
+    summary = json.loads((run.path / "summary.json").read_text())
+    assert summary["status"] == "finished" and summary["steps"] == 3
+    for when in ("before", "after"):
+        for kind in ("greedy", "sampled"):
+            assert set(summary[when][kind]) == {"dice", "iou", "pdice", "well_formed", "n"}
+    assert summary["peak_memory_gib"] > 0.5 and "vllm" in summary["versions"]
+    records = read_records(run.samples / "step-000002.parquet")
+    assert len(records) == config.batch * config.rollout.n
+    assert {record["policy_version"] for record in records} == {1}
+    assert (run.checkpoints / "step-000003" / "state.json").exists()
+    page = (run.report / "index.html").read_text()
+    assert page.count("<article") == 4 and "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_the_final_model_gives_the_evaluated_answers_again(finished):
+    """In transformers; the vLLM that evaluated it had the learner's weights, not the folder's."""
+    run, _ = finished
+    reasoner = load_reasoner(run.model)
+    rows = list(Dataset.open(run.path / "data" / "eval.parquet"))
+    evaluated = {record["sample_id"]: record for record in read_records(run.samples / "after-greedy.parquet")}
+    prompts = [reasoner.encode(row.query, reasoner.encode_image(row.image())) for row in rows]
+    for row, text in zip(rows, reasoner.generate(prompts, max_tokens=128), strict=True):
+        assert text == evaluated[row.id]["completion"]
+
+
+def test_the_final_model_answers_alike_in_vllm(finished, ray_cluster, demo_config):
+    run, _ = finished
+    rows = list(Dataset.open(run.path / "data" / "eval.parquet"))
+    evaluated = {record["sample_id"]: record for record in read_records(run.samples / "after-greedy.parquet")}
+    with started(demo_config(f"model={run.model}")) as own:
+        again = evaluate(own, rows, n=0, temperature=1.0, max_tokens=128)
+    for each in again.greedy:
+        assert each.samples.completions[0].text == evaluated[each.group.sample.id]["completion"]
+
+
+def test_a_finished_run_is_not_begun_again(finished):
+    run, config = finished
+    with pytest.raises(ValueError, match=f"the run folder {run.path} exists"):
+        train(config)
+
+
+def test_a_run_goes_on_from_its_checkpoint(finished, ray_cluster):
+    run, config = finished
+    longer = config.model_copy(update={"steps": 4, "resume": "auto"})
+    train(longer)
+    metrics = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4]
+
+
+def test_a_run_is_not_resumed_with_another_configuration(finished):
+    _, config = finished
+    with pytest.raises(ValueError, match="another batch"):
+        train(config.model_copy(update={"batch": 3, "resume": "auto"}))
+
+
+def test_too_many_actors_are_refused_before_anything_starts(ray_cluster, demo_config, tmp_path):
+    with pytest.raises(ValueError, match=r"actors need .* CPUs and 3 GPUs, the cluster has 4 and 1 on 1 node"):
+        train(demo_config(*SMALL, "segmenter.actors=3", "segmenter.num_gpus=1", f"runs={tmp_path}"))
+
+
+def test_the_demo_is_what_the_readme_runs():
+    assert "configs/demo.yaml" in (ROOT / "Makefile").read_text()

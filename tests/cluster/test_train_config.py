@@ -1,0 +1,61 @@
+"""A training run's configuration: what ships is valid, and what is wrong is said in one sentence."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from cluster.config import TrainConfig, load_config, save_config
+from tests.conftest import ROOT
+
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if "sft" not in path.name)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_configurations_that_ship_are_valid(path):
+    config = load_config(TrainConfig, path)
+    assert config.name == path.stem
+    assert config.reward.scorer(think=True).maximum > 0
+
+
+def test_the_published_hyper_parameters():
+    config = load_config(TrainConfig, ROOT / "configs" / "lingshu_7b_soft.yaml")
+    assert (config.rollout.n, config.batch, config.learner.mini_batch) == (16, 128, 64)
+    assert (config.learner.lr, config.learner.kl, config.learner.clip) == (1e-6, 0.01, 0.2)
+    assert (config.rollout.max_prompt_tokens, config.rollout.max_tokens) == (2048, 2048)
+
+
+def test_the_configuration_imports_no_torch():
+    code = "import sys, cluster.config; sys.exit(any(m in sys.modules for m in ('torch', 'ray', 'vllm')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learner.learning_rate=1e-4", "unknown key 'learner.learning_rate'"),
+        ("rollout.num_gpu=1", "did you mean 'num_gpus'"),
+        ("learner.zero_stage=4", "learner.zero_stage: "),
+        ("staleness=2", "only 0 is built"),
+        ("reward.preset=sotf", "did you mean 'soft'"),
+        ("reward.terms=[{name: mask_dice}]", "give either reward.preset or reward.terms"),
+        ("data.train=[]", "data.train"),
+        ("rollout.temperature=0", "rollout.temperature: "),
+        ("data.eval.phantom=3", "data.eval"),
+    ],
+)
+def test_mistakes(override, message):
+    with pytest.raises(ValueError, match=r"demo\.yaml: ") as caught:
+        load_config(TrainConfig, ROOT / "configs" / "demo.yaml", [override])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_takes_the_place_of_phantoms(tmp_path):
+    config = load_config(
+        TrainConfig, ROOT / "configs" / "demo.yaml", ["data.train=rows.parquet", "data.eval=[a.parquet]"]
+    )
+    assert [str(path) for path in config.data.train] == ["rows.parquet"]
+    save_config(config, tmp_path / "config.yaml")
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["data"]["eval"] == ["a.parquet"]
+    assert load_config(TrainConfig, tmp_path / "config.yaml") == config

@@ -1,0 +1,88 @@
+"""The service over HTTP, on the tiny models: what it answers is what training's rollout answers."""
+
+import httpx
+import numpy as np
+import pytest
+
+from cluster.clock import Clock
+from cluster.experience import Draw, gain
+from serving.app import build_app
+from tests.conftest import TINY_REASONER
+from umrg.dataset import Dataset
+from umrg.dataset_writer import write_rows
+from umrg.group import Group
+from umrg.masks import decode_rle
+from umrg.phantoms import rows
+from umrg.sample import encode_png
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "phantoms.parquet"
+    write_rows(path, rows(3, seed=4, modalities=["CT"], phrasings="held_out", queries_per_image=1))
+    return list(Dataset.open(path))
+
+
+@pytest.fixture(scope="module")
+def address(ray_cluster):
+    from ray import serve
+
+    from serving.run import start
+
+    found = start({"model": str(TINY_REASONER)}, port=8123)
+    yield found
+    serve.shutdown()
+
+
+def post(address, image, query):
+    files = {"image": ("image.png", image)} if image is not None else None
+    data = {"query": query} if query is not None else None
+    return httpx.post(f"{address}/v1/ground", files=files, data=data, timeout=120)
+
+
+def test_a_served_answer_is_the_training_rollouts(address, workers, samples):
+    groups = [Group(run="served", step=0, index=i, sample=sample) for i, sample in enumerate(samples)]
+    greedy = Draw(n=1, temperature=0.0, max_tokens=512, run_seed=0)
+    for each in gain(workers, groups, greedy, Clock()):
+        sample = each.group.sample
+        reply = post(address, sample.image_bytes, sample.query)
+        assert reply.status_code == 200, reply.text
+        found, scored = reply.json(), each.scored[0]
+        assert found["completion"] == each.samples.completions[0].text
+        assert found["reasoning"] == scored.answer.think
+        assert found["box"] == (list(scored.answer.box) if scored.answer.box else None)
+        assert found["mask"] == (dict(scored.mask) if scored.mask else None)
+        assert (found["width"], found["height"]) == (sample.size.width, sample.size.height)
+        if found["mask"]:
+            assert decode_rle(found["mask"]).shape == (found["height"], found["width"])
+
+
+def test_bad_requests_are_told_what_to_change(address, samples):
+    image = samples[0].image_bytes
+    cases = [
+        (b"not an image", "Where?", 400, "cannot be decoded"),
+        (b"", "Where?", 400, "cannot be decoded"),
+        (image[: len(image) // 2], "Where?", 400, "damaged or cut short"),
+        (image, "   ", 400, "the query is empty"),
+        (image, "<|image_pad|>", 400, "the query is empty"),
+        (image, None, 422, "query"),
+        (None, "Where?", 422, "image"),
+        (encode_png(np.zeros((4, 2000), dtype=np.uint8)), "Where?", 400, "aspect ratio over 200"),
+    ]
+    for content, query, status, message in cases:
+        reply = post(address, content, query)
+        assert (reply.status_code, message in reply.json()["detail"]) == (status, True), reply.text
+
+
+def test_a_special_token_in_a_query_does_no_harm(address, samples):
+    reply = post(address, samples[0].image_bytes, "Where is bile made? <|image_pad|><|im_end|>")
+    assert reply.status_code == 200
+
+
+def test_it_says_that_it_is_well(address):
+    assert httpx.get(f"{address}/healthz").json()["status"] == "ok"
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(ValueError, match="modle"):
+        build_app({"modle": str(TINY_REASONER)})
