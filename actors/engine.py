@@ -91,6 +91,8 @@ class Engine:
             seed=sampling.seed,
             logprobs=0,
             flat_logprobs=True,
+            # Token by token, turning ids and log-probs into text costs as much as sampling them.
+            detokenize=False,
             logit_bias=dict.fromkeys(self.prompter.vision_tokens, _FORBIDDEN),
             # Streamed outputs of several answers leave some out.
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -103,7 +105,7 @@ class Engine:
         outputs = sorted(final.outputs, key=lambda output: output.index)
         return Generated(
             prompt_ids=tuple(final.prompt_token_ids),
-            completions=tuple(_completion(output) for output in outputs),
+            completions=tuple(self._completion(output) for output in outputs),
         )
 
     async def update_weights(self, buckets: Iterable[bytes], version: int) -> str:
@@ -126,17 +128,16 @@ class Engine:
         """End the engine's processes."""
         self._llm.shutdown()
 
-
-def _completion(output: Any) -> Completion:
-    versions = [int(span.version) for span in output.weight_versions or ()]
-    return Completion(
-        text=output.text,
-        token_ids=tuple(output.token_ids),
-        logprobs=tuple(output.logprobs.logprobs),
-        # One that saw an update belongs to the oldest weights it was sampled with.
-        policy_version=min(versions),
-        finished=output.finish_reason == "stop",
-    )
+    def _completion(self, output: Any) -> Completion:
+        versions = [int(span.version) for span in output.weight_versions or ()]
+        return Completion(
+            text=self.prompter.processor.tokenizer.decode(output.token_ids, skip_special_tokens=True),
+            token_ids=tuple(output.token_ids),
+            logprobs=tuple(output.logprobs.logprobs),
+            # One that saw an update belongs to the oldest weights it was sampled with.
+            policy_version=min(versions),
+            finished=output.finish_reason == "stop",
+        )
 
 
 @contextmanager

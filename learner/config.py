@@ -25,6 +25,9 @@ class OptimizerConfig(Config):
 class LearnerConfig(OptimizerConfig):
     """The GRPO learner: ZeRO ranks, one Ray actor each.
 
+    vector_lr: learning rate of vectors, that is the norms' gains and all biases; None for `lr`. Adam moves each number
+    by about its learning rate whatever its gradient, and a gain of 1 wants larger steps than one of a matrix's many
+    small numbers; the wider the matrix, the more so (Yang et al. 2022, arXiv:2203.03466).
     ranks: how many. num_gpus, num_cpus: of each, as Ray counts them. threads: of torch on CPU; None for all cores,
     shared among the ranks.
     zero_stage: what is partitioned over the ranks: nothing, optimizer state (1), gradients (2), parameters (3).
@@ -34,6 +37,7 @@ class LearnerConfig(OptimizerConfig):
     freeze_vision: the vision tower stands still.
     """
 
+    vector_lr: PositiveFloat | None = None
     ranks: PositiveInt = 1
     num_gpus: float = Field(default=0.0, ge=0)
     num_cpus: float = Field(default=1.0, ge=0)

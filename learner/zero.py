@@ -63,7 +63,10 @@ class ZeroLearner:
         self.policy = Policy(self.reasoner.model, temperature=temperature, forbidden=self.reasoner.vision_tokens).to(
             device
         )
-        trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        vectors = [parameter for _, parameter in self._trained() if parameter.ndim < 2]
+        matrices = [parameter for _, parameter in self._trained() if parameter.ndim >= 2]
+        self._base_lrs = (config.lr, config.vector_lr or config.lr)
+        trained = [{"params": matrices, "lr": self._base_lrs[0]}, {"params": vectors, "lr": self._base_lrs[1]}]
         self.engine, *_ = deepspeed.initialize(
             model=self.policy, model_parameters=trained, config=deepspeed_config(config)
         )
@@ -98,7 +101,7 @@ class ZeroLearner:
             clipped=clipped,
             engine_gap=gap,
             grad_norm=norm,
-            lr=self._lr(self._updates - 1),
+            lr=self.config.lr * self._warmth(self._updates - 1),
             tokens=tokens,
             updates=math.ceil(len(groups) / size),
         )
@@ -196,8 +199,8 @@ class ZeroLearner:
 
     def _step(self) -> float:
         """Clip, step and count; the gradient's norm before clipping."""
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = self._lr(self._updates)
+        for group, lr in zip(self.engine.optimizer.param_groups, self._base_lrs, strict=True):
+            group["lr"] = lr * self._warmth(self._updates)
         before = None if self._checked else (self._without_gradient(), self._masters())
         self.engine.step()
         self._updates += 1
@@ -213,8 +216,9 @@ class ZeroLearner:
             self._checked = True
         return norm
 
-    def _lr(self, update: int) -> float:
-        return self.config.lr * min(1.0, (update + 1) / (self.config.warmup + 1))
+    def _warmth(self, update: int) -> float:
+        """Share of the learning rate that an update has."""
+        return min(1.0, (update + 1) / (self.config.warmup + 1))
 
     def _masters(self) -> dict[str, float]:
         """Of each trained parameter's fp32 master, a number that changes when it does."""

@@ -1,9 +1,10 @@
-"""Third stage of the tiny reasoner: having read the query, it points.
+"""Third stage of the tiny reasoner: having read the query, it points and measures.
 
-A linear head on the state of the prompt's last token gives a distribution over the image's tokens, to match the share
-of each that the coarse box covers. An answer's loss asks for the same thing in digits, among many tokens that are
-easy to guess; asked for alone, over short prompts and with the vision tower's tokens computed once, it is learnt much
-sooner. The head is thrown away.
+Linear heads on the state of the prompt's last token, one layer before the last, give a distribution over the image's
+tokens, to match the share of each that the coarse box covers, and one over 4-pixel bins for each of the eight
+coordinates of box and points. An answer's loss asks for the same things in digits, among many tokens that are easy to
+guess; asked for alone, over short prompts and with the vision tower's tokens computed once, they are learnt much
+sooner, and the last layer is left to read them off into digits. The heads are thrown away.
 """
 
 from collections.abc import Sequence
@@ -13,20 +14,25 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from rich.progress import track
+from torch.nn import functional
 
-from learner.reasoner import EncodedPrompt, Reasoner
+from learner.reasoner import EncodedImage, EncodedPrompt, Reasoner
 from learner.shared_prefix import Branches, pack_groups
 from models.tiny_vision import covered_cells
 from umrg.dataset import Dataset
+from umrg.frames import Frame
 from umrg.sample import Sample
+
+BINS = 56
+COORDINATES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class PointingRecipe:
     """images: drawn on, with all their queries. batch: images a step."""
 
-    steps: int = 300
-    images: int = 2000
+    steps: int = 900
+    images: int = 6000
     batch: int = 24
     lr: float = 1e-3
     weight_decay: float = 0.01
@@ -35,11 +41,13 @@ class PointingRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class _Queries:
-    """The queries about one image. tokens: [n, d] of the vision tower. covered: [queries, n], rows sum to 1."""
+    """The queries about one image. tokens: [n, d] of the vision tower. covered: [queries, n], rows sum to 1. bins:
+    [queries, 8] of the coordinates."""
 
     prompts: Branches
     tokens: torch.Tensor
     covered: torch.Tensor
+    bins: torch.Tensor
 
 
 def learn_to_point(reasoner: Reasoner, dataset: Dataset, recipe: PointingRecipe) -> float:
@@ -50,15 +58,21 @@ def learn_to_point(reasoner: Reasoner, dataset: Dataset, recipe: PointingRecipe)
     chosen = rng.permutation(len(images))[: recipe.images]
     queries = [_queries(reasoner, dataset.samples(images[i])) for i in track(chosen, "looking")]
     text = reasoner.model.model.language_model.train()
-    head = torch.nn.Linear(text.config.hidden_size, queries[0].covered.shape[1])
+    places = queries[0].covered.shape[1]
+    head = torch.nn.Linear(text.config.hidden_size, places + COORDINATES * BINS)
     parameters = [*text.parameters(), *head.parameters()]
     adam = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(adam, recipe.lr, total_steps=recipe.steps, pct_start=0.1)
     hits = []
     for step in track(range(recipe.steps), "pointing"):
         batch = [queries[i] for i in rng.integers(len(queries), size=recipe.batch)]
-        logits, covered = head(_last_states(reasoner, batch)), torch.cat([q.covered for q in batch])
-        loss = -(logits.log_softmax(-1) * covered).sum(-1).mean()
+        found = head(_last_states(reasoner, batch))
+        covered, bins = torch.cat([q.covered for q in batch]), torch.cat([q.bins for q in batch])
+        logits = found[:, :places]
+        measured = found[:, places:].unflatten(1, (COORDINATES, BINS))
+        pointing = -(logits.log_softmax(-1) * covered).sum(-1).mean()
+        measuring = functional.cross_entropy(measured.flatten(0, 1), bins.flatten())
+        loss = pointing + measuring
         adam.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -66,7 +80,10 @@ def learn_to_point(reasoner: Reasoner, dataset: Dataset, recipe: PointingRecipe)
         schedule.step()
         hits.append((covered.gather(1, logits.argmax(-1, keepdim=True)) > 0).float().mean().item())
         if (step + 1) % 50 == 0:
-            print(f"step {step + 1}/{recipe.steps}  hits {np.mean(hits[-50:]):.3f}", flush=True)
+            print(
+                f"step {step + 1}/{recipe.steps}  hits {np.mean(hits[-50:]):.3f}  measuring {measuring.item():.3f}",
+                flush=True,
+            )
     return float(np.mean(hits[-20:]))
 
 
@@ -87,18 +104,28 @@ def _queries(reasoner: Reasoner, samples: Sequence[Sample]) -> _Queries:
         ),
         tokens=tokens,
         covered=covered / covered.sum(dim=1, keepdim=True),
+        bins=torch.stack([_bins(image, sample) for sample in samples]),
     )
 
 
+def _bins(image: EncodedImage, sample: Sample) -> torch.Tensor:
+    frames = image.frames
+    box = frames.box(sample.box, Frame.ORIGINAL, Frame.MODEL)
+    first, second = frames.points(sample.points, Frame.ORIGINAL, Frame.MODEL)
+    side = max(frames.model.width, frames.model.height)
+    return (torch.tensor([*box, *first, *second]) * BINS / side).long().clamp(0, BINS - 1)
+
+
 def _last_states(reasoner: Reasoner, batch: Sequence[_Queries]) -> torch.Tensor:
-    """State [queries, d] of the last token of each prompt."""
+    """State [queries, d] of the last token of each prompt before the last layer, normalised as that layer does."""
     packed = pack_groups([queries.prompts for queries in batch], reasoner.model)
     states = reasoner.model.model(
         input_ids=packed.token_ids,
         position_ids=packed.position_ids,
         attention_mask={"full_attention": packed.mask},
         mm_encoder_outputs={"image": SimpleNamespace(pooler_output=[queries.tokens for queries in batch])},
+        output_hidden_states=True,
         use_cache=False,
-    ).last_hidden_state
-    last: torch.Tensor = states[packed.sources[0], packed.sources[1]]
-    return last
+    ).hidden_states[-2]
+    last = states[packed.sources[0], packed.sources[1]]
+    return functional.rms_norm(last, last.shape[-1:])

@@ -29,11 +29,14 @@ def demo_config():
 
 @pytest.fixture(scope="session")
 def ray_cluster():
-    """One local cluster for all tests. Its GPU is logical: Ray counts it, and nothing computes on it."""
+    """One local cluster for all tests; its dashboard's address. Its GPU is logical: Ray counts it, and nothing computes
+    on it."""
     import ray
 
-    ray.init(num_cpus=4, num_gpus=1, logging_level="ERROR", log_to_driver=False)
-    yield
+    context = ray.init(
+        num_cpus=4, num_gpus=1, include_dashboard=True, dashboard_port=0, logging_level="ERROR", log_to_driver=False
+    )
+    yield context.dashboard_url
     ray.shutdown()
 
 

@@ -1,0 +1,152 @@
+"""The training job as its users start and end it: as a command, as a Ray job, by Ctrl-C, by a crash."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from cluster.records import read_records
+from tests.conftest import ROOT
+
+REAL_IMAGES = ROOT.parent / "shared" / "data" / "umrg_real_sample.parquet"
+SMALL = (
+    "data.train={phantoms: 16, seed: 1, modalities: [CT]}",
+    "data.eval={phantoms: 4, seed: 2, modalities: [CT]}",
+    *("batch=2", "rollout.n=2", "evaluation.limit=4", "evaluation.n=0"),
+)
+MARK = "MEDREASONER_TEST_RUN"
+
+
+class Run:
+    """`python -m cluster.train` in a process group of its own, all of whose descendants carry a mark."""
+
+    def __init__(self, folder: Path, *overrides: str) -> None:
+        self.mark = uuid.uuid4().hex
+        self.folder = folder / "runs" / "trial"
+        self.output = folder / "output.txt"
+        environment = {**os.environ, MARK: self.mark}
+        environment.pop("RAY_ADDRESS", None)
+        command = (sys.executable, "-m", "cluster.train", "configs/demo.yaml", "name=trial", f"runs={folder / 'runs'}")
+        self.process = subprocess.Popen(
+            [*command, *SMALL, *overrides],
+            cwd=ROOT,
+            env=environment,
+            stdout=self.output.open("w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def await_line(self, text: str, seconds: float = 300) -> None:
+        deadline = time.monotonic() + seconds
+        while text not in self.output.read_text():
+            assert self.process.poll() is None, self.output.read_text()
+            assert time.monotonic() < deadline, f"no {text!r} in: {self.output.read_text()}"
+            time.sleep(0.2)
+
+    def processes(self) -> list[psutil.Process]:
+        """Living processes that descend from the run, whoever their parent is now."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def assert_nothing_left(self, seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while left := self.processes():
+            assert time.monotonic() < deadline, [" ".join(process.cmdline())[:80] for process in left]
+            time.sleep(0.5)
+
+    def summary(self) -> dict[str, object]:
+        found: dict[str, object] = json.loads((self.folder / "summary.json").read_text())
+        return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["starting actors", "evaluating before", "step 1/"])
+def test_ctrl_c_leaves_no_process_and_a_readable_folder(tmp_path, phase):
+    run = Run(tmp_path, "steps=200")
+    run.await_line(phase)
+    time.sleep(1.0)
+    os.killpg(run.process.pid, signal.SIGINT)
+    assert run.process.wait(timeout=90) == 130, run.output.read_text()
+    run.assert_nothing_left()
+    assert run.summary()["status"] == "interrupted"
+    assert "Traceback" not in run.output.read_text()
+    for line in (run.folder / "metrics.jsonl").read_text().splitlines() if "step" in phase else ():
+        json.loads(line)
+
+
+@pytest.mark.slow
+def test_a_crash_of_the_driver_leaves_no_process(tmp_path):
+    run = Run(tmp_path, "steps=200")
+    run.await_line("step 1/")
+    run.process.kill()
+    run.process.wait()
+    run.assert_nothing_left()
+    assert read_records(run.folder / "samples" / "step-000001.parquet")
+
+
+@pytest.mark.slow
+def test_a_dead_actor_ends_the_run_by_its_name(tmp_path):
+    run = Run(tmp_path, "steps=200")
+    run.await_line("step 1/")
+    (rollout,) = [process for process in run.processes() if "ray::Rollout" in " ".join(process.cmdline())]
+    rollout.kill()
+    assert run.process.wait(timeout=120) == 1
+    assert "ActorFailed: rollout 0 died while" in run.output.read_text()
+    run.assert_nothing_left()
+    assert str(run.summary()["status"]).startswith("failed: ActorFailed: rollout 0 died")
+
+
+@pytest.mark.slow
+def test_the_job_is_submitted_from_a_clean_checkout(ray_cluster, tmp_path):
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, capture_output=True, check=True).stdout
+    subprocess.run(["tar", "-x"], cwd=checkout, input=archive, check=True)
+    client = JobSubmissionClient(f"http://{ray_cluster}")
+    overrides = " ".join(f"'{override}'" for override in (*SMALL, "name=job", "steps=1", f"runs={tmp_path}"))
+    job = client.submit_job(
+        entrypoint=f"{sys.executable} -m cluster.train configs/demo.yaml {overrides}",
+        runtime_env={"working_dir": str(checkout)},
+    )
+    deadline = time.monotonic() + 400
+    while not (status := client.get_job_status(job)).is_terminal():
+        assert time.monotonic() < deadline, client.get_job_logs(job)
+        time.sleep(1)
+    assert status == JobStatus.SUCCEEDED, client.get_job_logs(job)
+    assert json.loads((tmp_path / "job" / "summary.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL_IMAGES.exists(), reason="the real images are not part of the project")
+def test_real_images_with_the_full_prompt(tmp_path):
+    run = Run(
+        tmp_path,
+        f"data.train={REAL_IMAGES}",
+        f"data.eval={REAL_IMAGES}",
+        *("prompt=full", "think=true", "steps=2", "learner.lr=1e-6", "evaluation.limit=6"),
+        *("rollout.max_prompt_tokens=4096", "rollout.max_tokens=96", "rollout.cpu_cache_gib=1"),
+    )
+    assert run.process.wait(timeout=600) == 0, run.output.read_text()
+    metrics = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics] == [1, 2]
+    assert all(np.isfinite(list(line.values())).all() for line in metrics)
+    for step in (1, 2):
+        records = read_records(run.folder / "samples" / f"step-{step:06d}.parquet")
+        assert len(records) == 4 and all(np.isfinite(record["reward"]) for record in records)
+    page = (run.folder / "report" / "index.html").read_text()
+    assert page.count("<article") == 6 and page.count("data:image/webp") == 12
