@@ -12,7 +12,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15}
 """Largest mean difference of log-probs, in nats, that the engine's and the learner's arithmetic may leave. Stale
 weights or caches leave 0.1 and more in float32."""
 
-TOKENS = 48
+TOKENS = 24
 
 
 class WeightsDiffer(RuntimeError):

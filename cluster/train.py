@@ -31,10 +31,11 @@ from umrg.shuffling import Cursor, batches
 def train(config: TrainConfig) -> RunFolder:
     """Run the job; the trained model lies in the run folder's `model/`."""
     run = RunFolder.begin(config.runs / config.name, config, resume=config.resume == "auto")
-    rows, held_out = open_rows(config, run)
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(run, config))
         display = stack.enter_context(Display(config))
+        with display.waiting("reading data"), journal.clock.phase("data"):
+            rows, held_out = open_rows(config, run)
         stack.enter_context(cluster())
         with display.waiting("starting actors"), journal.clock.phase("start"):
             workers = stack.enter_context(started(config))

@@ -1,6 +1,8 @@
 """The actors of a run: started together, and gone when the run ends, however it ends."""
 
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -42,7 +44,11 @@ def cluster() -> Iterator[None]:
     """A connection to the cluster that RAY_ADDRESS or a Ray job names, or a local one of our own, ended afterwards."""
     ours = not ray.is_initialized()
     if ours:
+        terminate = signal.getsignal(signal.SIGTERM)
         ray.init(logging_level="ERROR", log_to_driver=bool(os.environ.get("MEDREASONER_ACTOR_LOGS")))
+        # Ray puts a handler of its own there, which ends the process with nothing cleaned up.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     finally:

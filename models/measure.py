@@ -1,10 +1,11 @@
 """Print the figures of the bundled models on held-out phantoms.
 
     python -m models.measure [--count 512] [--model models/tiny-reasoner] [--expert tiny] [--modality CT …]
+                             [--phrasings seen|held_out]
 
-Images, poses and phrasings are all unseen in training; the modalities are those that the tiny reasoner knows. The
-mean-box answer is what a reasoner could do without looking: each structure's average exact box over other
-phantoms. Prints tables and, last, one JSON line.
+Images and poses are unseen in training, with `--phrasings held_out` the words of the queries as well; the
+modalities are those that the tiny reasoner knows. The mean-box answer is what a reasoner could do without looking:
+each structure's average exact box over other phantoms. Prints tables and, last, one JSON line.
 """
 
 import argparse
@@ -45,9 +46,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("models/tiny-reasoner"))
     parser.add_argument("--expert", default="tiny")
     parser.add_argument("--modality", nargs="+", default=list(TRAINED_MODALITIES))
+    parser.add_argument("--phrasings", choices=["seen", "held_out"], default="seen")
     args = parser.parse_args()
     reasoner, expert = load_reasoner(args.model), load_expert(args.expert)
-    samples = phantoms(args.count, HELD_OUT_SEED, args.modality, "held_out")
+    samples = phantoms(args.count, HELD_OUT_SEED, args.modality, args.phrasings)
     found = measure(samples, reasoner, expert, mean_boxes(args.modality))
     _print(samples, found)
     summary = {name: round(float(np.mean(values)), 4) for name, values in found.items()}

