@@ -66,6 +66,19 @@ class Display:
         for kind, figures in summary.items():
             self._line(f"{name} {kind}  " + "  ".join(f"{figure} {value:.3f}" for figure, value in figures.items()))
 
+    def gain(self, gains: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+        """What the run gained, with 95 % intervals."""
+        for kind, figures in gains.items():
+            self._console.print(
+                f"gain {kind}  "
+                + "  ".join(
+                    f"{name} {pair['gain']:+.3f} ({pair['low']:+.3f} … {pair['high']:+.3f})"
+                    for name, pair in figures.items()
+                ),
+                soft_wrap=True,
+                highlight=False,
+            )
+
     def resumed(self, step: int) -> None:
         self._progress.update(self._task, completed=step)
         self._line(f"resumed after step {step}")

@@ -1,10 +1,9 @@
 """One function that evaluates a model: before and after a run, on the way, and by itself."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from cluster.clock import Clock
 from cluster.experience import Draw, Experience, gain
@@ -52,12 +51,3 @@ def evaluate(workers: Workers, rows: Sequence[Sample], *, n: int, temperature: f
         greedy=gain(workers, groups, greedy, clock),
         sampled=gain(workers, groups, sampled, clock) if n else (),
     )
-
-
-def paired_interval(before: ArrayLike, after: ArrayLike, *, draws: int = 10_000, seed: int = 0) -> Mapping[str, float]:
-    """Mean of after - before over rows, and its 95 % interval by bootstrap over rows."""
-    gain = np.asarray(after) - np.asarray(before)
-    rng = np.random.default_rng(seed)
-    means = gain[rng.integers(len(gain), size=(draws, len(gain)))].mean(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return {"mean": float(gain.mean()), "low": float(low), "high": float(high)}

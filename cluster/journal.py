@@ -8,6 +8,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from cluster.clock import Clock
+from cluster.comparison import compare_run
 from cluster.config import TrainConfig
 from cluster.evaluation import FIGURES, Evaluation
 from cluster.experience import Experience
@@ -75,12 +76,14 @@ class Journal:
         self._steps = step
         self._run.keep_metrics(lambda metrics: metrics["step"] <= step)
 
-    def finish(self, held_out: list[Sample]) -> None:
-        """Write summary and report."""
+    def finish(self, held_out: list[Sample]) -> dict[str, Any]:
+        """Write summary and report; gains over the model that the run began with."""
         from cluster.report import write_report
 
-        self._run.write_json("summary.json", {"status": "finished", **self.summary()})
+        gain = compare_run(self._run)
+        self._run.write_json("summary.json", {"status": "finished", **self.summary(), "gain": gain})
         write_report(self._run, held_out)
+        return gain
 
     def summary(self) -> dict[str, Any]:
         """What `summary.json` holds."""

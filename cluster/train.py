@@ -84,7 +84,7 @@ class Training:
         with self.journal.clock.phase("save"), written_aside(self.run.model) as aside:
             self.workers.learner.save_model(aside.resolve())
         self.workers.check_expert()
-        self.journal.finish(self.held_out)
+        self.display.gain(self.journal.finish(self.held_out))
 
     def take_step(self, groups: list[Group]) -> None:
         """Sample, score, learn, hand on."""

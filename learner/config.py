@@ -11,6 +11,8 @@ class OptimizerConfig(Config):
     """AdamW.
 
     lr: learning rate. warmup: steps in which it rises linearly from nothing. betas: decay rates of the two moments.
+    eps: added to the root of the second moment. A number whose gradient is far below it hardly moves; without it, Adam
+    moves such a number as far as any other, in a direction that rounding decides.
     micro_batch_tokens: tokens, padding included, that go through the model at once.
     """
 
@@ -18,6 +20,7 @@ class OptimizerConfig(Config):
     warmup: NonNegativeInt = 0
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
     max_grad_norm: PositiveFloat = 1.0
     micro_batch_tokens: PositiveInt = 4096
 

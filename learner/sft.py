@@ -48,6 +48,7 @@ def train_sft(
         lr=optimizer.lr,
         weight_decay=optimizer.weight_decay,
         betas=optimizer.betas,
+        eps=optimizer.eps,
         fused=True,
     )
     for step, images in zip(range(steps), batches, strict=False):

@@ -262,6 +262,12 @@ def deepspeed_config(config: LearnerConfig, *, optimizer: bool = True) -> dict[s
         "steps_per_print": 10**9,
     }
     if optimizer:
-        parameters = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay, "torch_adam": True}
+        parameters = {
+            "lr": config.lr,
+            "betas": config.betas,
+            "eps": config.eps,
+            "weight_decay": config.weight_decay,
+            "torch_adam": True,
+        }
         settings["optimizer"] = {"type": "AdamW", "params": parameters}
     return settings

@@ -10,8 +10,8 @@ from typing import Any
 import jinja2
 from PIL import Image
 
-from cluster.evaluation import FIGURES, paired_interval
-from cluster.records import read_records
+from cluster.comparison import records_of
+from cluster.evaluation import FIGURES
 from cluster.report import charts
 from cluster.run_folder import RunFolder
 from umrg.atomic import written_aside
@@ -32,7 +32,7 @@ def write_report(run: RunFolder, held_out: Sequence[Sample]) -> Path:
         name=run.path.name,
         summary=run.read_json("summary.json"),
         config=(run.path / "config.yaml").read_text(),
-        comparison=comparison(run),
+        titles=_TITLES,
         charts=all_charts(metrics),
         seconds=run.read_json("summary.json")["seconds"],
         cards=cards(run, held_out),
@@ -41,24 +41,6 @@ def write_report(run: RunFolder, held_out: Sequence[Sample]) -> Path:
     with written_aside(run.report / "index.html") as aside:
         aside.write_text(page)
     return run.report / "index.html"
-
-
-def comparison(run: RunFolder) -> list[dict[str, Any]]:
-    """Rows of the table: each figure before and after, and the paired difference with its 95 % interval."""
-    table = []
-    for kind in ("greedy", "sampled"):
-        before, after = (_by_sample(run, f"{name}-{kind}") for name in ("before", "after"))
-        for figure in FIGURES:
-            old, new = (_means(records, figure) for records in (before, after))
-            row: dict[str, Any] = {"kind": kind, "figure": _TITLES[figure], "before": None, "after": None, "gain": None}
-            if new:
-                row["after"] = sum(new.values()) / len(new)
-            if old and new:
-                row["before"] = sum(old.values()) / len(old)
-                row["gain"] = paired_interval([old[key] for key in new], list(new.values()))
-            if new:
-                table.append(row)
-    return table
 
 
 def all_charts(metrics: Sequence[Mapping[str, float]]) -> list[str]:
@@ -94,7 +76,7 @@ def all_charts(metrics: Sequence[Mapping[str, float]]) -> list[str]:
 
 def cards(run: RunFolder, held_out: Sequence[Sample]) -> list[dict[str, Any]]:
     """Held-out samples as they were answered before and after, greedily; spread evenly over the rows."""
-    before, after = (_by_sample(run, f"{name}-greedy") for name in ("before", "after"))
+    before, after = (records_of(run, f"{name}-greedy") for name in ("before", "after"))
     rows = [sample for sample in held_out if sample.id in after]
     chosen = rows[:: max(1, len(rows) // CARDS)][:CARDS]
     return [
@@ -138,15 +120,3 @@ def as_data_url(picture: Picture) -> str:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "WEBP", quality=80)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def _by_sample(run: RunFolder, name: str) -> dict[str, list[dict[str, Any]]]:
-    path = run.samples / f"{name}.parquet"
-    found: dict[str, list[dict[str, Any]]] = {}
-    for record in read_records(path) if path.exists() else []:
-        found.setdefault(record["sample_id"], []).append(record)
-    return found
-
-
-def _means(records: Mapping[str, Sequence[Mapping[str, Any]]], figure: str) -> dict[str, float]:
-    return {key: sum(r["metrics"][figure] for r in several) / len(several) for key, several in records.items()}

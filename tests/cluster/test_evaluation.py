@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cluster.evaluation import paired_interval
+from cluster.comparison import paired_interval
 from cluster.report.charts import curves, running_mean, stacked
 
 
@@ -12,8 +12,8 @@ def test_a_paired_difference_is_seen_through_what_the_rows_have_in_common():
     before = rng.uniform(0, 1, 128)
     after = before + rng.normal(0.05, 0.02, 128)
     found = paired_interval(before, after)
-    assert found["mean"] == pytest.approx(0.05, abs=0.01)
-    assert 0.04 < found["low"] < found["mean"] < found["high"] < 0.06
+    assert found["gain"] == pytest.approx(0.05, abs=0.01)
+    assert 0.04 < found["low"] < found["gain"] < found["high"] < 0.06
 
 
 def test_noise_gives_an_interval_around_zero():

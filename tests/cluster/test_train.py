@@ -1,6 +1,7 @@
 """The training job on real components: vLLM, Ray, DeepSpeed, SAM, on the tiny models."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -92,7 +93,9 @@ def test_the_learners_log_probs_are_the_engines_after_updates(ray_cluster, demo_
 
 
 def test_without_the_cache_reset_the_canary_stops_the_run(ray_cluster, demo_config, tmp_path):
-    config = demo_config(*SMALL, "rollout.reset_caches=false", f"runs={tmp_path}", "name=stale", "learner.lr=3e-4")
+    # The phantoms' short prompts fill no block of the prefix cache; what is stale is the image's encoding.
+    moving = ("learner.lr=3e-4", "learner.freeze_vision=false")
+    config = demo_config(*SMALL, *moving, "rollout.reset_caches=false", f"runs={tmp_path}", "name=stale", "steps=3")
     with pytest.raises(WeightsDiffer, match="stale weights or caches"):
         train(config)
     summary = json.loads((tmp_path / "stale" / "summary.json").read_text())
@@ -119,7 +122,8 @@ def test_a_run_leaves_its_folder(finished):
     assert {record["policy_version"] for record in records} == {1}
     assert (run.checkpoints / "step-000003" / "state.json").exists()
     page = (run.report / "index.html").read_text()
-    assert page.count("<article") == 4 and "http://" not in page.replace("http://www.w3.org", "")
+    assert page.count("<article") == 4
+    assert not re.search(r"""(?:src|href)=["']?(?!data:|#)""", page), "the page loads something from elsewhere"
 
 
 def test_the_final_model_gives_the_evaluated_answers_again(finished):
