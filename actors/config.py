@@ -36,6 +36,24 @@ class RolloutConfig(Config):
     reset_caches: bool = True
 
 
+class EndpointConfig(Config):
+    """A reasoner behind an OpenAI-compatible HTTP interface, such as vLLM's own.
+
+    url: up to and with `/v1`. model: as the endpoint names it. key_variable: environment variable that holds the key.
+    min_pixels, max_pixels: bounds of its processor's resize, where it answers in pixels of the model's frame.
+    concurrency: requests at the same time. timeout: seconds of one request. retries: of one that failed.
+    """
+
+    url: str = Field(pattern=r"^https?://")
+    model: str
+    key_variable: str | None = None
+    min_pixels: PositiveInt = 56 * 56
+    max_pixels: PositiveInt = 28 * 28 * 1280
+    concurrency: PositiveInt = 16
+    timeout: PositiveFloat = 300.0
+    retries: int = Field(default=3, ge=0)
+
+
 class SegmenterConfig(Config):
     """Segmenter actors: a frozen expert each.
 

@@ -12,7 +12,7 @@ import ray
 from actors.weight_files import WeightsDigest, pack
 from learner.config import LearnerConfig
 from umrg.group import Group, GroupSamples
-from umrg.prompts import PromptStyle
+from umrg.prompts import PromptSpec
 from umrg.sample import Sample
 
 if TYPE_CHECKING:
@@ -31,11 +31,10 @@ class LearnerRank:
         rank: int,
         temperature: float,
         seed: int,
-        style: PromptStyle | None,
-        think: bool | None,
+        spec: PromptSpec,
     ) -> None:
         self._model, self._config, self._rank = model, config, rank
-        self._temperature, self._seed, self._style, self._think = temperature, seed, style, think
+        self._temperature, self._seed, self._spec = temperature, seed, spec
         self._learner: ZeroLearner | None = None
 
     def address(self) -> tuple[str, int]:
@@ -65,9 +64,8 @@ class LearnerRank:
             dist_backend="nccl" if on_gpu else "gloo", timeout=timedelta(seconds=seconds), verbose=False
         )
         self._learner = ZeroLearner(
-            self._model, self._config, temperature=self._temperature, device="cuda" if on_gpu else "cpu"
+            self._model, self._config, self._spec, temperature=self._temperature, device="cuda" if on_gpu else "cpu"
         )
-        self._learner.asked(style=self._style, think=self._think)
 
     def update(
         self,

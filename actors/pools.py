@@ -144,12 +144,12 @@ class SegmenterPool:
     def digests(self) -> list[str]:
         return gather(self.starting(), seconds=self._deadlines.step, doing="hashing its expert")
 
-    def score(self, group: Ref, samples: GroupSamples) -> tuple[str, Ref]:
+    def score(self, group: Ref, samples: GroupSamples, *, thorough: bool = False) -> tuple[str, Ref]:
         """Start to score a group: the actor whose turn it is, and the reference of what it will make."""
         names = list(self._actors)
         name = names[self._turn % len(names)]
         self._turn += 1
-        return name, self._actors[name].score.remote(group, samples)
+        return name, self._actors[name].score.remote(group, samples, thorough=thorough)
 
     def collect(self, calls: Mapping[str, tuple[str, Ref]]) -> dict[str, tuple[ScoredAnswer, ...]]:
         """What `score` started, by group id."""
@@ -165,6 +165,8 @@ class LearnerPool:
         self._actors, self._deadlines = dict(actors), deadlines
 
     def starting(self) -> dict[str, Ref]:
+        if not self._actors:
+            return {}
         first = next(iter(self._actors))
         host, port = gather(
             {first: self._actors[first].address.remote()}, seconds=self._deadlines.start, doing="starting"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from actors.config import RolloutConfig
 from learner.reasoner import load_prompter
 from umrg.group import Group, GroupSamples
-from umrg.prompts import PromptStyle
+from umrg.prompts import PromptSpec
 
 if TYPE_CHECKING:
     from actors.engine import Engine
@@ -16,9 +16,9 @@ class Rollout:
     """Runs in a process of its own, whose environment has `engine_environment`. `start` must have returned before
     anything else is called."""
 
-    def __init__(self, model: Path, config: RolloutConfig, *, style: PromptStyle | None, think: bool | None) -> None:
+    def __init__(self, model: Path, config: RolloutConfig, spec: PromptSpec) -> None:
         self._model, self._config = model, config
-        self._prompter = load_prompter(model).asked(style=style, think=think)
+        self._prompter = load_prompter(model, spec)
         self._engine: Engine | None = None
 
     async def start(self) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.config import SegmenterConfig
-from actors.experts.protocol import Expert
+from actors.experts.protocol import Embedding, Expert
 from actors.experts.registry import load_expert
 from rewards.case import Reference
 from rewards.mask import promptable
@@ -14,11 +14,12 @@ from rewards.scored import ScoredAnswer
 from rewards.scoring import Scorer
 from umrg.answers import Answer, parse_answer
 from umrg.frames import Frame
-from umrg.group import Group, GroupSamples
+from umrg.group import Completion, Group, GroupSamples
 from umrg.masks import encode_rle
 from umrg.metrics import box_iou, mask_dice, mask_iou, pdice, pdice_published
 
 METRICS = ("well_formed", "iou", "pdice", "pdice_published", "dice", "mask_iou")
+THOROUGH = ("dice_box", "dice_points", "oracle_dice")
 
 
 class Segmenter:
@@ -35,21 +36,34 @@ class Segmenter:
         """Digest of the expert's weights, which never change."""
         return self._expert.digest()
 
-    def score(self, group: Group, samples: GroupSamples) -> tuple[ScoredAnswer, ...]:
-        """Masks, metrics and rewards of a group's answers. Raises ValueError where the reference cannot be read."""
+    def score(self, group: Group, samples: GroupSamples, *, thorough: bool = False) -> tuple[ScoredAnswer, ...]:
+        """Masks, metrics and rewards of a group's answers; with `thorough`, the metrics of `THOROUGH` too. Raises
+        ValueError where the reference cannot be read."""
         parsed = (parse_answer(completion.text) for completion in samples.completions)
         answers = [answer.to_original(samples.frames, self._frame) for answer in parsed]
         reference = Reference.of_sample(group.sample, with_mask=True)
-        drawn = draw_masks(self._expert, group.sample.image(), answers)
-        return tuple(self._scored(answer, reference, *drawn.get(i, (None, None))) for i, answer in enumerate(answers))
+        embedding = self._expert.embed(group.sample.image())
+        drawn = draw_masks(self._expert, embedding, answers)
+        more = thorough_metrics(self._expert, embedding, answers, reference) if thorough else [{}] * len(answers)
+        return tuple(
+            self._scored(answer, completion, reference, drawn.get(i, (None, None)), more[i])
+            for i, (answer, completion) in enumerate(zip(answers, samples.completions, strict=True))
+        )
 
     def _scored(
-        self, answer: Answer, reference: Reference, mask: NDArray[np.bool_] | None, score: float | None
+        self,
+        answer: Answer,
+        completion: Completion,
+        reference: Reference,
+        drawn: tuple[NDArray[np.bool_] | None, float | None],
+        more: Mapping[str, float],
     ) -> ScoredAnswer:
+        mask, score = drawn
         return ScoredAnswer(
             reward=self._scorer.score(answer, reference, mask),
             answer=answer,
-            metrics=metrics_of(answer, mask, reference, think=self._think),
+            failure=answer.failure(think=self._think, finished=completion.finished),
+            metrics={**metrics_of(answer, mask, reference, think=self._think), **more},
             mask=None if mask is None else encode_rle(mask),
             expert_score=score,
         )
@@ -67,19 +81,39 @@ def load_frozen(expert: str, config: SegmenterConfig) -> Expert:
 
 
 def draw_masks(
-    expert: Expert, image: NDArray[np.uint8], answers: Sequence[Answer]
+    expert: Expert, embedding: Embedding, answers: Sequence[Answer], *, boxes: bool = True, points: bool = True
 ) -> Mapping[int, tuple[NDArray[np.bool_], float]]:
-    """Mask bool [H, W] and the expert's own score of each usable answer about an image uint8 [H, W, 3], by its index.
-    The image is embedded once, and all answers are decoded in one batch."""
+    """Mask bool [H, W] and the expert's own score of each usable answer about an embedded image, by its index; all in
+    one batch. boxes, points: whether the expert is given the one and the other."""
     usable = [i for i, answer in enumerate(answers) if promptable(answer)]
     if not usable:
         return {}
     decoded = expert.decode(
-        expert.embed(image),
-        boxes=np.array([answers[i].box for i in usable]),
-        points=np.array([answers[i].points for i in usable]),
+        embedding,
+        boxes=np.array([answers[i].box for i in usable]) if boxes else None,
+        points=np.array([answers[i].points for i in usable]) if points else None,
     )
     return {i: (mask, float(score)) for i, mask, score in zip(usable, decoded.masks, decoded.scores, strict=True)}
+
+
+def thorough_metrics(
+    expert: Expert, embedding: Embedding, answers: Sequence[Answer], reference: Reference
+) -> list[dict[str, float]]:
+    """Of each answer the Dice of the mask from its box alone and from its points alone, 0 where it is malformed, and
+    the Dice that the expert reaches with the reference box and points: the ceiling of any answer of the kind."""
+    assert reference.mask is not None
+    perfect = expert.decode(embedding, boxes=np.array([reference.box]), points=np.array([reference.points]))
+    ceiling = mask_dice(perfect.masks[0], reference.mask)
+    by_box = draw_masks(expert, embedding, answers, points=False)
+    by_points = draw_masks(expert, embedding, answers, boxes=False)
+    return [
+        {
+            "dice_box": mask_dice(by_box[i][0], reference.mask) if i in by_box else 0.0,
+            "dice_points": mask_dice(by_points[i][0], reference.mask) if i in by_points else 0.0,
+            "oracle_dice": ceiling,
+        }
+        for i in range(len(answers))
+    ]
 
 
 def metrics_of(

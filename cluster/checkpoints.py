@@ -31,6 +31,7 @@ class Checkpoints:
         with written_aside(self._folder / f"step-{step:06d}") as aside:
             aside.mkdir()
             learner.save_state(aside.resolve())
+            learner.save_model(aside.resolve() / "model")
             state = {"step": step, "cursor": cursor.model_dump()}
             (aside / _STATE).write_text(json.dumps(state, indent=2) + "\n")
         for old in self._all()[: -self._keep]:

@@ -64,6 +64,38 @@ def train(
 
 
 @app.command()
+def evaluate(
+    config: Annotated[
+        list[str] | None, typer.Argument(metavar="[CONFIG] [key=value]...", help="YAML file, and keys laid over it.")
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="Folder of the reasoner, a run, or a checkpoint.")] = None,
+    data: Annotated[list[Path] | None, typer.Option(help="Rows to answer; may be given several times.")] = None,
+    expert: Annotated[str | None, typer.Option(help="Name or folder of the expert.")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the run; its folder is runs/NAME.")] = None,
+    n: Annotated[int | None, typer.Option("--n", help="Answers sampled a row, besides the greedy one.")] = None,
+    limit: Annotated[int | None, typer.Option(help="So many rows at most.")] = None,
+    seen: Annotated[list[Path] | None, typer.Option(help="Rows that the reasoner was trained on.")] = None,
+) -> None:
+    """Evaluate a reasoner with an expert: figures, tables and a page, in runs/NAME. Run again, it goes on."""
+    from cluster.evaluate import main as run_evaluate
+
+    options = {"model": model, "data.eval": data, "expert": expert, "name": name, "n": n, "limit": limit}
+    run_evaluate(config or [], {**options, "data.seen": seen})
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="RUN_A", help="Folder of an evaluation.")],
+    second: Annotated[Path, typer.Argument(metavar="RUN_B", help="Folder of another.")],
+    out: Annotated[Path | None, typer.Option(dir_okay=False, help="HTML file to write.")] = None,
+) -> None:
+    """Compare two evaluations row by row: differences with intervals, and a page of what changed most."""
+    from cluster.compare import compare as run_compare
+
+    typer.echo(f"saved      {run_compare(first, second, out)}")
+
+
+@app.command()
 def serve(
     model: Annotated[Path, typer.Argument(metavar="[MODEL]", help="Folder of the reasoner.")] = TINY_REASONER,
     expert: Annotated[str, typer.Option(help="Name or folder of the expert.")] = "tiny",

@@ -31,12 +31,12 @@ def paired_interval(before: ArrayLike, after: ArrayLike, *, draws: int = 10_000,
     }
 
 
-def compare_records(before: Records, after: Records) -> dict[str, dict[str, float]]:
+def compare_records(before: Records, after: Records, figures: Sequence[str] = FIGURES) -> dict[str, dict[str, float]]:
     """`paired_interval` of each figure, over the rows that both answer."""
     shared = [row for row in after if row in before]
     return {
         figure: paired_interval(*([_mean(records[row], figure) for row in shared] for records in (before, after)))
-        for figure in (FIGURES if shared else ())
+        for figure in (figures if shared else ())
     }
 
 

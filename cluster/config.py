@@ -1,19 +1,31 @@
 """Configuration: YAML plus `key=value`, checked before anything starts. Imports no torch."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from actors.config import DeadlineConfig, RolloutConfig, SegmenterConfig
+from actors.config import DeadlineConfig, EndpointConfig, RolloutConfig, SegmenterConfig
 from learner.config import LearnerConfig, OptimizerConfig
 from rewards.config import RewardConfig
 from umrg.config import Config
+from umrg.frames import Frame
 from umrg.phantoms import MODALITIES
-from umrg.prompts import PromptStyle
+from umrg.prompts import PromptSpec, PromptStyle
 
 C = TypeVar("C", bound=Config)
 
@@ -63,22 +75,44 @@ class EvaluationConfig(Config):
     before: bool = True
 
 
-class TrainConfig(Config):
+def _model_folder(path: Path) -> Path:
+    inner = path / "model"
+    return inner if (inner / "config.json").exists() and not (path / "config.json").exists() else path
+
+
+ModelFolder = Annotated[Path, AfterValidator(_model_folder)]
+
+
+class ReasonerConfig(Config):
+    """Which reasoner is asked, and how.
+
+    model: a Qwen-VL folder, or a run or a checkpoint that holds one. prompt, think, frame: asked otherwise than the
+    folder's prompt.json says: in another style, with or without reasoning, in other coordinates.
+    """
+
+    model: ModelFolder
+    prompt: PromptStyle | None = None
+    think: bool | None = None
+    frame: Frame | None = None
+
+    def spec(self) -> PromptSpec:
+        """How it is asked. Raises ValueError for a damaged prompt.json."""
+        return PromptSpec.of_model(self.model).but(style=self.prompt, think=self.think, frame=self.frame)
+
+
+class TrainConfig(ReasonerConfig):
     """GRPO: `medreasoner train CONFIG`.
 
-    name: of the run; its folder is `runs/<name>`. model: a Qwen-VL folder. expert: name or folder of the segmenter.
-    prompt, think: asked otherwise than the folder's prompt.json says. batch: groups a step. steps: how many.
+    name: of the run; its folder is `runs/<name>`. expert: name or folder of the segmenter. batch: groups a step.
+    steps: how many.
     staleness: how many steps the rollouts' weights may lag behind. placement: whether actors are packed on few nodes
     or spread over many. checkpoint_every: steps; 0 for none but the last. keep: newest checkpoints that stay.
     resume: "auto" goes on from the newest checkpoint of a run folder that exists, "never" refuses such a folder.
     """
 
     name: str = Field(pattern=r"^[\w.-]+$")
-    model: Path
     expert: str
     data: RunDataConfig
-    prompt: PromptStyle | None = None
-    think: bool | None = None
     reward: RewardConfig
     rollout: RolloutConfig = RolloutConfig()
     segmenter: SegmenterConfig = SegmenterConfig()
@@ -103,20 +137,64 @@ class TrainConfig(Config):
         return value
 
 
-class SftConfig(Config):
+class EvaluationDataConfig(Config):
+    """eval: parquet files, or phantoms to draw. The filters keep rows of these names only. seen: the files that the
+    reasoner was trained on, so that figures tell rows whose words, category or modality it has seen from others."""
+
+    eval: Files | PhantomConfig
+    supercategory: list[str] = Field(default_factory=list)
+    category: list[str] = Field(default_factory=list)
+    modality: list[str] = Field(default_factory=list)
+    seen: Annotated[list[Path], BeforeValidator(_as_list)] = Field(default_factory=list)
+
+
+class EvaluateConfig(ReasonerConfig):
+    """An evaluation: `medreasoner evaluate`.
+
+    name: of the run; its folder is `runs/<name>`. endpoint: asked in the model's place; `frame` must then say what its
+    coordinates are. expert: name or folder of the segmenter. n: answers sampled a row at `temperature`, besides the
+    greedy one. limit: so many rows at most. batch: rows between two writes of results. gallery: rows in the report.
+    """
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    model: ModelFolder | None = None  # type: ignore[assignment]
+    endpoint: EndpointConfig | None = None
+    expert: str
+    data: EvaluationDataConfig
+    n: NonNegativeInt = 0
+    temperature: PositiveFloat = 1.0
+    limit: PositiveInt | None = None
+    batch: PositiveInt = 32
+    gallery: PositiveInt = 500
+    rollout: RolloutConfig = RolloutConfig()
+    segmenter: SegmenterConfig = SegmenterConfig()
+    deadlines: DeadlineConfig = DeadlineConfig()
+    placement: Literal["pack", "spread"] = "pack"
+    runs: Path = Path("runs")
+
+    @model_validator(mode="after")
+    def _one_reasoner(self) -> Self:
+        if (self.model is None) == (self.endpoint is None):
+            raise ValueError("give either model or endpoint")
+        if self.endpoint and self.frame is None:
+            raise ValueError("say what the endpoint's coordinates are: frame=model, original or relative")
+        return self
+
+    def spec(self) -> PromptSpec:
+        folder = PromptSpec() if self.model is None else PromptSpec.of_model(self.model)
+        return folder.but(style=self.prompt, think=self.think, frame=self.frame)
+
+
+class SftConfig(ReasonerConfig):
     """Supervised fine-tuning: `medreasoner sft CONFIG`.
 
-    name: of the run; its folder is `runs/<name>`. model: a Qwen-VL folder to start from. prompt, think: asked
-    otherwise than the folder's prompt.json says. freeze_vision: the vision tower stands still. batch: images a
-    step, each with all rows that ask about it. matmul_precision: of fp32 matrix products, as
+    name: of the run; its folder is `runs/<name>`. freeze_vision: the vision tower stands still. batch: images a step,
+    each with all rows that ask about it. matmul_precision: of fp32 matrix products, as
     torch.set_float32_matmul_precision takes it.
     """
 
     name: str = Field(pattern=r"^[\w.-]+$")
-    model: Path
     data: DataConfig
-    prompt: PromptStyle | None = None
-    think: bool | None = None
     learner: OptimizerConfig
     freeze_vision: bool = False
     batch: PositiveInt = 16
@@ -126,11 +204,32 @@ class SftConfig(Config):
     runs: Path = Path("runs")
 
 
-def load_config(schema: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
-    """Read a YAML file, lay `key.sub=value` overrides over it, and check the whole.
+def load_config(
+    schema: type[C], path: Path | None, overrides: Sequence[str] = (), options: Mapping[str, object] | None = None
+) -> C:
+    """Read a YAML file, lay options and `key.sub=value` overrides over it, and check the whole.
 
-    Values of overrides are YAML. Raises ValueError with one sentence a fault; an unknown key names the nearest one.
+    path: None for no file. options: values by key, from a command line's options. Values of overrides are YAML. Raises
+    ValueError with one sentence a fault; an unknown key names the nearest one.
     """
+    tree = {} if path is None else _read(path)
+    for key, value in (options or {}).items():
+        _set(tree, key, value)
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return schema.model_validate(tree)
+    except ValidationError as error:
+        where = "" if path is None else f"{path}: "
+        raise ValueError(where + "; ".join(_explain(schema, fault) for fault in error.errors())) from None
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration as YAML."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"there is no config file {path}")
     try:
@@ -139,32 +238,27 @@ def load_config(schema: type[C], path: Path, overrides: Sequence[str] = ()) -> C
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path} must hold keys and values, not a {type(tree).__name__}")
-    for override in overrides:
-        _apply(tree, override)
-    try:
-        return schema.model_validate(tree)
-    except ValidationError as error:
-        raise ValueError(f"{path}: " + "; ".join(_explain(schema, fault) for fault in error.errors())) from None
-
-
-def save_config(config: Config, path: Path) -> None:
-    """Write the resolved configuration as YAML."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    return tree
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ValueError(f"{override!r} is not key=value; write for example learner.lr=1e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{override!r}: the value is not YAML") from error
+    _set(tree, key, value)
+
+
+def _set(tree: dict[str, Any], key: str, value: object) -> None:
     *parents, last = key.split(".")
     for parent in parents:
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
-            raise ValueError(f"{override!r}: {parent} holds a value, not keys")
-    try:
-        tree[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{override!r}: the value is not YAML") from error
+            raise ValueError(f"{key!r} cannot be set: {parent} holds a value, not keys")
+    tree[last] = value
 
 
 def _explain(schema: type[BaseModel], fault: Any) -> str:

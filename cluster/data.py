@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.config import PhantomConfig, TrainConfig
+from cluster.config import EvaluateConfig, PhantomConfig, TrainConfig
 from cluster.run_folder import RunFolder
 from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
@@ -23,6 +23,18 @@ def open_rows(config: TrainConfig, run: RunFolder) -> tuple[Dataset, list[Sample
     held_out = Dataset.open(_files(data.eval, run.path / "data" / "eval.parquet"))
     count = min(len(held_out), config.evaluation.limit)
     return train, held_out.samples(range(count))
+
+
+def open_held_out(config: EvaluateConfig, run: RunFolder) -> list[Sample]:
+    """The rows of an evaluation, in the order of their files."""
+    data = config.data
+    rows = Dataset.open(
+        _files(data.eval, run.path / "data" / "eval.parquet"),
+        supercategory=data.supercategory,
+        category=data.category,
+        modality=data.modality,
+    )
+    return rows.samples(range(min(len(rows), config.limit or len(rows))))
 
 
 def _files(source: Sequence[Path] | PhantomConfig, drawn: Path) -> Sequence[Path]:

@@ -41,13 +41,20 @@ def row_means(experience: Sequence[Experience], metric: str) -> list[float]:
     return [float(np.mean([answer.metrics[metric] for answer in each.scored])) for each in experience]
 
 
-def evaluate(workers: Workers, rows: Sequence[Sample], *, n: int, temperature: float, max_tokens: int) -> Evaluation:
-    """Answer held-out rows greedily and, where n > 0, n times at a temperature."""
-    groups = [Group(run="evaluation", step=0, index=i, sample=row) for i, row in enumerate(rows)]
+def questions(rows: Sequence[Sample]) -> list[Group]:
+    """Rows as groups to be evaluated. A row's place gives its seed, so a part of them is answered as in the whole."""
+    return [Group(run="evaluation", step=0, index=i, sample=row) for i, row in enumerate(rows)]
+
+
+def evaluate(
+    workers: Workers, groups: Sequence[Group], *, n: int, temperature: float, max_tokens: int, thorough: bool = False
+) -> Evaluation:
+    """Answer held-out rows greedily and, where n > 0, n times at a temperature. thorough: with the metrics for
+    which the expert runs more than once an answer."""
     clock = Clock()
     greedy = Draw(n=1, temperature=0.0, max_tokens=max_tokens, run_seed=SEED)
     sampled = Draw(n=n, temperature=temperature, max_tokens=max_tokens, run_seed=SEED)
     return Evaluation(
-        greedy=gain(workers, groups, greedy, clock),
-        sampled=gain(workers, groups, sampled, clock) if n else (),
+        greedy=gain(workers, groups, greedy, clock, thorough=thorough),
+        sampled=gain(workers, groups, sampled, clock, thorough=thorough) if n else (),
     )

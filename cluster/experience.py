@@ -36,8 +36,10 @@ class Draw:
     run_seed: int
 
 
-def gain(workers: Workers, groups: Sequence[Group], draw: Draw, clock: Clock) -> list[Experience]:
-    """Sample and score groups; a group is scored while others are still being sampled."""
+def gain(
+    workers: Workers, groups: Sequence[Group], draw: Draw, clock: Clock, *, thorough: bool = False
+) -> list[Experience]:
+    """Sample and score groups; a group is scored while others are still being sampled. thorough: with all metrics."""
     refs = {group.id: ray.put(group) for group in groups}
     samples, scoring = {}, {}
     with clock.phase("rollout"):
@@ -45,7 +47,7 @@ def gain(workers: Workers, groups: Sequence[Group], draw: Draw, clock: Clock) ->
             refs, n=draw.n, temperature=draw.temperature, max_tokens=draw.max_tokens, run_seed=draw.run_seed
         ):
             samples[group] = sampled
-            scoring[group] = workers.segmenters.score(refs[group], sampled)
+            scoring[group] = workers.segmenters.score(refs[group], sampled, thorough=thorough)
     with clock.phase("score"):
         scored = workers.segmenters.collect(scoring)
     return [

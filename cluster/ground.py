@@ -62,7 +62,7 @@ def ground(image: NDArray[np.uint8], query: str, reasoner: Reasoner, expert: Exp
     prompt = reasoner.encode(query, reasoner.encode_image(image))
     (completion,) = reasoner.generate([prompt], max_tokens=MAX_TOKENS)
     answer = parse_answer(completion).to_original(prompt.image.frames, reasoner.prompt.frame)
-    mask, score = draw_masks(expert, image, [answer]).get(0, (None, None))
+    mask, score = draw_masks(expert, expert.embed(image), [answer]).get(0, (None, None))
     return Grounding(answer=answer, completion=completion, image=image, mask=mask, score=score)
 
 

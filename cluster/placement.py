@@ -6,7 +6,9 @@ TrainConfig ──bundles──► one Bundle an actor ──shortage(nodes)─�
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.config import TrainConfig
+from actors.config import RolloutConfig, SegmenterConfig
+from cluster.config import EvaluateConfig, TrainConfig
+from learner.config import LearnerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,18 +39,18 @@ class Node:
     gpus: float
 
 
-def bundles(config: TrainConfig) -> list[Bundle]:
+def bundles(config: TrainConfig | EvaluateConfig) -> list[Bundle]:
     """One bundle an actor: the learner's ranks, the hardest to place, then rollouts, then segmenters."""
-    parts = (
-        ("learner", config.learner.ranks, config.learner),
-        ("rollout", config.rollout.actors, config.rollout),
-        ("segmenter", config.segmenter.actors, config.segmenter),
-    )
+    found = [] if isinstance(config, EvaluateConfig) else _bundles("learner", config.learner.ranks, config.learner)
     return [
-        Bundle(role=role, index=i, cpus=part.num_cpus, gpus=part.num_gpus)
-        for role, count, part in parts
-        for i in range(count)
+        *found,
+        *_bundles("rollout", config.rollout.actors, config.rollout),
+        *_bundles("segmenter", config.segmenter.actors, config.segmenter),
     ]
+
+
+def _bundles(role: str, count: int, part: LearnerConfig | RolloutConfig | SegmenterConfig) -> list[Bundle]:
+    return [Bundle(role=role, index=i, cpus=part.num_cpus, gpus=part.num_gpus) for i in range(count)]
 
 
 def shortage(wanted: Sequence[Bundle], nodes: Sequence[Node]) -> str | None:

@@ -26,7 +26,7 @@ def records(experience: Iterable[Experience]) -> Iterator[dict[str, Any]]:
                 "category": sample.category,
                 "modality": sample.modality,
                 "completion": completion.text,
-                "tokens": len(completion.token_ids),
+                "tokens": len(completion.token_ids) or None,
                 "finished": completion.finished,
                 "policy_version": completion.policy_version,
                 "reasoning": scored.answer.think,
@@ -38,8 +38,14 @@ def records(experience: Iterable[Experience]) -> Iterator[dict[str, Any]]:
                 "reference_points": [list(point) for point in sample.points],
                 "reward": scored.reward.total,
                 "parts": dict(scored.reward.parts),
+                "failure": scored.failure,
                 "metrics": dict(scored.metrics),
             }
+
+
+def as_results(experience: Iterable[Experience], kind: str) -> list[dict[str, Any]]:
+    """Records of one kind of answers, "greedy" or "sampled", as an evaluation's results.jsonl has them."""
+    return [{"kind": kind, **record} for record in records(experience)]
 
 
 def write_records(path: Path, experience: Iterable[Experience]) -> None:

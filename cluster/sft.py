@@ -30,7 +30,7 @@ def sft(config: SftConfig) -> RunFolder:
         category=config.data.category,
         modality=config.data.modality,
     )
-    reasoner = load_reasoner(config.model).asked(style=config.prompt, think=config.think)
+    reasoner = load_reasoner(config.model, config.spec())
     reasoner.model.model.visual.requires_grad_(not config.freeze_vision)
     run = RunFolder.create(config.runs / config.name, config)
     torch.manual_seed(config.seed)

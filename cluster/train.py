@@ -16,7 +16,7 @@ from cluster.cli_frame import run_command
 from cluster.config import TrainConfig, load_config
 from cluster.data import open_rows
 from cluster.display import Display
-from cluster.evaluation import evaluate
+from cluster.evaluation import evaluate, questions
 from cluster.experience import Draw, gain
 from cluster.journal import Journal
 from cluster.run_folder import RunFolder
@@ -117,7 +117,7 @@ class Training:
         with self.display.waiting(f"evaluating {name}"), self.journal.clock.phase("evaluate"):
             evaluation = evaluate(
                 self.workers,
-                self.held_out,
+                questions(self.held_out),
                 n=self.config.evaluation.n,
                 temperature=self.config.rollout.temperature,
                 max_tokens=self.config.rollout.max_tokens,

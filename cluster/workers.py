@@ -14,19 +14,23 @@ import ray
 from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from actors.endpoint import Endpoint
 from actors.engine_environment import engine_environment
 from actors.learner_rank import LearnerRank
 from actors.pools import DeadlinePassed, LearnerPool, RolloutPool, Seat, SegmenterPool, gather
 from actors.rollout import Rollout
 from actors.segmenter import Segmenter
-from cluster.config import TrainConfig
+from cluster.config import EvaluateConfig, TrainConfig
 from cluster.placement import Bundle, Node, bundles, shortage
-from umrg.prompts import PromptSpec
+from rewards.scoring import Scorer
+
+Job = TrainConfig | EvaluateConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """rollouts sample, segmenters score, the learner learns. expert_digest: of the frozen expert's weights."""
+    """rollouts sample, segmenters score, the learner learns; it has no ranks where a model is only evaluated.
+    expert_digest: of the frozen expert's weights."""
 
     rollouts: RolloutPool
     segmenters: SegmenterPool
@@ -57,7 +61,7 @@ def cluster() -> Iterator[None]:
 
 
 @contextmanager
-def started(config: TrainConfig) -> Iterator[Workers]:
+def started(config: Job) -> Iterator[Workers]:
     """Start all actors, in one placement group. Raises ValueError where the cluster is too small for them."""
     wanted = bundles(config)
     if missing := shortage(wanted, cluster_nodes()):
@@ -94,7 +98,7 @@ def cluster_nodes() -> list[Node]:
     ]
 
 
-def _await_room(group: Any, config: TrainConfig, wanted: list[Bundle]) -> None:
+def _await_room(group: Any, config: Job, wanted: list[Bundle]) -> None:
     """Wait until other jobs leave room. Raises DeadlinePassed that says what is missing."""
     deadline = time.monotonic() + config.deadlines.resources
     while True:
@@ -110,7 +114,7 @@ def _await_room(group: Any, config: TrainConfig, wanted: list[Bundle]) -> None:
             print(f"waiting for {need}; {have}", flush=True)
 
 
-def _seat(group: Any, index: int, bundle: Bundle, config: TrainConfig) -> Seat:
+def _seat(group: Any, index: int, bundle: Bundle, config: Job) -> Seat:
     return Seat(
         name=bundle.name,
         group=group,
@@ -121,11 +125,12 @@ def _seat(group: Any, index: int, bundle: Bundle, config: TrainConfig) -> Seat:
     )
 
 
-def _environment(role: str, config: TrainConfig) -> Mapping[str, str]:
+def _environment(role: str, config: Job) -> Mapping[str, str]:
     if role == "rollout":
         return engine_environment(config.rollout)
     if role == "segmenter":
         return {"OMP_NUM_THREADS": str(config.segmenter.threads or _share(config.segmenter.actors))}
+    assert isinstance(config, TrainConfig)
     threads = config.learner.threads or _share(config.learner.ranks)
     accelerator = "cuda" if config.learner.num_gpus > 0 else "cpu"
     return {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": accelerator}
@@ -136,31 +141,31 @@ def _share(actors: int) -> int:
     return max(1, (os.cpu_count() or 1) // actors)
 
 
-def _make(bundle: Bundle, seat: Seat, config: TrainConfig) -> Any:
-    model, asked = config.model.resolve(), {"style": config.prompt, "think": config.think}
-    if bundle.role == "rollout":
-        return ray.remote(Rollout).options(**seat.options()).remote(model, config.rollout, **asked)
+def _make(bundle: Bundle, seat: Seat, config: Job) -> Any:
+    spec = config.spec()
     if bundle.role == "segmenter":
-        spec = PromptSpec.of_model(config.model)
-        think = spec.think if config.think is None else config.think
-        scorer = config.reward.scorer(think=think)
-        return (
-            ray.remote(Segmenter)
-            .options(**seat.options())
-            .remote(_local(config.expert), config.segmenter, scorer, frame=spec.frame, think=think)
-        )
-    return (
-        ray.remote(LearnerRank)
-        .options(**seat.options())
-        .remote(
-            model,
-            config.learner,
-            rank=bundle.index,
-            temperature=config.rollout.temperature,
-            seed=config.seed,
-            **asked,
-        )
+        scorer = config.reward.scorer(think=spec.think) if isinstance(config, TrainConfig) else Scorer.of_preset("mask")
+        arguments: Any = (_local(config.expert), config.segmenter, scorer)
+        return _actor(Segmenter, seat).remote(*arguments, frame=spec.frame, think=spec.think)
+    if isinstance(config, EvaluateConfig) and config.endpoint is not None:
+        return _actor(Endpoint, seat).remote(config.endpoint, spec)
+    assert config.model is not None
+    model = config.model.resolve()
+    if bundle.role == "rollout":
+        return _actor(Rollout, seat).remote(model, config.rollout, spec)
+    assert isinstance(config, TrainConfig)
+    return _actor(LearnerRank, seat).remote(
+        model,
+        config.learner,
+        rank=bundle.index,
+        temperature=config.rollout.temperature,
+        seed=config.seed,
+        spec=spec,
     )
+
+
+def _actor(kind: type, seat: Seat) -> Any:
+    return ray.remote(kind).options(**seat.options())
 
 
 def _local(expert: str) -> str:

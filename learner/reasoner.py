@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from umrg.frames import Frames, ResizeRule, Size
-from umrg.prompts import PromptSpec, PromptStyle, prompt_messages
+from umrg.prompts import PromptSpec, prompt_messages
 
 ARCHITECTURES = ("qwen2_5_vl", "qwen2_vl")
 
@@ -73,11 +73,6 @@ class Prompter:
         """The prompt as text, with one image placeholder: what a rollout engine is given."""
         messages = prompt_messages(query, self.prompt)
         return str(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-
-    def asked(self, *, style: PromptStyle | None = None, think: bool | None = None) -> Self:
-        """The same, asked in another style, or with or without reasoning; None leaves it as it is."""
-        changes = {key: value for key, value in (("style", style), ("think", think)) if value is not None}
-        return replace(self, prompt=self.prompt.model_copy(update=changes))
 
     def frames(self, original: Size) -> Frames:
         """The coordinate frames of an image of this size."""
@@ -145,16 +140,18 @@ class Reasoner(Prompter):
         self.prompt.save(folder)
 
 
-def load_prompter(folder: Path) -> Prompter:
-    """Load the processor and the prompt spec of a Qwen2.5-VL or Qwen2-VL folder.
+def load_prompter(folder: Path, spec: PromptSpec | None = None) -> Prompter:
+    """Load the processor of a Qwen2.5-VL or Qwen2-VL folder. spec: how it is asked; None as the folder says.
 
     Raises ValueError where the folder is not one, or its processor does not fit its model.
     """
     with _loading(folder):
-        return prompter_of(*_config_and_processor(folder), PromptSpec.of_model(folder))
+        return prompter_of(*_config_and_processor(folder), spec or PromptSpec.of_model(folder))
 
 
-def load_reasoner(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Reasoner:
+def load_reasoner(
+    folder: Path, spec: PromptSpec | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Reasoner:
     """Load a Qwen2.5-VL or Qwen2-VL folder. Raises ValueError as `load_prompter` does, and where weights are
     missing."""
     with _loading(folder):
@@ -162,7 +159,7 @@ def load_reasoner(folder: Path, *, device: str = "cpu", dtype: torch.dtype = tor
         model, loading = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
         if missing := sorted(loading["missing_keys"]):
             raise ValueError(f"its weights lack {missing[0]}")
-        return with_model(prompter_of(config, processor, PromptSpec.of_model(folder)), model.to(device).eval())
+        return with_model(prompter_of(config, processor, spec or PromptSpec.of_model(folder)), model.to(device).eval())
 
 
 def prompter_of(config: Any, processor: Any, prompt: PromptSpec) -> Prompter:

@@ -24,6 +24,7 @@ from learner.policy import Policy
 from learner.reasoner import load_reasoner
 from learner.scored_group import LearnerGroup, ScoredGroup, encode_group
 from learner.shared_prefix import Branches, micro_batches, pack_groups
+from umrg.prompts import PromptSpec
 
 BUCKET_BYTES = 1 << 30
 _STATE = "deepspeed"
@@ -55,10 +56,12 @@ class UpdateReport:
 class ZeroLearner:
     """A rank. torch.distributed must be initialised; every method that says "all ranks" is a collective."""
 
-    def __init__(self, model: Path, config: LearnerConfig, *, temperature: float, device: str = "cpu") -> None:
+    def __init__(
+        self, model: Path, config: LearnerConfig, spec: PromptSpec, *, temperature: float, device: str = "cpu"
+    ) -> None:
         self.config = config
         dtype = getattr(torch, config.dtype)
-        self.reasoner = load_reasoner(model, device=device, dtype=dtype)
+        self.reasoner = load_reasoner(model, spec, device=device, dtype=dtype)
         self.reasoner.model.model.visual.requires_grad_(not config.freeze_vision)
         self.policy = Policy(self.reasoner.model, temperature=temperature, forbidden=self.reasoner.vision_tokens).to(
             device
@@ -74,10 +77,6 @@ class ZeroLearner:
         self._device = device
         self._updates = 0
         self._checked = False
-
-    def asked(self, **changes: Any) -> None:
-        """Ask in another style, or with or without reasoning."""
-        self.reasoner = self.reasoner.asked(**changes)
 
     def update(self, groups: Sequence[ScoredGroup]) -> UpdateReport:
         """Learn from a step's groups, in mini-batches; all ranks, each given all groups and taking its own."""

@@ -9,7 +9,7 @@ from umrg.answers import Answer
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredAnswer:
-    """reward: total and parts. answer: parsed, in original pixels.
+    """reward: total and parts. answer: parsed, in original pixels. failure: why it is malformed; None where it is not.
 
     metrics: by name, each in [0, 1] but for pdice_published: well_formed, iou (boxes), pdice, pdice_published, dice
     and mask_iou (the expert's mask); all 0 for a malformed answer.
@@ -19,6 +19,7 @@ class ScoredAnswer:
 
     reward: Reward
     answer: Answer
+    failure: str | None
     metrics: Mapping[str, float]
     mask: Mapping[str, object] | None = field(repr=False)
     expert_score: float | None

@@ -23,7 +23,7 @@ from serving.config import ServeConfig
 from umrg.answers import Answer, parse_answer
 from umrg.frames import Size
 from umrg.masks import encode_rle
-from umrg.prompts import clean_query
+from umrg.prompts import PromptSpec, clean_query
 from umrg.sample import decode_image
 
 api = FastAPI(title="MedReasoner", description="Ask a medical image an implicit question.")
@@ -66,7 +66,8 @@ class Reasoner:
         from actors.engine import Engine
         from learner.reasoner import load_prompter
 
-        prompter = load_prompter(config.model).asked(style=config.prompt, think=config.think)
+        spec = PromptSpec.of_model(config.model).but(style=config.prompt, think=config.think)
+        prompter = load_prompter(config.model, spec)
         self._engine = await Engine.start(config.model, prompter, config.rollout)
         self._max_tokens = config.rollout.max_tokens
 
@@ -94,7 +95,7 @@ class Segmenter:
         """The mask and the expert's score; None where the answer has no usable box and points."""
         from actors.segmenter import draw_masks
 
-        return draw_masks(self._expert, image, [answer]).get(0)
+        return draw_masks(self._expert, self._expert.embed(image), [answer]).get(0)
 
 
 @serve.deployment

@@ -30,6 +30,15 @@ class Form(IntEnum):
     CORRECT = 5
 
 
+_FAILURES = {
+    Form.NO_BLOCK: "no answer block",
+    Form.NOT_AN_OBJECT: "answer is not JSON",
+    Form.KEYS_MISSING: "keys missing",
+    Form.BOTH_MALFORMED: "box and points malformed",
+    Form.CORRECT: "no reasoning",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Answer:
     """What a completion says, in the frame that the reasoner speaks.
@@ -50,6 +59,17 @@ class Answer:
     def well_formed(self, *, think: bool = True) -> bool:
         """Box and points can be used and, where reasoning was asked for, there is some."""
         return self.form is Form.CORRECT and (bool(self.think) or not think)
+
+    def failure(self, *, think: bool = True, finished: bool = True) -> str | None:
+        """Why the answer is not well formed, in a few words; None where it is. finished: the completion ended by
+        itself."""
+        if self.well_formed(think=think):
+            return None
+        if not finished and self.form is Form.NO_BLOCK:
+            return "cut off at the token limit"
+        if self.form is Form.ONE_MALFORMED:
+            return "box malformed" if self.box is None else "points malformed"
+        return _FAILURES[self.form]
 
     def to_original(self, frames: Frames, source: Frame) -> "Answer":
         """The same answer with box and points in original pixels."""

@@ -105,6 +105,11 @@ class PromptSpec(BaseModel):
             where = ".".join(str(part) for part in first["loc"])
             raise ValueError(f"{path} is not a prompt spec: {where} {first['msg']}") from error
 
+    def but(self, *, style: PromptStyle | None = None, think: bool | None = None, frame: Frame | None = None) -> Self:
+        """The same, asked otherwise; None leaves a part as it is."""
+        changes = {"style": style, "think": think, "frame": frame}
+        return self.model_copy(update={name: value for name, value in changes.items() if value is not None})
+
     def save(self, folder: Path) -> None:
         with written_aside(folder / "prompt.json") as aside:
             aside.write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n")

@@ -92,6 +92,12 @@ def open_image(encoded: bytes, what: str) -> Image.Image:
         raise ValueError(f"{what} cannot be decoded ({reason}); it must be a PNG, JPEG or the like") from error
 
 
+def media_type(encoded: bytes) -> str:
+    """The MIME type of an encoded image, such as image/png."""
+    with open_image(encoded, "an image") as image:
+        return Image.MIME.get(image.format or "", "application/octet-stream")
+
+
 def decode_image(encoded: bytes, what: str) -> NDArray[np.uint8]:
     """Decode an image file to uint8 [H, W, 3] RGB; ValueError names `what` where it cannot be decoded, or has
     more than 8 bits a channel, which a conversion would clip to white."""

@@ -1,5 +1,7 @@
-"""The report of a run: one page that opens offline."""
+"""Pages that open offline: of a training run, of an evaluation, of two evaluations compared."""
 
-from cluster.report.page import write_report
+from cluster.report.comparison import write_comparison_report
+from cluster.report.evaluation import write_evaluation_report
+from cluster.report.training import write_report
 
-__all__ = ["write_report"]
+__all__ = ["write_comparison_report", "write_evaluation_report", "write_report"]

@@ -49,6 +49,30 @@ def stacked(title: str, steps: Sequence[int], series: Series, unit: str) -> str:
     return _svg(figure)
 
 
+def histogram(title: str, values: Series, unit: str) -> str:
+    """How values in [0, 1] are distributed, in twenty steps."""
+    figure, axes = _figure(title)
+    for colour, (name, found) in zip(COLOURS, values.items(), strict=False):
+        axes.hist(found, bins=np.linspace(0, 1, 21).tolist(), color=colour, alpha=0.55, label=name)
+    axes.set_xlabel(unit)
+    axes.set_ylabel("rows")
+    if len(values) > 1:
+        axes.legend(frameon=False, fontsize=8)
+    return _svg(figure)
+
+
+def bars(title: str, means: Mapping[str, tuple[float, float, float]], unit: str) -> str:
+    """A bar for each name's mean, with its interval (mean, low, high); the best on top."""
+    order = sorted(means, key=lambda name: means[name][0])
+    figure, axes = _figure(title, height=max(1.6, 0.9 + 0.24 * len(order)))
+    values = np.array([means[name] for name in order])
+    spans = np.clip([values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]], 0, None)
+    axes.barh(order, values[:, 0], xerr=spans, color=COLOURS[0], alpha=0.75, error_kw={"ecolor": "#444", "lw": 1})
+    axes.set_xlabel(unit)
+    axes.set_xlim(0, 1)
+    return _svg(figure)
+
+
 def running_mean(values: Sequence[float], window: int) -> list[float]:
     """Mean of each value and up to window - 1 before it."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
@@ -58,8 +82,8 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
     return means
 
 
-def _figure(title: str) -> tuple[Figure, "matplotlib.axes.Axes"]:
-    figure = Figure(figsize=(5.2, 2.9), layout="constrained")
+def _figure(title: str, height: float = 2.9) -> tuple[Figure, "matplotlib.axes.Axes"]:
+    figure = Figure(figsize=(5.2, height), layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
     return figure, axes

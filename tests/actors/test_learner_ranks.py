@@ -17,6 +17,7 @@ from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
 from umrg.group import Completion, Group, GroupSamples
 from umrg.phantoms import rows
+from umrg.prompts import PromptSpec
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def trained(groups, demo_config, steps=3, **changes):
     actors = {
         f"learner {rank}": ray.remote(LearnerRank)
         .options(num_cpus=0, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}})
-        .remote(TINY_REASONER, config, rank=rank, temperature=1.0, seed=0, style=None, think=None)
+        .remote(TINY_REASONER, config, rank=rank, temperature=1.0, seed=0, spec=PromptSpec.of_model(TINY_REASONER))
         for rank in range(config.ranks)
     }
     try:

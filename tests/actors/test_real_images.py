@@ -9,7 +9,7 @@ from actors.experts.registry import load_expert
 from learner.reasoner import load_reasoner
 from umrg.dataset import Dataset
 from umrg.frames import Size
-from umrg.prompts import PromptStyle
+from umrg.prompts import PromptSpec, PromptStyle
 
 ROOT = Path(__file__).parents[2]
 REAL = ROOT.parent / "shared" / "data" / "umrg_real_sample.parquet"
@@ -18,7 +18,7 @@ REAL = ROOT.parent / "shared" / "data" / "umrg_real_sample.parquet"
 @pytest.mark.skipif(not REAL.exists(), reason="the real sample is not here")
 def test_real_images_go_all_the_way():
     dataset = Dataset.open(REAL)
-    reasoner = load_reasoner(ROOT / "models" / "tiny-reasoner").asked(style=PromptStyle.FULL)
+    reasoner = load_reasoner(ROOT / "models" / "tiny-reasoner", PromptSpec(style=PromptStyle.FULL))
     expert = load_expert("tiny")
     assert len(dataset) == 42
     for sample in dataset:

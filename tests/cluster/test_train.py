@@ -8,7 +8,7 @@ import pytest
 
 from cluster.broadcast import Canary, WeightsDiffer, broadcast
 from cluster.clock import Clock
-from cluster.evaluation import evaluate
+from cluster.evaluation import evaluate, questions
 from cluster.experience import Draw, gain
 from cluster.records import read_records
 from cluster.train import train
@@ -142,7 +142,7 @@ def test_the_final_model_answers_alike_in_vllm(finished, ray_cluster, demo_confi
     rows = list(Dataset.open(run.path / "data" / "eval.parquet"))
     evaluated = {record["sample_id"]: record for record in read_records(run.samples / "after-greedy.parquet")}
     with started(demo_config(f"model={run.model}")) as own:
-        again = evaluate(own, rows, n=0, temperature=1.0, max_tokens=128)
+        again = evaluate(own, questions(rows), n=0, temperature=1.0, max_tokens=128)
     for each in again.greedy:
         assert each.samples.completions[0].text == evaluated[each.group.sample.id]["completion"]
 

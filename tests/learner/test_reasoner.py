@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ def reasoner() -> Reasoner:
 @pytest.mark.parametrize("style", PromptStyle)
 @pytest.mark.parametrize("shape", [(224, 224), (101, 333), (840, 840)])
 def test_a_prompt_is_what_the_whole_processor_makes_of_it(reasoner, style, shape):
-    asked = reasoner.asked(style=style)
+    asked = replace(reasoner, prompt=reasoner.prompt.but(style=style))
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     encoded = asked.encode("Which <|image_pad|> organ makes {bile}?", asked.encode_image(image))
     messages = prompt_messages("Which organ makes {bile}?", asked.prompt)

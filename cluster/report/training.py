@@ -1,34 +1,27 @@
-"""The page: figures before and after, curves, times, and held-out samples side by side."""
+"""The page of a training run: figures before and after, curves, times, and held-out samples side by side."""
 
-import base64
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from PIL import Image
-
 from cluster.comparison import records_of
 from cluster.evaluation import FIGURES
 from cluster.report import charts
+from cluster.report.pages import drawn, spread, write_page
 from cluster.run_folder import RunFolder
-from umrg.atomic import written_aside
-from umrg.masks import decode_rle
-from umrg.pictures import Picture, overlay
 from umrg.sample import Sample
 
 CARDS = 36
-SIDE = 300
-_TEMPLATE = Path(__file__).with_name("page.html")
 _TITLES = {"dice": "Dice", "iou": "box IoU", "pdice": "pDice", "well_formed": "well-formed"}
 
 
 def write_report(run: RunFolder, held_out: Sequence[Sample]) -> Path:
     """Write `report/index.html`, from what lies in the run folder and the held-out rows."""
     metrics = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
-    page = jinja2.Template(_TEMPLATE.read_text(), autoescape=True, undefined=jinja2.StrictUndefined).render(
+    return write_page(
+        run.report / "index.html",
+        "training.html",
         name=run.path.name,
         summary=run.read_json("summary.json"),
         config=(run.path / "config.yaml").read_text(),
@@ -38,9 +31,6 @@ def write_report(run: RunFolder, held_out: Sequence[Sample]) -> Path:
         cards=cards(run, held_out),
         count=len(held_out),
     )
-    with written_aside(run.report / "index.html") as aside:
-        aside.write_text(page)
-    return run.report / "index.html"
 
 
 def all_charts(metrics: Sequence[Mapping[str, float]]) -> list[str]:
@@ -77,46 +67,25 @@ def all_charts(metrics: Sequence[Mapping[str, float]]) -> list[str]:
 def cards(run: RunFolder, held_out: Sequence[Sample]) -> list[dict[str, Any]]:
     """Held-out samples as they were answered before and after, greedily; spread evenly over the rows."""
     before, after = (records_of(run, f"{name}-greedy") for name in ("before", "after"))
-    rows = [sample for sample in held_out if sample.id in after]
-    chosen = rows[:: max(1, len(rows) // CARDS)][:CARDS]
     return [
-        {
-            "query": sample.query,
-            "what": f"{sample.modality} · {sample.category}",
-            "id": sample.id,
-            "answers": [
-                _answer(name, sample, records[sample.id][0])
-                for name, records in (("before", before), ("after", after))
-                if sample.id in records
-            ],
-        }
-        for sample in chosen
+        pair(sample, {"before": before.get(sample.id), "after": after[sample.id]})
+        for sample in spread([sample for sample in held_out if sample.id in after], CARDS)
     ]
 
 
-def _answer(name: str, sample: Sample, record: Mapping[str, Any]) -> dict[str, Any]:
-    points = record["points"]
-    picture = overlay(
-        sample.image(),
-        mask=decode_rle(record["mask"]) if record["mask"] else None,
-        box=tuple(record["box"]) if record["box"] else None,
-        points=(tuple(points[0]), tuple(points[1])) if points else None,
-        reference_mask=sample.mask(),
-        reference_box=sample.box,
-        reference_points=sample.points,
-        long_side=SIDE,
-    )
+def pair(sample: Sample, answers: Mapping[str, Sequence[Mapping[str, Any]] | None]) -> dict[str, Any]:
+    """A sample with the first of each named answers' records side by side."""
     return {
-        "name": name,
-        "picture": as_data_url(picture),
-        "reasoning": record["reasoning"] or record["completion"],
-        "metrics": {_TITLES[figure]: record["metrics"][figure] for figure in FIGURES},
-        "reward": record["reward"],
+        "query": sample.query,
+        "what": f"{sample.modality} · {sample.category}",
+        "answers": [
+            {
+                "name": name,
+                "drawn": drawn(sample, records[0]),
+                "reasoning": records[0]["reasoning"] or records[0]["completion"],
+                "metrics": {_TITLES[figure]: records[0]["metrics"][figure] for figure in FIGURES},
+            }
+            for name, records in answers.items()
+            if records
+        ],
     }
-
-
-def as_data_url(picture: Picture) -> str:
-    """A picture as a WebP data URL."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "WEBP", quality=80)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

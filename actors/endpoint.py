@@ -1,0 +1,87 @@
+"""A reasoner behind an OpenAI-compatible endpoint, in the place of a rollout actor: evaluated, never trained."""
+
+import asyncio
+import base64
+import os
+from typing import Any
+
+import openai
+
+from actors.config import EndpointConfig
+from umrg.frames import Frames, ResizeRule
+from umrg.group import Completion, Group, GroupSamples
+from umrg.prompts import PromptSpec, prompt_text
+from umrg.sample import media_type
+
+
+class EndpointFailed(RuntimeError):
+    """The endpoint gave no answer, after all retries."""
+
+
+class Endpoint:
+    """Asks the endpoint; what it answers looks like a rollout's, without token ids and log-probs."""
+
+    def __init__(self, config: EndpointConfig, spec: PromptSpec) -> None:
+        self._config, self._spec = config, spec
+        self._resize = ResizeRule(min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+        key = os.environ.get(config.key_variable, "") if config.key_variable else ""
+        self._client = openai.AsyncOpenAI(
+            base_url=config.url, api_key=key or "none", timeout=config.timeout, max_retries=config.retries
+        )
+        self._seats = asyncio.Semaphore(config.concurrency)
+
+    async def start(self) -> None:
+        """See that the endpoint answers and has the model. Raises ValueError where it does not."""
+        try:
+            names = [model.id async for model in self._client.models.list()]
+        except openai.OpenAIError as error:
+            raise ValueError(f"the endpoint {self._config.url} does not answer: {error}; check endpoint.url") from error
+        if self._config.model not in names:
+            raise ValueError(
+                f"the endpoint {self._config.url} has no model {self._config.model!r}; it has {', '.join(names)}"
+            )
+
+    async def sample(self, group: Group, *, n: int, temperature: float, max_tokens: int, run_seed: int) -> GroupSamples:
+        """n answers to a group's prompt. Raises EndpointFailed."""
+        async with self._seats:
+            try:
+                reply = await self._client.chat.completions.create(
+                    model=self._config.model,
+                    messages=self._messages(group),
+                    n=n,
+                    temperature=temperature,
+                    max_tokens=max_tokens,
+                    seed=group.seed(run_seed, 0),
+                )
+            except openai.OpenAIError as error:
+                raise EndpointFailed(f"{self._config.url} on {group.sample.name}: {error}") from error
+        if len(reply.choices) != n:
+            raise EndpointFailed(f"{self._config.url} gave {len(reply.choices)} answers of {n} asked for")
+        size = group.sample.size
+        return GroupSamples(
+            group=group.id,
+            prompt_ids=(),
+            frames=Frames(original=size, model=self._resize.model_size(size)),
+            completions=tuple(
+                Completion(
+                    text=choice.message.content or "",
+                    token_ids=(),
+                    logprobs=(),
+                    policy_version=0,
+                    finished=choice.finish_reason == "stop",
+                )
+                for choice in sorted(reply.choices, key=lambda choice: choice.index)
+            ),
+        )
+
+    async def stop(self) -> None:
+        await self._client.close()
+
+    def _messages(self, group: Group) -> Any:
+        sample = group.sample
+        image = f"data:{media_type(sample.image_bytes)};base64,{base64.b64encode(sample.image_bytes).decode('ascii')}"
+        content = [
+            {"type": "image_url", "image_url": {"url": image}},
+            {"type": "text", "text": prompt_text(sample.query, self._spec)},
+        ]
+        return [{"role": "user", "content": content}]

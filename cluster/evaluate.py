@@ -1,0 +1,133 @@
+"""The evaluation job: `medreasoner evaluate`, the same as `python -m cluster.evaluate CONFIG [key=value …]`.
+
+rows ──Group──► rollouts or endpoint ──GroupSamples──► segmenters ──ScoredAnswer──► results.jsonl ──► tables, report
+"""
+
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cluster.cli_frame import run_command
+from cluster.config import EvaluateConfig, load_config
+from cluster.data import open_held_out
+from cluster.evaluation import evaluate, questions
+from cluster.figures import Seen, comma_separated, markdown, row_figures, summarise
+from cluster.records import as_results
+from cluster.report import write_evaluation_report
+from cluster.results import Results
+from cluster.run_folder import RunFolder
+from cluster.workers import Workers, cluster, started
+from umrg.atomic import written_aside
+from umrg.dataset import Dataset
+from umrg.sample import Sample
+
+
+def run_evaluation(config: EvaluateConfig) -> RunFolder:
+    """Evaluate; an evaluation that was interrupted goes on. Raises ValueError where one by that name is finished."""
+    run = RunFolder.begin(config.runs / config.name, config, resume=True)
+    if run.read_json("metrics.json"):
+        raise ValueError(f"the evaluation {run.path} is finished; give another name=… or remove it")
+    rows = open_held_out(config, run)
+    results = Results(run.path / "results.jsonl", n=config.n)
+    if any(row.id not in results.rows for row in rows):
+        with cluster(), started(config) as workers:
+            answer(workers, rows, config, results)
+    results.sort([row.id for row in rows])
+    write_figures(run, rows, results, config)
+    return run
+
+
+def answer(workers: Workers, rows: Sequence[Sample], config: EvaluateConfig, results: Results) -> None:
+    """Answer and score the rows that are still to be done, `batch` at a time."""
+    left = [group for group in questions(rows) if group.sample.id not in results.rows]
+    with _progress(len(rows), done=len(rows) - len(left)) as advance:
+        for start in range(0, len(left), config.batch):
+            batch = left[start : start + config.batch]
+            found = evaluate(
+                workers,
+                batch,
+                n=config.n,
+                temperature=config.temperature,
+                max_tokens=config.rollout.max_tokens,
+                thorough=True,
+            )
+            results.add([*as_results(found.greedy, "greedy"), *as_results(found.sampled, "sampled")])
+            advance(len(batch))
+    workers.check_expert()
+
+
+def write_figures(run: RunFolder, rows: Sequence[Sample], results: Results, config: EvaluateConfig) -> None:
+    """Write metrics.json, table.md, table.csv and the report, from the recorded answers alone."""
+    seen = Seen(list(Dataset.open(config.data.seen).infos) if config.data.seen else [])
+    figures = {row.id: row_figures(results.rows[row.id], row) for row in rows}
+    strata = {row.id: seen.strata(row) for row in rows}
+    greedy = {row.id: next(r for r in results.rows[row.id] if r["kind"] == "greedy") for row in rows}
+    failures = {row: record["failure"] for row, record in greedy.items() if record["failure"]}
+    metrics = {"settings": settings(config), **summarise(figures, strata, failures)}
+    for name, text in (("table.md", markdown(metrics)), ("table.csv", comma_separated(metrics))):
+        with written_aside(run.path / name) as aside:
+            aside.write_text(text)
+    write_evaluation_report(run, metrics, rows, greedy, figures, limit=config.gallery)
+    # Last: it says that the evaluation is finished.
+    run.write_json("metrics.json", metrics)
+
+
+def settings(config: EvaluateConfig) -> dict[str, Any]:
+    """What the figures hang on, to be said beside them."""
+    spec = config.spec()
+    return {
+        "model": str(config.model) if config.model else f"{config.endpoint.model} at {config.endpoint.url}",  # type: ignore[union-attr]
+        "expert": config.expert,
+        "preprocess": config.segmenter.preprocess,
+        "prompt": spec.style.value,
+        "think": spec.think,
+        "frame": spec.frame.value,
+        "n": config.n,
+        "temperature": config.temperature,
+        "max_tokens": config.rollout.max_tokens,
+    }
+
+
+@contextmanager
+def _progress(total: int, *, done: int) -> Iterator[Any]:
+    console = Console(stderr=True)
+    columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=total, completed=done)
+
+        def advance(count: int) -> None:
+            progress.advance(task, count)
+            if not console.is_terminal:
+                print(f"{progress.tasks[0].completed:.0f} of {total} rows", flush=True)
+
+        yield advance
+
+
+def main(arguments: list[str], options: Mapping[str, Any] | None = None) -> None:
+    """arguments: a YAML file, if there is one, then key=value. options: further values by key; None is no value."""
+    file = Path(arguments[0]) if arguments and "=" not in arguments[0] else None
+    given = {key: value for key, value in (options or {}).items() if value is not None}
+    if "name" not in given and "model" in given and "data.eval" in given:
+        given["name"] = _name(given["model"], given["data.eval"][0])
+    finish(run_evaluation(load_config(EvaluateConfig, file, arguments[1 if file else 0 :], given)))
+
+
+def _name(model: Path, data: Path) -> str:
+    folder = model.resolve().parent if model.name == "model" else model.resolve()
+    return re.sub(r"[^\w.-]+", "-", f"evaluate-{folder.name}-{data.stem}")
+
+
+def finish(run: RunFolder) -> None:
+    """Print the table, and where everything lies."""
+    print((run.path / "table.md").read_text())
+    print(f"the evaluation lies in {run.path}; open {run.report / 'index.html'}")
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(sys.argv[1:]))

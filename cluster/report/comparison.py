@@ -1,0 +1,46 @@
+"""The page of two evaluations compared: paired differences, and the rows that changed most."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.figures import TITLES
+from cluster.report.pages import write_page
+from cluster.report.training import pair
+from cluster.results import Record
+from umrg.sample import Sample
+
+CARDS = 60
+
+
+def write_comparison_report(
+    path: Path,
+    names: tuple[str, str],
+    differences: Mapping[str, Mapping[str, float]],
+    rows: Sequence[Sample],
+    answers: tuple[Mapping[str, Record], Mapping[str, Record]],
+) -> Path:
+    """Write the page. rows: those that both evaluations answered. answers: each one's greedy records by row."""
+    first, second = answers
+
+    def change(sample: Sample) -> float:
+        return float(second[sample.id]["metrics"]["dice"] - first[sample.id]["metrics"]["dice"])
+
+    most = sorted(rows, key=lambda sample: abs(change(sample)), reverse=True)[:CARDS]
+    cards: list[dict[str, Any]] = [
+        {
+            **pair(sample, {name: [records[sample.id]] for name, records in zip(names, answers, strict=True)}),
+            "change": change(sample),
+        }
+        for sample in most
+    ]
+    return write_page(
+        path,
+        "comparison.html",
+        name=" → ".join(names),
+        names=names,
+        titles=TITLES,
+        differences=differences,
+        cards=cards,
+        count=len(rows),
+    )

@@ -1,0 +1,87 @@
+"""What all pages share: the templates, and a sample with its answers drawn over it as SVG, so that each can be switched
+on and off."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from skimage.measure import approximate_polygon, find_contours
+
+from umrg.atomic import written_aside
+from umrg.frames import Box, PointPair
+from umrg.masks import decode_rle
+from umrg.sample import Sample
+
+SIDE = 300
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+def write_page(path: Path, template: str, **content: Any) -> Path:
+    """Render a template of this folder to a file."""
+    page = _TEMPLATES.get_template(template).render(**content)
+    with written_aside(path) as aside:
+        aside.write_text(page)
+    return path
+
+
+def drawn(sample: Sample, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the `figure` macro shows: the image, and prediction and reference as shapes in the image's pixels."""
+    points = record["points"]
+    return {
+        "picture": as_data_url(sample.image()),
+        "width": sample.size.width,
+        "height": sample.size.height,
+        "stroke": sample.size.long_side / SIDE,
+        "reference": shapes(sample.mask(), sample.box, sample.points),
+        "prediction": shapes(
+            decode_rle(record["mask"]) if record["mask"] else None,
+            tuple(record["box"]) if record["box"] else None,
+            (tuple(points[0]), tuple(points[1])) if points else None,
+        ),
+    }
+
+
+def shapes(mask: NDArray[np.bool_] | None, box: Box | None, points: PointPair | None) -> dict[str, Any]:
+    """A mask's outline as an SVG path, a box as x, y, width, height, and points; in pixels, whose centres lie at
+    halves. Box XYXY with inclusive maximum, as everywhere."""
+    return {
+        "mask": "" if mask is None else outline(mask),
+        "box": None if box is None else (box[0], box[1], box[2] - box[0] + 1, box[3] - box[1] + 1),
+        "points": [] if points is None else [(x + 0.5, y + 0.5) for x, y in points],
+    }
+
+
+def outline(mask: NDArray[np.bool_]) -> str:
+    """The outlines of a mask bool [H, W] as an SVG path, true to half a pixel of the picture."""
+    tolerance = max(mask.shape) / SIDE / 2
+    parts = []
+    for contour in find_contours(np.pad(mask, 1).astype(np.uint8), 0.5):
+        corners = approximate_polygon(contour, tolerance) - 0.5
+        parts.append("M" + "L".join(f"{x:.1f} {y:.1f}" for y, x in corners) + "Z")
+    return "".join(parts)
+
+
+def as_data_url(picture: NDArray[np.uint8]) -> str:
+    """An image uint8 [H, W, 3] as a WebP data URL of at most `SIDE` pixels a side."""
+    image = Image.fromarray(picture)
+    image.thumbnail((SIDE, SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=75)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def spread(rows: Sequence[Sample], count: int) -> list[Sample]:
+    """So many rows at most, spread evenly."""
+    return list(rows[:: max(1, -(-len(rows) // count))])
