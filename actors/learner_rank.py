@@ -11,12 +11,13 @@ import ray
 
 from actors.weight_files import WeightsDigest, pack
 from learner.config import LearnerConfig
+from learner.update_report import UpdateReport
 from umrg.group import Group, GroupSamples
 from umrg.prompts import PromptSpec
 from umrg.sample import Sample
 
 if TYPE_CHECKING:
-    from learner.zero import UpdateReport, ZeroLearner
+    from learner.zero import ZeroLearner
 
 
 class LearnerRank:
@@ -72,7 +73,7 @@ class LearnerRank:
         groups: Sequence["ray.ObjectRef[Group]"],
         samples: Sequence[GroupSamples],
         rewards: Sequence[Sequence[float]],
-    ) -> "UpdateReport":
+    ) -> UpdateReport:
         """Learn from a step's groups, given by reference; all ranks."""
         from learner.scored_group import ScoredGroup
 

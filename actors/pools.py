@@ -15,6 +15,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.config import DeadlineConfig
+from learner.update_report import UpdateReport
 from rewards.scored import ScoredAnswer
 from umrg.group import GroupSamples
 from umrg.sample import Sample
@@ -173,9 +174,12 @@ class LearnerPool:
         )[0]
         return {name: actor.start.remote(host, port, self._deadlines.step) for name, actor in self._actors.items()}
 
-    def update(self, groups: Sequence[Ref], samples: Sequence[GroupSamples], rewards: Sequence[Sequence[float]]) -> Any:
-        """One step of updates; the `UpdateReport`, the same on every rank."""
-        return self._all("update", "updating", groups, samples, rewards)[0]
+    def update(
+        self, groups: Sequence[Ref], samples: Sequence[GroupSamples], rewards: Sequence[Sequence[float]]
+    ) -> UpdateReport:
+        """One step of updates; the report is the same on every rank."""
+        report: UpdateReport = self._all("update", "updating", groups, samples, rewards)[0]
+        return report
 
     def weights(self) -> tuple[str, list[Ref]]:
         """Digest of the weights and references of their buckets."""

@@ -15,6 +15,7 @@ from cluster.experience import Experience
 from cluster.memory import MemoryWatch
 from cluster.records import write_records
 from cluster.run_folder import RunFolder
+from learner.update_report import UpdateReport
 from umrg.sample import Sample
 
 PACKAGES = ("torch", "transformers", "deepspeed", "ray", "segment-anything")
@@ -42,7 +43,9 @@ class Journal:
             status = "interrupted" if kind is KeyboardInterrupt else f"failed: {kind.__name__}: {error}"
             self._run.write_json("summary.json", {"status": status, **self.summary()})
 
-    def step(self, step: int, experience: list[Experience], report: Any, *, canary_gap: float) -> dict[str, float]:
+    def step(
+        self, step: int, experience: list[Experience], report: UpdateReport, *, canary_gap: float
+    ) -> dict[str, float]:
         """Write down a step; its metrics by name."""
         self._steps = step
         metrics = {

@@ -9,7 +9,6 @@ over all tokens of the step is multiplied by the number of ranks.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from learner.policy import Policy
 from learner.reasoner import load_reasoner
 from learner.scored_group import LearnerGroup, ScoredGroup, encode_group
 from learner.shared_prefix import Branches, micro_batches, pack_groups
+from learner.update_report import UpdateReport
 from umrg.prompts import PromptSpec
 
 BUCKET_BYTES = 1 << 30
@@ -32,25 +32,6 @@ _STATE = "deepspeed"
 
 class FrozenParameter(RuntimeError):
     """A parameter that should learn had no gradient, or did not change, at the first update."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class UpdateReport:
-    """What one step of updates did; means over the step's answer tokens, all ranks.
-
-    loss, kl, clipped (share): as `learner.grpo.TokenLoss` has them. engine_gap: mean absolute difference between the
-    rollout engine's log-probs and the learner's before the first update. grad_norm: of the last update, before
-    clipping. lr: of the last update. tokens: answer tokens. updates: how many there were.
-    """
-
-    loss: float
-    kl: float
-    clipped: float
-    engine_gap: float
-    grad_norm: float
-    lr: float
-    tokens: int
-    updates: int
 
 
 class ZeroLearner:

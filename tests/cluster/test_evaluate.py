@@ -1,0 +1,198 @@
+"""The evaluation job on real components: what it writes, that it goes on, and a reasoner behind an endpoint."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import httpx
+import pytest
+
+from actors.config import RolloutConfig
+from actors.engine_environment import engine_environment
+from cluster.compare import compare
+from cluster.config import EvaluateConfig, load_config
+from cluster.data import open_held_out
+from cluster.evaluate import answer, run_evaluation, write_figures
+from cluster.results import Results, read_results
+from cluster.run_folder import RunFolder
+from tests.conftest import ROOT, TINY_REASONER
+from umrg.dataset_writer import write_rows
+from umrg.phantoms import rows
+
+SMALL = ("rollout.max_prompt_tokens=512", "rollout.max_tokens=128", "rollout.num_cpus=0.5", "segmenter.num_cpus=0.1")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "phantoms.parquet"
+    write_rows(path, rows(8, seed=6, modalities=["CT", "X-ray"], queries_per_image=1))
+    return path
+
+
+def configured(data, runs, name, *overrides, model=TINY_REASONER):
+    options = {"model": model, "data.eval": [data], "expert": "tiny", "name": name, "runs": runs, "n": 2, "batch": 3}
+    return load_config(EvaluateConfig, None, [*SMALL, *overrides], options)
+
+
+def evaluated(workers, config):
+    """As `run_evaluation`, on actors that run already."""
+    run = RunFolder.begin(config.runs / config.name, config, resume=True)
+    samples = open_held_out(config, run)
+    results = Results(run.path / "results.jsonl", n=config.n)
+    answer(workers, samples, config, results)
+    results.sort([sample.id for sample in samples])
+    write_figures(run, samples, results, config)
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(workers, data, tmp_path_factory):
+    return evaluated(workers, configured(data, tmp_path_factory.mktemp("runs"), "whole"))
+
+
+def test_an_evaluation_leaves_results_figures_tables_and_a_page(whole):
+    found = read_results(whole.path / "results.jsonl")
+    assert len(found) == 8
+    for records in found.values():
+        assert [record["kind"] for record in records] == ["greedy", "sampled", "sampled"]
+        assert {"dice_box", "dice_points", "oracle_dice"} <= records[0]["metrics"].keys()
+    metrics = json.loads((whole.path / "metrics.json").read_text())
+    assert metrics["settings"]["preprocess"] == "published" and metrics["settings"]["frame"] == "model"
+    overall = metrics["overall"]
+    assert overall["n"] == 8 and overall["oracle_dice"]["mean"] > 0.75
+    assert 0.2 < overall["dice"]["mean"] <= overall["best_dice"]["high"] <= 1
+    assert {"supercategory", "category", "modality", "phrasing"} <= metrics["by"].keys()
+    assert "| **all** | 8 |" in (whole.path / "table.md").read_text()
+    assert "overall,all,8,iou," in (whole.path / "table.csv").read_text()
+    page = (whole.report / "index.html").read_text()
+    assert page.count("<article") == 8 and page.count("data:image/webp") == 8
+
+
+def test_an_interrupted_evaluation_goes_on_to_the_same_figures(workers, data, whole, tmp_path):
+    config = configured(data, tmp_path, "half")
+    run = RunFolder.begin(tmp_path / "half", config, resume=True)
+    lines = (whole.path / "results.jsonl").read_text().splitlines(keepends=True)
+    # Killed while the fourth row was being written.
+    (run.path / "results.jsonl").write_text("".join(lines[:10]) + lines[10][:50])
+    evaluated(workers, config)
+    for name in ("metrics.json", "results.jsonl", "table.csv"):
+        assert (run.path / name).read_text() == (whole.path / name).read_text(), name
+
+
+def test_a_finished_evaluation_is_not_begun_again(data, whole):
+    with pytest.raises(ValueError, match="is finished; give another name"):
+        run_evaluation(configured(data, whole.path.parent, "whole"))
+
+
+def test_two_evaluations_are_compared_with_a_page(whole, tmp_path, capsys):
+    page = compare(whole.path, whole.path, tmp_path / "page.html").read_text()
+    assert page.count("<article") == 8 and page.count("data:image/webp") == 16
+    assert "8 rows, paired" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=null"], "give either model or endpoint"),
+        (["endpoint={url: 'http://127.0.0.1:1/v1', model: m}"], "give either model or endpoint"),
+        (
+            ["model=null", "endpoint={url: 'http://127.0.0.1:1/v1', model: m}"],
+            "say what the endpoint's coordinates are",
+        ),
+        (["modle=x"], "did you mean 'model'"),
+    ],
+)
+def test_what_is_evaluated_must_be_said(data, tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        configured(data, tmp_path, "x", *overrides)
+
+
+def test_a_run_or_a_checkpoint_stands_for_its_model(data, tmp_path):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "config.json").write_text("{}")
+    assert configured(data, tmp_path, "x", model=tmp_path / "run").model == tmp_path / "run" / "model"
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory):
+    """vLLM's own OpenAI server, with the tiny model."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("endpoint") / "log.txt"
+    arguments = [
+        "--model",
+        str(TINY_REASONER),
+        "--served-model-name",
+        "tiny",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    arguments += ["--dtype", "float32", "--max-model-len", "640", "--max-num-batched-tokens", "4096", "--enforce-eager"]
+    arguments += ["--limit-mm-per-prompt", '{"image": 1, "video": 0}', "--no-enable-chunked-prefill"]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments],
+        env={**os.environ, **engine_environment(RolloutConfig(threads=1))},
+        stdout=log.open("w"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 240
+        while True:
+            with suppress(httpx.HTTPError):
+                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                    break
+            assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(1)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=30)
+
+
+@pytest.mark.slow
+def test_an_endpoint_gives_the_direct_engines_figures(endpoint, whole, data, tmp_path, ray_cluster):
+    asked = ("model=null", "frame=model", "prompt=compact", f"endpoint={{url: '{endpoint}', model: tiny}}")
+    config = configured(data, tmp_path, "endpoint", *asked, "n=0")
+    run = run_evaluation(config)
+    direct, found = (read_results(path / "results.jsonl") for path in (whole.path, run.path))
+    for row, (record,) in found.items():
+        assert record["completion"] == direct[row][0]["completion"]
+        assert record["metrics"] == direct[row][0]["metrics"]
+    with pytest.raises(ValueError, match="has no model 'small'; it has tiny"):
+        run_evaluation(
+            configured(data, tmp_path, "missing", *asked[:3], f"endpoint={{url: '{endpoint}', model: small}}")
+        )
+
+
+def test_an_endpoint_that_is_not_there_is_named(data, tmp_path, ray_cluster):
+    asked = ("model=null", "frame=model", "endpoint={url: 'http://127.0.0.1:9/v1', model: m, retries: 0}")
+    with pytest.raises(ValueError, match=r"http://127.0.0.1:9/v1 does not answer: .*; check endpoint.url"):
+        run_evaluation(configured(data, tmp_path, "nobody", *asked))
+
+
+@pytest.mark.slow
+def test_killed_and_run_again(data, whole, tmp_path):
+    command = [sys.executable, "-m", "cluster.evaluate", f"model={TINY_REASONER}", f"data.eval={data}", "expert=tiny"]
+    command += ["name=whole", f"runs={tmp_path}", "n=2", "batch=3", *SMALL]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    results = tmp_path / "whole" / "results.jsonl"
+    first = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+    deadline = time.monotonic() + 240
+    while not (results.exists() and results.read_text().count("\n") >= 3):
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert not (tmp_path / "whole" / "metrics.json").exists()
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=240)
+    for name in ("metrics.json", "results.jsonl"):
+        assert (tmp_path / "whole" / name).read_text() == (whole.path / name).read_text(), name

@@ -1,0 +1,121 @@
+"""From records to figures: by hand, on rows of phantoms."""
+
+import json
+
+import numpy as np
+import pytest
+
+from cluster.comparison import compare_records
+from cluster.figures import Seen, comma_separated, consensus, markdown, row_figures, summarise
+from cluster.results import Results, read_results
+from umrg.dataset import Dataset
+from umrg.dataset_writer import write_rows
+from umrg.masks import encode_rle
+from umrg.phantoms import rows
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "phantoms.parquet"
+    write_rows(path, rows(6, seed=5, modalities=["CT"], queries_per_image=1))
+    return Dataset.open(path)
+
+
+def record(sample, kind="greedy", *, mask=None, box=None, failure=None, **metrics):
+    """A record as a segmenter and a rollout would leave it; perfect unless told otherwise."""
+    mask = sample.mask() if mask is None else mask
+    names = ("iou", "pdice", "pdice_published", "dice_points", "dice_box", "dice", "mask_iou", "oracle_dice")
+    return {
+        "kind": kind,
+        "sample_id": sample.id,
+        "mask": None if failure else encode_rle(mask),
+        "box": None if failure else list(box or sample.box),
+        "failure": failure,
+        "metrics": {**dict.fromkeys((*names, "well_formed"), 0.0 if failure else 1.0), **metrics},
+    }
+
+
+def test_sampled_answers_have_a_mean_a_best_and_a_consensus(dataset):
+    sample = dataset[0]
+    nothing = np.zeros_like(sample.mask())
+    answers = [
+        record(sample),
+        record(sample, "sampled"),
+        record(sample, "sampled", dice=0.5, iou=0.5),
+        record(sample, "sampled", mask=nothing, box=(0, 0, 1, 1), dice=0.0, iou=0.0),
+    ]
+    found = row_figures(answers, sample)
+    assert (found["mean_dice"], found["best_dice"]) == (pytest.approx(0.5), 1.0)
+    assert (found["consensus_dice"], found["consensus_iou"]) == (1.0, 1.0), "two of three agree on the reference"
+
+
+def test_a_malformed_answer_votes_for_nothing_but_counts(dataset):
+    sample = dataset[0]
+    half = [record(sample, "sampled"), record(sample, "sampled", failure="no answer block")]
+    assert consensus(half, sample) == {"consensus_dice": 0.0, "consensus_iou": 0.0}, "one of two is no majority"
+    assert consensus([*half, record(sample, "sampled")], sample)["consensus_dice"] == 1.0
+
+
+def test_without_samples_there_are_greedy_figures_only(dataset):
+    assert "mean_dice" not in row_figures([record(dataset[0])], dataset[0])
+
+
+def test_means_have_intervals_overall_and_by_stratum(dataset):
+    samples = list(dataset)
+    seen = Seen(dataset.infos[:3])
+    figures = {s.id: row_figures([record(s, dice=i / 5)], s) for i, s in enumerate(samples)}
+    metrics = summarise(figures, {s.id: seen.strata(s) for s in samples}, {samples[0].id: "no answer block"})
+    dice = metrics["overall"]["dice"]
+    assert dice["mean"] == 0.5 and dice["low"] < 0.35 and dice["high"] > 0.65
+    assert metrics["overall"]["n"] == 6 and metrics["failures"] == {"no answer block": [samples[0].id]}
+    by_words = metrics["by"]["phrasing"]
+    assert {name: part["n"] for name, part in by_words.items()}.get("seen", 0) >= 3
+    assert metrics["by"]["modality"]["CT"]["dice"] == dice
+    json.dumps(metrics)
+
+
+def test_a_row_may_say_itself_that_its_words_are_new(dataset):
+    sample = dataset[0]
+    assert Seen([]).strata(sample)["phrasing"] == "seen"
+    assert Seen(dataset.infos[1:]).strata(sample)["phrasing"] == (
+        "seen" if sample.query in {info.query for info in dataset.infos[1:]} else "unseen"
+    )
+
+
+def test_tables_hold_every_stratum(dataset):
+    figures = {s.id: row_figures([record(s)], s) for s in dataset}
+    metrics = summarise(figures, {s.id: Seen([]).strata(s) for s in dataset}, {})
+    lines = markdown(metrics).splitlines()
+    assert lines[2].startswith("| **all** | 6 | 100.00 (100.0-100.0)")
+    assert len({line.count("|") for line in lines}) == 1
+    table = comma_separated(metrics).splitlines()
+    assert table[0] == "kind,stratum,n,figure,mean,low,high" and "modality,CT,6,dice,1.0,1.0,1.0" in table
+
+
+def test_results_go_on_after_half_a_line_and_half_a_row(dataset, tmp_path):
+    path = tmp_path / "results.jsonl"
+    first, second, third = (dataset[i] for i in range(3))
+    results = Results(path, n=1)
+    results.add([record(first), record(first, "sampled"), record(second)])
+    with path.open("a") as file:
+        file.write('{"kind": "greedy", "sample_')
+    again = Results(path, n=1)
+    assert list(again.rows) == [first.id], "the second row lacks an answer, and of the third there is half a line"
+    again.add([record(third), record(third, "sampled"), record(second), record(second, "sampled")])
+    again.sort([first.id, second.id, third.id])
+    assert list(read_results(path)) == [first.id, second.id, third.id]
+    assert sum(map(len, read_results(path).values())) == 6
+
+
+def test_there_must_be_results(tmp_path):
+    with pytest.raises(ValueError, match="give the folder of an evaluation"):
+        read_results(tmp_path / "results.jsonl")
+
+
+def test_two_evaluations_are_compared_over_the_rows_that_both_have(dataset):
+    samples = list(dataset)
+    before = {s.id: [record(s, dice=0.4)] for s in samples[:4]}
+    after = {s.id: [record(s, dice=0.4 + i / 10)] for i, s in enumerate(samples)}
+    found = compare_records(before, after, ["dice"])["dice"]
+    assert found["before"] == pytest.approx(0.4) and found["gain"] == pytest.approx(0.15)
+    assert found["low"] <= found["gain"] <= found["high"]
