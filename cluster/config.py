@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     Field,
@@ -22,7 +21,7 @@ from pydantic import (
 from actors.config import DeadlineConfig, EndpointConfig, RolloutConfig, SegmenterConfig
 from learner.config import LearnerConfig, OptimizerConfig
 from rewards.config import RewardConfig
-from umrg.config import Config
+from umrg.config import Config, ModelFolder
 from umrg.frames import Frame
 from umrg.phantoms import MODALITIES
 from umrg.prompts import PromptSpec, PromptStyle
@@ -73,14 +72,6 @@ class EvaluationConfig(Config):
     n: NonNegativeInt = 8
     every: NonNegativeInt = 0
     before: bool = True
-
-
-def _model_folder(path: Path) -> Path:
-    inner = path / "model"
-    return inner if (inner / "config.json").exists() and not (path / "config.json").exists() else path
-
-
-ModelFolder = Annotated[Path, AfterValidator(_model_folder)]
 
 
 class ReasonerConfig(Config):

@@ -1,9 +1,21 @@
 """What every part of a run's configuration is: frozen, and without room for unknown keys. Imports no torch."""
 
-from pydantic import BaseModel, ConfigDict
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 
 class Config(BaseModel):
     """A part of a run's configuration. Each package keeps the part that it reads; `cluster.config` joins them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _model_folder(path: Path) -> Path:
+    inner = path / "model"
+    return inner if (inner / "config.json").exists() and not (path / "config.json").exists() else path
+
+
+ModelFolder = Annotated[Path, AfterValidator(_model_folder)]
+"""A Hugging Face folder, or a run's or a checkpoint's folder, which stands for the `model/` in it."""

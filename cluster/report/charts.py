@@ -34,7 +34,7 @@ def curves(title: str, steps: Sequence[int], series: Series, *, smooth: bool = T
         axes.plot(steps, running_mean(values, window), color=colour, linewidth=1.8, label=name)
     axes.set_xlabel("step")
     if len(series) > 1:
-        axes.legend(frameon=False, fontsize=8)
+        _legend(axes)
     return _svg(figure)
 
 
@@ -45,7 +45,7 @@ def stacked(title: str, steps: Sequence[int], series: Series, unit: str) -> str:
     axes.set_xlabel("step")
     axes.set_ylabel(unit)
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=8, loc="upper right")
+    _legend(axes)
     return _svg(figure)
 
 
@@ -57,7 +57,7 @@ def histogram(title: str, values: Series, unit: str) -> str:
     axes.set_xlabel(unit)
     axes.set_ylabel("rows")
     if len(values) > 1:
-        axes.legend(frameon=False, fontsize=8)
+        _legend(axes)
     return _svg(figure)
 
 
@@ -87,6 +87,11 @@ def _figure(title: str, height: float = 2.9) -> tuple[Figure, "matplotlib.axes.A
     axes = figure.subplots()
     axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
     return figure, axes
+
+
+def _legend(axes: "matplotlib.axes.Axes") -> None:
+    """Beside the chart, where it hides nothing."""
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0)
 
 
 def _svg(figure: Figure) -> str:

@@ -2,6 +2,8 @@
 
 import base64
 import io
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,14 +54,9 @@ def test_pictures_are_small():
     assert len(as_data_url(noise)) < 60_000, "500 of them must stay under 30 MB"
 
 
-class _Row:
-    def __init__(self, name):
-        self.id = name
-
-
 @pytest.mark.parametrize(("count", "limit", "shown"), [(10, 20, 10), (100, 20, 20), (21, 20, 20)])
 def test_a_gallery_has_the_worst_and_others_spread_evenly(count, limit, shown):
-    rows = [_Row(str(i)) for i in range(count)]
+    rows: list[Any] = [SimpleNamespace(id=str(i)) for i in range(count)]
     figures = {row.id: {"dice": int(row.id) / count} for row in rows}
     found = [int(row.id) for row in chosen(rows, figures, limit)]
     assert len(set(found)) == shown and found == sorted(found)
