@@ -8,9 +8,9 @@ from umrg.prompts import PromptStyle
 
 
 class ServeConfig(Config):
-    """model: a Qwen-VL folder, or a run that holds one. expert: name or folder of the segmenter. prompt, think: asked otherwise than the
-    folder's prompt.json says. rollout, segmenter: the engine and the expert, as in training. max_image_mib: largest
-    image file that is taken. timeout: seconds that one request may last."""
+    """model: a Qwen-VL folder, or a run that holds one. expert: name or folder of the segmenter. prompt, think: asked
+    otherwise than the folder's prompt.json says. rollout, segmenter: the engine and the expert, as in training.
+    max_image_mib: largest image file that is taken. timeout: seconds that one request may last."""
 
     model: ModelFolder
     expert: str = "tiny"
