@@ -41,13 +41,16 @@ class Segmenter:
         answers = [answer.to_original(samples.frames, self._frame) for answer in parsed]
         reference = Reference.of_sample(group.sample, with_mask=True)
         drawn = draw_masks(self._expert, group.sample.image(), answers)
-        return tuple(self._scored(answer, reference, *drawn.get(i, (None, None))) for i, answer in enumerate(answers))
+        return tuple(
+            self._scored(answer, reference, *drawn.get(i, (None, None)), step=group.step)
+            for i, answer in enumerate(answers)
+        )
 
     def _scored(
-        self, answer: Answer, reference: Reference, mask: NDArray[np.bool_] | None, score: float | None
+        self, answer: Answer, reference: Reference, mask: NDArray[np.bool_] | None, score: float | None, *, step: int
     ) -> ScoredAnswer:
         return ScoredAnswer(
-            reward=self._scorer.score(answer, reference, mask),
+            reward=self._scorer.score(answer, reference, mask, step=step),
             answer=answer,
             metrics=metrics_of(answer, mask, reference, think=self._think),
             mask=None if mask is None else encode_rle(mask),
