@@ -46,7 +46,7 @@ class Segmenter:
         drawn = draw_masks(self._expert, embedding, answers)
         more = thorough_metrics(self._expert, embedding, answers, reference) if thorough else [{}] * len(answers)
         return tuple(
-            self._scored(answer, completion, reference, drawn.get(i, (None, None)), more[i])
+            self._scored(answer, completion, reference, drawn.get(i, (None, None)), more[i], step=group.step)
             for i, (answer, completion) in enumerate(zip(answers, samples.completions, strict=True))
         )
 
@@ -57,10 +57,12 @@ class Segmenter:
         reference: Reference,
         drawn: tuple[NDArray[np.bool_] | None, float | None],
         more: Mapping[str, float],
+        *,
+        step: int,
     ) -> ScoredAnswer:
         mask, score = drawn
         return ScoredAnswer(
-            reward=self._scorer.score(answer, reference, mask),
+            reward=self._scorer.score(answer, reference, mask, step=step),
             answer=answer,
             failure=answer.failure(think=self._think, finished=completion.finished),
             metrics={**metrics_of(answer, mask, reference, think=self._think), **more},

@@ -1,43 +1,62 @@
-"""The box against the reference box: published terms (DESIGN section 4), smoothed and damped.
+"""The box against the reference box.
 
-A malformed box gives 0. The box counts by itself: malformed points or missing keys take nothing from it.
+The published terms (DESIGN section 4) are smoothed and damped; `smooth` and `damped` say how strongly, from 0, the raw
+value, to 1, as published. A malformed box gives 0. The box counts by itself: malformed points or missing keys take
+nothing from it.
 """
 
 import math
+from typing import Annotated
+
+from pydantic import Field
 
 from rewards.case import Case
-from rewards.smoothing import damp, sexp, slog
+from rewards.options import Pixels, Share
+from rewards.smoothing import blend, damp, sexp, slog
 from umrg.frames import Box, Point
 from umrg.metrics import box_area, box_iou
 
 
-def bbox_iou(case: Case) -> float:
-    """slog of the boxes' IoU, damped."""
+def bbox_iou(case: Case, *, smooth: Share = 1.0, damped: Share = 1.0) -> float:
+    """slog of the boxes' IoU, damped; raw, the IoU."""
     box, reference = case.answer.box, case.reference
     if box is None:
         return 0.0
-    return damp(slog(box_iou(box, reference.box)), bbox_position_valid(case), bbox_area_valid(case))
+    iou = box_iou(box, reference.box)
+    return _damped(blend(iou, slog(iou), smooth), case, damped)
 
 
-def bbox_align(case: Case) -> float:
-    """sexp (c = 1) of the mean distance of the four edges over the reference box's diagonal, damped."""
+def bbox_align(case: Case, *, smooth: Share = 1.0, damped: Share = 1.0) -> float:
+    """sexp (c = 1) of the mean distance of the four edges over the reference box's diagonal, at most 2, damped; raw,
+    1 less half of it."""
     box, reference = case.answer.box, case.reference.box
     if box is None:
         return 0.0
-    edges = sum(abs(a - b) for a, b in zip(box, reference, strict=True)) / 4
-    error = relative_error(edges, math.dist(reference[:2], reference[2:]))
-    return damp(sexp(error, centre=1.0), bbox_position_valid(case), bbox_area_valid(case))
+    error = relative_error(edge_distance(box, reference), math.dist(reference[:2], reference[2:]))
+    return _damped(blend(1.0 - error / 2.0, sexp(error, centre=1.0), smooth), case, damped)
 
 
-def bbox_scale(case: Case) -> float:
-    """sexp (c = 0.5) of min(1, √(Δln area² + Δln aspect²)), damped."""
+def bbox_scale(case: Case, *, smooth: Share = 1.0, damped: Share = 1.0) -> float:
+    """sexp (c = 0.5) of min(1, √(Δln area² + Δln aspect²)), damped; raw, 1 less it."""
     box, reference = case.answer.box, case.reference.box
     if box is None:
         return 0.0
     width = _log_ratio(box[2] - box[0], reference[2] - reference[0])
     height = _log_ratio(box[3] - box[1], reference[3] - reference[1])
     error = min(1.0, math.hypot(width + height, width - height))
-    return damp(sexp(error, centre=0.5), bbox_position_valid(case), bbox_area_valid(case))
+    return _damped(blend(1.0 - error, sexp(error, centre=0.5), smooth), case, damped)
+
+
+def bbox_iou_above(case: Case, *, threshold: Annotated[float, Field(ge=0, lt=1)] = 0.5) -> float:
+    """1 if the boxes' IoU is above the threshold, else 0."""
+    box = case.answer.box
+    return float(box is not None and box_iou(box, case.reference.box) > threshold)
+
+
+def bbox_l1_below(case: Case, *, distance: Pixels = 10.0) -> float:
+    """1 if the mean distance of the four edges is below the threshold, else 0."""
+    box = case.answer.box
+    return float(box is not None and edge_distance(box, case.reference.box) < distance * case.pixel)
 
 
 def bbox_position_valid(case: Case) -> float:
@@ -64,11 +83,20 @@ def contains(box: Box, point: Point) -> bool:
     return box[0] <= point[0] <= box[2] and box[1] <= point[1] <= box[3]
 
 
+def edge_distance(a: Box, b: Box) -> float:
+    """Mean absolute difference of the four edges of two boxes (XYXY)."""
+    return (abs(a[0] - b[0]) + abs(a[1] - b[1]) + abs(a[2] - b[2]) + abs(a[3] - b[3])) / 4
+
+
 def relative_error(error: float, scale: float) -> float:
     """min(2, error / scale); of a reference without extent, 0 for no error and 2 for any."""
     if error == 0.0:
         return 0.0
     return min(2.0, error / scale) if scale > 0.0 else 2.0
+
+
+def _damped(reward: float, case: Case, strength: float) -> float:
+    return damp(reward, bbox_position_valid(case), bbox_area_valid(case), strength)
 
 
 def _log_ratio(side: float, reference: float) -> float:

@@ -1,15 +1,20 @@
 """The reward's part of a run's configuration."""
 
+from collections import Counter
 from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from rewards.scoring import Scorer
 from umrg.config import Config
 
 
 class TermConfig(Config):
-    """A reward term by name, and its weight."""
+    """A reward term by name or import path (`my_pkg.my_module:my_term`), its weight, and its options as further keys:
+    numbers, true, false, or a schedule `{start: …, end: …, steps: …}` in place of a number."""
+
+    # Which keys a term has, its signature says; `rewards.options` checks them.
+    model_config = ConfigDict(frozen=True, extra="allow")
 
     name: str
     weight: float = Field(default=1.0, ge=0)
@@ -25,6 +30,9 @@ class RewardConfig(Config):
     def _one_of_both(self) -> Self:
         if (self.preset is None) == (not self.terms):
             raise ValueError("give either reward.preset or reward.terms")
+        twice = [name for name, count in Counter(term.name for term in self.terms).items() if count > 1]
+        if twice:
+            raise ValueError(f"reward.terms names {twice[0]!r} more than once; give each term once")
         self.scorer(think=True)
         return self
 
@@ -32,4 +40,6 @@ class RewardConfig(Config):
         """The scorer; a preset leaves out `format_think` where the prompt asks for no thinking."""
         if self.preset is not None:
             return Scorer.of_preset(self.preset, think=think)
-        return Scorer({term.name: term.weight for term in self.terms})
+        weights = {term.name: term.weight for term in self.terms}
+        options = {term.name: term.model_extra or {} for term in self.terms}
+        return Scorer(weights, options, think=think)

@@ -1,11 +1,16 @@
-"""The expert's mask against the reference mask."""
+"""The expert's mask against the reference mask. A malformed answer gives 0.
+
+Every term raises MissingMask where a well-formed answer has no mask, and ValueError where the reference has none or the
+two differ in size.
+"""
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rewards.case import Case
+from rewards.options import Pixels
+from umrg import metrics
 from umrg.answers import Answer, Form
-from umrg.metrics import mask_dice as dice
 
 
 class MissingMask(RuntimeError):
@@ -18,14 +23,21 @@ def promptable(answer: Answer) -> bool:
 
 
 def mask_dice(case: Case) -> float:
-    """Dice of the expert's mask with the reference mask; 0 for a malformed answer.
+    """Dice of the two masks."""
+    return metrics.mask_dice(*_masks(case)) if promptable(case.answer) else 0.0
 
-    Raises MissingMask where a well-formed answer has no mask, and ValueError where the reference has none or
-    the two differ in size.
-    """
+
+def mask_iou(case: Case) -> float:
+    """Intersection over union of the two masks."""
+    return metrics.mask_iou(*_masks(case)) if promptable(case.answer) else 0.0
+
+
+def boundary(case: Case, *, tolerance: Pixels = 2.0) -> float:
+    """Share of the two outlines' length that lies within the tolerance of the other one: the normalised surface Dice
+    of Nikolov et al. (2021, arXiv:1809.04430)."""
     if not promptable(case.answer):
         return 0.0
-    return dice(*_masks(case))
+    return metrics.surface_dice(*_masks(case), tolerance=tolerance * case.pixel)
 
 
 def _masks(case: Case) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:

@@ -1,32 +1,35 @@
-"""The two key points against the reference points: published terms (DESIGN section 4), smoothed and damped.
+"""The two key points against the reference points.
 
-Malformed points give 0; a malformed box takes nothing from them. The order of the two never matters.
+The published terms (DESIGN section 4) are smoothed and damped; `smooth` and `damped` say how strongly, from 0, the raw
+value, to 1, as published. Malformed points give 0; a malformed box takes nothing from the published terms. The order of
+the two points never matters.
 """
 
 import math
 
 from rewards.box import contains, relative_error
 from rewards.case import Case
-from rewards.smoothing import damp, sexp, slog
+from rewards.options import Pixels, Share
+from rewards.smoothing import blend, damp, sexp, slog
 from umrg.frames import Point, PointPair
 from umrg.metrics import pdice_published
 
 _SPREAD = 10.0
 
 
-def points_dice(case: Case) -> float:
-    """slog of the published d = 2I/(A + B - I) of the two circles, damped. As d reaches 2, circles of an
+def points_dice(case: Case, *, smooth: Share = 1.0, damped: Share = 1.0) -> float:
+    """slog of the published d = 2I/(A + B - I) of the two circles, damped; raw, d. As d reaches 2, circles of an
     IoU of one half and more all get the full reward."""
     points = case.answer.points
     if points is None:
         return 0.0
     overlap = pdice_published(points, case.reference.points)
-    return damp(slog(overlap), points_position_valid(case), points_spread_valid(case))
+    return _damped(blend(overlap, slog(overlap), smooth), case, damped)
 
 
-def points_align(case: Case) -> float:
+def points_align(case: Case, *, smooth: Share = 1.0, damped: Share = 1.0) -> float:
     """sexp (c = 1) of the mean absolute difference of the four coordinates, in the better of the two orders,
-    over the reference box's diagonal, damped."""
+    over the reference box's diagonal, at most 2, damped; raw, 1 less half of it."""
     points, reference = case.answer.points, case.reference
     if points is None:
         return 0.0
@@ -35,17 +38,30 @@ def points_align(case: Case) -> float:
     crossed = _city_block(first, b) + _city_block(second, a)
     diagonal = math.dist(reference.box[:2], reference.box[2:])
     error = relative_error(min(straight, crossed) / 4, diagonal)
-    return damp(sexp(error, centre=1.0), points_position_valid(case), points_spread_valid(case))
+    return _damped(blend(1.0 - error / 2.0, sexp(error, centre=1.0), smooth), case, damped)
 
 
-def points_angle(case: Case) -> float:
-    """slog of |cos| of the angle between the lines through the two pairs, damped. |cos| is 0 where one of
+def points_angle(case: Case, *, smooth: Share = 1.0, damped: Share = 1.0) -> float:
+    """slog of |cos| of the angle between the lines through the two pairs, damped; raw, |cos|. It is 0 where one of
     the pairs has no direction, and 1 where neither has."""
     points = case.answer.points
     if points is None:
         return 0.0
     cosine = _abs_cosine(points, case.reference.points)
-    return damp(slog(cosine), points_position_valid(case), points_spread_valid(case))
+    return _damped(blend(cosine, slog(cosine), smooth), case, damped)
+
+
+def points_near(case: Case, *, distance: Pixels = 100.0) -> float:
+    """1 if both points lie in the predicted box and are on average, in the better of the two orders, nearer to the
+    reference points than the threshold, else 0."""
+    box, points = case.answer.box, case.answer.points
+    if box is None or points is None:
+        return 0.0
+    (first, second), (a, b) = points, case.reference.points
+    straight = math.dist(first, a) + math.dist(second, b)
+    crossed = math.dist(first, b) + math.dist(second, a)
+    near = min(straight, crossed) / 2 < distance * case.pixel
+    return float(near and contains(box, first) and contains(box, second))
 
 
 def points_position_valid(case: Case) -> float:
@@ -62,6 +78,10 @@ def points_spread_valid(case: Case) -> float:
     if points is None:
         return 0.0
     return 1.0 if math.dist(*points) > _SPREAD * case.pixel else 0.5
+
+
+def _damped(reward: float, case: Case, strength: float) -> float:
+    return damp(reward, points_position_valid(case), points_spread_valid(case), strength)
 
 
 def _city_block(a: Point, b: Point) -> float:

@@ -4,28 +4,40 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from rewards import box, format, mask, points
+from rewards import box, format, mask, points, text
 from rewards.case import Term
+from rewards.user_terms import load_user_term
 
-MASK_TERMS: Mapping[str, Term] = {"mask_dice": mask.mask_dice}
+MASK_TERMS: Mapping[str, Term] = {
+    "mask_dice": mask.mask_dice,
+    "mask_iou": mask.mask_iou,
+    "boundary": mask.boundary,
+}
 """The terms that look at masks, so that the expert must run."""
 
 TERMS: Mapping[str, Term] = {
     "format_think": format.format_think,
     "format_seg": format.format_seg,
+    "format_strict": format.format_strict,
+    "format_json": format.format_json,
     "bbox_iou": box.bbox_iou,
     "bbox_align": box.bbox_align,
     "bbox_scale": box.bbox_scale,
+    "bbox_iou_above": box.bbox_iou_above,
+    "bbox_l1_below": box.bbox_l1_below,
     "bbox_position_valid": box.bbox_position_valid,
     "bbox_area_valid": box.bbox_area_valid,
     "points_dice": points.points_dice,
     "points_align": points.points_align,
     "points_angle": points.points_angle,
+    "points_near": points.points_near,
     "points_position_valid": points.points_position_valid,
     "points_spread_valid": points.points_spread_valid,
     **MASK_TERMS,
+    "answer_length": text.answer_length,
+    "repetition": text.repetition,
 }
-"""Every term, under its published name where it has one."""
+"""Every term of ours, under its published name where it has one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +53,18 @@ class Preset:
     scale_pixels: bool
 
 
+_BASE = {
+    "format_strict": 1.0,
+    "format_json": 1.0,
+    "bbox_iou_above": 1.0,
+    "bbox_l1_below": 1.0,
+    "points_near": 1.0,
+}
 _SOFT = {"format_think": 1.0, "format_seg": 1.0, "bbox_iou": 1.0, "points_dice": 1.0}
 _HARD = {"bbox_align": 1.0, "bbox_scale": 1.0, "points_align": 1.0, "points_angle": 1.0}
 
 PRESETS: Mapping[str, Preset] = {
+    "base": Preset(weights=_BASE, scale_pixels=False),
     "soft": Preset(weights=_SOFT, scale_pixels=False),
     "hard": Preset(weights=_SOFT | _HARD, scale_pixels=False),
     # The mask is the aim and weighs most. The box counts half as much: it says where to go while the mask is
@@ -61,12 +81,17 @@ PRESETS: Mapping[str, Preset] = {
         scale_pixels=True,
     ),
 }
-"""`soft` and `hard` are the published ones, unweighted sums. `mask` is ours: format, box, points and the
+"""`base`, `soft` and `hard` are the published ones, unweighted sums. `mask` is ours: format, box, points and the
 expert's mask, 4.5 at most."""
 
 
 def find_term(name: str) -> Term:
-    """The term of that name. Raises ValueError that names the nearest one."""
+    """The term of that name, or at that import path (`my_pkg.my_module:my_term`).
+
+    Raises ValueError that names the nearest one, or says what the path lacks.
+    """
+    if ":" in name:
+        return load_user_term(name)
     if name not in TERMS:
         raise ValueError(_unknown("reward term", name, TERMS))
     return TERMS[name]

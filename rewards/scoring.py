@@ -4,7 +4,7 @@ scorer = Scorer.of_preset("mask")
 reference = Reference.of_sample(sample, with_mask=scorer.uses_mask)
 answer = parse_answer(completion.text).to_original(frames, Frame.MODEL)
 mask = segment(answer) if scorer.needs_mask(answer) else None
-reward = scorer.score(answer, reference, mask)     # reward.total, reward.parts["bbox_iou"]
+reward = scorer.score(answer, reference, mask, step=group.step)     # reward.total, reward.parts["bbox_iou"]
 """
 
 import math
@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 
 from rewards.case import Case, Reference, Term
 from rewards.mask import promptable
+from rewards.options import Option, at_step, checked_options
 from rewards.presets import MASK_TERMS, find_preset, find_term
+from rewards.user_terms import UserTerm
 from umrg.answers import Answer
 
 _RELEASED_SIDE = 840.0
@@ -31,25 +33,61 @@ class Reward:
     parts: Mapping[str, float]
 
 
+@dataclass(frozen=True, kw_only=True)
+class WeightedTerm:
+    """A term as a scorer uses it: checked, with its weight and the options that were given."""
+
+    name: str
+    term: Term
+    weight: float
+    options: Mapping[str, Option]
+
+    @classmethod
+    def find(cls, name: str, weight: float, options: Mapping[str, object]) -> Self:
+        """The term of that name. Raises ValueError for an unknown one, and for a weight or option out of range."""
+        term = find_term(name)
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"the weight of reward term {name!r} is {weight}; give a finite one, 0 or more")
+        checked = checked_options(name, term, options)
+        if isinstance(term, UserTerm):
+            term.try_out(checked)
+        return cls(name=name, term=term, weight=float(weight), options=checked)
+
+    def value(self, case: Case, step: int) -> float:
+        """The term's value at a training step, in [0, 1]."""
+        value = self.term(case, **at_step(self.options, step)) if self.options else self.term(case)
+        assert 0.0 <= value <= 1.0, f"reward term {self.name!r} gave {value}, outside [0, 1]"
+        return value
+
+
 class Scorer:
     """Scores answers by weighted terms.
 
-    weights: weight of each term, by name; a term of weight 0 is reported and does not count.
+    weights: weight of each term, by name or import path; a term of weight 0 is reported and does not count.
+    options: options of a term, by its name, as a configuration gives them (`rewards.options`).
+    think: whether the prompt asks for reasoning.
     scale_pixels: thresholds in pixels are taken times the image's long side / 840, the released frame's.
 
-    Raises ValueError for an unknown term, a weight that is negative or not finite, and no weight above 0.
+    Raises ValueError for an unknown term, a weight or option out of range, and no weight above 0.
     """
 
-    def __init__(self, weights: Mapping[str, float], *, scale_pixels: bool = True) -> None:
-        self.weights = {name: _checked_weight(name, weight) for name, weight in weights.items()}
+    def __init__(
+        self,
+        weights: Mapping[str, float],
+        options: Mapping[str, Mapping[str, object]] | None = None,
+        *,
+        think: bool = True,
+        scale_pixels: bool = True,
+    ) -> None:
+        given = options or {}
+        self._terms = [WeightedTerm.find(name, weight, given.get(name, {})) for name, weight in weights.items()]
+        self._think, self._scale_pixels = think, scale_pixels
+        self.weights = {term.name: term.weight for term in self._terms}
         self.maximum = sum(self.weights.values())
         if self.maximum == 0:
             raise ValueError("the reward is always 0; give at least one term a weight above 0")
-        self.uses_mask = not MASK_TERMS.keys().isdisjoint(weights)
-        self._terms: list[tuple[str, Term, float]] = [
-            (name, find_term(name), weight) for name, weight in self.weights.items()
-        ]
-        self._scale_pixels = scale_pixels
+        # What a user's own term looks at is not known, so it is given all there is.
+        self.uses_mask = any(term.name in MASK_TERMS or isinstance(term.term, UserTerm) for term in self._terms)
 
     @classmethod
     def of_preset(cls, name: str, *, think: bool = True) -> Self:
@@ -59,30 +97,23 @@ class Scorer:
         """
         preset = find_preset(name)
         weights = {term: weight for term, weight in preset.weights.items() if think or term != "format_think"}
-        return cls(weights, scale_pixels=preset.scale_pixels)
+        return cls(weights, think=think, scale_pixels=preset.scale_pixels)
 
     def needs_mask(self, answer: Answer) -> bool:
         """`score` wants the expert's mask for this answer."""
         return self.uses_mask and promptable(answer)
 
-    def score(self, answer: Answer, reference: Reference, mask: NDArray[np.bool_] | None = None) -> Reward:
+    def score(
+        self, answer: Answer, reference: Reference, mask: NDArray[np.bool_] | None = None, *, step: int = 0
+    ) -> Reward:
         """Score one answer, given in original pixels, like the reference and the expert's mask (bool [H, W]).
 
-        Raises MissingMask where `needs_mask` and there is none, ValueError where the reference lacks its own.
+        step: the training step, by which scheduled options change; 0 in evaluation.
+
+        Raises MissingMask where `needs_mask` and there is none, ValueError where the reference lacks its own, and
+        RewardTermError where a user's own term fails.
         """
         pixel = reference.size.long_side / _RELEASED_SIDE if self._scale_pixels else 1.0
-        case = Case(answer=answer, reference=reference, mask=mask, pixel=pixel)
-        total, parts = 0.0, {}
-        for name, term, weight in self._terms:
-            value = term(case)
-            assert 0.0 <= value <= 1.0, f"reward term {name!r} gave {value}, outside [0, 1]"
-            parts[name] = value
-            total += weight * value
-        return Reward(total=total, parts=parts)
-
-
-def _checked_weight(name: str, weight: float) -> float:
-    find_term(name)
-    if not (math.isfinite(weight) and weight >= 0):
-        raise ValueError(f"the weight of reward term {name!r} is {weight}; give a finite one, 0 or more")
-    return float(weight)
+        case = Case(answer=answer, reference=reference, mask=mask, pixel=pixel, think=self._think)
+        parts = {term.name: term.value(case, step) for term in self._terms}
+        return Reward(total=sum(self.weights[name] * value for name, value in parts.items()), parts=parts)

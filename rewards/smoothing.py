@@ -1,4 +1,4 @@
-"""The published smoothing and damping of geometric rewards (DESIGN section 4)."""
+"""The published smoothing and damping of geometric rewards (DESIGN section 4), each in any strength."""
 
 import math
 from functools import cache
@@ -18,11 +18,17 @@ def sexp(value: float, *, centre: float, steepness: float = 3.0) -> float:
     return 0.9 * (_logistic(value, centre, steepness) - low) / span + 0.1
 
 
-def damp(reward: float, first: float, second: float) -> float:
-    """r·(0.7 + 0.3·(v1 + v2)/2) for two validities in [0, 1], clamped to [0, 1], rounded to 4 places."""
+def blend(raw: float, smoothed: float, strength: float) -> float:
+    """From the raw value (strength 0) to the smoothed one (strength 1, as published), exact at both ends."""
+    return strength * smoothed + (1.0 - strength) * raw
+
+
+def damp(reward: float, first: float, second: float, strength: float = 1.0) -> float:
+    """r·(0.7 + 0.3·(v1 + v2)/2) for two validities in [0, 1]; with less strength, r loses less. Clamped to [0, 1] and
+    rounded to 4 places, as published."""
     # Written out, the sum rounds ties such as 0.08125 the way the published scores do.
     damped = reward * 0.7 + reward * 0.3 * (first + second) / 2
-    return round(max(0.0, min(1.0, damped)), 4)
+    return round(max(0.0, min(1.0, blend(reward, damped, strength))), 4)
 
 
 def _logistic(value: float, centre: float, steepness: float) -> float:

@@ -7,13 +7,12 @@ Reading is total: any text whatever gives an `Answer`, whose `form` says how far
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 from umrg.frames import Box, Frame, Frames, Point, PointPair
 
-_TAG = re.compile(r"</?(?:think|answer)>")
-_STRICT = re.compile(r"\s*(?:<think>.*?</think>\s*)?<answer>.*?</answer>\s*", re.DOTALL)
+_TAG = re.compile(r"(</?(?:think|answer)>)")
 _STRICT_TAGS = (["<think>", "</think>", "<answer>", "</answer>"], ["<answer>", "</answer>"])
 _LARGEST = 1e9
 _KEYS = ("bbox", "points_1", "points_2")
@@ -48,6 +47,8 @@ class Answer:
     box: XYXY with x1 <= x2 and y1 <= y2, finite; None where malformed.
     points: two XY points, finite; None unless both are well formed.
     strict: the completion is one optional think block, then one answer block, and nothing else.
+    text: the completion as it was written, "" where the answer was not read from one; answers that say the same are
+        equal, however they are written.
     """
 
     think: str | None
@@ -55,6 +56,7 @@ class Answer:
     box: Box | None
     points: PointPair | None
     strict: bool
+    text: str = field(default="", repr=False, compare=False)
 
     def well_formed(self, *, think: bool = True) -> bool:
         """Box and points can be used and, where reasoning was asked for, there is some."""
@@ -73,12 +75,10 @@ class Answer:
 
     def to_original(self, frames: Frames, source: Frame) -> "Answer":
         """The same answer with box and points in original pixels."""
-        return Answer(
-            think=self.think,
-            form=self.form,
+        return replace(
+            self,
             box=None if self.box is None else frames.box(self.box, source, Frame.ORIGINAL),
             points=None if self.points is None else frames.points(self.points, source, Frame.ORIGINAL),
-            strict=self.strict,
         )
 
 
@@ -95,7 +95,8 @@ def parse_answer(completion: str) -> Answer:
         form=_form(block is not None, fields, box, pair),
         box=box,
         points=pair,
-        strict=_TAG.findall(completion) in _STRICT_TAGS and _STRICT.fullmatch(completion) is not None,
+        strict=_strict(completion),
+        text=completion,
     )
 
 
@@ -114,6 +115,12 @@ def _block(completion: str, name: str) -> str | None:
     _, opening, rest = completion.partition(f"<{name}>")
     text, closing, _ = rest.partition(f"</{name}>")
     return text if opening and closing else None
+
+
+def _strict(completion: str) -> bool:
+    """Text, tag, text, tag, … : the right tags, with white space before, between and after the blocks."""
+    pieces = _TAG.split(completion)
+    return pieces[1::2] in _STRICT_TAGS and not any(text.strip() for text in pieces[::4])
 
 
 def _form(block: bool, fields: dict[str, object] | None, box: Box | None, points: PointPair | None) -> Form:

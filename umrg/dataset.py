@@ -255,7 +255,7 @@ def _sample(row: Row, info: RowInfo) -> Sample:
     masks = tuple(mask["bytes"] for mask in row["masks"] or () if mask and mask["bytes"])
     if not masks:
         raise ValueError(f"{where} has an image without mask; add one to its `masks` or leave the row out")
-    box, points = _ground_truth((row["reward_model"] or {}).get("ground_truth"), where)
+    box, points = parse_ground_truth((row["reward_model"] or {}).get("ground_truth"), where)
     extra = row["extra_info"]
     sample = Sample(
         id=info.id,
@@ -275,7 +275,8 @@ def _sample(row: Row, info: RowInfo) -> Sample:
     return sample
 
 
-def _ground_truth(text: object, where: str) -> tuple[Box, PointPair]:
+def parse_ground_truth(text: object, where: str) -> tuple[Box, PointPair]:
+    """Box and points of a row's `reward_model.ground_truth`. Raises ValueError that names `where` they are missing."""
     try:
         truth = json.loads(text) if isinstance(text, str) else None
     except (ValueError, RecursionError) as error:

@@ -4,20 +4,25 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.ndimage import distance_transform_edt
 
 from umrg.frames import Box, PointPair
+from umrg.keypoints import tight_box
+
+_HALF = math.sqrt(0.5)
+# By code 8·a + 4·b + 2·c + d of the 2x2 neighbourhood a b / c d: no outline passes through none or all four, half a
+# diagonal cuts off one, a side runs between two beside each other, and two halves between two across.
+_OUTLINE = np.array([0, _HALF, _HALF, 1, _HALF, 1, 2 * _HALF, _HALF, _HALF, 2 * _HALF, 1, _HALF, 1, _HALF, _HALF, 0])
 
 
 def box_area(box: Box) -> float:
     """Area of an XYXY box as (x2 - x1)(y2 - y1), the published reward's convention (and torchvision's)."""
-    return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
+    return _area(box[2] - box[0], box[3] - box[1])
 
 
 def box_iou(a: Box, b: Box) -> float:
     """Intersection over union of two XYXY boxes in one frame, in [0, 1]; equal boxes without area give 1."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    intersection = max(0.0, width) * max(0.0, height)
+    intersection = _area(min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1]))
     union = box_area(a) + box_area(b) - intersection
     return intersection / union if union > 0 else float(a == b)
 
@@ -66,11 +71,51 @@ def mask_iou(prediction: NDArray[np.bool_], reference: NDArray[np.bool_]) -> flo
     return intersection / (total - intersection) if total else 1.0
 
 
+def surface_dice(prediction: NDArray[np.bool_], reference: NDArray[np.bool_], *, tolerance: float) -> float:
+    """Normalised surface Dice of two boolean masks [H, W], in [0, 1]: the share of both outlines' length that is no
+    farther than `tolerance` pixels from the other outline.
+
+    An outline runs between the pixels' centres, as marching squares draw it, and beyond the image's border everything
+    is outside. Two empty masks give 1, one empty mask 0. As Nikolov et al. (2021, arXiv:1809.04430) define it.
+    """
+    _check_sizes(prediction, reference)
+    both = prediction | reference
+    if not both.any():
+        return 1.0
+    x1, y1, x2, y2 = tight_box(both)
+    first, second = (_outline(mask[y1 : y2 + 1, x1 : x2 + 1]) for mask in (prediction, reference))
+    far = _length_far_from(second, first, tolerance) + _length_far_from(first, second, tolerance)
+    return max(0.0, 1.0 - far / float(first.sum() + second.sum()))
+
+
+def _outline(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Length of the outline at each corner of the pixels of a mask [H, W], float [H + 1, W + 1]."""
+    cells = np.pad(mask, 1).astype(np.uint8)
+    lengths: NDArray[np.float64] = _OUTLINE[
+        8 * cells[:-1, :-1] + 4 * cells[:-1, 1:] + 2 * cells[1:, :-1] + cells[1:, 1:]
+    ]
+    return lengths
+
+
+def _length_far_from(other: NDArray[np.float64], outline: NDArray[np.float64], tolerance: float) -> float:
+    if not other.any():
+        return float(outline.sum())
+    return float(outline[distance_transform_edt(other == 0) > tolerance].sum())
+
+
 def _mask_counts(prediction: NDArray[np.bool_], reference: NDArray[np.bool_]) -> tuple[int, int]:
-    if prediction.shape != reference.shape:
-        raise ValueError(f"masks of {prediction.shape} and {reference.shape} cannot be compared; resize one")
+    _check_sizes(prediction, reference)
     intersection = int(np.count_nonzero(prediction & reference))
     return intersection, int(np.count_nonzero(prediction)) + int(np.count_nonzero(reference))
+
+
+def _area(width: float, height: float) -> float:
+    return width * height if width > 0 and height > 0 else 0.0
+
+
+def _check_sizes(prediction: NDArray[np.bool_], reference: NDArray[np.bool_]) -> None:
+    if prediction.shape != reference.shape:
+        raise ValueError(f"masks of {prediction.shape} and {reference.shape} cannot be compared; resize one")
 
 
 def _circle(points: PointPair) -> tuple[float, float, float]:

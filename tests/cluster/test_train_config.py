@@ -40,6 +40,8 @@ def test_the_configuration_imports_no_torch():
         ("staleness=2", "only 0 is built"),
         ("reward.preset=sotf", "did you mean 'soft'"),
         ("reward.terms=[{name: mask_dice}]", "give either reward.preset or reward.terms"),
+        ("reward={terms: [{name: bbox_iou, smoth: 0}]}", "did you mean 'smooth'"),
+        ("reward={terms: [{name: 'no_pkg.terms:mine'}]}", "reward term 'no_pkg.terms:mine' cannot be imported"),
         ("data.train=[]", "data.train"),
         ("rollout.temperature=0", "rollout.temperature: "),
         ("data.eval.phantom=3", "data.eval"),
@@ -49,6 +51,14 @@ def test_mistakes(override, message):
     with pytest.raises(ValueError, match=r"demo\.yaml: ") as caught:
         load_config(TrainConfig, ROOT / "configs" / "demo.yaml", [override])
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_reward_terms_take_options_and_schedules(tmp_path):
+    term = "{name: bbox_iou_above, weight: 2, threshold: {start: 0.3, end: 0.7, steps: 200}}"
+    config = load_config(TrainConfig, ROOT / "configs" / "demo.yaml", [f"reward={{terms: [{term}]}}"])
+    assert config.reward.scorer(think=True).maximum == 2
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(TrainConfig, tmp_path / "config.yaml") == config
 
 
 def test_a_file_takes_the_place_of_phantoms(tmp_path):

@@ -2,76 +2,88 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
-from rewards.box import bbox_align, bbox_area_valid, bbox_iou, bbox_scale
-from rewards.case import Case, Reference
-from rewards.points import points_angle, points_dice, points_spread_valid
-from rewards.scoring import Reward, Scorer
-from rewards.smoothing import damp, sexp, slog
+from rewards.box import bbox_align, bbox_area_valid, bbox_iou, bbox_iou_above, bbox_l1_below, bbox_scale
+from rewards.case import Case, Reference, Term
+from rewards.format import format_strict
+from rewards.mask import boundary, mask_dice, mask_iou
+from rewards.points import points_align, points_angle, points_dice, points_spread_valid
+from rewards.presets import MASK_TERMS, TERMS
+from rewards.scoring import Scorer
+from rewards.smoothing import blend, damp, sexp, slog
+from rewards.text import answer_length, repetition
 from umrg.answers import Answer, Form, format_answer, parse_answer
 from umrg.frames import Box, Point, PointPair, Size
 
-relaxed = settings(deadline=None, max_examples=300)
-HARD = Scorer.of_preset("hard")
-SCALED = Scorer(HARD.weights, scale_pixels=True)
+thorough = settings(deadline=None, max_examples=2000)
+
+EVERYTHING = Scorer(dict.fromkeys(TERMS, 1.0))
+GEOMETRY = Scorer({name: 1.0 for name in TERMS if name.startswith(("bbox", "points"))})
 
 
 def answer(box: Box | None, points: PointPair | None) -> Answer:
     return Answer(think="because", form=Form.CORRECT, box=box, points=points, strict=True)
 
 
+def of_box(term: Term, box: Box, reference: Reference, **options: float) -> float:
+    return term(Case(answer=answer(box, None), reference=reference), **options)
+
+
+def of_points(term: Term, points: PointPair, reference: Reference, **options: float) -> float:
+    return term(Case(answer=answer(None, points), reference=reference), **options)
+
+
 def shifted(box: Box, dx: float, dy: float) -> Box:
     return box[0] + dx, box[1] + dy, box[2] + dx, box[3] + dy
 
 
-def moved(point: Point, dx: float, dy: float) -> Point:
-    return point[0] + dx, point[1] + dy
+# 2,000 examples a test: few draws each, and none thrown away.
+whole = st.integers(0, 840)
+spots = st.tuples(whole, whole).map(lambda p: (float(p[0]), float(p[1])))
+pairs: st.SearchStrategy[PointPair] = st.tuples(spots, spots)
+corner, side = st.integers(0, 700), st.integers(1, 140)
+boxes: st.SearchStrategy[Box] = st.tuples(corner, corner, side, side).map(
+    lambda b: (float(b[0]), float(b[1]), float(b[0] + b[2]), float(b[1] + b[3]))
+)
+hundredths = st.integers(0, 100).map(lambda n: n / 100)
 
 
-def score(scorer: Scorer, box: Box, points: PointPair, reference: Reference) -> Reward:
-    return scorer.score(answer(box, points), reference)
+def reference(numbers: tuple[int, ...]) -> Reference:
+    """A box of 14 px or more that holds two points more than 10 px apart, as datasets have them."""
+    x, y, width, height, ax, ay, bx, by = numbers
+    box = (float(x), float(y), float(x + 26 + width), float(y + 14 + height))
+    # One point in the left third of the box or so, the other at least 11 px further to the right.
+    half = 6 + width // 2
+    first = (float(x + ax % half), float(y + ay % (15 + height)))
+    second = (float(x + half + 11 + bx % (half - 3)), float(y + by % (15 + height)))
+    return Reference(box=box, points=(first, second), size=Size(840, 840))
 
 
-whole = st.integers(0, 840).map(float)
-pairs: st.SearchStrategy[PointPair] = st.tuples(st.tuples(whole, whole), st.tuples(whole, whole))
+place = st.integers(0, 600)
+references = st.tuples(place, place, place, place, place, place, place, place).map(
+    lambda n: reference((n[0], n[1], n[2] // 4, n[3] // 4, *n[4:]))
+)
 
 
-@st.composite
-def boxes(draw: st.DrawFn, least: int = 1) -> Box:
-    x, y = draw(st.integers(0, 700)), draw(st.integers(0, 700))
-    return (
-        float(x),
-        float(y),
-        float(x + draw(st.integers(least, 140))),
-        float(y + draw(st.integers(least, 140))),
-    )
-
-
-@st.composite
-def references(draw: st.DrawFn) -> Reference:
-    """A box that holds two points more than 10 px apart, as datasets have them."""
-    box = draw(boxes(least=12))
-    x, y = st.integers(int(box[0]), int(box[2])), st.integers(int(box[1]), int(box[3]))
-    (ax, ay), (bx, by) = draw(st.tuples(x, y)), draw(st.tuples(x, y))
-    assume(math.dist((ax, ay), (bx, by)) > 10)
-    points = ((float(ax), float(ay)), (float(bx), float(by)))
-    return Reference(box=box, points=points, size=Size(840, 840))
-
-
-@st.composite
-def degenerate_references(draw: st.DrawFn) -> Reference:
+def degenerate_reference(numbers: tuple[int, ...]) -> Reference:
     """A target of one pixel's width or height, and points that may be one."""
-    x, y = float(draw(st.integers(0, 3))), float(draw(st.integers(0, 3)))
-    box = (x, y, x + draw(st.integers(0, 1)), y + draw(st.integers(0, 1)))
-    return Reference(box=box, points=((x, y), (box[2], y)), size=Size(4, 4))
+    x, y, width, height = map(float, numbers)
+    return Reference(box=(x, y, x + width, y + height), points=((x, y), (x + width, y)), size=Size(4, 4))
 
 
-numbers = st.one_of(st.integers(), st.integers(0, 5), st.floats(), st.floats(0, 840), st.none(), st.text())
+few = st.integers(0, 3)
+flag = st.integers(0, 1)
+degenerate_references = st.tuples(few, few, flag, flag).map(degenerate_reference)
+
+numbers = st.one_of(st.integers(), st.integers(0, 5), st.floats(), st.floats(0, 840), st.none(), st.text(max_size=3))
 fields = st.dictionaries(
     st.sampled_from(["bbox", "points_1", "points_2", "note"]),
     st.one_of(st.lists(numbers, min_size=2, max_size=2), st.lists(numbers, min_size=4, max_size=4), numbers),
@@ -80,91 +92,205 @@ completions = st.one_of(
     st.text(),
     st.builds("<think>{}</think><answer>{}</answer>".format, st.text(), fields.map(json.dumps)),
     st.builds("<answer>{}</answer>".format, fields.map(str)),
+    st.builds(lambda box, points: format_answer(box=box, points=points, think=None), boxes, pairs),
 )
+tiny_masks = arrays(np.bool_, (5, 7))
 
 
-@relaxed
-@given(completions, st.one_of(references(), degenerate_references()))
-def test_any_text_gets_a_finite_reward_in_range(completion: str, reference: Reference) -> None:
-    for scorer in (HARD, SCALED):
-        reward = scorer.score(parse_answer(completion), reference)
-        assert all(0.0 <= value <= 1.0 for value in reward.parts.values())
-        assert 0.0 <= reward.total <= scorer.maximum
+@thorough
+@given(completions, st.one_of(references, degenerate_references), tiny_masks, tiny_masks)
+def test_any_text_gets_a_finite_reward_in_range(
+    completion: str, reference: Reference, mask: np.ndarray, target: np.ndarray
+) -> None:
+    reward = EVERYTHING.score(parse_answer(completion), replace(reference, mask=target), mask)
+    assert set(reward.parts) == set(TERMS)
+    assert all(0.0 <= value <= 1.0 for value in reward.parts.values())
+    assert 0.0 <= reward.total <= EVERYTHING.maximum
 
 
-@relaxed
-@given(references(), st.booleans())
-def test_the_reference_itself_gets_the_maximum(reference: Reference, swap: bool) -> None:
+@thorough
+@given(references, st.booleans(), tiny_masks)
+def test_the_reference_itself_gets_the_maximum_of_every_term(
+    reference: Reference, swap: bool, mask: np.ndarray
+) -> None:
     points = reference.points[::-1] if swap else reference.points
     completion = format_answer(box=reference.box, points=(points[0], points[1]), think="because")
-    assert HARD.score(parse_answer(completion), reference).total == HARD.maximum == 8
+    reward = EVERYTHING.score(parse_answer(completion), replace(reference, mask=mask), mask)
+    assert set(reward.parts.values()) == {1.0}
 
 
-@given(degenerate_references())
-def test_a_target_without_area_can_be_hit(reference: Reference) -> None:
-    case = Case(answer=answer(reference.box, reference.points), reference=reference)
-    assert bbox_iou(case) == bbox_align(case) == bbox_scale(case) == 1
+def test_a_target_without_area_can_be_hit() -> None:
+    for width, height in [(0, 0), (0, 1), (1, 0)]:
+        reference = degenerate_reference((2, 3, width, height))
+        assert all(of_box(term, reference.box, reference) == 1 for term in (bbox_iou, bbox_align, bbox_scale))
 
 
-@relaxed
-@given(references(), boxes(), pairs)
+@thorough
+@given(references, boxes, pairs)
 def test_the_order_of_the_points_does_not_matter(reference: Reference, box: Box, points: PointPair) -> None:
-    straight, swapped = (score(HARD, box, pair, reference) for pair in (points, (points[1], points[0])))
+    straight, swapped = (GEOMETRY.score(answer(box, pair), reference) for pair in (points, (points[1], points[0])))
     assert straight.parts == pytest.approx(swapped.parts, abs=1e-9)
 
 
-@relaxed
-@given(references(), boxes(), pairs, st.integers(-500, 500), st.integers(-500, 500))
-def test_a_translation_of_everything_changes_nothing(
-    reference: Reference, box: Box, points: PointPair, dx: int, dy: int
+def moved_alike(
+    move: Callable[[Point], Point], box: Box, points: PointPair, reference: Reference, *, size: Size
+) -> tuple[Answer, Reference]:
+    """Answer and reference after the same move of the plane."""
+
+    def box_moved(b: Box) -> Box:
+        (ax, ay), (bx, by) = move((b[0], b[1])), move((b[2], b[3]))
+        return min(ax, bx), min(ay, by), max(ax, bx), max(ay, by)
+
+    def pair_moved(pair: PointPair) -> PointPair:
+        return move(pair[0]), move(pair[1])
+
+    there = Reference(box=box_moved(reference.box), points=pair_moved(reference.points), size=size)
+    return answer(box_moved(box), pair_moved(points)), there
+
+
+@thorough
+@given(references, boxes, pairs, st.integers(-500, 500), st.integers(-500, 500), st.booleans(), st.booleans())
+def test_shifting_mirroring_and_transposing_everything_changes_nothing(
+    reference: Reference, box: Box, points: PointPair, dx: int, dy: int, mirrored: bool, transposed: bool
 ) -> None:
-    a, b = ((moved(p, dx, dy), moved(q, dx, dy)) for p, q in (points, reference.points))
-    there = replace(reference, box=shifted(reference.box, dx, dy), points=b)
-    here = score(HARD, box, points, reference)
-    assert score(HARD, shifted(box, dx, dy), a, there).parts == pytest.approx(here.parts, abs=1.01e-4)
+    def move(point: Point) -> Point:
+        x, y = point[::-1] if transposed else point
+        return (-x if mirrored else x) + dx, y + dy
+
+    here = GEOMETRY.score(answer(box, points), reference)
+    there = GEOMETRY.score(*moved_alike(move, box, points, reference, size=reference.size))
+    assert there.parts == pytest.approx(here.parts, abs=1.01e-4)
 
 
-@relaxed
-@given(references(), boxes(), pairs, st.sampled_from([0.25, 0.5, 2.0, 4.0]))
-def test_a_scaled_image_gives_the_same_reward_where_thresholds_scale(
-    reference: Reference, box: Box, points: PointPair, k: float
-) -> None:
-    def scaled_box(b: Box) -> Box:
-        return b[0] * k, b[1] * k, b[2] * k, b[3] * k
-
-    def scaled_pair(pair: PointPair) -> PointPair:
-        (ax, ay), (bx, by) = pair
-        return (ax * k, ay * k), (bx * k, by * k)
-
+@thorough
+@given(references, boxes, pairs, st.sampled_from([0.25, 0.5, 2.0, 4.0]))
+def test_a_scaled_image_gives_the_same_reward(reference: Reference, box: Box, points: PointPair, k: float) -> None:
+    """Thresholds in pixels grow with the image, as they do unless a published preset is asked for."""
     size = Size(int(840 * k), int(840 * k))
-    there = Reference(box=scaled_box(reference.box), points=scaled_pair(reference.points), size=size)
-    here = score(SCALED, box, points, reference)
-    assert score(SCALED, scaled_box(box), scaled_pair(points), there).parts == pytest.approx(here.parts, abs=1.01e-4)
+    here = GEOMETRY.score(answer(box, points), reference)
+    there = GEOMETRY.score(*moved_alike(lambda p: (p[0] * k, p[1] * k), box, points, reference, size=size))
+    assert there.parts == pytest.approx(here.parts, abs=1.01e-4)
 
 
-@relaxed
-@given(references(), st.integers(-300, 300), st.integers(-300, 300), st.floats(0, 1))
+def on_the_way(box: Box, target: Box, share: float) -> Box:
+    """Every edge moved towards the target's by that share of the way."""
+    x1, y1, x2, y2 = ((1 - share) * a + share * b for a, b in zip(box, target, strict=True))
+    return x1, y1, x2, y2
+
+
+@thorough
+@given(references, boxes, hundredths, hundredths, hundredths)
+def test_a_box_whose_edges_all_come_nearer_never_scores_worse(
+    reference: Reference, box: Box, a: float, b: float, smooth: float
+) -> None:
+    far, near = (on_the_way(box, reference.box, share) for share in sorted((a, b)))
+    for term in (bbox_iou, bbox_align, bbox_scale):
+        better, worse = (of_box(term, each, reference, smooth=smooth, damped=0) for each in (near, far))
+        assert better >= worse - 1e-4  # a rounding at the fourth place
+    for threshold in (bbox_iou_above, bbox_l1_below):
+        assert of_box(threshold, near, reference) >= of_box(threshold, far, reference)
+
+
+@thorough
+@given(references, boxes, hundredths, hundredths)
+def test_damping_costs_such_a_box_only_where_its_area_leaves_the_valid_range(
+    reference: Reference, box: Box, a: float, b: float
+) -> None:
+    """On its way from wide and low to narrow and high, a box may be too large for a while; 0.075 is all that costs."""
+    far, near = (on_the_way(box, reference.box, share) for share in sorted((a, b)))
+    leaves = of_box(bbox_area_valid, near, reference) < of_box(bbox_area_valid, far, reference)
+    for term in (bbox_iou, bbox_align, bbox_scale):
+        loss = of_box(term, far, reference) - of_box(term, near, reference)
+        assert loss <= (0.075 if leaves else 0) + 1e-4
+
+
+def test_a_better_box_that_damping_scores_worse() -> None:
+    reference = Reference(box=(0, 0, 100, 100), points=((50, 50), (50, 61)), size=Size(840, 840))
+    # 490x39 px, 1.9 times the reference's area; a tenth of the way to it 451x45 px, 2.03 times.
+    wide: Box = (-195, 31, 295, 70)
+    better = on_the_way(wide, reference.box, 0.1)
+    for term in (bbox_iou, bbox_align):
+        assert of_box(term, better, reference, damped=0) > of_box(term, wide, reference, damped=0)
+        assert of_box(term, better, reference) < of_box(term, wide, reference)
+
+
+@thorough
+@given(references, st.integers(-300, 300), st.integers(-300, 300), hundredths)
 def test_a_box_shifted_less_never_scores_worse(reference: Reference, dx: int, dy: int, share: float) -> None:
     far, near = shifted(reference.box, dx, dy), shifted(reference.box, dx * share, dy * share)
     for term in (bbox_iou, bbox_align):
-        better, worse = (term(Case(answer=answer(b, None), reference=reference)) for b in (near, far))
         # Rounding of the shifted area at the limits of validity aside, nearer is never worse.
-        assert better >= worse - 1e-4
+        assert of_box(term, near, reference) >= of_box(term, far, reference) - 1e-4
 
 
-@relaxed
-@given(references(), st.integers(0, 200), st.integers(0, 200))
+@thorough
+@given(references, st.integers(0, 200), st.integers(0, 200))
 def test_a_tighter_box_around_the_target_never_scores_worse(reference: Reference, a: int, b: int) -> None:
     x1, y1, x2, y2 = reference.box
     tight, loose = ((x1 - d, y1 - d, x2 + d, y2 + d) for d in sorted((a, b)))
-    for term in (bbox_iou, bbox_align):
-        better, worse = (term(Case(answer=answer(box, None), reference=reference)) for box in (tight, loose))
-        assert better >= worse
+    for term in (bbox_iou, bbox_align, bbox_scale):
+        assert of_box(term, tight, reference) >= of_box(term, loose, reference)
+
+
+@thorough
+@given(references, pairs, hundredths, hundredths)
+def test_points_that_come_nearer_never_align_worse(reference: Reference, points: PointPair, a: float, b: float) -> None:
+    """In the order of the two in which they are nearer; this does not hold for the circles, whose size changes."""
+    (px, py), (qx, qy) = reference.points
+
+    def moved(share: float) -> PointPair:
+        straight = sum(abs(u - v) for u, v in zip((*points[0], *points[1]), (px, py, qx, qy), strict=True))
+        crossed = sum(abs(u - v) for u, v in zip((*points[0], *points[1]), (qx, qy, px, py), strict=True))
+        ends = (px, py, qx, qy) if straight <= crossed else (qx, qy, px, py)
+        ax, ay, bx, by = on_the_way((*points[0], *points[1]), ends, share)
+        return (ax, ay), (bx, by)
+
+    far, near = (of_points(points_align, moved(share), reference, damped=0) for share in sorted((a, b)))
+    assert near >= far - 1e-4
+
+
+@thorough
+@given(tiny_masks, tiny_masks, st.integers(0, 34))
+def test_a_mask_with_one_pixel_put_right_never_scores_worse(mask: np.ndarray, target: np.ndarray, pixel: int) -> None:
+    """Of Dice and IoU; a pixel put right may make an outline more ragged."""
+    better = mask.copy()
+    better.flat[pixel] = target.flat[pixel]
+    reference = replace(degenerate_reference((0, 0, 1, 1)), mask=target)
+    well_formed = answer(reference.box, reference.points)
+    for term in (mask_dice, mask_iou):
+        after, before = (term(Case(answer=well_formed, reference=reference, mask=each)) for each in (better, mask))
+        assert after >= before
+
+
+@thorough
+@given(tiny_masks, tiny_masks)
+def test_masks_are_compared_symmetrically(a: np.ndarray, b: np.ndarray) -> None:
+    reference = degenerate_reference((0, 0, 1, 1))
+    well_formed = answer(reference.box, reference.points)
+    for term in MASK_TERMS.values():
+        there, back = (
+            term(Case(answer=well_formed, reference=replace(reference, mask=target), mask=mask))
+            for mask, target in ((a, b), (b, a))
+        )
+        assert there == pytest.approx(back)
+
+
+@thorough
+@given(st.text(), st.text(), st.integers(1, 60), st.integers(1, 60), st.integers(1, 5))
+def test_longer_text_is_never_worth_more_and_a_loop_ever_less(
+    text: str, more: str, limit: int, fade: int, n: int
+) -> None:
+    def case(written: str) -> Case:
+        return Case(answer=parse_answer(written), reference=degenerate_reference((0, 0, 1, 1)))
+
+    assert answer_length(case(text + more), limit=limit, fade=fade) <= answer_length(case(text), limit=limit, fade=fade)
+    loop = [repetition(case(f"{text} " * times), n=n) for times in (8, 16)]
+    assert loop[1] <= loop[0] <= 1
 
 
 def test_a_malformed_box_takes_nothing_from_the_points() -> None:
     reference = Reference(box=(0, 0, 100, 100), points=((20, 20), (80, 80)), size=Size(840, 840))
-    parts = HARD.score(answer(None, reference.points), reference).parts
+    parts = Scorer.of_preset("hard").score(answer(None, reference.points), reference).parts
     assert [parts[name] for name in ("bbox_iou", "bbox_align", "bbox_scale")] == [0, 0, 0]
     assert [parts[name] for name in ("points_dice", "points_align", "points_angle")] == [1, 1, 1]
 
@@ -213,3 +339,42 @@ def test_damping_takes_at_most_three_tenths() -> None:
     assert [damp(1, v, v) for v in (0, 0.5, 1)] == [0.7, 0.85, 1]
     assert damp(1.3, 1, 1) == 1
     assert damp(1 / 3, 1, 1) == 0.3333
+
+
+def test_blending_is_exact_at_both_ends() -> None:
+    assert [blend(0.1, 0.7, strength) for strength in (0, 1)] == [0.1, 0.7]
+    assert damp(0.5, 0, 0, strength=0) == 0.5
+
+
+def text_case(text: str, *, think: bool = True) -> Case:
+    return Case(answer=parse_answer(text), reference=degenerate_reference((0, 0, 1, 1)), think=think)
+
+
+def test_length_is_full_up_to_its_limit_and_falls_linearly() -> None:
+    values = [answer_length(text_case("x" * length), limit=10, fade=4) for length in (0, 10, 11, 12, 14, 99)]
+    assert values == [1, 1, 0.75, 0.5, 0, 0]
+
+
+def test_repetition_counts_distinct_word_triples() -> None:
+    assert repetition(text_case("the left kidney filters blood")) == 1
+    assert repetition(text_case("so it is so it is so it is so")) == 3 / 8  # eight triples, of three kinds
+    assert repetition(text_case("no no")) == repetition(text_case("")) == 1
+    assert repetition(text_case("no no yes no"), n=1) == 0.5
+
+
+@pytest.mark.parametrize("think", [True, False])
+def test_strict_form_is_just_the_blocks_that_were_asked_for(think: bool) -> None:
+    blocks = "<think>a</think><answer></answer>" if think else "<answer></answer>"
+    assert format_strict(text_case(f" {blocks}\n", think=think)) == 1
+    assert format_strict(text_case(blocks, think=not think)) == 0
+    assert format_strict(text_case(f"{blocks} So.", think=think)) == 0
+
+
+def test_the_boundary_tolerance_grows_with_the_image() -> None:
+    target, mask = np.zeros((2, 80, 80), dtype=np.bool_)
+    target[20:60, 20:60], mask[20:60, 22:62] = True, True
+    reference = Reference(box=(20, 20, 59, 59), points=((30, 30), (50, 50)), size=Size(80, 80), mask=target)
+    case = Case(answer=answer(reference.box, reference.points), reference=reference, mask=mask)
+    assert boundary(case, tolerance=2) == 1  # shifted by 2 px
+    assert boundary(case, tolerance=1.9) < 1
+    assert boundary(replace(case, pixel=0.5), tolerance=2) < 1

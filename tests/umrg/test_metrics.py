@@ -1,9 +1,10 @@
-"""The metrics against counting cells and integrating chords."""
+"""The metrics against counting cells, integrating chords, and other people's implementations."""
 
 import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -17,6 +18,7 @@ from umrg.metrics import (
     mask_iou,
     pdice,
     pdice_published,
+    surface_dice,
 )
 
 relaxed = settings(deadline=None, max_examples=300)
@@ -120,6 +122,71 @@ def test_masks_are_compared_pixel_by_pixel(a: np.ndarray, b: np.ndarray) -> None
         assert mask_dice(a, b) == mask_iou(a, b) == 1
 
 
-def test_masks_of_two_sizes_are_refused() -> None:
+@pytest.mark.parametrize("metric", [mask_dice, mask_iou, lambda a, b: surface_dice(a, b, tolerance=1)])
+def test_masks_of_two_sizes_are_refused(metric) -> None:
     with pytest.raises(ValueError, match="resize one"):
-        mask_dice(np.zeros((2, 3), dtype=np.bool_), np.zeros((3, 2), dtype=np.bool_))
+        metric(np.zeros((2, 3), dtype=np.bool_), np.zeros((3, 2), dtype=np.bool_))
+
+
+def blobs(rng: np.random.Generator, *, count: int = 2) -> np.ndarray:
+    """A mask of a few ellipses, some of which reach over the border, with ragged edges."""
+    height, width = rng.integers(20, 90, size=2)
+    y, x = np.mgrid[:height, :width]
+    inside = np.zeros((height, width), dtype=np.bool_)
+    for _ in range(count):
+        cx, cy, rx, ry = rng.uniform((0, 0, 3, 3), (width, height, 30, 30))
+        inside |= ((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 < 1 + 0.2 * rng.standard_normal((height, width))
+    return inside
+
+
+def mask_pairs(count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Masks, and what is left of each after a shift and some noise."""
+    rng = np.random.default_rng(5)
+    first = [blobs(rng) for _ in range(count)]
+    return [(a, np.roll(a, rng.integers(-4, 5, size=2), axis=(0, 1)) ^ (rng.random(a.shape) < 0.01)) for a in first]
+
+
+def test_box_iou_is_torchvisions() -> None:
+    from torchvision.ops import box_iou as torchvisions
+
+    rng = np.random.default_rng(3)
+    corners = np.sort(rng.uniform(0, 100, size=(2, 200, 2, 2)), axis=2)
+    first, second = corners.reshape(2, 200, 4)
+    theirs = torchvisions(torch.from_numpy(first), torch.from_numpy(second)).diagonal()
+    ours = [box_iou(tuple(a), tuple(b)) for a, b in zip(first.tolist(), second.tolist(), strict=True)]
+    assert ours == pytest.approx(theirs.tolist(), abs=1e-12)
+
+
+def test_mask_dice_and_iou_are_monais() -> None:
+    from monai.metrics import compute_dice, compute_iou
+
+    for a, b in mask_pairs(40):
+        first, second = (torch.from_numpy(mask)[None, None].double() for mask in (a, b))
+        assert mask_dice(a, b) == pytest.approx(float(compute_dice(first, second)), abs=1e-6)
+        assert mask_iou(a, b) == pytest.approx(float(compute_iou(first, second)), abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("tolerance", [0, 1, 1.5, 2, 5])
+def test_surface_dice_is_that_of_the_package_surface_distance(tolerance: float) -> None:
+    from surface_distance import compute_surface_dice_at_tolerance, compute_surface_distances
+
+    for a, b in mask_pairs(40):
+        distances = compute_surface_distances(b, a, (1, 1))
+        theirs = compute_surface_dice_at_tolerance(distances, tolerance)
+        assert surface_dice(a, b, tolerance=tolerance) == pytest.approx(theirs, abs=1e-9)
+
+
+@relaxed
+@given(masks, masks, st.floats(0, 3), st.floats(0, 3))
+def test_surface_dice_is_symmetric_and_grows_with_the_tolerance(a: np.ndarray, b: np.ndarray, s: float, t: float):
+    small, large = sorted((s, t))
+    assert 0 <= surface_dice(a, b, tolerance=small) <= surface_dice(a, b, tolerance=large) <= 1
+    assert surface_dice(a, b, tolerance=s) == pytest.approx(surface_dice(b, a, tolerance=s))
+    assert surface_dice(a, a, tolerance=s) == 1
+
+
+def test_surface_dice_of_empty_masks() -> None:
+    empty, one = np.zeros((5, 7), dtype=np.bool_), np.eye(5, 7, dtype=np.bool_)
+    assert surface_dice(empty, empty, tolerance=2) == 1
+    assert surface_dice(empty, one, tolerance=99) == surface_dice(one, empty, tolerance=99) == 0
