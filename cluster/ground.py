@@ -13,6 +13,7 @@ from actors.segmenter import draw_masks
 from learner.reasoner import Reasoner, load_reasoner
 from umrg.answers import Answer, parse_answer
 from umrg.atomic import written_aside
+from umrg.config import model_folder
 from umrg.pictures import overlay
 from umrg.prompts import clean_query
 from umrg.sample import decode_image, encode_png
@@ -77,5 +78,5 @@ def ground_file(
     except (FileNotFoundError, IsADirectoryError) as error:
         raise ValueError(f"{path} is not a file; give the path of an image") from error
     segmenter = load_expert(expert, checkpoint=checkpoint)
-    found = ground(image, query, load_reasoner(model), segmenter)
+    found = ground(image, query, load_reasoner(model_folder(model)), segmenter)
     return found, found.save(out, path.stem)

@@ -12,10 +12,11 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def _model_folder(path: Path) -> Path:
+def model_folder(path: Path) -> Path:
+    """The folder itself, or where it has no model but a `model/` that is one, that."""
     inner = path / "model"
     return inner if (inner / "config.json").exists() and not (path / "config.json").exists() else path
 
 
-ModelFolder = Annotated[Path, AfterValidator(_model_folder)]
+ModelFolder = Annotated[Path, AfterValidator(model_folder)]
 """A Hugging Face folder, or a run's or a checkpoint's folder, which stands for the `model/` in it."""
