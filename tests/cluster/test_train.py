@@ -123,7 +123,7 @@ def test_a_run_leaves_its_folder(finished):
     assert (run.checkpoints / "step-000003" / "state.json").exists()
     page = (run.report / "index.html").read_text()
     assert page.count("<article") == 4
-    assert not re.search(r"""(?:src|href)=["']?(?!data:|#)""", page), "the page loads something from elsewhere"
+    assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", page), "the page loads something from elsewhere"
 
 
 def test_the_final_model_gives_the_evaluated_answers_again(finished):
