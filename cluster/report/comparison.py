@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from cluster.figures import TITLES
 from cluster.report.pages import write_page
@@ -27,11 +26,8 @@ def write_comparison_report(
         return float(second[sample.id]["metrics"]["dice"] - first[sample.id]["metrics"]["dice"])
 
     most = sorted(rows, key=lambda sample: abs(change(sample)), reverse=True)[:CARDS]
-    cards: list[dict[str, Any]] = [
-        {
-            **pair(sample, {name: [records[sample.id]] for name, records in zip(names, answers, strict=True)}),
-            "change": change(sample),
-        }
+    cards = [
+        pair(sample, [(name, [records[sample.id]]) for name, records in zip(names, answers, strict=True)])
         for sample in most
     ]
     return write_page(

@@ -68,12 +68,12 @@ def cards(run: RunFolder, held_out: Sequence[Sample]) -> list[dict[str, Any]]:
     """Held-out samples as they were answered before and after, greedily; spread evenly over the rows."""
     before, after = (records_of(run, f"{name}-greedy") for name in ("before", "after"))
     return [
-        pair(sample, {"before": before.get(sample.id), "after": after[sample.id]})
+        pair(sample, [("before", before.get(sample.id)), ("after", after[sample.id])])
         for sample in spread([sample for sample in held_out if sample.id in after], CARDS)
     ]
 
 
-def pair(sample: Sample, answers: Mapping[str, Sequence[Mapping[str, Any]] | None]) -> dict[str, Any]:
+def pair(sample: Sample, answers: Sequence[tuple[str, Sequence[Mapping[str, Any]] | None]]) -> dict[str, Any]:
     """A sample with the first of each named answers' records side by side."""
     return {
         "query": sample.query,
@@ -85,7 +85,7 @@ def pair(sample: Sample, answers: Mapping[str, Sequence[Mapping[str, Any]] | Non
                 "reasoning": records[0]["reasoning"] or records[0]["completion"],
                 "metrics": {_TITLES[figure]: records[0]["metrics"][figure] for figure in FIGURES},
             }
-            for name, records in answers.items()
+            for name, records in answers
             if records
         ],
     }
