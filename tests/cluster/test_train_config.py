@@ -1,15 +1,16 @@
 """A training run's configuration: what ships is valid, and what is wrong is said in one sentence."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 import yaml
 
-from cluster.config import TrainConfig, load_config, save_config
+from cluster.config import EvaluateConfig, TrainConfig, load_config, save_config
 from tests.conftest import ROOT
 
-CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if "sft" not in path.name)
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not re.search("sft|evaluate", path.name))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -17,6 +18,11 @@ def test_the_configurations_that_ship_are_valid(path):
     config = load_config(TrainConfig, path)
     assert config.name == path.stem
     assert config.reward.scorer(think=True).maximum > 0
+
+
+def test_the_evaluation_that_ships_is_valid():
+    config = load_config(EvaluateConfig, ROOT / "configs" / "evaluate_demo.yaml")
+    assert config.name == "evaluate_demo" and config.n == 8
 
 
 def test_the_published_hyper_parameters():
