@@ -143,7 +143,8 @@ class SegmenterPool:
         return {name: actor.start.remote() for name, actor in self._actors.items()}
 
     def digests(self) -> list[str]:
-        return gather(self.starting(), seconds=self._deadlines.step, doing="hashing its expert")
+        calls = {name: actor.digest.remote() for name, actor in self._actors.items()}
+        return gather(calls, seconds=self._deadlines.step, doing="hashing its expert")
 
     def score(self, group: Ref, samples: GroupSamples, *, thorough: bool = False) -> tuple[str, Ref]:
         """Start to score a group: the actor whose turn it is, and the reference of what it will make."""

@@ -17,26 +17,27 @@ class Rollout:
     anything else is called."""
 
     def __init__(self, model: Path, config: RolloutConfig, spec: PromptSpec) -> None:
-        self._model, self._config = model, config
-        self._prompter = load_prompter(model, spec)
+        self._model, self._config, self._spec = model, config, spec
         self._engine: Engine | None = None
 
     async def start(self) -> None:
-        """Load the engine."""
+        """Load the engine. Raises ValueError where the folder is no model."""
+        prompter = load_prompter(self._model, self._spec)
         from actors.engine import Engine
 
-        self._engine = await Engine.start(self._model, self._prompter, self._config)
+        self._engine = await Engine.start(self._model, prompter, self._config)
 
     async def sample(self, group: Group, *, n: int, temperature: float, max_tokens: int, run_seed: int) -> GroupSamples:
         """n answers to a group's prompt. The group's seed makes them the same whichever actor draws them."""
         from actors.engine import Sampling
 
         sampling = Sampling(n=n, temperature=temperature, max_tokens=max_tokens, seed=group.seed(run_seed, 0))
-        generated = await self._running().generate(group.sample.image(), group.sample.query, sampling)
+        engine = self._running()
+        generated = await engine.generate(group.sample.image(), group.sample.query, sampling)
         return GroupSamples(
             group=group.id,
             prompt_ids=generated.prompt_ids,
-            frames=self._prompter.frames(group.sample.size),
+            frames=engine.prompter.frames(group.sample.size),
             completions=generated.completions,
         )
 

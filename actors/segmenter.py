@@ -23,16 +23,23 @@ THOROUGH = ("dice_box", "dice_points", "oracle_dice")
 
 
 class Segmenter:
-    """Scores groups: the image is embedded once, all usable answers are decoded in one batch.
+    """Scores groups: the image is embedded once, all usable answers are decoded in one batch. `start` must have
+    returned before anything else is called.
 
     frame: the frame that the reasoner answers in. think: whether an answer must reason to be well formed.
     """
 
     def __init__(self, expert: str, config: SegmenterConfig, scorer: Scorer, *, frame: Frame, think: bool) -> None:
-        self._expert = load_frozen(expert, config)
+        self._name, self._config = expert, config
         self._scorer, self._frame, self._think = scorer, frame, think
+        self._loaded: Expert | None = None
 
     def start(self) -> str:
+        """Load the expert; `digest`. Raises ValueError where there is none by that name, or its weights do not fit."""
+        self._loaded = load_frozen(self._name, self._config)
+        return self.digest()
+
+    def digest(self) -> str:
         """Digest of the expert's weights, which never change."""
         return self._expert.digest()
 
@@ -49,6 +56,11 @@ class Segmenter:
             self._scored(answer, completion, reference, drawn.get(i, (None, None)), more[i], step=group.step)
             for i, (answer, completion) in enumerate(zip(answers, samples.completions, strict=True))
         )
+
+    @property
+    def _expert(self) -> Expert:
+        assert self._loaded is not None, "the segmenter was not started"
+        return self._loaded
 
     def _scored(
         self,

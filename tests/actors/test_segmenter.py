@@ -31,6 +31,7 @@ def test_rewards_see_text_mask_and_the_groups_step(sample):
         "answer_length": {"limit": 200, "fade": 100},
     }
     segmenter = Segmenter("tiny", SegmenterConfig(), Scorer(terms, options), frame=Frame.ORIGINAL, think=True)
+    segmenter.start()
     x1, y1, x2, y2 = sample.box
     # Half as wide again as the reference: an IoU of two thirds.
     texts = [

@@ -174,3 +174,16 @@ def test_too_many_actors_are_refused_before_anything_starts(ray_cluster, demo_co
 
 def test_the_demo_is_what_the_readme_runs():
     assert "configs/demo.yaml" in (ROOT / "Makefile").read_text()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model=docs", "docs is not a model folder"),
+        ("expert=sam_vit_b", "sam_vit_b needs its weights"),
+        ("expert=tinny", "the nearest expert is 'tiny'"),
+    ],
+)
+def test_what_cannot_be_loaded_is_the_users_mistake(ray_cluster, demo_config, tmp_path, override, message):
+    with pytest.raises(ValueError, match=message):
+        train(demo_config(*SMALL, override, f"runs={tmp_path}"))
