@@ -32,7 +32,7 @@ from umrg.rows import check_columns
 from umrg.sample import Sample
 
 COLUMNS = ("row", "file", "id", "check", "severity", "message")
-_WORST = 4
+_WORST = 3
 
 Judge = Callable[[CheckedRow], Iterable[Finding]]
 """Further checks of a row, such as those of `cluster.data_judges`, which need a model."""

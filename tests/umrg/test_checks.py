@@ -306,3 +306,10 @@ def test_checks_are_known_by_their_names() -> None:
     elsewhere = {"damaged_row", "repeated_id", "duplicated_image", "shared_mask"}
     with_a_model = {"over_limit", "image_shrunk", "low_ceiling"}
     assert planted | elsewhere | with_a_model == {check.name for check in CHECKS}
+
+
+def test_every_check_stands_in_the_documentation() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    errors, warnings = text[text.index("An **error**") :].split("A **warning**")
+    for check in CHECKS:
+        assert f"| `{check.name}` |" in (errors if check.severity is Severity.ERROR else warnings)

@@ -67,7 +67,7 @@ def test_normalising_twice_changes_nothing(text: str) -> None:
         ("Which kidney is displaced?", "left kidney"),
         ("Where is the tumour's core?", "tumor core"),
         ("Where is the IVC?", "inferior vena cava"),
-        ("Where do you see COVID?", "COVID-19 infection"),
+        ("Where do you see a COVID infection?", "COVID-19 infection"),
         ("Count the haemangiomas", "hemangioma"),
         ("Are there naevi?", "naevus"),
         ("Which vertebrae are fractured?", "vertebra"),
