@@ -1,23 +1,31 @@
-"""`medreasoner data …`: look at datasets, divide them, and make phantoms."""
+"""`medreasoner data …`: look at datasets, check and divide them, and make phantoms."""
 
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from time import monotonic
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
+from actors.config import RolloutConfig
 from umrg.atomic import written_aside
 from umrg.dataset import Dataset, write_rows
 from umrg.split import SplitBy, plan_split, write_split
 
-data_app = typer.Typer(help="Look at datasets, divide them, and make phantoms.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from cluster.data_check import Judge, Report
+
+_LINE_EVERY = 5.0
+
+data_app = typer.Typer(help="Look at datasets, check and divide them, and make phantoms.", no_args_is_help=True)
 
 
 class Phrasings(StrEnum):
@@ -66,6 +74,53 @@ def stats(
     if out is not None:
         _write_statistics(out, dataset, found, figures, tiles)
         typer.echo(f"{out}: stats.json, contact_sheet.png, positions.png")
+
+
+@data_app.command()
+def check(
+    files: Files,
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a reasoner, whose limits its prompts must keep.")
+    ] = None,
+    max_prompt_tokens: Annotated[
+        int, typer.Option(min=1, help="With --model: longest prompt, as rollout.max_prompt_tokens of the run.")
+    ] = RolloutConfig().max_prompt_tokens,
+    expert: Annotated[
+        str | None, typer.Option(help="Name, folder or file of an expert, to be given the reference box and points.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(file_okay=False, help="Folder for check.csv and check.png.")] = None,
+    clean: Annotated[
+        Path | None, typer.Option(metavar="FILE.parquet", dir_okay=False, help="File for the rows without an error.")
+    ] = None,
+) -> None:
+    """Check every row: what cannot be used, and what somebody should look at. The files stay as they are.
+
+    Exit code 0 where no row has an error, 1 where one has.
+    """
+    from cluster.data_check import check_files, open_files, worst_sheet
+
+    sources = open_files(files)
+    judges: list[Judge] = []
+    if model is not None:
+        from cluster.data_judges import prompt_limits
+
+        judges.append(prompt_limits(model, max_prompt_tokens))
+    oracle = None
+    if expert is not None:
+        from cluster.data_judges import load_oracle
+
+        judges.append(oracle := load_oracle(expert))
+    with _progress("checking", sum(source.metadata.num_rows for source in sources)) as progress:
+        table = None if out is None else out / "check.csv"
+        report = check_files(sources, judges=judges, table=table, clean=clean, progress=progress)
+    _print_report(report)
+    if out is not None:
+        sheet = worst_sheet(report, oracle.mask if oracle else None)
+        typer.echo(f"{out}: " + ", ".join(_write_sheet(out, sheet)))
+    if clean is not None:
+        typer.echo(f"{clean}: {report.rows - report.unusable} rows" + _left_out(report))
+    if report.unusable:
+        raise typer.Exit(1)
 
 
 @data_app.command()
@@ -131,6 +186,47 @@ def _write_statistics(out: Path, dataset: Dataset, found: Any, figures: dict[str
             aside.write_bytes(content)
 
 
+def _print_report(report: "Report") -> None:
+    from umrg.checks import CHECKS
+
+    console = _console()
+    plain = not console.is_terminal
+    table = Table(box=None if plain else box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("check", "", "rows", "for example"):
+        table.add_column(heading, justify="right" if heading == "rows" else "left", no_wrap=heading != "for example")
+    for found in CHECKS:
+        if worst := report.worst.get(found):
+            example = f"row {worst[0].row} of {worst[0].file}: {worst[0].finding.message}"
+            table.add_row(found.name, found.severity.value, str(report.counts[found]), Text(example))
+    if table.row_count:
+        console.print(table)
+    clean = report.rows - report.unusable - report.flagged
+    console.print(
+        f"{report.rows} rows: {report.unusable} cannot be used, {report.flagged} to look at, {clean} without a finding",
+        highlight=False,
+    )
+
+
+def _left_out(report: "Report") -> str:
+    from umrg.checks import Severity
+
+    errors = {found.name: rows for found, rows in report.counts.items() if found.severity is Severity.ERROR}
+    if not errors:
+        return ""
+    return f"; {report.unusable} left out: " + ", ".join(f"{name} ({rows})" for name, rows in sorted(errors.items()))
+
+
+def _write_sheet(out: Path, sheet: Any) -> list[str]:
+    """Write check.png where there is something to be seen; the names of all files in the folder."""
+    from umrg.sample import encode_png
+
+    if sheet is None:
+        return ["check.csv"]
+    with written_aside(out / "check.png") as aside:
+        aside.write_bytes(encode_png(sheet))
+    return ["check.csv", "check.png"]
+
+
 def _table(grouping: str, groups: dict[str, Any], *, plain: bool) -> Table:
     """Medians in per cent of the image, with the range from the 5th to the 95th percentile."""
     title = f"By {grouping} (per cent of the image: median, 5th to 95th percentile)"
@@ -171,8 +267,18 @@ def _console() -> Console:
 
 @contextmanager
 def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr or, without a terminal, a line every few seconds."""
     console = Console(stderr=True)
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=total)
-        yield lambda done: bar.update(task, completed=done)
+        told = monotonic()
+
+        def tell(done: int) -> None:
+            nonlocal told
+            bar.update(task, completed=done)
+            if not console.is_terminal and monotonic() > told + _LINE_EVERY:
+                told = monotonic()
+                typer.echo(f"{what}: {done} of {total} rows", err=True)
+
+        yield tell

@@ -47,6 +47,7 @@ class Prompter:
     """A folder's processor and prompt spec: what turns a query about an image into the model's prompt.
 
     image_token_id, vision_tokens: the image's placeholder, and the ids of all such placeholders and marks.
+    positions: tokens that the model has positions for, prompt and answer together.
     resize: how the processor chooses the model frame.
     """
 
@@ -54,6 +55,7 @@ class Prompter:
     prompt: PromptSpec
     image_token_id: int
     vision_tokens: tuple[int, ...]
+    positions: int
 
     @property
     def end_token_id(self) -> int:
@@ -99,6 +101,19 @@ class Prompter:
         text = self.chat_text(query).replace(placeholder, placeholder * image.tokens)
         ids = self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
         return EncodedPrompt(token_ids=ids, image=image)
+
+    def image_tokens(self, original: Size) -> int:
+        """How many placeholders an image of this size takes up. Raises ValueError for an aspect ratio that the
+        processor refuses."""
+        model = self.frames(original).model
+        return model.width * model.height // self.resize.factor**2
+
+    def prompt_tokens(self, query: str, original: Size) -> int:
+        """How many tokens `encode` makes of a query about an image of this size. Raises ValueError as `image_tokens`
+        does."""
+        ids = self.processor.tokenizer(self.chat_text(query), add_special_tokens=False)["input_ids"]
+        # The text holds one of the placeholders.
+        return len(ids) - 1 + self.image_tokens(original)
 
     def completion_ids(self, text: str) -> torch.Tensor:
         """Token ids [L] of a completion, its end token included."""
@@ -172,6 +187,7 @@ def prompter_of(config: Any, processor: Any, prompt: PromptSpec) -> Prompter:
         prompt=prompt,
         image_token_id=int(config.image_token_id),
         vision_tokens=tuple(sorted({int(config.image_token_id), int(config.video_token_id), *known})),
+        positions=int(config.text_config.max_position_embeddings),
     )
 
 

@@ -5,6 +5,8 @@ and known slips of the released data. Different things stay apart ("kidney" and 
 are idempotent.
 """
 
+import re
+
 UNKNOWN = "unknown"
 
 _WORDS = {
@@ -49,6 +51,26 @@ _PHRASES = {
     "postcava": "inferior vena cava",
     "ivc": "inferior vena cava",
 }
+
+# Words of a category that do not give away what is meant.
+_PLACES = {
+    "anterior",
+    "inferior",
+    "inner",
+    "lateral",
+    "left",
+    "lower",
+    "medial",
+    "middle",
+    "outer",
+    "posterior",
+    "right",
+}
+_PLACES |= {"superior", "upper"}
+_KINDS = {"area", "organ", "part", "region", "structure", "the", "tissue"}
+
+# Of the plural and of British spelling, longest first; what becomes itself is no plural.
+_ENDINGS = (("sses", "ss"), ("ies", "y"), ("ae", "a"), ("is", "is"), ("ss", "ss"), ("us", "us"), ("i", "us"), ("s", ""))
 
 _FAMILIES = {
     "computed tomography": "CT",
@@ -115,6 +137,27 @@ def modality_family(name: object) -> str:
 def category_matches(name: str, wanted: str) -> bool:
     """Whether a row's category or super-category is the wanted one, in any spelling."""
     return category_name(wanted) == category_name(name)
+
+
+def names_outright(text: str, category: str) -> bool:
+    """Whether a text names a category: all its words occur, in any order, spelling and number, except those that only
+    say where it lies or that it is an organ or a structure ("left kidney" is named by "the kidneys", but not by
+    "the left-sided organ")."""
+    wanted = _bare_words(category)
+    return bool(wanted) and (wanted - _PLACES - _KINDS or wanted) <= _bare_words(text)
+
+
+def _bare_words(text: str) -> set[str]:
+    words = (_WORDS.get(word, word) for word in re.findall(r"[^\W_]+", text.casefold()))
+    joined = f" {' '.join(words)} "
+    for phrase, standard in _PHRASES.items():
+        joined = joined.replace(f" {phrase} ", f" {standard} ")
+    return {_singular(word) for word in re.findall(r"[^\W_]+", joined.casefold())}
+
+
+def _singular(word: str) -> str:
+    ending, bare = next((pair for pair in _ENDINGS if len(word) > 3 and word.endswith(pair[0])), ("", ""))
+    return (word.removesuffix(ending) + bare).replace("ae", "e").replace("oe", "e")
 
 
 def modality_matches(name: str, wanted: str) -> bool:

@@ -136,6 +136,11 @@ def prompt_text(query: str, spec: PromptSpec) -> str:
     return before + query + after + guide + form + _RULES.format(unit=_UNITS[spec.frame], example=example)
 
 
+def special_tokens(query: str) -> list[str]:
+    """The literal special tokens that `clean_query` takes out of a query."""
+    return _SPECIAL.findall(query)
+
+
 def clean_query(query: str) -> str:
     """The query without special tokens, and with its white space folded."""
     previous = None

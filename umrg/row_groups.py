@@ -1,7 +1,7 @@
 """Random access to rows of parquet files whose row groups may be larger than memory should hold."""
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,54 @@ class RowFile:
                 return group, row - first
             first += rows
         raise IndexError(row)
+
+
+def common_schema(files: Sequence[RowFile]) -> pa.Schema:
+    """An arrow schema that holds the rows of all files. Raises ValueError where they contradict."""
+    schemas = [file.metadata.schema.to_arrow_schema().remove_metadata() for file in files]
+    try:
+        return pa.unify_schemas(schemas, promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        names = ", ".join(str(file.path) for file in files[:20])
+        raise ValueError(f"the columns of {names} are of different types ({error})") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damage:
+    """Why a row cannot be read from its file."""
+
+    reason: str
+
+
+def scan(file: RowFile) -> Iterator[tuple[int, Row | Damage]]:
+    """Every row of a file with its number, in order, a few in memory at a time.
+
+    Where a row group's bytes are damaged, its rows from there on are given as `Damage`, and so is a row whose text
+    is not UTF-8; the others are read.
+    """
+    first = 0
+    for group in range(file.metadata.num_row_groups):
+        done, end = first, first + file.metadata.row_group(group).num_rows
+        try:
+            for batch in file.reader().iter_batches(_STREAMED_ROWS, row_groups=[group]):
+                for offset in range(batch.num_rows):
+                    yield done, _row_or_damage(batch, offset)
+                    done += 1
+        except (pa.ArrowException, OSError) as error:
+            damage = Damage(reason=f"its row group, rows {first} to {end - 1}, is damaged ({_short(error)})")
+            yield from ((number, damage) for number in range(done, end))
+        first = end
+
+
+def _row_or_damage(rows: pa.RecordBatch, offset: int) -> Row | Damage:
+    try:
+        return _python_row(rows, offset)
+    except UnicodeDecodeError as error:
+        return Damage(reason=f"a text in it is not UTF-8 ({error.reason} at byte {error.start})")
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 class RowGroups:

@@ -61,10 +61,25 @@ class Sample:
         return decode_image(self.image_bytes, f"the image of {self.name}")
 
     def mask(self) -> NDArray[np.bool_]:
-        """The reference mask, bool [H, W]: the union of the row's parts.
+        """The reference mask, bool [H, W].
 
-        Raises ValueError where the row has no mask, one cannot be decoded or has another size than the image,
-        or it is empty in a row that does not declare `extra_info.no_target`.
+        Raises ValueError as `mask_union` does, and where the mask is empty in a row that does not declare
+        `extra_info.no_target`.
+        """
+        union = self.mask_union()
+        if not union.any() and not self.no_target:
+            raise ValueError(f"the mask of {self.name} is empty; mark the row `no_target` or leave it out")
+        return union
+
+    @property
+    def no_target(self) -> bool:
+        """Whether the row declares that its image does not show what is asked for."""
+        return bool(self.extra.get("no_target"))
+
+    def mask_union(self) -> NDArray[np.bool_]:
+        """The union of the mask's parts, bool [H, W], which may be empty.
+
+        Raises ValueError where the row has no mask, and where one cannot be decoded or has another size than the image.
         """
         if not self.mask_bytes:
             raise ValueError(f"{self.name} has no mask; add one to its `masks` or leave the row out")
@@ -77,8 +92,6 @@ class Sample:
                     f"{self.size.width}x{self.size.height}; they must be of one size"
                 )
             union |= mask
-        if not union.any() and not self.extra.get("no_target"):
-            raise ValueError(f"the mask of {self.name} is empty; mark the row `no_target` or leave it out")
         return union
 
 

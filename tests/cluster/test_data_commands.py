@@ -82,6 +82,10 @@ def test_split_writes_both_sides_and_says_what_was_held_out(file: Path, tmp_path
     ("arguments", "message"),
     [
         (["stats", "gone.parquet", "--out", "out"], "gone.parquet does not exist"),
+        (["check", "gone.parquet", "--out", "out"], "gone.parquet does not exist"),
+        (["check", "FILE", "--clean", "FILE"], "is one of the files to check; give the cleaned rows another name"),
+        (["check", "FILE", "--out", "out", "--model", "."], "is not a model folder"),
+        (["check", "FILE", "--out", "out", "--expert", "tinny"], "the nearest expert is 'tiny'"),
         (["split", "FILE", "--by", "category", "--hold-out", "livr", "--out", "out"], "did you mean 'liver'"),
         (["phantoms", "out", "--count", "3", "--modality", "sonar"], "sonar"),
     ],

@@ -1,0 +1,333 @@
+"""Checks of a dataset's rows: what makes a row unusable, and what somebody should look at.
+
+    row ──read_info, read_sample──► Sample ──image, mask──► check_reference, check_mask ──► Finding …
+         └─ what fails on the way is a finding, too ─┘
+
+`CHECKS` is the list of them. A row without a finding of severity "error" is one that `umrg.dataset.Dataset` reads.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import label
+
+from umrg.frames import Box, Point, PointPair
+from umrg.keypoints import reference_points, tight_box
+from umrg.names import UNKNOWN, names_outright
+from umrg.prompts import clean_query, special_tokens
+from umrg.row_groups import Damage, Row
+from umrg.rows import RowInfo, box_fault, point_fault, read_info, read_sample
+from umrg.sample import Sample
+
+TINY_PIXELS = 16
+TINY_SHARE = 0.0002
+# Of the long side: two pixels of the released frame of 840.
+LOOSE_SHARE = 2 / 840
+
+
+class Severity(StrEnum):
+    """error: the row cannot be used. warning: look at it."""
+
+    ERROR = "error"
+    WARNING = "warning"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """name: as in tables. about: what is wrong with a row that it finds, in a few words."""
+
+    name: str
+    severity: Severity
+    about: str
+
+
+def _error(name: str, about: str) -> Check:
+    return Check(name=name, severity=Severity.ERROR, about=about)
+
+
+def _warning(name: str, about: str) -> Check:
+    return Check(name=name, severity=Severity.WARNING, about=about)
+
+
+DAMAGED_ROW = _error("damaged_row", "the parquet file is damaged where the row lies")
+SCHEMA = _error("schema", "id, question, image, mask, box or points are missing or malformed")
+REPEATED_ID = _error("repeated_id", "an earlier row has the same id")
+UNREADABLE_IMAGE = _error("unreadable_image", "the image cannot be decoded")
+UNREADABLE_MASK = _error("unreadable_mask", "a mask cannot be decoded, or has another size than the image")
+EMPTY_MASK = _error("empty_mask", "no pixel is marked, and the row does not declare `no_target`")
+BOX_OUTSIDE = _error("box_outside", "the box is inverted or leaves the image")
+POINT_OUTSIDE = _error("point_outside", "a point lies outside the image")
+OVER_LIMIT = _error("over_limit", "the prompt is longer than the model or the run allows, or the image too narrow")
+LOOSE_BOX = _warning("loose_box", "the box is not the mask's tight box")
+POINT_OFF_MASK = _warning("point_off_mask", "a point lies beside the mask")
+TINY_MASK = _warning("tiny_mask", "hardly a pixel is marked")
+SEVERAL_PARTS = _warning("several_parts", "the mask is not in one piece")
+DUPLICATED_IMAGE = _warning(
+    "duplicated_image", "the same pixels under two names, in two files, or asked the same twice"
+)
+SHARED_MASK = _warning("shared_mask", "the same mask stands for another category of the image")
+NAMES_CATEGORY = _warning("names_category", "the question names its category, so it is not implicit")
+SPECIAL_TOKENS = _warning("special_tokens", "the question holds literal special tokens")
+UNNAMED = _warning("unnamed", "category or super-category is missing")
+IMAGE_SHRUNK = _warning("image_shrunk", "the model's processor makes the image smaller")
+LOW_CEILING = _warning("low_ceiling", "the expert fails even with the reference box and points")
+
+CHECKS = (
+    DAMAGED_ROW,
+    SCHEMA,
+    REPEATED_ID,
+    UNREADABLE_IMAGE,
+    UNREADABLE_MASK,
+    EMPTY_MASK,
+    BOX_OUTSIDE,
+    POINT_OUTSIDE,
+    OVER_LIMIT,
+    LOOSE_BOX,
+    POINT_OFF_MASK,
+    TINY_MASK,
+    SEVERAL_PARTS,
+    DUPLICATED_IMAGE,
+    SHARED_MASK,
+    NAMES_CATEGORY,
+    SPECIAL_TOKENS,
+    UNNAMED,
+    IMAGE_SHRUNK,
+    LOW_CEILING,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What a check found in a row.
+
+    message: a sentence that says what to change. degree: how bad it is, to compare findings of one check.
+    """
+
+    check: Check
+    message: str
+    degree: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedRow:
+    """A row and what was found in it.
+
+    info, sample, mask: as far as the row could be read. pixels: digest of the decoded image, where it could be decoded.
+    """
+
+    file: Path
+    row: int
+    findings: list[Finding]
+    info: RowInfo | None = None
+    sample: Sample | None = field(default=None, repr=False)
+    mask: NDArray[np.bool_] | None = field(default=None, repr=False)
+    pixels: bytes | None = None
+
+    @property
+    def usable(self) -> bool:
+        return all(finding.check.severity is not Severity.ERROR for finding in self.findings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FirstUse:
+    """The first row of an image, and the first rows of its questions and of its masks, by digest."""
+
+    info: RowInfo
+    questions: dict[bytes, RowInfo] = field(default_factory=dict)
+    masks: dict[bytes, RowInfo] = field(default_factory=dict)
+
+
+class Seen:
+    """Ids and images of the rows so far. It keeps what the rows say, and digests of their images."""
+
+    def __init__(self) -> None:
+        self._ids: dict[str, RowInfo] = {}
+        self._images: dict[bytes, _FirstUse] = {}
+        self._pixels: dict[bytes, bytes] = {}
+
+    def check_id(self, info: RowInfo) -> Iterator[Finding]:
+        first = self._ids.setdefault(info.id, info)
+        if first is not info:
+            message = f"its id {info.id!r} is that of {_place(first, info)}; ids must be unique"
+            yield Finding(check=REPEATED_ID, message=message)
+
+    def pixels(self, sample: Sample) -> bytes:
+        """Digest of a sample's decoded image. A file that was decoded before is not decoded again. Raises ValueError
+        where it cannot be decoded."""
+        encoded = _digest(sample.image_bytes)
+        if encoded not in self._pixels:
+            image = sample.image()
+            self._pixels[encoded] = _digest(repr(image.shape).encode() + image.tobytes())
+        return self._pixels[encoded]
+
+    def check_image(self, info: RowInfo, pixels: bytes) -> Iterator[Finding]:
+        """One image may be asked about in several rows of a file, under one name, in different words."""
+        first = self._images.setdefault(pixels, _FirstUse(info=info))
+        question = _digest(clean_query(info.query).casefold().encode())
+        asked = first.questions.setdefault(question, info)
+        if asked is not info:
+            message = f"it asks the question of {_place(asked, info)} about the same image; remove one of the two"
+        elif first.info.file != info.file:
+            message = (
+                f"its image is that of {_place(first.info, info)}; keep an image in one file, or a model is tested on "
+                "images that it was trained on"
+            )
+        elif "" not in (first.info.image, info.image) and first.info.image != info.image:
+            message = (
+                f"its image {info.image!r} is that of {_place(first.info, info)}, there called {first.info.image!r}; "
+                "give one image one name, or remove one"
+            )
+        else:
+            return
+        yield Finding(check=DUPLICATED_IMAGE, message=message)
+
+    def check_target(self, info: RowInfo, pixels: bytes, mask: NDArray[np.bool_]) -> Iterator[Finding]:
+        """One mask of an image, of the image's size, has one category. The image has been through `check_image`."""
+        first = self._images[pixels].masks.setdefault(_digest(np.packbits(mask).tobytes()), info)
+        if mask.any() and first.category != info.category:
+            message = (
+                f"its mask is that of {_place(first, info)}, there for {first.category!r}, here for {info.category!r}; "
+                "see whether it can be both"
+            )
+            yield Finding(check=SHARED_MASK, message=message)
+
+
+def check_row(row: Row | Damage, file: Path, number: int, seen: Seen) -> CheckedRow:
+    """All checks that need no model. Those that come after what makes a row unreadable are not made."""
+    checked = CheckedRow(file=file, row=number, findings=[])
+    if isinstance(row, Damage):
+        return _found(checked, DAMAGED_ROW, f"the row cannot be read: {row.reason}; write the file again")
+    try:
+        info = read_info(row, file, number, "the row")
+        checked = replace(checked, info=info, findings=[*seen.check_id(info), *check_words(info)])
+        # The table names the file; the sentences need not.
+        sample = replace(read_sample(row, info, "the row"), source="")
+    except ValueError as error:
+        return _found(checked, SCHEMA, str(error))
+    return _check_pictures(replace(checked, sample=sample), info, sample, seen)
+
+
+def _check_pictures(checked: CheckedRow, info: RowInfo, sample: Sample, seen: Seen) -> CheckedRow:
+    try:
+        pixels = seen.pixels(sample)
+    except ValueError as error:
+        return _found(checked, UNREADABLE_IMAGE, str(error))
+    found = [*checked.findings, *seen.check_image(info, pixels), *check_reference(sample)]
+    checked = replace(checked, pixels=pixels, findings=found)
+    try:
+        mask = sample.mask_union()
+    except ValueError as error:
+        return _found(checked, UNREADABLE_MASK, str(error))
+    found = [*checked.findings, *check_mask(sample, mask), *seen.check_target(info, pixels, mask)]
+    return replace(checked, mask=mask, findings=found)
+
+
+def check_words(info: RowInfo) -> Iterator[Finding]:
+    """The question and the names."""
+    if not clean_query(info.query):
+        yield Finding(check=SCHEMA, message="the question has no words of its own; write one, or leave the row out")
+    if tokens := special_tokens(info.query):
+        listed = ", ".join(tokens[:5])
+        message = f"the question holds {listed}, which no model gets to see; write it without special tokens"
+        yield Finding(check=SPECIAL_TOKENS, message=message, degree=len(tokens))
+    if info.category != UNKNOWN and names_outright(info.query, info.category):
+        message = f"the question names its category {info.category!r}; ask by function, complaint or finding instead"
+        yield Finding(check=NAMES_CATEGORY, message=message)
+    for name in ("supercategory", "category"):
+        if getattr(info, name) == UNKNOWN:
+            yield Finding(check=UNNAMED, message=f"the row has no {name}; fill in extra_info.{name}")
+
+
+def check_reference(sample: Sample) -> Iterator[Finding]:
+    """Box and points against the image. The image's header must be readable."""
+    if fault := box_fault(sample.box, sample.size):
+        yield Finding(check=BOX_OUTSIDE, message=f"the row has {fault}")
+    for point in sample.points:
+        if fault := point_fault(point, sample.size):
+            yield Finding(check=POINT_OUTSIDE, message=f"the row has {fault}")
+
+
+def check_mask(sample: Sample, mask: NDArray[np.bool_]) -> Iterator[Finding]:
+    """The mask, bool [H, W] of the image's size, and box and points against it."""
+    if mask.any():
+        yield from check_shape(mask)
+        yield from check_tightness(sample.box, mask)
+        yield from check_points(sample.points, mask)
+    elif not sample.no_target:
+        message = "no pixel of the mask is 128 or more; write the target as 255, or mark the row `no_target`"
+        yield Finding(check=EMPTY_MASK, message=message)
+
+
+def check_shape(mask: NDArray[np.bool_]) -> Iterator[Finding]:
+    """Size and parts of a mask that is not empty. Pixels that touch at a corner belong together."""
+    area = int(np.count_nonzero(mask))
+    if area < max(TINY_PIXELS, TINY_SHARE * mask.size):
+        message = (
+            f"the mask has {area} px, {100 * area / mask.size:.2g} % of its image; see whether the whole target is "
+            "marked, or crop the image"
+        )
+        yield Finding(check=TINY_MASK, message=message, degree=-area)
+    left, top, right, bottom = tight_box(mask)
+    parts, count = label(mask[top : bottom + 1, left : right + 1], np.ones((3, 3)))
+    if count > 1:
+        sizes = sorted(np.bincount(parts.ravel())[1:].tolist(), reverse=True)
+        listed = ", ".join(map(str, sizes[:5])) + (", …" if count > 5 else "")
+        message = (
+            f"the mask has {count} parts ({listed} px); remove specks, or give parts that are not meant as one rows of "
+            "their own"
+        )
+        yield Finding(check=SEVERAL_PARTS, message=message, degree=1 - sizes[0] / area)
+
+
+def check_tightness(box: Box, mask: NDArray[np.bool_]) -> Iterator[Finding]:
+    """A box against the tight box of a mask that is not empty: no edge may be off by more than a pixel or, in large
+    images, `LOOSE_SHARE` of the long side."""
+    tight = tight_box(mask)
+    off = max(abs(edge - best) for edge, best in zip(box, tight, strict=True))
+    if off > max(1.0, LOOSE_SHARE * max(mask.shape)):
+        message = (
+            f"the box {_numbers(box)} is up to {off:.4g} px off the mask's tight box {_numbers(tight)}; take that, or "
+            "mend the mask"
+        )
+        yield Finding(check=LOOSE_BOX, message=message, degree=off / max(mask.shape))
+
+
+def check_points(points: PointPair, mask: NDArray[np.bool_]) -> Iterator[Finding]:
+    """Points against a mask that is not empty. A point lies on the nearest pixel."""
+    for point in points:
+        if off := _distance(point, mask):
+            better = " and ".join(map(_numbers, reference_points(mask)))
+            message = f"the point {_numbers(point)} lies {off:.4g} px off the mask; its key points are {better}"
+            yield Finding(check=POINT_OFF_MASK, message=message, degree=off / max(mask.shape))
+
+
+def _distance(point: Point, mask: NDArray[np.bool_]) -> float:
+    """Pixels from a point to the nearest pixel of a mask; 0 on it."""
+    height, width = mask.shape
+    # The reader lets a point lie on the far edge.
+    x, y = (min(side - 1, max(0, round(value))) for value, side in zip(point, (width, height), strict=True))
+    if mask[y, x]:
+        return 0.0
+    rows, columns = np.nonzero(mask)
+    return float(np.hypot(rows - point[1], columns - point[0]).min())
+
+
+def _found(checked: CheckedRow, check: Check, message: str) -> CheckedRow:
+    return replace(checked, findings=[*checked.findings, Finding(check=check, message=message)])
+
+
+def _place(other: RowInfo, info: RowInfo) -> str:
+    return f"row {other.row}" + ("" if other.file == info.file else f" of {other.file}")
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+def _numbers(values: Box | Point) -> str:
+    return "[" + ", ".join(f"{value:g}" for value in values) + "]"
