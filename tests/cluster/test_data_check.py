@@ -161,6 +161,16 @@ def test_progress_is_told_row_by_row(rows: list[Row], tmp_path: Path) -> None:
     assert told == list(range(1, 41))
 
 
+def test_without_a_terminal_progress_is_told_in_lines(
+    rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path / "rows.parquet", rows)
+    assert run(tmp_path / "rows.parquet").stderr == ""
+    monkeypatch.setattr("cluster.data_commands._LINE_EVERY", -1.0)
+    told = run(tmp_path / "rows.parquet").stderr.splitlines()
+    assert told[0] == "checking: 1 of 40 rows" and told[-1] == "checking: 40 of 40 rows"
+
+
 def found_by(judge: Any, row: Row, folder: Path) -> list[tuple[str, str]]:
     write_rows(folder / "one.parquet", [row])
     report = check_files(open_files([folder / "one.parquet"]), judges=[judge])
