@@ -65,11 +65,12 @@ class Report:
         self.rows += 1
         self.unusable += not checked.usable
         self.flagged += checked.usable and bool(checked.findings)
-        self.counts.update({finding.check for finding in checked.findings})
-        for finding in checked.findings:
+        by_check = {finding.check: finding for finding in sorted(checked.findings, key=lambda each: each.degree)}
+        self.counts.update(by_check.keys())
+        for check, finding in by_check.items():
             example = Example(file=checked.file, row=checked.row, finding=finding, sample=checked.sample)
-            ranked = sorted([*self.worst.get(finding.check, ()), example], key=lambda each: -each.finding.degree)
-            self.worst[finding.check] = ranked[:_WORST]
+            ranked = sorted([*self.worst.get(check, ()), example], key=lambda each: -each.finding.degree)
+            self.worst[check] = ranked[:_WORST]
 
 
 def open_files(paths: Sequence[Path]) -> list[RowFile]:

@@ -221,6 +221,8 @@ def _write_sheet(out: Path, sheet: Any) -> list[str]:
     from umrg.sample import encode_png
 
     if sheet is None:
+        # One of an earlier check would show what is no more.
+        (out / "check.png").unlink(missing_ok=True)
         return ["check.csv"]
     with written_aside(out / "check.png") as aside:
         aside.write_bytes(encode_png(sheet))

@@ -16,6 +16,7 @@ from cluster.data_commands import data_app
 from cluster.data_judges import load_oracle, prompt_limits
 from learner.reasoner import load_prompter
 from umrg import phantoms
+from umrg.checks import POINT_OFF_MASK
 from umrg.dataset import Dataset, write_rows
 from umrg.sample import encode_png
 
@@ -46,6 +47,8 @@ def rows() -> list[Row]:
 
 def test_a_clean_file_is_clean(rows: list[Row], tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.parquet", rows)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "check.png").write_bytes(b"of an earlier check")
     result = run(tmp_path / "rows.parquet", "--out", tmp_path / "out", "--clean", tmp_path / "clean.parquet")
     assert result.exit_code == 0, result.output
     assert "40 rows: 0 cannot be used, 0 to look at, 40 without a finding" in result.output
@@ -56,7 +59,7 @@ def test_a_clean_file_is_clean(rows: list[Row], tmp_path: Path) -> None:
 def test_faults_are_told_drawn_and_left_out_and_the_file_stays_as_it_was(rows: list[Row], tmp_path: Path) -> None:
     file, out, clean = (tmp_path / name for name in ("rows.parquet", "out", "clean.parquet"))
     rows[3]["images"] = [{"bytes": b"oops", "path": "oops.png"}]
-    rows[5]["reward_model"]["ground_truth"] = json.dumps({"bbox_2d": [0, 0, 200, 9], "point_2d": [[1, 1], [2, 2]]})
+    rows[5]["reward_model"]["ground_truth"] = json.dumps({"bbox_2d": [0, 0, 1e8, 9], "point_2d": [[1, 1], [2, 2]]})
     rows[8]["prompt"][0]["content"] = f"Where is the {rows[8]['extra_info']['category']}?"
     write_rows(file, rows)
     before = digest(file)
@@ -141,11 +144,31 @@ def test_rows_of_several_files_are_checked_together(rows: list[Row], tmp_path: P
     assert "that of row 0 of " in repeated[0]["message"]
 
 
+def test_a_report_keeps_the_worst_finding_of_a_row_and_counts_the_row_once(rows: list[Row], tmp_path: Path) -> None:
+    corners = {"bbox_2d": [0, 0, 111, 111], "point_2d": [[0, 0], [0, 111]]}
+    rows[4]["reward_model"]["ground_truth"] = json.dumps(corners)
+    write_rows(tmp_path / "rows.parquet", rows)
+    report = check_files(open_files([tmp_path / "rows.parquet"]))
+    (example,) = report.worst[POINT_OFF_MASK]
+    assert (example.row, report.counts[POINT_OFF_MASK]) == (4, 1)
+    assert (report.rows, report.unusable, report.flagged) == (40, 0, 1)
+
+
 def test_progress_is_told_row_by_row(rows: list[Row], tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.parquet", rows)
     told: list[int] = []
     check_files(open_files([tmp_path / "rows.parquet"]), progress=told.append)
     assert told == list(range(1, 41))
+
+
+def test_without_a_terminal_progress_is_told_in_lines(
+    rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path / "rows.parquet", rows)
+    assert run(tmp_path / "rows.parquet").stderr == ""
+    monkeypatch.setattr("cluster.data_commands._LINE_EVERY", -1.0)
+    told = run(tmp_path / "rows.parquet").stderr.splitlines()
+    assert told[0] == "checking: 1 of 40 rows" and told[-1] == "checking: 40 of 40 rows"
 
 
 def found_by(judge: Any, row: Row, folder: Path) -> list[tuple[str, str]]:
