@@ -16,6 +16,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, Wei
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from actors import leash
 from actors.config import RolloutConfig
 from learner.reasoner import Prompter
 from umrg.group import Completion
@@ -55,6 +56,7 @@ class Engine:
     @classmethod
     async def start(cls, model: Path, prompter: Prompter, config: RolloutConfig) -> "Engine":
         """Load a model folder; its weights are version 0."""
+        leash.hold()
         prompt_limit = config.max_prompt_tokens
         llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(

@@ -128,7 +128,8 @@ def summarise(
     for kind in dict.fromkeys(kind for found in strata.values() for kind in found):
         parts: dict[str, list[Mapping[str, float]]] = {}
         for row, figures in rows.items():
-            parts.setdefault(strata[row][kind], []).append(figures)
+            if kind in strata[row]:
+                parts.setdefault(strata[row][kind], []).append(figures)
         by[kind] = {name: {"n": len(parts[name]), **_means(parts[name])} for name in sorted(parts)}
     causes = sorted(set(failures.values()))
     counted = {cause: sorted(row for row, why in failures.items() if why == cause) for cause in causes}

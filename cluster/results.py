@@ -59,4 +59,5 @@ def _whole_lines(path: Path) -> list[Record]:
     if not path.exists():
         return []
     # The last line of a process that was killed may be half a line.
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    *whole, _ = path.read_text().split("\n")
+    return [json.loads(line) for line in whole]

@@ -138,9 +138,9 @@ class Training:
         if state := self.checkpoints.newest():
             self.workers.learner.load_state(state.folder)
             self.step, self.cursor = state.step, state.cursor
-            self.journal.rewind(self.step)
             broadcast(self.workers, version=self.step)
             self.display.resumed(self.step)
+        self.journal.rewind(self.step)
         self.canary.check(self.workers)
 
 

@@ -10,7 +10,8 @@ def group_advantages(rewards: torch.Tensor, epsilon: float = 1e-6) -> torch.Tens
 
     A group without spread, or of one answer, has nothing to say: zeros.
     """
-    if len(rewards) < 2:
+    # The mean of equal numbers may be off by rounding, which so small a divisor would blow up.
+    if len(rewards) < 2 or bool(rewards.max() == rewards.min()):
         return torch.zeros_like(rewards)
     centred = rewards - rewards.mean()
     return centred / (rewards.std() + epsilon)

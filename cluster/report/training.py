@@ -40,7 +40,8 @@ def all_charts(metrics: Sequence[Mapping[str, float]]) -> list[str]:
     steps = [int(line["step"]) for line in metrics]
 
     def series(prefix: str, names: Sequence[str]) -> dict[str, list[float]]:
-        return {name: [line[f"{prefix}/{name}"] for line in metrics] for name in names}
+        # A phase such as the start lies before some steps only.
+        return {name: [line.get(f"{prefix}/{name}", 0.0) for line in metrics] for name in names}
 
     parts = [name.removeprefix("reward/") for name in metrics[0] if name.startswith("reward/")]
     parts = [name for name in parts if name not in ("spread", "flat_groups")]

@@ -107,6 +107,19 @@ def test_results_go_on_after_half_a_line_and_half_a_row(dataset, tmp_path):
     assert sum(map(len, read_results(path).values())) == 6
 
 
+def test_a_line_ends_at_its_newline_only(dataset, tmp_path):
+    odd = {**record(dataset[0]), "completion": "a line\u2028separator and\x85another"}
+    Results(tmp_path / "results.jsonl", n=0).add([odd])
+    assert Results(tmp_path / "results.jsonl", n=0).rows[dataset[0].id] == [odd]
+
+
+def test_rows_may_lack_a_stratum(dataset):
+    figures = {s.id: row_figures([record(s)], s) for s in dataset}
+    strata: dict[str, dict[str, str]] = {s.id: {} for s in dataset}
+    strata[dataset[0].id] = {"phrasing": "seen"}
+    assert summarise(figures, strata, {})["by"]["phrasing"]["seen"]["n"] == 1
+
+
 def test_there_must_be_results(tmp_path):
     with pytest.raises(ValueError, match="give the folder of an evaluation"):
         read_results(tmp_path / "results.jsonl")

@@ -119,11 +119,17 @@ def test_the_job_is_submitted_from_a_clean_checkout(ray_cluster, tmp_path):
     subprocess.run(["tar", "-x"], cwd=checkout, input=archive, check=True)
     client = JobSubmissionClient(f"http://{ray_cluster}")
     overrides = " ".join(f"'{override}'" for override in (*SMALL, "name=job", "steps=1", f"runs={tmp_path}"))
-    job = client.submit_job(
-        entrypoint=f"{sys.executable} -m cluster.train configs/demo.yaml {overrides}",
-        runtime_env={"working_dir": str(checkout)},
-    )
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 500
+    while True:
+        try:
+            job = client.submit_job(
+                entrypoint=f"{sys.executable} -m cluster.train configs/demo.yaml {overrides}",
+                runtime_env={"working_dir": str(checkout)},
+            )
+            break
+        except RuntimeError as error:  # the cluster's agent starts after the cluster
+            assert "No available agent" in str(error) and time.monotonic() < deadline
+            time.sleep(2)
     while not (status := client.get_job_status(job)).is_terminal():
         assert time.monotonic() < deadline, client.get_job_logs(job)
         time.sleep(1)

@@ -17,7 +17,7 @@ def test_advantages_are_centred_and_scaled_within_the_group():
     assert torch.allclose(advantages, torch.tensor([-2.0, -1.0, 0.0, 3.0]) / math.sqrt(14 / 3), atol=1e-5)
 
 
-@pytest.mark.parametrize("rewards", [[0.7], [0.5, 0.5, 0.5]])
+@pytest.mark.parametrize("rewards", [[0.7], [0.5, 0.5, 0.5], [2.7] * 8, [3.1234] * 16, [0.1] * 12])
 def test_a_group_without_spread_says_nothing(rewards):
     assert group_advantages(torch.tensor(rewards)).abs().max() < 1e-5
 
