@@ -72,6 +72,35 @@ class Run:
         return found
 
 
+# First: a killed cluster's agent may hold on to the port that jobs are submitted to.
+@pytest.mark.slow
+def test_the_job_is_submitted_from_a_clean_checkout(ray_cluster, tmp_path):
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, capture_output=True, check=True).stdout
+    subprocess.run(["tar", "-x"], cwd=checkout, input=archive, check=True)
+    client = JobSubmissionClient(f"http://{ray_cluster}")
+    overrides = " ".join(f"'{override}'" for override in (*SMALL, "name=job", "steps=1", f"runs={tmp_path}"))
+    deadline = time.monotonic() + 500
+    while True:
+        try:
+            job = client.submit_job(
+                entrypoint=f"{sys.executable} -m cluster.train configs/demo.yaml {overrides}",
+                runtime_env={"working_dir": str(checkout)},
+            )
+            break
+        except RuntimeError as error:  # the cluster's agent starts after the cluster
+            assert "No available agent" in str(error) and time.monotonic() < deadline
+            time.sleep(2)
+    while not (status := client.get_job_status(job)).is_terminal():
+        assert time.monotonic() < deadline, client.get_job_logs(job)
+        time.sleep(1)
+    assert status == JobStatus.SUCCEEDED, client.get_job_logs(job)
+    assert json.loads((tmp_path / "job" / "summary.json").read_text())["status"] == "finished"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["starting actors", "evaluating before", "step 1/"])
 def test_ctrl_c_leaves_no_process_and_a_readable_folder(tmp_path, phase):
@@ -107,34 +136,6 @@ def test_a_dead_actor_ends_the_run_by_its_name(tmp_path):
     assert "ActorFailed: rollout 0 died while" in run.output.read_text()
     run.assert_nothing_left()
     assert str(run.summary()["status"]).startswith("failed: ActorFailed: rollout 0 died")
-
-
-@pytest.mark.slow
-def test_the_job_is_submitted_from_a_clean_checkout(ray_cluster, tmp_path):
-    from ray.job_submission import JobStatus, JobSubmissionClient
-
-    checkout = tmp_path / "checkout"
-    checkout.mkdir()
-    archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, capture_output=True, check=True).stdout
-    subprocess.run(["tar", "-x"], cwd=checkout, input=archive, check=True)
-    client = JobSubmissionClient(f"http://{ray_cluster}")
-    overrides = " ".join(f"'{override}'" for override in (*SMALL, "name=job", "steps=1", f"runs={tmp_path}"))
-    deadline = time.monotonic() + 500
-    while True:
-        try:
-            job = client.submit_job(
-                entrypoint=f"{sys.executable} -m cluster.train configs/demo.yaml {overrides}",
-                runtime_env={"working_dir": str(checkout)},
-            )
-            break
-        except RuntimeError as error:  # the cluster's agent starts after the cluster
-            assert "No available agent" in str(error) and time.monotonic() < deadline
-            time.sleep(2)
-    while not (status := client.get_job_status(job)).is_terminal():
-        assert time.monotonic() < deadline, client.get_job_logs(job)
-        time.sleep(1)
-    assert status == JobStatus.SUCCEEDED, client.get_job_logs(job)
-    assert json.loads((tmp_path / "job" / "summary.json").read_text())["status"] == "finished"
 
 
 @pytest.mark.slow
