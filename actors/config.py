@@ -1,9 +1,9 @@
 """The actors' parts of a run's configuration. Imports neither Ray nor torch."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from actors.experts.protocol import Preprocess
 from umrg.config import Config
@@ -34,6 +34,15 @@ class RolloutConfig(Config):
     gpu_memory: float = Field(default=0.6, gt=0, le=1)
     cpu_cache_gib: PositiveInt = 1
     reset_caches: bool = True
+
+    @model_validator(mode="after")
+    def _a_gpu_each(self) -> Self:
+        if self.tensor_parallel > 1 and self.num_gpus != self.tensor_parallel:
+            raise ValueError(
+                f"an engine over {self.tensor_parallel} GPUs needs as many; set num_gpus to {self.tensor_parallel}, "
+                "or tensor_parallel to 1"
+            )
+        return self
 
 
 class EndpointConfig(Config):

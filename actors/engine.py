@@ -70,6 +70,8 @@ class Engine:
                 enable_prefix_caching=True,
                 enforce_eager=config.num_gpus == 0,
                 tensor_parallel_size=config.tensor_parallel,
+                # In a placement group vLLM would ask Ray for workers, of which the run's group has none.
+                distributed_executor_backend="mp" if config.tensor_parallel > 1 else None,
                 gpu_memory_utilization=config.gpu_memory,
                 limit_mm_per_prompt={"image": 1, "video": 0},
                 # Temperature-scaled, and without the tokens that are never sampled.

@@ -13,7 +13,7 @@ from rewards.mask import promptable
 from rewards.scored import ScoredAnswer
 from rewards.scoring import Scorer
 from umrg.answers import Answer, parse_answer
-from umrg.frames import Frame
+from umrg.frames import Box, Frame, PointPair
 from umrg.group import Completion, Group, GroupSamples
 from umrg.masks import encode_rle
 from umrg.metrics import box_iou, mask_dice, mask_iou, pdice, pdice_published
@@ -98,14 +98,14 @@ def draw_masks(
     expert: Expert, embedding: Embedding, answers: Sequence[Answer], *, boxes: bool = True, points: bool = True
 ) -> Mapping[int, tuple[NDArray[np.bool_], float]]:
     """Mask bool [H, W] and the expert's own score of each usable answer about an embedded image, by its index; all in
-    one batch. boxes, points: whether the expert is given the one and the other."""
+    one batch. boxes, points: whether the expert is given the one and the other, if it takes both."""
     usable = [i for i, answer in enumerate(answers) if promptable(answer)]
     if not usable:
         return {}
     decoded = expert.decode(
         embedding,
         boxes=np.array([answers[i].box for i in usable]) if boxes else None,
-        points=np.array([answers[i].points for i in usable]) if points else None,
+        points=np.array([answers[i].points for i in usable]) if points and expert.takes_points else None,
     )
     return {i: (mask, float(score)) for i, mask, score in zip(usable, decoded.masks, decoded.scores, strict=True)}
 
@@ -113,21 +113,28 @@ def draw_masks(
 def thorough_metrics(
     expert: Expert, embedding: Embedding, answers: Sequence[Answer], reference: Reference
 ) -> list[dict[str, float]]:
-    """Of each answer the Dice of the mask from its box alone and from its points alone, 0 where it is malformed, and
-    the Dice that the expert reaches with the reference box and points: the ceiling of any answer of the kind."""
-    assert reference.mask is not None
-    perfect = expert.decode(embedding, boxes=np.array([reference.box]), points=np.array([reference.points]))
-    ceiling = mask_dice(perfect.masks[0], reference.mask)
-    by_box = draw_masks(expert, embedding, answers, points=False)
-    by_points = draw_masks(expert, embedding, answers, boxes=False)
+    """Of each answer the Dice of the mask from its box alone and, if the expert takes points, from them alone, 0 where
+    it is malformed; and the Dice that the expert reaches with the reference: the ceiling of any answer of the kind."""
+    truth = reference.mask
+    assert truth is not None
+    ceiling = mask_dice(reference_mask(expert, embedding, reference.box, reference.points), truth)
+    drawn = {"dice_box": draw_masks(expert, embedding, answers, points=False)}
+    if expert.takes_points:
+        drawn["dice_points"] = draw_masks(expert, embedding, answers, boxes=False)
     return [
         {
-            "dice_box": mask_dice(by_box[i][0], reference.mask) if i in by_box else 0.0,
-            "dice_points": mask_dice(by_points[i][0], reference.mask) if i in by_points else 0.0,
+            **{name: mask_dice(masks[i][0], truth) if i in masks else 0.0 for name, masks in drawn.items()},
             "oracle_dice": ceiling,
         }
         for i in range(len(answers))
     ]
+
+
+def reference_mask(expert: Expert, embedding: Embedding, box: Box, points: PointPair) -> NDArray[np.bool_]:
+    """The expert's mask, bool [H, W], from a reference box and, if it takes them, points: no answer can do better."""
+    given = np.array([points]) if expert.takes_points else None
+    mask: NDArray[np.bool_] = expert.decode(embedding, boxes=np.array([box]), points=given).masks[0]
+    return mask
 
 
 def metrics_of(

@@ -3,16 +3,18 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
+    Discriminator,
     Field,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
     ValidationError,
     field_validator,
     model_validator,
@@ -47,6 +49,14 @@ def _as_list(value: Any) -> Any:
 Files = Annotated[list[Path], BeforeValidator(_as_list), Field(min_length=1)]
 
 
+def _kind(value: Any) -> str:
+    return "drawn" if isinstance(value, (dict, PhantomConfig)) else "files"
+
+
+Rows = Annotated[Annotated[Files, Tag("files")] | Annotated[PhantomConfig, Tag("drawn")], Discriminator(_kind)]
+"""Parquet files in the released schema, or phantoms to draw."""
+
+
 class DataConfig(Config):
     """train: parquet files in the released schema. The filters keep rows of these names only."""
 
@@ -59,8 +69,8 @@ class DataConfig(Config):
 class RunDataConfig(DataConfig):
     """train, eval: parquet files, or phantoms to draw."""
 
-    train: Files | PhantomConfig  # type: ignore[assignment]
-    eval: Files | PhantomConfig
+    train: Rows  # type: ignore[assignment]
+    eval: Rows
 
 
 class EvaluationConfig(Config):
@@ -132,7 +142,7 @@ class EvaluationDataConfig(Config):
     """eval: parquet files, or phantoms to draw. The filters keep rows of these names only. seen: the files that the
     reasoner was trained on, so that figures tell rows whose words, category or modality it has seen from others."""
 
-    eval: Files | PhantomConfig
+    eval: Rows
     supercategory: list[str] = Field(default_factory=list)
     category: list[str] = Field(default_factory=list)
     modality: list[str] = Field(default_factory=list)
@@ -217,7 +227,8 @@ def load_config(
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    with written_aside(path) as aside:
+        aside.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -253,9 +264,10 @@ def _set(tree: dict[str, Any], key: str, value: object) -> None:
 
 
 def _explain(schema: type[BaseModel], fault: Any) -> str:
-    location = [str(part) for part in fault["loc"]]
+    location = [str(part) for part in fault["loc"] if part not in ("files", "drawn")]  # pydantic's, not the user's
     if fault["type"] != "extra_forbidden":
-        return f"{'.'.join(location)}: {fault['msg']}"
+        message = fault["msg"].removeprefix("Value error, ")
+        return f"{'.'.join(location)}: {message}" if location else message
     known = _keys(schema, location[:-1])
     near = difflib.get_close_matches(location[-1], known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(sorted(known))}"
@@ -263,9 +275,16 @@ def _explain(schema: type[BaseModel], fault: Any) -> str:
 
 
 def _keys(schema: type[BaseModel], path: list[str]) -> list[str]:
+    schemas = [schema]
     for part in path:
-        annotation = schema.model_fields[part].annotation if part in schema.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        schema = annotation
-    return list(schema.model_fields)
+        fields = [each.model_fields[part] for each in schemas if part in each.model_fields]
+        # A part that is no field is a place in a list.
+        schemas = [found for field in fields for found in _models(field.annotation)] or schemas
+    return [key for each in schemas for key in each.model_fields]
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The models that a field's type is, or may be."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for part in get_args(annotation) for found in _models(part)]

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from actors.experts.protocol import Embedding, Expert
 from actors.experts.registry import load_expert
+from actors.segmenter import reference_mask
 from learner.reasoner import Prompter, load_prompter
 from umrg.checks import IMAGE_SHRUNK, LOW_CEILING, OVER_LIMIT, CheckedRow, Finding
 from umrg.config import model_folder
@@ -83,9 +84,7 @@ class Oracle:
         if embedding is None or pixels is None or pixels != known:
             embedding = self._expert.embed(sample.image())
             self._embedded = (pixels, embedding)
-        decoded = self._expert.decode(embedding, boxes=np.array([sample.box]), points=np.array([sample.points]))
-        mask: NDArray[np.bool_] = decoded.masks[0]
-        return mask
+        return reference_mask(self._expert, embedding, sample.box, sample.points)
 
 
 def prompt_limits(model: Path, most: int) -> PromptLimits:

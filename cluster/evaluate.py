@@ -24,22 +24,21 @@ from cluster.results import Results
 from cluster.run_folder import RunFolder
 from cluster.workers import Workers, cluster, started
 from umrg.atomic import written_aside
-from umrg.dataset import Dataset
 from umrg.sample import Sample
 
 
 def run_evaluation(config: EvaluateConfig) -> RunFolder:
     """Evaluate; an evaluation that was interrupted goes on. Raises ValueError where one by that name is finished."""
-    run = RunFolder.begin(config.runs / config.name, config, resume=True)
-    if run.read_json("metrics.json"):
-        raise ValueError(f"the evaluation {run.path} is finished; give another name=… or remove it")
-    rows = open_held_out(config, run)
-    results = Results(run.path / "results.jsonl", n=config.n)
-    if any(row.id not in results.rows for row in rows):
-        with cluster(), started(config) as workers:
-            answer(workers, rows, config, results)
-    results.sort([row.id for row in rows])
-    write_figures(run, rows, results, config)
+    with RunFolder.begun(config.runs / config.name, config, resume=True) as run:
+        if run.read_json("metrics.json"):
+            raise ValueError(f"the evaluation {run.path} is finished; give another name=… or remove it")
+        rows, seen = open_held_out(config, run), Seen.of_files(config.data.seen)
+        results = Results(run.path / "results.jsonl", n=config.n)
+        if any(row.id not in results.rows for row in rows):
+            with cluster(), started(config) as workers:
+                answer(workers, rows, config, results)
+        results.sort([row.id for row in rows])
+        write_figures(run, rows, seen, results, config)
     return run
 
 
@@ -62,9 +61,10 @@ def answer(workers: Workers, rows: Sequence[Sample], config: EvaluateConfig, res
     workers.check_expert()
 
 
-def write_figures(run: RunFolder, rows: Sequence[Sample], results: Results, config: EvaluateConfig) -> None:
+def write_figures(
+    run: RunFolder, rows: Sequence[Sample], seen: Seen, results: Results, config: EvaluateConfig
+) -> None:
     """Write metrics.json, table.md, table.csv and the report, from the recorded answers alone."""
-    seen = Seen(list(Dataset.open(config.data.seen).infos) if config.data.seen else [])
     figures = {row.id: row_figures(results.rows[row.id], row) for row in rows}
     strata = {row.id: seen.strata(row) for row in rows}
     greedy = {row.id: next(r for r in results.rows[row.id] if r["kind"] == "greedy") for row in rows}

@@ -6,12 +6,14 @@ records of a row ──row_figures──► figures of the row ──summarise�
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cluster.results import Record
+from umrg.dataset import Dataset
 from umrg.masks import decode_rle
 from umrg.metrics import box_iou, mask_dice
 from umrg.sample import Sample
@@ -48,11 +50,12 @@ TITLES = {
 
 
 def row_figures(records: Sequence[Record], sample: Sample) -> dict[str, float]:
-    """Figures of one row. Of the greedy answer its metrics (`GREEDY`); of k sampled ones their mean, their best
+    """Figures of one row. Of the greedy answer its metrics (`GREEDY`; an expert that takes no points has no
+    `dice_points`); of k sampled ones their mean, their best
     (best@k, by the reference: a ceiling of choosing) and their consensus (by vote, without the reference)."""
     greedy = [record for record in records if record["kind"] == "greedy"]
     sampled = [record for record in records if record["kind"] == "sampled"]
-    found = {name: greedy[0]["metrics"][name] for name in GREEDY}
+    found = {name: greedy[0]["metrics"][name] for name in GREEDY if name in greedy[0]["metrics"]}
     if sampled:
         for name in ("iou", "dice"):
             values = [record["metrics"][name] for record in sampled]
@@ -95,6 +98,11 @@ class Seen:
         self.words = {info.query for info in trained_on}
         self.categories = {info.category for info in trained_on}
         self.modalities = {info.modality for info in trained_on}
+
+    @classmethod
+    def of_files(cls, files: Sequence[Path]) -> Self:
+        """What is asked in some parquet files."""
+        return cls(Dataset.open(files).infos if files else ())
 
     def strata(self, sample: Sample) -> dict[str, str]:
         """The strata that a row belongs to, by their kind. A row may itself say whether its phrasing was held out."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from umrg.atomic import written_aside
+from umrg.atomic import whole_lines, written_aside
 
 Record = Mapping[str, Any]
 
@@ -18,7 +18,7 @@ class Results:
     def __init__(self, path: Path, *, n: int) -> None:
         self._path, self._n = path, n
         self.rows: dict[str, list[Record]] = {}
-        for record in _whole_lines(path):
+        for record in whole_lines(path):
             self.rows.setdefault(record["sample_id"], []).append(record)
         self.rows = {row: records for row, records in self.rows.items() if len(records) == 1 + n}
         self._write(self.rows)
@@ -50,14 +50,6 @@ def read_results(path: Path) -> dict[str, list[Record]]:
     if not path.is_file():
         raise ValueError(f"there is no {path}; give the folder of an evaluation")
     rows: dict[str, list[Record]] = {}
-    for record in _whole_lines(path):
+    for record in whole_lines(path):
         rows.setdefault(record["sample_id"], []).append(record)
     return rows
-
-
-def _whole_lines(path: Path) -> list[Record]:
-    if not path.exists():
-        return []
-    # The last line of a process that was killed may be half a line.
-    *whole, _ = path.read_text().split("\n")
-    return [json.loads(line) for line in whole]

@@ -1,7 +1,9 @@
 """The run folder: `runs/<name>/{config.yaml, metrics.jsonl, samples/, checkpoints/, model/, summary.json, report/}`."""
 
 import json
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -9,7 +11,7 @@ from typing import Any, Self
 import yaml
 
 from cluster.config import save_config
-from umrg.atomic import written_aside
+from umrg.atomic import whole_lines, written_aside
 from umrg.config import Config
 
 _MAY_CHANGE = ("steps", "resume", "checkpoint_every", "keep", "runs", "deadlines", "placement")
@@ -32,12 +34,28 @@ class RunFolder:
         return cls(path)
 
     @classmethod
+    @contextmanager
+    def begun(cls, path: Path, config: Config, *, resume: bool) -> Iterator[Self]:
+        """`begin`; where a mistake of the user's ends the run before it has anything to show, a folder that was made
+        for it goes too, so that the corrected command finds the name free."""
+        ours = not path.exists()
+        run = cls.begin(path, config, resume=resume)
+        try:
+            yield run
+        except ValueError:
+            if ours and not run.has_results():
+                shutil.rmtree(path)
+            raise
+
+    @classmethod
     def begin(cls, path: Path, config: Config, *, resume: bool) -> Self:
         """Make the folder, or with `resume` take the one that is there. Raises ValueError where one is there and should
-        not be, or was made with another configuration."""
+        not be, is no run's, or was made with another configuration."""
         if not (resume and path.exists()):
             return cls.create(path, config)
-        kept = yaml.safe_load((path / "config.yaml").read_text())
+        kept = yaml.safe_load((path / "config.yaml").read_text()) if (path / "config.yaml").is_file() else None
+        if not isinstance(kept, dict):
+            raise ValueError(f"{path} is not a run's folder (no config.yaml); give another name=… or remove it")
         given = config.model_dump(mode="json")
         changed = sorted(key for key in given if key not in _MAY_CHANGE and kept.get(key) != given[key])
         if changed:
@@ -63,6 +81,10 @@ class RunFolder:
     def model(self) -> Path:
         return self.path / "model"
 
+    def has_results(self) -> bool:
+        """Whether anything was sampled."""
+        return self.samples.exists() or (self.path / "results.jsonl").exists()
+
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Add a line to metrics.jsonl."""
         with (self.path / "metrics.jsonl").open("a") as file:
@@ -72,9 +94,9 @@ class RunFolder:
         """Drop the lines of metrics.jsonl that are not wanted."""
         path = self.path / "metrics.jsonl"
         if path.exists():
-            lines = [line for line in path.read_text().splitlines(keepends=True) if wanted(json.loads(line))]
+            kept = [line for line in whole_lines(path) if wanted(line)]
             with written_aside(path) as aside:
-                aside.write_text("".join(lines))
+                aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def read_json(self, name: str) -> Any:
         """What `write_json` wrote under that name; None where there is nothing."""

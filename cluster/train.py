@@ -30,8 +30,9 @@ from umrg.shuffling import Cursor, batches
 
 def train(config: TrainConfig) -> RunFolder:
     """Run the job; the trained model lies in the run folder's `model/`."""
-    run = RunFolder.begin(config.runs / config.name, config, resume=config.resume == "auto")
     with ExitStack() as stack:
+        folder = config.runs / config.name
+        run = stack.enter_context(RunFolder.begun(folder, config, resume=config.resume == "auto"))
         journal = stack.enter_context(Journal(run, config))
         display = stack.enter_context(Display(config))
         with display.waiting("reading data"), journal.clock.phase("data"):

@@ -1,10 +1,13 @@
-"""Nothing is half-written: files and folders are written aside, then renamed into place."""
+"""Nothing is half-written: files and folders are written aside, then renamed into place; files that grow by lines are
+read up to their last whole one."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -23,3 +26,13 @@ def written_aside(path: Path) -> Iterator[Path]:
         if aside.is_dir():
             shutil.rmtree(aside)
         aside.unlink(missing_ok=True)
+
+
+def whole_lines(path: Path) -> list[Any]:
+    """The values of a JSON-lines file, none where there is no file. The last line of a process that was killed may be
+    half a line: it is left out."""
+    if not path.exists():
+        return []
+    # Other line separators may stand within a value.
+    *whole, _ = path.read_text().split("\n")
+    return [json.loads(line) for line in whole]

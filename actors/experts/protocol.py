@@ -56,6 +56,11 @@ class Expert(Protocol):
     @property
     def preprocess(self) -> Preprocess: ...
 
+    @property
+    def takes_points(self) -> bool:
+        """Whether `decode` takes points, or boxes only."""
+        ...
+
     def embed(self, image: NDArray[np.uint8]) -> Embedding:
         """Embed an image: uint8 [H, W, 3], RGB. ValueError for any other layout."""
         ...

@@ -105,6 +105,10 @@ class SamExpert:
         self._sam.image_encoder.to(DTYPES[dtype])
         self._dtype = DTYPES[dtype]
 
+    @property
+    def takes_points(self) -> bool:
+        return self.preprocess == "published"
+
     def embed(self, image: NDArray[np.uint8]) -> Embedding:
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise ValueError(f"an image is uint8 [H, W, 3], this one is {image.dtype} {list(image.shape)}")
@@ -128,7 +132,7 @@ class SamExpert:
     ) -> Decoded:
         """See `Expert.decode`. `batch` prompts are decoded at a time, which bounds memory and nothing else."""
         n = _prompt_count(boxes, points)
-        if self.preprocess == "native" and points is not None:
+        if points is not None and not self.takes_points:
             raise ValueError("MedSAM's native preprocessing takes boxes only; drop the points, or use `published`")
         frame_boxes = self._in_expert_frame(boxes, embedding)
         frame_points = self._in_expert_frame(points, embedding)
