@@ -1,12 +1,13 @@
 """The actors' parts of a run's configuration. Imports neither Ray nor torch."""
 
+import os
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from actors.experts.protocol import Preprocess
-from umrg.config import Config
+from umrg.config import Config, located
 
 
 class RolloutConfig(Config):
@@ -48,7 +49,9 @@ class RolloutConfig(Config):
 class EndpointConfig(Config):
     """A reasoner behind an OpenAI-compatible HTTP interface, such as vLLM's own.
 
-    url: up to and with `/v1`. model: as the endpoint names it. key_variable: environment variable that holds the key.
+    url: up to and with `/v1`. model: as the endpoint names it. key_variable: environment variable of whoever starts the
+    evaluation that holds the key. body: further fields of each request, such as `{top_k: 0}`, where the endpoint's own
+    defaults are not neutral.
     min_pixels, max_pixels: bounds of its processor's resize, where it answers in pixels of the model's frame.
     concurrency: requests at the same time. timeout: seconds of one request. retries: of one that failed.
     """
@@ -61,6 +64,15 @@ class EndpointConfig(Config):
     concurrency: PositiveInt = 16
     timeout: PositiveFloat = 300.0
     retries: int = Field(default=3, ge=0)
+    body: dict[str, Any] = Field(default_factory=dict)
+
+    def key(self) -> str | None:
+        """The key; None where none is asked for. Raises ValueError where the variable is not set."""
+        if self.key_variable is None:
+            return None
+        if not (key := os.environ.get(self.key_variable)):
+            raise ValueError(f"the environment variable {self.key_variable} is not set; export it with the key")
+        return key
 
 
 class SegmenterConfig(Config):
@@ -79,6 +91,10 @@ class SegmenterConfig(Config):
     device: str | None = None
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     preprocess: Preprocess = "published"
+
+    def located(self) -> Self:
+        """The same for an actor, which has another working directory."""
+        return self.model_copy(update={"checkpoint": self.checkpoint and located(self.checkpoint)})
 
     @property
     def where(self) -> str:

@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import os
 from typing import Any
 
 import openai
@@ -19,12 +18,12 @@ class EndpointFailed(RuntimeError):
 
 
 class Endpoint:
-    """Asks the endpoint; what it answers looks like a rollout's, without token ids and log-probs."""
+    """Asks the endpoint; what it answers looks like a rollout's, without token ids and log-probs. key: if the endpoint
+    asks for one."""
 
-    def __init__(self, config: EndpointConfig, spec: PromptSpec) -> None:
+    def __init__(self, config: EndpointConfig, spec: PromptSpec, *, key: str | None) -> None:
         self._config, self._spec = config, spec
         self._resize = ResizeRule(min_pixels=config.min_pixels, max_pixels=config.max_pixels)
-        key = os.environ.get(config.key_variable, "") if config.key_variable else ""
         self._client = openai.AsyncOpenAI(
             base_url=config.url, api_key=key or "none", timeout=config.timeout, max_retries=config.retries
         )
@@ -52,6 +51,11 @@ class Endpoint:
                     temperature=temperature,
                     max_tokens=max_tokens,
                     seed=group.seed(run_seed, 0),
+                    # A server's own defaults, taken from the model's folder, may be others.
+                    top_p=1.0,
+                    presence_penalty=0.0,
+                    frequency_penalty=0.0,
+                    extra_body=self._config.body,
                 )
             except openai.OpenAIError as error:
                 raise EndpointFailed(f"{self._config.url} on {group.sample.name}: {error}") from error

@@ -19,6 +19,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from actors import leash
 from actors.config import RolloutConfig
 from learner.reasoner import Prompter
+from umrg.frames import Size
 from umrg.group import Completion
 
 _HOST_MEMORY = Path("/dev/shm")
@@ -38,19 +39,20 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Generated:
-    """prompt_ids: of the prompt, image placeholders expanded. completions: n answers."""
+    """prompt_ids: of the prompt, image placeholders expanded. cached: how many of them the answer that ended last found
+    in the prefix cache. completions: n answers."""
 
     prompt_ids: tuple[int, ...]
+    cached: int
     completions: tuple[Completion, ...]
 
 
 class Engine:
     """Make it with `Engine.start`, in a process whose environment has `actors.engine_environment`."""
 
-    def __init__(self, llm: AsyncLLM, prompter: Prompter, *, reset_caches: bool) -> None:
+    def __init__(self, llm: AsyncLLM, prompter: Prompter, config: RolloutConfig) -> None:
         self.prompter = prompter
-        self._llm = llm
-        self._reset_caches = reset_caches
+        self._llm, self._config = llm, config
         self._requests = 0
 
     @classmethod
@@ -83,10 +85,12 @@ class Engine:
         )
         await llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
         await llm.update_weight_version("0")
-        return cls(llm, prompter, reset_caches=config.reset_caches)
+        return cls(llm, prompter, config)
 
     async def generate(self, image: NDArray[np.uint8], query: str, sampling: Sampling) -> Generated:
-        """Answer a query about an image uint8 [H, W, 3]; all n answers of it at once."""
+        """Answer a query about an image uint8 [H, W, 3]; all n answers of it at once. Raises ValueError for a prompt
+        over `max_prompt_tokens`."""
+        self._check_length(query, Size(image.shape[1], image.shape[0]))
         self._requests += 1
         parameters = SamplingParams(
             n=sampling.n,
@@ -109,13 +113,14 @@ class Engine:
         outputs = sorted(final.outputs, key=lambda output: output.index)
         return Generated(
             prompt_ids=tuple(final.prompt_token_ids),
+            cached=int(final.num_cached_tokens or 0),
             completions=tuple(self._completion(output) for output in outputs),
         )
 
     async def update_weights(self, buckets: Iterable[bytes], version: int) -> str:
         """Replace the weights by safetensors files given as bytes, between two tokens of whatever is being sampled;
         digest of the tensors that arrived."""
-        await self._llm.pause_generation(mode="keep", clear_cache=self._reset_caches)
+        await self._llm.pause_generation(mode="keep", clear_cache=self._config.reset_caches)
         try:
             await self._llm.start_weight_update()
             for bucket in buckets:
@@ -131,6 +136,14 @@ class Engine:
     def stop(self) -> None:
         """End the engine's processes."""
         self._llm.shutdown()
+
+    def _check_length(self, query: str, image: Size) -> None:
+        tokens, most = self.prompter.prompt_tokens(query, image), self._config.max_prompt_tokens
+        if tokens > most:
+            raise ValueError(
+                f"the prompt has {tokens} tokens, {self.prompter.image_tokens(image)} of them for the image, and "
+                f"rollout.max_prompt_tokens allows {most}; raise it, shorten the question or make the image smaller"
+            )
 
     def _completion(self, output: Any) -> Completion:
         versions = [int(span.version) for span in output.weight_versions or ()]

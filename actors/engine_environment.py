@@ -1,13 +1,10 @@
 """The environment of a rollout's process; apart from `actors.engine`, which imports vLLM."""
 
-import os
-
 from actors.config import RolloutConfig
 
 
 def engine_environment(config: RolloutConfig) -> dict[str, str]:
     """Environment variables that a process must have before it imports vLLM."""
-    threads = config.threads or max(1, (os.cpu_count() or 1) // config.actors)
     return {
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
@@ -15,5 +12,4 @@ def engine_environment(config: RolloutConfig) -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": str(config.cpu_cache_gib),
         # Left alone, vLLM pins its threads to core ids and keeps one core for itself.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": str(threads),
     }

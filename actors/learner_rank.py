@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 class LearnerRank:
     """Rank `rank` of `config.ranks`. `start` must have returned on every rank before anything else is called, and what
-    is a collective must be called on every rank."""
+    is a collective must be called on every rank. run: where all ranks write their parts of checkpoints."""
 
     def __init__(
         self,
@@ -33,9 +33,10 @@ class LearnerRank:
         temperature: float,
         seed: int,
         spec: PromptSpec,
+        run: Path | None = None,
     ) -> None:
         self._model, self._config, self._rank = model, config, rank
-        self._temperature, self._seed, self._spec = temperature, seed, spec
+        self._temperature, self._seed, self._spec, self._run = temperature, seed, spec, run
         self._learner: ZeroLearner | None = None
 
     def address(self) -> tuple[str, int]:
@@ -45,7 +46,13 @@ class LearnerRank:
             return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
 
     def start(self, host: str, port: int, seconds: float) -> None:
-        """Meet the other ranks and load the model; each collective may last `seconds`."""
+        """Meet the other ranks and load the model; each collective may last `seconds`. Raises ValueError where the
+        run's folder is not to be seen from here, or the model cannot be loaded."""
+        if self._run is not None and not self._run.is_dir():
+            raise ValueError(
+                f"the run's folder {self._run} is not on this node ({ray.util.get_node_ip_address()}); give runs=… on "
+                "storage that all nodes share"
+            )
         on_gpu = self._config.num_gpus > 0
         os.environ.update(
             RANK=str(self._rank),
@@ -57,9 +64,11 @@ class LearnerRank:
         import deepspeed
         import torch
 
+        from actors.threads import share_cores
         from learner.zero import ZeroLearner
 
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        share_cores(self._config.threads, self._config.ranks)
+
         torch.manual_seed(self._seed)
         deepspeed.init_distributed(
             dist_backend="nccl" if on_gpu else "gloo", timeout=timedelta(seconds=seconds), verbose=False

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actors.config import RolloutConfig
+from actors.threads import share_cores
 from learner.reasoner import load_prompter
 from umrg.group import Group, GroupSamples
 from umrg.prompts import PromptSpec
@@ -22,23 +23,29 @@ class Rollout:
 
     async def start(self) -> None:
         """Load the engine. Raises ValueError where the folder is no model."""
+        share_cores(self._config.threads, self._config.actors)
         prompter = load_prompter(self._model, self._spec)
         from actors.engine import Engine
 
         self._engine = await Engine.start(self._model, prompter, self._config)
 
     async def sample(self, group: Group, *, n: int, temperature: float, max_tokens: int, run_seed: int) -> GroupSamples:
-        """n answers to a group's prompt. The group's seed makes them the same whichever actor draws them."""
+        """n answers to a group's prompt. The group's seed makes them the same whichever actor draws them. Raises
+        ValueError, with the row's name, for a prompt that is too long."""
         from actors.engine import Sampling
 
         sampling = Sampling(n=n, temperature=temperature, max_tokens=max_tokens, seed=group.seed(run_seed, 0))
         engine = self._running()
-        generated = await engine.generate(group.sample.image(), group.sample.query, sampling)
+        try:
+            generated = await engine.generate(group.sample.image(), group.sample.query, sampling)
+        except ValueError as error:
+            raise ValueError(f"{group.sample.name}: {error}") from error
         return GroupSamples(
             group=group.id,
             prompt_ids=generated.prompt_ids,
             frames=engine.prompter.frames(group.sample.size),
             completions=generated.completions,
+            cached=generated.cached,
         )
 
     async def update_weights(self, version: int, *buckets: bytes) -> str:

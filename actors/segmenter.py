@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from actors.config import SegmenterConfig
 from actors.experts.protocol import Embedding, Expert
 from actors.experts.registry import load_expert
+from actors.threads import share_cores
 from rewards.case import Reference
 from rewards.mask import promptable
 from rewards.scored import ScoredAnswer
@@ -36,6 +37,7 @@ class Segmenter:
 
     def start(self) -> str:
         """Load the expert; `digest`. Raises ValueError where there is none by that name, or its weights do not fit."""
+        share_cores(self._config.threads, self._config.actors)
         self._loaded = load_frozen(self._name, self._config)
         return self.digest()
 

@@ -23,10 +23,10 @@ from pydantic import (
 from actors.config import DeadlineConfig, EndpointConfig, RolloutConfig, SegmenterConfig
 from learner.config import LearnerConfig, OptimizerConfig
 from rewards.config import RewardConfig
+from umrg.atomic import written_aside
 from umrg.config import Config, ModelFolder
-from umrg.frames import Frame
 from umrg.phantoms import MODALITIES
-from umrg.prompts import PromptSpec, PromptStyle
+from umrg.prompts import PromptSpec, ReasonerConfig
 
 C = TypeVar("C", bound=Config)
 
@@ -82,23 +82,6 @@ class EvaluationConfig(Config):
     n: NonNegativeInt = 8
     every: NonNegativeInt = 0
     before: bool = True
-
-
-class ReasonerConfig(Config):
-    """Which reasoner is asked, and how.
-
-    model: a Qwen-VL folder, or a run or a checkpoint that holds one. prompt, think, frame: asked otherwise than the
-    folder's prompt.json says: in another style, with or without reasoning, in other coordinates.
-    """
-
-    model: ModelFolder
-    prompt: PromptStyle | None = None
-    think: bool | None = None
-    frame: Frame | None = None
-
-    def spec(self) -> PromptSpec:
-        """How it is asked. Raises ValueError for a damaged prompt.json."""
-        return PromptSpec.of_model(self.model).but(style=self.prompt, think=self.think, frame=self.frame)
 
 
 class TrainConfig(ReasonerConfig):

@@ -61,9 +61,7 @@ def answer(workers: Workers, rows: Sequence[Sample], config: EvaluateConfig, res
     workers.check_expert()
 
 
-def write_figures(
-    run: RunFolder, rows: Sequence[Sample], seen: Seen, results: Results, config: EvaluateConfig
-) -> None:
+def write_figures(run: RunFolder, rows: Sequence[Sample], seen: Seen, results: Results, config: EvaluateConfig) -> None:
     """Write metrics.json, table.md, table.csv and the report, from the recorded answers alone."""
     figures = {row.id: row_figures(results.rows[row.id], row) for row in rows}
     strata = {row.id: seen.strata(row) for row in rows}

@@ -107,7 +107,9 @@ def sample_metrics(experience: list[Experience], step: int) -> dict[str, float]:
     """Means over a step's answers of reward, its parts and the metrics, and what is worth watching about groups.
 
     reward/spread: mean over groups of the rewards' standard deviation. reward/flat_groups: share of groups without
-    any, which teach nothing. policy/lag: mean of how many versions behind the answers' weights were.
+    any, which teach nothing. rollout/cached: share of prompts' tokens that an answer found in the engine's prefix
+    cache; what fills no block of it is not kept. policy/lag: mean of how many versions behind the answers' weights
+    were.
     """
     answers = [answer for each in experience for answer in each.scored]
     completions = [completion for each in experience for completion in each.samples.completions]
@@ -124,6 +126,7 @@ def sample_metrics(experience: list[Experience], step: int) -> dict[str, float]:
         "answers/tokens": _mean(len(completion.token_ids) for completion in completions),
         "answers/finished": _mean(completion.finished for completion in completions),
         "answers/surprise": _mean(-np.mean(completion.logprobs) for completion in completions),
+        "rollout/cached": _mean(each.samples.cached / len(each.samples.prompt_ids) for each in experience),
         "policy/lag": _mean(step - 1 - completion.policy_version for completion in completions),
     }
 

@@ -1,19 +1,16 @@
 """The actors of a run: started together, and gone when the run ends, however it ends."""
 
-import os
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from actors.connection import connect
 from actors.endpoint import Endpoint
 from actors.engine_environment import engine_environment
 from actors.learner_rank import LearnerRank
@@ -23,6 +20,7 @@ from actors.segmenter import Segmenter
 from cluster.config import EvaluateConfig, TrainConfig
 from cluster.placement import Bundle, Node, bundles, shortage
 from rewards.scoring import Scorer
+from umrg.config import located
 
 Job = TrainConfig | EvaluateConfig
 
@@ -46,13 +44,7 @@ class Workers:
 @contextmanager
 def cluster() -> Iterator[None]:
     """A connection to the cluster that RAY_ADDRESS or a Ray job names, or a local one of our own, ended afterwards."""
-    ours = not ray.is_initialized()
-    if ours:
-        terminate = signal.getsignal(signal.SIGTERM)
-        ray.init(logging_level="ERROR", log_to_driver=bool(os.environ.get("MEDREASONER_ACTOR_LOGS")))
-        # Ray puts a handler of its own there, which ends the process with nothing cleaned up.
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, terminate)
+    ours = connect()
     try:
         yield
     finally:
@@ -128,29 +120,22 @@ def _seat(group: Any, index: int, bundle: Bundle, config: Job) -> Seat:
 def _environment(role: str, config: Job) -> Mapping[str, str]:
     if role == "rollout":
         return engine_environment(config.rollout)
-    if role == "segmenter":
-        return {"OMP_NUM_THREADS": str(config.segmenter.threads or _share(config.segmenter.actors))}
-    assert isinstance(config, TrainConfig)
-    threads = config.learner.threads or _share(config.learner.ranks)
-    accelerator = "cuda" if config.learner.num_gpus > 0 else "cpu"
-    return {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": accelerator}
-
-
-def _share(actors: int) -> int:
-    """Cores for each of so many actors that compute at the same time. Ray would give each as many as its num_cpus."""
-    return max(1, (os.cpu_count() or 1) // actors)
+    if role == "learner":
+        assert isinstance(config, TrainConfig)
+        return {"DS_ACCELERATOR": "cuda" if config.learner.num_gpus > 0 else "cpu"}
+    return {}
 
 
 def _make(bundle: Bundle, seat: Seat, config: Job) -> Any:
     spec = config.spec()
     if bundle.role == "segmenter":
         scorer = config.reward.scorer(think=spec.think) if isinstance(config, TrainConfig) else Scorer.of_preset("mask")
-        arguments: Any = (_local(config.expert), config.segmenter, scorer)
+        arguments: Any = (located(config.expert), config.segmenter.located(), scorer)
         return _actor(Segmenter, seat).remote(*arguments, frame=spec.frame, think=spec.think)
     if isinstance(config, EvaluateConfig) and config.endpoint is not None:
-        return _actor(Endpoint, seat).remote(config.endpoint, spec)
+        return _actor(Endpoint, seat).remote(config.endpoint, spec, key=config.endpoint.key())
     assert config.model is not None
-    model = config.model.resolve()
+    model = located(config.model)
     if bundle.role == "rollout":
         return _actor(Rollout, seat).remote(model, config.rollout, spec)
     assert isinstance(config, TrainConfig)
@@ -161,16 +146,12 @@ def _make(bundle: Bundle, seat: Seat, config: Job) -> Any:
         temperature=config.rollout.temperature,
         seed=config.seed,
         spec=spec,
+        run=located(config.runs / config.name),
     )
 
 
 def _actor(kind: type, seat: Seat) -> Any:
     return ray.remote(kind).options(**seat.options())
-
-
-def _local(expert: str) -> str:
-    """An expert's folder by its full path; its name as it is."""
-    return str(Path(expert).resolve()) if Path(expert).exists() else expert
 
 
 def _of(role: str, actors: Mapping[str, Any]) -> dict[str, Any]:

@@ -143,6 +143,7 @@ class Reasoner(Prompter):
             image_grid_thw=torch.cat([p.image.grid_thw for p in prompts]).to(self.model.device),
             max_new_tokens=max_tokens,
             do_sample=False,
+            repetition_penalty=1.0,  # folders of Qwen's bring another, which neither rollout nor service knows
         )
         texts: list[str] = self.processor.batch_decode(output[:, width:], skip_special_tokens=True)
         return texts

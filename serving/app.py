@@ -21,9 +21,10 @@ from ray.serve.handle import DeploymentHandle
 from actors.engine_environment import engine_environment
 from serving.config import ServeConfig
 from umrg.answers import Answer, parse_answer
+from umrg.config import located
 from umrg.frames import Size
 from umrg.masks import encode_rle
-from umrg.prompts import PromptSpec, clean_query
+from umrg.prompts import clean_query
 from umrg.sample import decode_image
 
 api = FastAPI(title="MedReasoner", description="Ask a medical image an implicit question.")
@@ -64,10 +65,11 @@ class Reasoner:
 
     async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         from actors.engine import Engine
+        from actors.threads import share_cores
         from learner.reasoner import load_prompter
 
-        spec = PromptSpec.of_model(config.model).but(style=config.prompt, think=config.think)
-        prompter = load_prompter(config.model, spec)
+        share_cores(config.rollout.threads, config.rollout.actors)
+        prompter = load_prompter(config.model, config.spec())
         self._engine = await Engine.start(config.model, prompter, config.rollout)
         self._max_tokens = config.rollout.max_tokens
 
@@ -88,7 +90,9 @@ class Segmenter:
 
     def __init__(self, config: ServeConfig) -> None:
         from actors.segmenter import load_frozen
+        from actors.threads import share_cores
 
+        share_cores(config.segmenter.threads, config.segmenter.actors)
         self._expert = load_frozen(config.expert, config.segmenter)
 
     def draw(self, image: NDArray[np.uint8], answer: Answer) -> tuple[NDArray[np.bool_], float] | None:
@@ -105,6 +109,7 @@ class Ingress:
 
     def __init__(self, config: ServeConfig, reasoner: DeploymentHandle, segmenter: DeploymentHandle) -> None:
         self._config, self._reasoner, self._segmenter = config, reasoner, segmenter
+        self._think = config.spec().think
 
     @api.post("/v1/ground")
     async def ground(self, image: UploadFile, query: Annotated[str, Form()]) -> GroundResponse:
@@ -132,7 +137,7 @@ class Ingress:
         return GroundResponse(
             query=query,
             reasoning=answer.think,
-            well_formed=drawn is not None,
+            well_formed=answer.well_formed(think=self._think),
             box=answer.box,
             points=answer.points,
             mask=None if mask is None else Rle.model_validate(encode_rle(mask)),
@@ -156,7 +161,12 @@ def build_app(args: dict[str, Any]) -> Application:
     """The application, from Python or from a Serve YAML file: `import_path: serving.app:build_app`. args: the fields of
     `ServeConfig`. Raises ValueError for what is wrong with them."""
     config = ServeConfig.model_validate(args)
-    config = config.model_copy(update={"model": config.model.resolve()})
+    here = {
+        "model": located(config.model),
+        "expert": located(config.expert),
+        "segmenter": config.segmenter.located(),
+    }
+    config = config.model_copy(update=here)
     rollout, segmenter = config.rollout, config.segmenter
     reasoner = Reasoner.options(  # type: ignore[attr-defined]
         num_replicas=rollout.actors,

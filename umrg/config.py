@@ -1,7 +1,7 @@
 """What every part of a run's configuration is: frozen, and without room for unknown keys. Imports no torch."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
@@ -10,6 +10,15 @@ class Config(BaseModel):
     """A part of a run's configuration. Each package keeps the part that it reads; `cluster.config` joins them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+P = TypeVar("P", str, Path)
+
+
+def located(path: P) -> P:
+    """A file or folder by its full path, for processes with another working directory; what is none, such as an
+    expert's name, as it is."""
+    return type(path)(Path(path).resolve()) if Path(path).exists() else path
 
 
 def model_folder(path: Path) -> Path:

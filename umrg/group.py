@@ -60,10 +60,12 @@ class GroupSamples:
     """What a rollout makes of a group. It names the group and does not hold it: images travel once.
 
     group: its id. prompt_ids: token ids of the prompt, image placeholders expanded, as the engine saw them.
-    frames: the image's coordinate frames. completions: the n answers.
+    frames: the image's coordinate frames. completions: the n answers. cached: how many of the prompt's tokens the
+    answer that ended last found in the engine's prefix cache.
     """
 
     group: str
     prompt_ids: tuple[int, ...] = field(repr=False)
     frames: Frames
     completions: tuple[Completion, ...]
+    cached: int = field(default=0, compare=False)

@@ -9,6 +9,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from umrg.atomic import written_aside
+from umrg.config import Config, ModelFolder
 from umrg.frames import Frame
 
 _SPECIAL = re.compile(r"<\|[^<>|]*\|>|<(?:image|video)>")
@@ -113,6 +114,23 @@ class PromptSpec(BaseModel):
     def save(self, folder: Path) -> None:
         with written_aside(folder / "prompt.json") as aside:
             aside.write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
+
+
+class ReasonerConfig(Config):
+    """Which reasoner is asked, and how.
+
+    model: a Qwen-VL folder, or a run or a checkpoint that holds one. prompt, think, frame: asked otherwise than the
+    folder's prompt.json says: in another style, with or without reasoning, in other coordinates.
+    """
+
+    model: ModelFolder
+    prompt: PromptStyle | None = None
+    think: bool | None = None
+    frame: Frame | None = None
+
+    def spec(self) -> PromptSpec:
+        """How it is asked. Raises ValueError for a damaged prompt.json."""
+        return PromptSpec.of_model(self.model).but(style=self.prompt, think=self.think, frame=self.frame)
 
 
 def prompt_messages(query: str, spec: PromptSpec) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 import difflib
 from pathlib import Path
 
-from actors.experts.config import EXPERT_NAMES, PUBLISHED_EXPERTS, read_config
+from actors.experts.config import EXPERT_NAMES, PUBLISHED_EXPERTS, SamConfig, read_config
 from actors.experts.protocol import Expert, Preprocess
 from actors.experts.sam import SamExpert, build_sam
 from actors.experts.weights import load_into, read_header
@@ -26,6 +26,15 @@ def load_expert(
     checkpoint: safetensors file of the weights; published experts need it, a folder brings its own.
     ValueError for an unknown name, missing or misshapen weights, or a preprocessing the expert has not.
     """
+    name, config, weights = find_expert(name, checkpoint, preprocess)
+    sam = build_sam(config)
+    load_into(sam, weights, name=name)
+    return SamExpert(sam, config, name=name, preprocess=preprocess, device=device, dtype=dtype)
+
+
+def find_expert(name: str, checkpoint: Path | None, preprocess: Preprocess) -> tuple[str, SamConfig, Path]:
+    """Name, sizes and weights file of the expert that `load_expert` would load. ValueError as there, but for weights of
+    other shapes."""
     given = Path(name)
     if name not in EXPERT_NAMES and given.is_file():
         _, metadata = read_header(given)
@@ -39,9 +48,8 @@ def load_expert(
         nearest = difflib.get_close_matches(name, EXPERT_NAMES, n=1, cutoff=0)[0]
         raise ValueError(f"no expert or folder is called {name!r}; the nearest expert is {nearest!r}")
     _check_preprocess(name, preprocess)
-    sam = build_sam(config)
-    load_into(sam, weights, name=name)
-    return SamExpert(sam, config, name=name, preprocess=preprocess, device=device, dtype=dtype)
+    read_header(weights)
+    return name, config, weights
 
 
 def _missing_checkpoint(name: str) -> Path:

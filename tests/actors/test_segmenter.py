@@ -3,9 +3,12 @@
 import pytest
 
 from actors.config import SegmenterConfig
-from actors.segmenter import Segmenter
+from actors.experts.config import SamConfig
+from actors.experts.sam import SamExpert, build_sam
+from actors.segmenter import Segmenter, draw_masks, thorough_metrics
+from rewards.case import Reference
 from rewards.scoring import Scorer
-from umrg.answers import format_answer
+from umrg.answers import format_answer, parse_answer
 from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
 from umrg.frames import Frame, Frames
@@ -50,3 +53,15 @@ def test_rewards_see_text_mask_and_the_groups_step(sample):
         assert short["bbox_iou_above"] == long["bbox_iou_above"] == above
         assert (short["answer_length"], long["answer_length"]) == (1, 0)
         assert short["mask_dice"] == long["mask_dice"] > 0.5
+
+
+def test_an_expert_that_takes_boxes_only_is_given_no_points(sample):
+    sizes = SamConfig(encoder_dim=16, encoder_depth=1, encoder_heads=2, global_layers=(0,), image_side=64)
+    native = SamExpert(build_sam(sizes), sizes, name="medsam_vit_b", preprocess="native")
+    answers = [parse_answer(format_answer(box=sample.box, points=sample.points, think=None)), parse_answer("no")]
+    embedding = native.embed(sample.image())
+    assert list(draw_masks(native, embedding, answers)) == [0]
+    good, bad = thorough_metrics(native, embedding, answers, Reference.of_sample(sample, with_mask=True))
+    assert good.keys() == bad.keys() == {"dice_box", "oracle_dice"}
+    # The reference itself was answered, so the ceiling is reached.
+    assert good["dice_box"] == good["oracle_dice"] and bad["dice_box"] == 0

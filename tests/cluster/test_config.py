@@ -50,6 +50,19 @@ def test_mistakes_are_named(config, override, said):
         load_config(SftConfig, config, [override])
 
 
+def test_an_unknown_key_of_one_of_several_kinds_is_named_alike(demo_config):
+    with pytest.raises(ValueError, match=r"^[^;]*unknown key 'data.train.seeed'; did you mean 'seed'\?$"):
+        demo_config("data.train.seeed=3")
+    with pytest.raises(ValueError, match=r"unknown key 'reward.preseet'; did you mean 'preset'\?"):
+        demo_config("reward.preseet=mask")
+
+
+def test_an_engine_over_several_gpus_asks_for_as_many(demo_config):
+    assert demo_config("rollout.tensor_parallel=2", "rollout.num_gpus=2").rollout.tensor_parallel == 2
+    with pytest.raises(ValueError, match="set num_gpus to 2, or tensor_parallel to 1"):
+        demo_config("rollout.tensor_parallel=2", "rollout.num_gpus=1")
+
+
 def test_a_file_that_is_no_config_is_refused(tmp_path):
     with pytest.raises(ValueError, match="there is no config file"):
         load_config(SftConfig, tmp_path / "none.yaml")

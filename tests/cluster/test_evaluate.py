@@ -18,6 +18,7 @@ from cluster.compare import compare
 from cluster.config import EvaluateConfig, load_config
 from cluster.data import open_held_out
 from cluster.evaluate import answer, run_evaluation, write_figures
+from cluster.figures import Seen
 from cluster.results import Results, read_results
 from cluster.run_folder import RunFolder
 from tests.conftest import ROOT, TINY_REASONER
@@ -42,11 +43,11 @@ def configured(data, runs, name, *overrides, model=TINY_REASONER):
 def evaluated(workers, config):
     """As `run_evaluation`, on actors that run already."""
     run = RunFolder.begin(config.runs / config.name, config, resume=True)
-    samples = open_held_out(config, run)
+    samples, seen = open_held_out(config, run), Seen([])
     results = Results(run.path / "results.jsonl", n=config.n)
     answer(workers, samples, config, results)
     results.sort([sample.id for sample in samples])
-    write_figures(run, samples, results, config)
+    write_figures(run, samples, seen, results, config)
     return run
 
 

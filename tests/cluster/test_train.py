@@ -2,10 +2,20 @@
 
 import json
 import re
+import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import ray
+import torch
+from ray.util import placement_group_table
+from ray.util.state import list_actors
+from safetensors.torch import load_file
+from tensorboardX.proto.event_pb2 import Event
 
+from actors.pools import DeadlinePassed
+from actors.weight_files import pack
 from cluster.broadcast import Canary, WeightsDiffer, broadcast
 from cluster.clock import Clock
 from cluster.evaluation import evaluate, questions
@@ -13,8 +23,8 @@ from cluster.experience import Draw, gain
 from cluster.records import read_records
 from cluster.train import train
 from cluster.workers import started
-from learner.reasoner import load_reasoner
-from tests.conftest import ROOT
+from learner.reasoner import load_prompter, load_reasoner
+from tests.conftest import ROOT, TINY_REASONER
 from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
 from umrg.group import Group
@@ -43,7 +53,8 @@ def finished(ray_cluster, demo_config, tmp_path_factory):
     """A run of three steps, with two rollouts, three segmenters and two learner ranks by configuration alone."""
     folder = tmp_path_factory.mktemp("runs")
     actors = ("rollout.actors=2", "segmenter.actors=3", "learner.ranks=2", "learner.num_cpus=0.25")
-    config = demo_config(*SMALL, *actors, f"runs={folder}", "name=small", "steps=3", "checkpoint_every=2")
+    shares = ("segmenter.num_gpus=0.25", "segmenter.device=cpu")
+    config = demo_config(*SMALL, *actors, *shares, f"runs={folder}", "name=small", "steps=3", "checkpoint_every=2")
     return train(config), config
 
 
@@ -55,6 +66,45 @@ def test_a_rollout_is_the_same_whichever_actor_draws_it_and_however_it_is_batche
     assert alone.samples == together[3].samples
     texts = {completion.text for completion in together[0].samples.completions}
     assert len(texts) > 1, "four answers at temperature 1 should differ"
+
+
+def test_a_prompt_is_prefilled_once_a_group(workers, samples):
+    """All but the last blocks of the prefix cache; the answer that is asked for first fills it for the others."""
+    query = "What may break in old age and cause back pain? " * 20
+    groups = [
+        Group(run="t", step=0, index=i, sample=replace(sample, query=f"{query} {i}"))
+        for i, sample in enumerate(samples[:2])
+    ]
+    for each in gain(workers, groups, Draw(n=4, temperature=1.0, max_tokens=8, run_seed=7), Clock()):
+        prompt = len(each.samples.prompt_ids)
+        assert prompt > 384 and prompt - each.samples.cached <= 128
+
+
+def test_a_prompt_over_the_limit_is_named(workers, samples):
+    long = replace(samples[0], query="Where? " * 600)
+    group = Group(run="t", step=0, index=0, sample=long)
+    with pytest.raises(ValueError, match=rf"rollout 0, sampling: {long.name}: the prompt has \d+ tokens, 64 of them"):
+        gain(workers, [group], Draw(n=1, temperature=1.0, max_tokens=8, run_seed=7), Clock())
+
+
+def test_vision_tokens_are_never_sampled(workers, samples):
+    """Not even from a model that wants nothing else: whichever way the hidden state points, one of two such tokens has
+    by far the largest logit."""
+    weights = load_file(TINY_REASONER / "model.safetensors")
+    prompter = load_prompter(TINY_REASONER)
+    vision = sorted(prompter.vision_tokens)
+    head = torch.zeros_like(weights["lm_head.weight"])
+    direction = torch.randn(head.shape[1], generator=torch.Generator().manual_seed(0))
+    head[vision[0]], head[vision[1]] = 100 * direction, -100 * direction
+    try:
+        workers.rollouts.update_weights(1, [ray.put(pack({**weights, "lm_head.weight": head}))])
+        group = Group(run="t", step=0, index=0, sample=samples[0])
+        (taken,) = gain(workers, [group], Draw(n=4, temperature=1.0, max_tokens=32, run_seed=7), Clock())
+        for completion in taken.samples.completions:
+            assert not set(vision) & set(completion.token_ids)
+            assert np.isfinite(completion.logprobs).all()
+    finally:
+        broadcast(workers, version=0)
 
 
 def test_answers_are_scored_by_form_geometry_and_mask(workers, samples):
@@ -147,6 +197,55 @@ def test_the_final_model_answers_alike_in_vllm(finished, ray_cluster, demo_confi
         assert each.samples.completions[0].text == evaluated[each.group.sample.id]["completion"]
 
 
+def test_the_actors_had_what_was_asked_for(finished):
+    """Ray's own records of the run's actors; a share of a GPU was taken for the segmenters alone."""
+    found = {}
+    for kind in ("Rollout", "Segmenter", "LearnerRank"):
+        actors = list_actors(filters=[("class_name", "=", kind)], detail=True, limit=1000)
+        found[kind] = [{name: actor.required_resources.get(name) for name in ("CPU", "GPU")} for actor in actors]
+    assert found["Segmenter"].count({"CPU": 0.1, "GPU": 0.25}) == 3
+    assert found["LearnerRank"].count({"CPU": 0.25, "GPU": None}) == 2
+    assert all(resources["GPU"] is None for resources in found["Rollout"])
+
+
+def test_tensorboard_is_given_the_same_metrics(finished):
+    run, _ = finished
+    (events,) = (run.path / "tensorboard").iterdir()
+    shown = {
+        value.tag: value.simple_value
+        for record in read_tensorboard(events)
+        if record.step == 3
+        for value in record.summary.value
+    }
+    last = json.loads((run.path / "metrics.jsonl").read_text().splitlines()[-1])
+    for name in last.keys() - {"step"}:
+        assert shown[name] == pytest.approx(last[name], abs=1e-5), name
+    assert "evaluation/greedy_dice" in shown
+
+
+def read_tensorboard(path):
+    """Its records: length, checksum of it, the record, checksum of that."""
+    data = path.read_bytes()
+    at = 0
+    while at < len(data):
+        (length,) = struct.unpack_from("<Q", data, at)
+        yield Event.FromString(data[at + 12 : at + 12 + length])
+        at += 16 + length
+
+
+def test_no_placement_group_stays_on_a_lasting_cluster(finished, workers):
+    living = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
+    assert len(living) == 1, "only that of the workers that all tests share"
+
+
+def test_a_wait_for_room_says_what_is_missing(workers, demo_config, capsys):
+    with (
+        pytest.raises(DeadlinePassed, match=r"waited 1 s for 3\.6 CPUs and 0 GPUs; [\d.]+ and 1 are free"),
+        started(demo_config("learner.num_cpus=3", "deadlines.resources=1")),
+    ):
+        pass
+
+
 def test_a_finished_run_is_not_begun_again(finished):
     run, config = finished
     with pytest.raises(ValueError, match=f"the run folder {run.path} exists"):
@@ -187,3 +286,4 @@ def test_the_demo_is_what_the_readme_runs():
 def test_what_cannot_be_loaded_is_the_users_mistake(ray_cluster, demo_config, tmp_path, override, message):
     with pytest.raises(ValueError, match=message):
         train(demo_config(*SMALL, override, f"runs={tmp_path}"))
+    assert not any(tmp_path.iterdir()), "the corrected command shall find the name free"

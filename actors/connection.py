@@ -1,0 +1,20 @@
+"""A connection to Ray that leaves the process's signals alone."""
+
+import os
+import signal
+import threading
+
+import ray
+
+
+def connect() -> bool:
+    """Connect to the cluster that RAY_ADDRESS or a Ray job names, or start a local one. False where a connection was
+    there before: then it is not ours to end."""
+    if ray.is_initialized():
+        return False
+    terminate = signal.getsignal(signal.SIGTERM)
+    ray.init(logging_level="ERROR", log_to_driver=bool(os.environ.get("MEDREASONER_ACTOR_LOGS")))
+    # Ray puts a handler of its own there, which ends the process with nothing cleaned up.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminate)
+    return True

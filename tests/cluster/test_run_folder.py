@@ -1,0 +1,66 @@
+"""The run folder: made, taken up again, and gone where nothing came of it."""
+
+import json
+
+import pytest
+
+from cluster.run_folder import RunFolder
+from umrg.config import Config
+
+
+class Small(Config):
+    lr: float = 0.1
+    steps: int = 3
+
+
+def test_a_mistake_before_anything_was_done_leaves_the_name_free(tmp_path):
+    with (
+        pytest.raises(ValueError, match="there is no expert"),
+        RunFolder.begun(tmp_path / "run", Small(), resume=False) as run,
+    ):
+        (run.path / "data").mkdir()
+        raise ValueError("there is no expert")
+    with RunFolder.begun(tmp_path / "run", Small(lr=0.2), resume=False) as run:
+        assert run.path.is_dir()
+
+
+def test_what_was_done_stays_whatever_ends_it(tmp_path):
+    with pytest.raises(ValueError, match="row 3"), RunFolder.begun(tmp_path / "run", Small(), resume=False) as run:
+        run.samples.mkdir()
+        raise ValueError("row 3")
+    with pytest.raises(KeyboardInterrupt), RunFolder.begun(tmp_path / "other", Small(), resume=False) as run:
+        raise KeyboardInterrupt
+    assert (tmp_path / "run").is_dir() and (tmp_path / "other").is_dir()
+
+
+def test_a_folder_that_was_there_is_never_removed(tmp_path):
+    RunFolder.create(tmp_path / "run", Small())
+    with pytest.raises(ValueError, match="no rows"), RunFolder.begun(tmp_path / "run", Small(), resume=True):
+        raise ValueError("no rows")
+    assert (tmp_path / "run" / "config.yaml").is_file()
+
+
+@pytest.mark.parametrize("content", [None, "", "- a"])
+def test_a_folder_that_is_no_runs_is_not_taken_up(tmp_path, content):
+    (tmp_path / "run").mkdir()
+    if content is not None:
+        (tmp_path / "run" / "config.yaml").write_text(content)
+    with pytest.raises(ValueError, match="is not a run's folder"):
+        RunFolder.begin(tmp_path / "run", Small(), resume=True)
+
+
+def test_another_configuration_is_refused_by_its_keys(tmp_path):
+    RunFolder.create(tmp_path / "run", Small())
+    RunFolder.begin(tmp_path / "run", Small(steps=9), resume=True)
+    with pytest.raises(ValueError, match="was made with another lr"):
+        RunFolder.begin(tmp_path / "run", Small(lr=0.2), resume=True)
+
+
+def test_half_a_line_of_metrics_does_not_keep_a_run_from_going_on(tmp_path):
+    run = RunFolder.create(tmp_path / "run", Small())
+    for step in (1, 2, 3):
+        run.log({"step": step, "note": "line\u2028separator"})
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "no')
+    run.keep_metrics(lambda metrics: metrics["step"] <= 2)
+    assert [json.loads(line)["step"] for line in (run.path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
