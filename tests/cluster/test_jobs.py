@@ -43,6 +43,8 @@ class Run:
             stdout=self.output.open("w"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # A shell that starts the tests in the background lets everything that they start ignore Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def await_line(self, text: str, seconds: float = 300) -> None:
