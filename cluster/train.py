@@ -39,7 +39,7 @@ def train(config: TrainConfig) -> RunFolder:
             rows, held_out = open_rows(config, run)
         stack.enter_context(cluster())
         with display.waiting("starting actors"), journal.clock.phase("start"):
-            workers = stack.enter_context(started(config))
+            workers = stack.enter_context(started(config, run.path))
         Training(config, run, workers, journal, display, rows, held_out).go()
     return run
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -53,8 +54,9 @@ def cluster() -> Iterator[None]:
 
 
 @contextmanager
-def started(config: Job) -> Iterator[Workers]:
-    """Start all actors, in one placement group. Raises ValueError where the cluster is too small for them."""
+def started(config: Job, run: Path | None = None) -> Iterator[Workers]:
+    """Start all actors, in one placement group. run: the folder that the learner's ranks write checkpoints to. Raises
+    ValueError where the cluster is too small for them, and where they cannot load what they are to."""
     wanted = bundles(config)
     if missing := shortage(wanted, cluster_nodes()):
         raise ValueError(f"{missing}; ask for fewer actors or less of each, or add nodes")
@@ -65,7 +67,7 @@ def started(config: Job) -> Iterator[Workers]:
         _await_room(group, config, wanted)
         seats = [_seat(group, i, bundle, config) for i, bundle in enumerate(wanted)]
         for bundle, seat in zip(wanted, seats, strict=True):
-            actors[bundle.name] = _make(bundle, seat, config)
+            actors[bundle.name] = _make(bundle, seat, config, run)
         rollouts = RolloutPool(_of("rollout", actors), config.deadlines)
         segmenters = SegmenterPool(_of("segmenter", actors), config.deadlines)
         learner = LearnerPool(_of("learner", actors), config.deadlines)
@@ -126,7 +128,7 @@ def _environment(role: str, config: Job) -> Mapping[str, str]:
     return {}
 
 
-def _make(bundle: Bundle, seat: Seat, config: Job) -> Any:
+def _make(bundle: Bundle, seat: Seat, config: Job, run: Path | None) -> Any:
     spec = config.spec()
     if bundle.role == "segmenter":
         scorer = config.reward.scorer(think=spec.think) if isinstance(config, TrainConfig) else Scorer.of_preset("mask")
@@ -146,7 +148,7 @@ def _make(bundle: Bundle, seat: Seat, config: Job) -> Any:
         temperature=config.rollout.temperature,
         seed=config.seed,
         spec=spec,
-        run=located(config.runs / config.name),
+        run=run and located(run),
     )
 
 
