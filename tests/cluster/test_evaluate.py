@@ -25,6 +25,7 @@ from tests.conftest import ROOT, TINY_REASONER
 from umrg.dataset_writer import write_rows
 from umrg.phantoms import rows
 
+REAL_IMAGES = ROOT.parent / "shared" / "data" / "umrg_real_sample.parquet"
 SMALL = ("rollout.max_prompt_tokens=512", "rollout.max_tokens=128", "rollout.num_cpus=0.5", "segmenter.num_cpus=0.1")
 
 
@@ -178,6 +179,19 @@ def test_an_endpoint_that_is_not_there_is_named(data, tmp_path, ray_cluster):
     asked = ("model=null", "frame=model", "endpoint={url: 'http://127.0.0.1:9/v1', model: m, retries: 0}")
     with pytest.raises(ValueError, match=r"http://127.0.0.1:9/v1 does not answer: .*; check endpoint.url"):
         run_evaluation(configured(data, tmp_path, "nobody", *asked))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL_IMAGES.exists(), reason="the real images are not part of the project")
+def test_real_images_give_all_outputs(tmp_path, ray_cluster):
+    asked = ("prompt=full", "think=true", "rollout.max_prompt_tokens=4096", "rollout.max_tokens=32", "limit=4", "n=1")
+    run = run_evaluation(configured(REAL_IMAGES, tmp_path, "real", *asked))
+    metrics = json.loads((run.path / "metrics.json").read_text())
+    assert metrics["overall"]["n"] == 4 and 0.3 < metrics["overall"]["oracle_dice"]["mean"] < 1
+    # The tiny model cannot read that prompt.
+    assert sum(map(len, metrics["failures"].values())) == 4 * (1 - metrics["overall"]["well_formed"]["mean"])
+    for name in ("results.jsonl", "table.md", "table.csv", "report/index.html"):
+        assert (run.path / name).stat().st_size > 0
 
 
 @pytest.mark.slow

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+import yaml
 
 from cluster.records import read_records
 from tests.conftest import ROOT
@@ -103,19 +105,58 @@ def test_the_job_is_submitted_from_a_clean_checkout(ray_cluster, tmp_path):
     assert json.loads((tmp_path / "job" / "summary.json").read_text())["status"] == "finished"
 
 
+def line(text: str, seconds: float = 1.0) -> Callable[[Run], None]:
+    """So long after a line of output."""
+
+    def wait(run: Run) -> None:
+        run.await_line(text)
+        time.sleep(seconds)
+
+    return wait
+
+
+def file(pattern: str) -> Callable[[Run], None]:
+    """As soon as there is such a file in the run folder."""
+
+    def wait(run: Run) -> None:
+        deadline = time.monotonic() + 300
+        while not any(run.folder.glob(pattern)):
+            assert run.process.poll() is None and time.monotonic() < deadline, run.output.read_text()
+            time.sleep(0.01)
+
+    return wait
+
+
+# Many short passes through the model, so that of a step nearly all is learning.
+LEARNING = ("batch=4", "rollout.n=16", "learner.micro_batch_tokens=300")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["starting actors", "evaluating before", "step 1/"])
-def test_ctrl_c_leaves_no_process_and_a_readable_folder(tmp_path, phase):
-    run = Run(tmp_path, "steps=200")
-    run.await_line(phase)
-    time.sleep(1.0)
+@pytest.mark.parametrize(
+    ("moment", "overrides"),
+    [
+        pytest.param(line("reading data"), ("data.train.phantoms=4000",), id="data"),
+        pytest.param(line("starting actors"), (), id="start"),
+        pytest.param(line("evaluating before"), (), id="evaluate"),
+        pytest.param(line("step 1/"), (), id="sample"),
+        pytest.param(line("step 1/", 3.0), LEARNING, id="learn"),
+        pytest.param(file("checkpoints/.step-*"), ("checkpoint_every=1",), id="checkpoint"),
+        pytest.param(file("report/*"), ("steps=1", "evaluation.before=false"), id="report"),
+    ],
+)
+def test_ctrl_c_leaves_no_process_and_a_readable_folder(tmp_path, moment, overrides):
+    run = Run(tmp_path, *(overrides if "steps=1" in overrides else ("steps=200", *overrides)))
+    moment(run)
     os.killpg(run.process.pid, signal.SIGINT)
     assert run.process.wait(timeout=90) == 130, run.output.read_text()
     run.assert_nothing_left()
     assert run.summary()["status"] == "interrupted"
     assert "Traceback" not in run.output.read_text()
-    for line in (run.folder / "metrics.jsonl").read_text().splitlines() if "step" in phase else ():
-        json.loads(line)
+    assert yaml.safe_load((run.folder / "config.yaml").read_text())["name"] == "trial"
+    if (run.folder / "metrics.jsonl").exists():
+        for text in (run.folder / "metrics.jsonl").read_text().splitlines():
+            json.loads(text)
+    assert not list(run.folder.glob("**/.*.part"))
 
 
 @pytest.mark.slow

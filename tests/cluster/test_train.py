@@ -25,6 +25,7 @@ from cluster.train import train
 from cluster.workers import started
 from learner.reasoner import load_prompter, load_reasoner
 from tests.conftest import ROOT, TINY_REASONER
+from umrg.config import model_folder
 from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
 from umrg.group import Group
@@ -89,13 +90,13 @@ def test_a_prompt_over_the_limit_is_named(workers, samples):
 
 def test_vision_tokens_are_never_sampled(workers, samples):
     """Not even from a model that wants nothing else: whichever way the hidden state points, one of two such tokens has
-    by far the largest logit."""
+    by far the largest logit, some 20 nats above all others."""
     weights = load_file(TINY_REASONER / "model.safetensors")
     prompter = load_prompter(TINY_REASONER)
     vision = sorted(prompter.vision_tokens)
     head = torch.zeros_like(weights["lm_head.weight"])
     direction = torch.randn(head.shape[1], generator=torch.Generator().manual_seed(0))
-    head[vision[0]], head[vision[1]] = 100 * direction, -100 * direction
+    head[vision[0]], head[vision[1]] = 1.5 * direction, -1.5 * direction
     try:
         workers.rollouts.update_weights(1, [ray.put(pack({**weights, "lm_head.weight": head}))])
         group = Group(run="t", step=0, index=0, sample=samples[0])
@@ -171,6 +172,11 @@ def test_a_run_leaves_its_folder(finished):
     assert len(records) == config.batch * config.rollout.n
     assert {record["policy_version"] for record in records} == {1}
     assert (run.checkpoints / "step-000003" / "state.json").exists()
+    assert model_folder(run.checkpoints / "step-000003") == run.checkpoints / "step-000003" / "model"
+    last, final = (
+        load_file(folder / "model.safetensors") for folder in (model_folder(run.checkpoints / "step-000003"), run.model)
+    )
+    assert last.keys() == final.keys() and all(torch.equal(last[name], final[name]) for name in last)
     page = (run.report / "index.html").read_text()
     assert page.count("<article") == 4
     assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", page), "the page loads something from elsewhere"
