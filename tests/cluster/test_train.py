@@ -208,10 +208,12 @@ def test_the_actors_had_what_was_asked_for(finished):
     found = {}
     for kind in ("Rollout", "Segmenter", "LearnerRank"):
         actors = list_actors(filters=[("class_name", "=", kind)], detail=True, limit=1000)
-        found[kind] = [{name: actor.required_resources.get(name) for name in ("CPU", "GPU")} for actor in actors]
-    assert found["Segmenter"].count({"CPU": 0.1, "GPU": 0.25}) == 3
-    assert found["LearnerRank"].count({"CPU": 0.25, "GPU": None}) == 2
-    assert all(resources["GPU"] is None for resources in found["Rollout"])
+        # Their names end with the placement group's.
+        taken = [{name.split("_group")[0]: share for name, share in a.required_resources.items()} for a in actors]
+        found[kind] = [(resources.get("CPU"), resources.get("GPU")) for resources in taken]
+    assert found["Segmenter"].count((0.1, 0.25)) == 3
+    assert found["LearnerRank"].count((0.25, None)) == 2
+    assert {gpus for _, gpus in found["Rollout"]} == {None}
 
 
 def test_tensorboard_is_given_the_same_metrics(finished):
