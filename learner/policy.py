@@ -1,10 +1,11 @@
-"""The trained model as a module with one forward: packed groups in, log-probs of their answers out."""
+"""The trained model as a module with one forward: packed groups in, scores of their answers' tokens out."""
 
 from typing import Any
 
 import torch
 
-from learner.shared_prefix import PackedGroups, branch_logprobs
+from learner.attention import use_shared_prefix
+from learner.shared_prefix import PackedGroups, TokenScores, branch_scores
 
 
 class Policy(torch.nn.Module):
@@ -16,14 +17,15 @@ class Policy(torch.nn.Module):
 
     def __init__(self, model: Any, *, temperature: float, forbidden: tuple[int, ...]) -> None:
         super().__init__()
+        use_shared_prefix(model)
         self.model = model
         self.temperature = temperature
         self.register_buffer("forbidden", torch.tensor(forbidden, dtype=torch.int64), persistent=False)
 
-    def forward(self, packed: PackedGroups) -> torch.Tensor:
-        """Log-probs [T] of the scored tokens."""
+    def forward(self, packed: PackedGroups) -> TokenScores:
+        """Of the scored tokens."""
         assert isinstance(self.forbidden, torch.Tensor)
-        return branch_logprobs(self.model, packed, temperature=self.temperature, forbidden=self.forbidden)
+        return branch_scores(self.model, packed, temperature=self.temperature, forbidden=self.forbidden)
 
     def named_weights(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Parameters under the names of the model's own folder."""

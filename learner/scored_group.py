@@ -1,7 +1,8 @@
 """What the learner is given: a group's prompt, its sampled answers and their rewards."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 
@@ -45,6 +46,13 @@ class LearnerGroup:
 
     def __len__(self) -> int:
         return len(self.branches)
+
+    def split(self, max_tokens: int) -> list[Self]:
+        """As `Branches.split`."""
+        parts = self.branches.split(max_tokens)
+        lengths = [sum(map(len, part.branches)) for part in parts]
+        each = zip(parts, self.old_logprobs.split(lengths), self.advantages.split(lengths), strict=True)
+        return [replace(self, branches=part, old_logprobs=old, advantages=worth) for part, old, worth in each]
 
 
 class PromptMismatch(RuntimeError):

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from learner.attention import use_shared_prefix
 from learner.config import OptimizerConfig
 from learner.reasoner import EncodedPrompt, Reasoner
-from learner.shared_prefix import Branches, branch_logprobs, micro_batches, pack_groups
+from learner.shared_prefix import Branches, branch_scores, micro_batches, pack_groups
 from umrg.answers import format_answer
 from umrg.frames import Frame, Frames
 from umrg.sample import Sample
@@ -43,6 +44,7 @@ def train_sft(
     """Train in place, one step a batch. A batch is a list of images, each given as the samples that ask about it.
     Raises FloatingPointError where the loss is no longer finite, before the weights take it in."""
     model = reasoner.model.train()
+    use_shared_prefix(model)
     adam = torch.optim.AdamW(
         model.parameters(),
         lr=optimizer.lr,
@@ -71,7 +73,7 @@ def _accumulate(reasoner: Reasoner, images: Sequence[Sequence[Sample]], max_toke
     total = sum(len(tokens) for group in groups for tokens in group.scored)
     summed = 0.0
     for batch in micro_batches(groups, max_tokens):
-        loss = -branch_logprobs(reasoner.model, pack_groups(batch, reasoner.model)).sum() / total
+        loss = -branch_scores(reasoner.model, pack_groups(batch, reasoner.model)).logprobs.sum() / total
         loss.backward()
         summed += loss.item()
     return summed, total

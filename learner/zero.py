@@ -90,7 +90,7 @@ class ZeroLearner:
     def logprobs(self, branches: Branches) -> list[float]:
         """Log-probs of a prompt's answers, one after another; all ranks."""
         packed = pack_groups([branches], self.reasoner.model).to(self._device)
-        values: list[float] = self.engine(packed).tolist()
+        values: list[float] = self.engine(packed).logprobs.tolist()
         return values
 
     def named_weights(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -162,11 +162,11 @@ class ZeroLearner:
     def _forward(self, groups: Sequence[LearnerGroup]) -> tuple[TokenLoss, torch.Tensor]:
         packed = pack_groups([group.branches for group in groups], self.reasoner.model).to(self._device)
         old = torch.cat([group.old_logprobs for group in groups]).to(self._device)
-        logprobs = self.engine(packed)
+        logprobs = self.engine(packed).logprobs
         reference = None
         if self._reference is not None:
             with torch.no_grad():
-                reference = self._reference(packed)
+                reference = self._reference(packed).logprobs
         losses = grpo_loss(
             logprobs,
             old,

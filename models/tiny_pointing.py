@@ -16,6 +16,7 @@ import torch
 from rich.progress import track
 from torch.nn import functional
 
+from learner.attention import use_shared_prefix
 from learner.reasoner import EncodedImage, EncodedPrompt, Reasoner
 from learner.shared_prefix import Branches, pack_groups
 from models.tiny_vision import covered_cells
@@ -118,14 +119,15 @@ def _bins(image: EncodedImage, sample: Sample) -> torch.Tensor:
 
 def _last_states(reasoner: Reasoner, batch: Sequence[_Queries]) -> torch.Tensor:
     """State [queries, d] of the last token of each prompt before the last layer, normalised as that layer does."""
+    use_shared_prefix(reasoner.model)
     packed = pack_groups([queries.prompts for queries in batch], reasoner.model)
     states = reasoner.model.model(
         input_ids=packed.token_ids,
         position_ids=packed.position_ids,
-        attention_mask={"full_attention": packed.mask},
+        attention_mask={"full_attention": packed.layout},
         mm_encoder_outputs={"image": SimpleNamespace(pooler_output=[queries.tokens for queries in batch])},
         output_hidden_states=True,
         use_cache=False,
     ).hidden_states[-2]
-    last = states[packed.sources[0], packed.sources[1]]
+    last = states[0, packed.sources]
     return functional.rms_norm(last, last.shape[-1:])

@@ -8,9 +8,10 @@ import torch
 from actors.learner_rank import LearnerRank
 from actors.pools import LearnerPool, gather
 from actors.weight_files import unpack
+from learner.attention import use_shared_prefix
 from learner.config import LearnerConfig
 from learner.reasoner import load_reasoner
-from learner.shared_prefix import Branches, branch_logprobs, pack_groups
+from learner.shared_prefix import Branches, branch_scores, pack_groups
 from tests.conftest import TINY_REASONER
 from umrg.answers import format_answer
 from umrg.dataset import Dataset
@@ -26,6 +27,7 @@ def groups(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "phantoms.parquet"
     write_rows(path, rows(3, seed=3, modalities=["CT"], queries_per_image=1))
     reasoner = load_reasoner(TINY_REASONER)
+    use_shared_prefix(reasoner.model)
     rng = np.random.default_rng(0)
     return [
         answered(reasoner, Group(run="t", step=0, index=i, sample=s), rng) for i, s in enumerate(Dataset.open(path))
@@ -39,11 +41,11 @@ def answered(reasoner, group, rng):
     texts = [format_answer(box=tuple(box), points=sample.points, think="Here.") for box in boxes.tolist()]
     ids = [reasoner.completion_ids(text) for text in texts]
     with torch.no_grad():
-        flat = branch_logprobs(
+        flat = branch_scores(
             reasoner.model,
             pack_groups([Branches(prefix=prompt, branches=ids)], reasoner.model),
             forbidden=torch.tensor(reasoner.vision_tokens),
-        )
+        ).logprobs
     completions = tuple(
         Completion(text=text, token_ids=tuple(i.tolist()), logprobs=tuple(p.tolist()), policy_version=0, finished=True)
         for text, i, p in zip(texts, ids, flat.split([len(i) for i in ids]), strict=True)

@@ -1,14 +1,19 @@
 """One prompt, many answers, one pass: the same numbers as a sequence for each answer."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import flex_attention
 
+from learner.attention import Layout, Span, attend, use_shared_prefix
 from learner.reasoner import EncodedPrompt, Reasoner, load_reasoner
 from learner.sft import reference_branches
-from learner.shared_prefix import Branches, branch_logprobs, pack_groups
+from learner.shared_prefix import Branches, TokenScores, branch_scores, micro_batches, pack_groups
 from umrg.sample import Sample, encode_png
 
 TINY = Path(__file__).parents[2] / "models" / "tiny-reasoner"
@@ -16,7 +21,13 @@ TINY = Path(__file__).parents[2] / "models" / "tiny-reasoner"
 
 @pytest.fixture(scope="module")
 def reasoner() -> Reasoner:
-    return load_reasoner(TINY)
+    loaded = load_reasoner(TINY)
+    use_shared_prefix(loaded.model)
+    return loaded
+
+
+def scores(reasoner: Reasoner, groups: Sequence[Branches]) -> TokenScores:
+    return branch_scores(reasoner.model, pack_groups(groups, reasoner.model))
 
 
 def picture(seed: int, height: int = 112, width: int = 140):
@@ -43,35 +54,88 @@ def logprobs_alone(reasoner: Reasoner, prompt: EncodedPrompt, answer: torch.Tens
     return logits.log_softmax(-1).gather(1, answer[:, None])[:, 0]
 
 
-def test_packed_groups_give_the_log_probs_of_single_sequences(reasoner):
-    groups = [
-        Branches(
-            prefix=a_prompt(reasoner, "Which organ makes bile?", 1),
-            branches=answers(reasoner, "", "<think>It is here.</think>", "[1,2,3]"),
-        ),
-        Branches(
-            prefix=a_prompt(reasoner, "What?", 2),
-            branches=answers(reasoner, "<answer>a much longer answer, 123 456</answer>"),
-        ),
+def a_group(reasoner: Reasoner, words: int, sides: tuple[int, int], lengths: Sequence[int], seed: int) -> Branches:
+    """A question of so many words about an image, and answers of random tokens: of length 1 the end token alone, of the
+    longest, 24, without an end."""
+    rng = np.random.default_rng(seed)
+    image = reasoner.encode_image(picture(seed, *sides))
+    usual = sorted(set(range(100, 900)) - set(reasoner.vision_tokens))
+    branches = [
+        torch.tensor([*rng.choice(usual, length - 1), reasoner.end_token_id if length < 24 else rng.choice(usual)])
+        for length in lengths
     ]
-    with torch.no_grad():
-        packed = branch_logprobs(reasoner.model, pack_groups(groups, reasoner.model))
-        alone = [logprobs_alone(reasoner, group.prefix, branch) for group in groups for branch in group.branches]
-    torch.testing.assert_close(packed, torch.cat(alone), atol=1e-5, rtol=0)
+    return Branches(prefix=reasoner.encode(" ".join(["where"] * words), image), branches=branches)
 
 
-def test_gradients_are_those_of_single_sequences(reasoner):
-    group = Branches(
-        prefix=a_prompt(reasoner, "Which organ makes bile?", 3),
-        branches=answers(reasoner, "one two", "<think>three</think>", "4"),
-    )
-    weights = torch.randn(sum(map(len, group.branches)), generator=torch.Generator().manual_seed(0))
-    packed = _gradients(reasoner, branch_logprobs(reasoner.model, pack_groups([group], reasoner.model)) @ weights)
-    alone = torch.cat([logprobs_alone(reasoner, group.prefix, branch) for branch in group.branches])
-    plain = _gradients(reasoner, alone @ weights)
+random_groups = st.lists(
+    st.tuples(
+        st.integers(1, 40),
+        st.tuples(st.integers(56, 168), st.integers(56, 168)),
+        st.lists(st.integers(1, 24), min_size=1, max_size=5),
+        st.integers(0, 1000),
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+@given(drawn=random_groups, room=st.integers(0, 60))
+def test_log_probs_and_gradients_are_those_of_single_sequences(reasoner, drawn, room):
+    """However large image, question, group and answers are, and however the groups are packed and split."""
+    groups = [a_group(reasoner, *each) for each in drawn]
+    # The least that every prompt fits into with its longest answer, and some room.
+    budget = room + max(len(group.prefix.token_ids) + max(map(len, group.branches)) for group in groups)
+    rows = micro_batches(groups, budget)
+    assert all(sum(map(len, row)) <= budget for row in rows)
+    parts = [part for row in rows for part in row]
+    weights = [torch.randn(len(b), generator=torch.Generator().manual_seed(len(b))) for p in parts for b in p.branches]
+    shared = torch.cat([scores(reasoner, row).logprobs for row in rows])
+    alone = torch.cat([logprobs_alone(reasoner, part.prefix, branch) for part in parts for branch in part.branches])
+    torch.testing.assert_close(shared, alone, atol=1e-5, rtol=1e-6)
+    packed, plain = (_gradients(reasoner, values @ torch.cat(weights)) for values in (shared, alone))
     for name, gradient in plain.items():
-        scale = gradient.abs().max().clamp(min=1e-12)
-        assert ((packed[name] - gradient).abs().max() / scale) < 1e-4, name
+        assert (packed[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7, name
+    tokens = sum(len(branch) for group in groups for branch in group.branches)
+    assert len(shared) == tokens
+
+
+def test_a_budget_for_less_than_one_answer_says_what_to_raise(reasoner):
+    group = a_group(reasoner, 3, (112, 112), [20], 0)
+    with pytest.raises(ValueError, match=r"do not fit into learner.micro_batch_tokens, 30; raise it"):
+        micro_batches([group], 30)
+
+
+def test_logits_in_chunks_are_logits_at_once(reasoner, monkeypatch):
+    group = a_group(reasoner, 3, (112, 112), [20, 3, 24], 0)
+    whole = scores(reasoner, [group])
+    gradients = _gradients(reasoner, whole.logprobs.sum() + whole.entropy.sum())
+    monkeypatch.setattr("learner.shared_prefix.LOGITS_BYTES", 4 * 7 * reasoner.model.config.text_config.vocab_size)
+    chunked = scores(reasoner, [group])
+    torch.testing.assert_close(chunked, whole, atol=1e-6, rtol=1e-6)
+    for name, gradient in _gradients(reasoner, chunked.logprobs.sum() + chunked.entropy.sum()).items():
+        assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7, name
+
+
+def test_entropy_is_that_of_the_sampling_distribution(reasoner):
+    group = a_group(reasoner, 3, (112, 112), [9], 0)
+    forbidden = torch.tensor(reasoner.vision_tokens)
+    with torch.no_grad():
+        packed = pack_groups([group], reasoner.model)
+        flat = branch_scores(reasoner.model, packed, temperature=1e6, forbidden=forbidden).entropy
+    allowed = reasoner.model.config.text_config.vocab_size - len(forbidden)
+    torch.testing.assert_close(flat, torch.full((9,), float(np.log(allowed))), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("branches", [(), (1,), (5, 1, 9)])
+def test_the_block_mask_of_a_gpu_sees_what_the_two_attentions_see(branches):
+    """flex-attention, not compiled, on the CPU."""
+    spans = Span(start=0, prefix=7, branches=branches), Span(start=7 + sum(branches), prefix=4, branches=(3, 2))
+    layout = Layout(spans)
+    query, key, value = torch.randn(3, 1, 2, spans[-1].end, 16, generator=torch.Generator().manual_seed(0))
+    found, _ = attend(None, query, key, value, layout, scaling=0.25)
+    expected = flex_attention(query, key, value, block_mask=layout.mask(torch.device("cpu")), scale=0.25)
+    torch.testing.assert_close(found.transpose(1, 2), expected, atol=1e-5, rtol=0)
 
 
 def _gradients(reasoner: Reasoner, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -104,16 +168,16 @@ def test_queries_about_one_image_share_its_tokens(reasoner):
     assert image_tokens == together.prefix.image.tokens
     assert len(together) < sum(map(len, apart)) - image_tokens
     with torch.no_grad():
-        shared = branch_logprobs(reasoner.model, pack_groups([together], reasoner.model))
-        single = branch_logprobs(reasoner.model, pack_groups(apart, reasoner.model))
-    torch.testing.assert_close(shared, single, atol=1e-5, rtol=0)
+        shared = scores(reasoner, [together]).logprobs
+        single = scores(reasoner, apart).logprobs
+    torch.testing.assert_close(shared, single, atol=1e-5, rtol=1e-6)
 
 
 def test_temperature_scales_the_distribution(reasoner):
     group = Branches(prefix=a_prompt(reasoner, "What?", 5), branches=answers(reasoner, "12"))
     packed = pack_groups([group], reasoner.model)
     with torch.no_grad():
-        cold, warm = (branch_logprobs(reasoner.model, packed, temperature=t).sum() for t in (1.0, 100.0))
+        cold, warm = (branch_scores(reasoner.model, packed, temperature=t).logprobs.sum() for t in (1.0, 100.0))
     vocabulary = reasoner.model.config.text_config.vocab_size
     assert warm != cold
     assert warm.item() == pytest.approx(-np.log(vocabulary) * len(packed.targets), rel=0.05)
