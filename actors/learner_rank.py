@@ -17,12 +17,14 @@ from umrg.prompts import PromptSpec
 from umrg.sample import Sample
 
 if TYPE_CHECKING:
-    from learner.zero import ZeroLearner
+    from learner.grpo import GrpoRank
+    from learner.zero import ZeroRank
 
 
 class LearnerRank:
     """Rank `rank` of `config.ranks`. `start` must have returned on every rank before anything else is called, and what
-    is a collective must be called on every rank. run: where all ranks write their parts of checkpoints."""
+    is a collective must be called on every rank. updates: that the whole run makes. longest: tokens that an answer may
+    have. run: where all ranks write their parts of checkpoints."""
 
     def __init__(
         self,
@@ -30,14 +32,18 @@ class LearnerRank:
         config: LearnerConfig,
         *,
         rank: int,
+        updates: int,
+        longest: int,
         temperature: float,
         seed: int,
         spec: PromptSpec,
         run: Path | None = None,
     ) -> None:
         self._model, self._config, self._rank = model, config, rank
+        self._updates, self._longest = updates, longest
         self._temperature, self._seed, self._spec, self._run = temperature, seed, spec, run
-        self._learner: ZeroLearner | None = None
+        self._zero: ZeroRank | None = None
+        self._grpo: GrpoRank | None = None
 
     def address(self) -> tuple[str, int]:
         """Where the ranks may meet: this host and a free port of it."""
@@ -65,7 +71,8 @@ class LearnerRank:
         import torch
 
         from actors.threads import share_cores
-        from learner.zero import ZeroLearner
+        from learner.grpo import GrpoRank
+        from learner.zero import ZeroRank
 
         share_cores(self._config.threads, self._config.ranks)
 
@@ -73,9 +80,15 @@ class LearnerRank:
         deepspeed.init_distributed(
             dist_backend="nccl" if on_gpu else "gloo", timeout=timedelta(seconds=seconds), verbose=False
         )
-        self._learner = ZeroLearner(
-            self._model, self._config, self._spec, temperature=self._temperature, device="cuda" if on_gpu else "cpu"
+        self._zero = ZeroRank(
+            self._model,
+            self._config,
+            self._spec,
+            updates=self._updates,
+            temperature=self._temperature,
+            device="cuda" if on_gpu else "cpu",
         )
+        self._grpo = GrpoRank(self._zero, self._config, self._model, longest=self._longest)
 
     def update(
         self,
@@ -86,7 +99,8 @@ class LearnerRank:
         """Learn from a step's groups, given by reference; all ranks."""
         from learner.scored_group import ScoredGroup
 
-        return self._running().update(
+        assert self._grpo is not None, "the learner was not started"
+        return self._grpo.update(
             [
                 ScoredGroup(
                     id=group.id,
@@ -114,9 +128,12 @@ class LearnerRank:
 
         from learner.shared_prefix import Branches
 
-        learner = self._running()
-        prompt = learner.reasoner.encode(sample.query, learner.reasoner.encode_image(sample.image()))
-        return learner.logprobs(Branches(prefix=prompt, branches=[torch.tensor(token_ids)]))
+        zero = self._running()
+        prompt = zero.reasoner.encode(sample.query, zero.reasoner.encode_image(sample.image()))
+        with torch.no_grad():
+            scores = zero.scores([Branches(prefix=prompt, branches=[torch.tensor(token_ids)])])
+        values: list[float] = scores.logprobs.tolist()
+        return values
 
     def save_model(self, folder: Path) -> None:
         """Write the model as a Hugging Face folder; all ranks."""
@@ -130,6 +147,6 @@ class LearnerRank:
         """Read what `save_state` wrote; all ranks."""
         self._running().load_state(folder)
 
-    def _running(self) -> "ZeroLearner":
-        assert self._learner is not None, "the learner was not started"
-        return self._learner
+    def _running(self) -> "ZeroRank":
+        assert self._zero is not None, "the learner was not started"
+        return self._zero

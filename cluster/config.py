@@ -1,6 +1,7 @@
 """Configuration: YAML plus `key=value`, checked before anything starts. Imports no torch."""
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
@@ -113,6 +114,26 @@ class TrainConfig(ReasonerConfig):
     resume: Literal["never", "auto"] = "never"
     runs: Path = Path("runs")
 
+    @property
+    def updates(self) -> int:
+        """That the run makes: one a step and mini-batch."""
+        return self.steps * math.ceil(self.batch / (self.learner.mini_batch or self.batch))
+
+    @model_validator(mode="after")
+    def _can_learn(self) -> Self:
+        kind, n = self.learner.objective.advantage, self.rollout.n
+        if n < 2:
+            raise ValueError(
+                f"learner.objective.advantage={kind} compares a group's answers; set rollout.n to 2 or more"
+            )
+        longest = self.rollout.max_prompt_tokens + self.rollout.max_tokens
+        if self.learner.micro_batch_tokens < longest:
+            raise ValueError(
+                f"learner.micro_batch_tokens is {self.learner.micro_batch_tokens}, and a prompt with one answer may "
+                f"have {longest} (rollout.max_prompt_tokens and max_tokens); raise it to that at least"
+            )
+        return self
+
     @field_validator("staleness")
     @classmethod
     def _on_policy(cls, value: int) -> int:
@@ -172,7 +193,7 @@ class EvaluateConfig(ReasonerConfig):
 class SftConfig(ReasonerConfig):
     """Supervised fine-tuning: `medreasoner sft CONFIG`.
 
-    name: of the run; its folder is `runs/<name>`. freeze_vision: the vision tower stands still. batch: images a step,
+    name: of the run; its folder is `runs/<name>`. batch: images a step,
     each with all rows that ask about it. matmul_precision: of fp32 matrix products, as
     torch.set_float32_matmul_precision takes it.
     """
@@ -180,7 +201,6 @@ class SftConfig(ReasonerConfig):
     name: str = Field(pattern=r"^[\w.-]+$")
     data: DataConfig
     learner: OptimizerConfig
-    freeze_vision: bool = False
     batch: PositiveInt = 16
     steps: PositiveInt
     seed: int = 0

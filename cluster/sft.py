@@ -21,6 +21,7 @@ def sft(config: SftConfig) -> RunFolder:
     """Fine-tune a reasoner; the model lies in the run folder's `model/`."""
     import torch
 
+    from learner.policy import freeze
     from learner.reasoner import load_reasoner
     from learner.sft import SftStep, train_sft
 
@@ -31,7 +32,7 @@ def sft(config: SftConfig) -> RunFolder:
         modality=config.data.modality,
     )
     reasoner = load_reasoner(config.model, config.spec())
-    reasoner.model.model.visual.requires_grad_(not config.freeze_vision)
+    freeze(reasoner.model, config.learner.freeze)
     run = RunFolder.create(config.runs / config.name, config)
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision(config.matmul_precision)

@@ -145,6 +145,8 @@ def _make(bundle: Bundle, seat: Seat, config: Job, run: Path | None) -> Any:
         model,
         config.learner,
         rank=bundle.index,
+        updates=config.updates,
+        longest=config.rollout.max_tokens,
         temperature=config.rollout.temperature,
         seed=config.seed,
         spec=spec,

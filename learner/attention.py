@@ -94,18 +94,16 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' attention interface: query [1, H, S, D], key and value [1, K, S, D] → [1, S, H, D]."""
     if isinstance(attention_mask, BlockMask):
-        found: tuple[torch.Tensor, torch.Tensor | None] = flex_attention_forward(
-            module, query, key, value, attention_mask, **rest
-        )
-        return found
+        found = flex_attention_forward(module, query, key, value, attention_mask, **rest)
+        return found[0], None
     if not isinstance(attention_mask, Layout):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **rest)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **rest)[0], None
     heads = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, heads), repeat_kv(value, heads)
     parts = []
     for span in attention_mask.spans:
         q, k, v = (each[:, :, span.start : span.end] for each in (query, key, value))
-        parts.append(_SharedPrefix.apply(q, k, v, span, rest["scaling"]))
+        parts.append(_SharedPrefix.apply(q, k, v, span, rest["scaling"]))  # type: ignore[no-untyped-call]
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
@@ -129,12 +127,13 @@ class _SharedPrefix(torch.autograd.Function):
             own, own_lse = _flash(*(_rows(each, span) for each in (q, k, v)), is_causal=True, scale=scale)
             own, own_lse = _columns(own, span), _columns(own_lse[..., None], span)[..., 0]
             both = torch.logaddexp(above_lse, own_lse)
-            weights = ((part - both).exp()[..., None].to(out.dtype) for part in (above_lse, own_lse))
-            merged = sum(weight * part for weight, part in zip(weights, (above, own), strict=True))
+            shares = ((part - both).exp()[..., None].to(out.dtype) for part in (above_lse, own_lse))
+            merged = above * next(shares) + own * next(shares)
             out, lse = torch.cat([out, merged], dim=2), torch.cat([lse, both], dim=2)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.span, ctx.scale = span, scale
-        return out
+        result: torch.Tensor = out
+        return result
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -174,8 +173,9 @@ class _SharedPrefix(torch.autograd.Function):
 
 def _rows(packed: torch.Tensor, span: Span) -> torch.Tensor:
     """[1, H, B, D] of all branches, one after another → [n, H, L, D]."""
-    rows = packed[0].index_select(1, span.rows.to(packed.device))
-    return rows.unflatten(1, (len(span.branches), -1)).transpose(0, 1)
+    chosen = packed[0].index_select(1, span.rows.to(packed.device))
+    rows: torch.Tensor = chosen.unflatten(1, (len(span.branches), -1)).transpose(0, 1)
+    return rows
 
 
 def _columns(rows: torch.Tensor, span: Span) -> torch.Tensor:

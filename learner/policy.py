@@ -1,10 +1,12 @@
 """The trained model as a module with one forward: packed groups in, scores of their answers' tokens out."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from learner.attention import use_shared_prefix
+from learner.config import Part
 from learner.shared_prefix import PackedGroups, TokenScores, branch_scores
 
 
@@ -30,3 +32,11 @@ class Policy(torch.nn.Module):
     def named_weights(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Parameters under the names of the model's own folder."""
         return list(self.model.named_parameters())
+
+
+def freeze(model: Any, parts: Sequence[Part]) -> None:
+    """Let these parts of a Qwen-VL model stand still, and the others learn."""
+    visual = model.model.visual.requires_grad_("vision_tower" not in parts)
+    visual.merger.requires_grad_("merger" not in parts)
+    for part in (model.model.language_model, model.lm_head):
+        part.requires_grad_("language_model" not in parts)

@@ -6,7 +6,8 @@ from typing import Self
 
 import torch
 
-from learner.grpo import group_advantages
+from learner.config import ObjectiveConfig
+from learner.objective import Totals, advantages, aggregation_weights
 from learner.reasoner import Reasoner
 from learner.shared_prefix import Branches
 from umrg.group import Completion
@@ -29,7 +30,7 @@ class ScoredGroup:
 
     @property
     def tokens(self) -> int:
-        """Answer tokens, over which the loss is averaged."""
+        """Of all answers."""
         return sum(len(completion.token_ids) for completion in self.completions)
 
 
@@ -37,12 +38,14 @@ class ScoredGroup:
 class LearnerGroup:
     """A group as the loss takes it, T answer tokens altogether.
 
-    branches: the prompt and its answers. old_logprobs, advantages: [T], in the branches' order.
+    branches: the prompt and its answers. engine_logprobs, advantages, weights: [T], in the branches' order; weights: of
+    each token's loss, 0 where it does not count.
     """
 
     branches: Branches
-    old_logprobs: torch.Tensor
+    engine_logprobs: torch.Tensor
     advantages: torch.Tensor
+    weights: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.branches)
@@ -51,28 +54,38 @@ class LearnerGroup:
         """As `Branches.split`."""
         parts = self.branches.split(max_tokens)
         lengths = [sum(map(len, part.branches)) for part in parts]
-        each = zip(parts, self.old_logprobs.split(lengths), self.advantages.split(lengths), strict=True)
-        return [replace(self, branches=part, old_logprobs=old, advantages=worth) for part, old, worth in each]
+        tensors = (each.split(lengths) for each in (self.engine_logprobs, self.advantages, self.weights))
+        return [
+            replace(self, branches=part, engine_logprobs=engine, advantages=worth, weights=weights)
+            for part, engine, worth, weights in zip(parts, *tensors, strict=True)
+        ]
 
 
 class PromptMismatch(RuntimeError):
     """The rollout engine and the learner made different token ids of the same prompt: their processors differ."""
 
 
-def encode_group(reasoner: Reasoner, group: ScoredGroup) -> LearnerGroup:
-    """Raises PromptMismatch where the engine saw another prompt than this reasoner makes."""
+def counts(answer: Completion, objective: ObjectiveConfig) -> bool:
+    """Whether an answer's tokens count in the loss."""
+    return answer.finished or objective.unfinished == "keep"
+
+
+def encode_group(reasoner: Reasoner, group: ScoredGroup, objective: ObjectiveConfig, totals: Totals) -> LearnerGroup:
+    """totals: of the mini-batch. Raises PromptMismatch where the engine saw another prompt than this reasoner makes."""
     prompt = reasoner.encode(group.sample.query, reasoner.encode_image(group.sample.image()))
     if tuple(prompt.token_ids.tolist()) != group.prompt_ids:
         raise PromptMismatch(
             f"group {group.id}: the rollout engine's prompt has {len(group.prompt_ids)} tokens, the learner's "
             f"{len(prompt.token_ids)}, and they differ; do both load the same folder and versions?"
         )
-    advantages = group_advantages(torch.tensor(group.rewards, dtype=torch.float32))
-    lengths = torch.tensor([len(completion.token_ids) for completion in group.completions])
+    answers = group.completions
+    lengths = torch.tensor([len(answer.token_ids) for answer in answers])
+    worth = advantages(torch.tensor(group.rewards, dtype=torch.float32), objective.advantage)
+    counted = torch.tensor([float(counts(answer, objective)) for answer in answers])
+    weights = aggregation_weights(lengths, objective.aggregation, totals)
     return LearnerGroup(
-        branches=Branches(
-            prefix=prompt, branches=[torch.tensor(completion.token_ids) for completion in group.completions]
-        ),
-        old_logprobs=torch.tensor([value for completion in group.completions for value in completion.logprobs]),
-        advantages=torch.repeat_interleave(advantages, lengths),
+        branches=Branches(prefix=prompt, branches=[torch.tensor(answer.token_ids) for answer in answers]),
+        engine_logprobs=torch.tensor([value for answer in answers for value in answer.logprobs]),
+        advantages=torch.repeat_interleave(worth, lengths),
+        weights=weights * torch.repeat_interleave(counted, lengths),
     )

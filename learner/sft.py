@@ -9,6 +9,7 @@ import torch
 from learner.attention import use_shared_prefix
 from learner.config import OptimizerConfig
 from learner.reasoner import EncodedPrompt, Reasoner
+from learner.schedule import lr_share
 from learner.shared_prefix import Branches, branch_scores, micro_batches, pack_groups
 from umrg.answers import format_answer
 from umrg.frames import Frame, Frames
@@ -24,14 +25,6 @@ class SftStep:
     grad_norm: float
     lr: float
     tokens: int
-
-
-def lr_at(step: int, steps: int, optimizer: OptimizerConfig) -> float:
-    """Learning rate of step 0, 1, …: a linear warm-up, then a cosine to a tenth at `steps`."""
-    if step < optimizer.warmup:
-        return optimizer.lr * (step + 1) / (optimizer.warmup + 1)
-    progress = (step - optimizer.warmup) / max(1, steps - optimizer.warmup)
-    return optimizer.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
 def train_sft(
@@ -54,7 +47,7 @@ def train_sft(
         fused=True,
     )
     for step, images in zip(range(steps), batches, strict=False):
-        lr = lr_at(step, steps, optimizer)
+        lr = optimizer.lr * lr_share(step, steps, optimizer)
         for group in adam.param_groups:
             group["lr"] = lr
         adam.zero_grad(set_to_none=True)

@@ -81,8 +81,8 @@ class PackedGroups:
 
     def to(self, device: str) -> "PackedGroups":
         """The same on another device."""
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **tensors)
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **moved)  # type: ignore[arg-type]
 
 
 def pack_groups(groups: Sequence[Branches], model: Any) -> PackedGroups:

@@ -1,13 +1,11 @@
-"""One rank of the learner: a DeepSpeed ZeRO engine around the policy, its GRPO update and its weights.
-
-    groups of this rank ──encode──► micro-batches ──forward, grpo_loss, backward──► step
+"""One rank of a DeepSpeed ZeRO engine around a reasoner: forward, backward, step, weights and state.
 
 Every rank makes the same number of forward and backward calls, also when it has nothing left: a rank that stood aside
-would leave the others waiting in a collective. DeepSpeed averages gradients over the ranks, so a loss that is a mean
-over all tokens of the step is multiplied by the number of ranks.
+would leave the others waiting in a collective. DeepSpeed averages gradients over the ranks, so a loss that is summed
+over all ranks' tokens is multiplied by the number of ranks.
 """
 
-import math
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,85 +15,117 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import distributed
 
-from learner.config import LearnerConfig
-from learner.grpo import TokenLoss, grpo_loss
-from learner.policy import Policy
-from learner.reasoner import load_reasoner
-from learner.scored_group import LearnerGroup, ScoredGroup, encode_group
-from learner.shared_prefix import Branches, micro_batches, pack_groups
-from learner.update_report import UpdateReport
+from learner.config import ZeroConfig
+from learner.policy import Policy, freeze
+from learner.reasoner import Reasoner, load_reasoner
+from learner.schedule import lr_share
+from learner.shared_prefix import Branches, PackedGroups, TokenScores, pack_groups
 from umrg.prompts import PromptSpec
 
 BUCKET_BYTES = 1 << 30
 _STATE = "deepspeed"
+_PART = 1 << 24
 
 
 class FrozenParameter(RuntimeError):
     """A parameter that should learn had no gradient, or did not change, at the first update."""
 
 
-class ZeroLearner:
-    """A rank. torch.distributed must be initialised; every method that says "all ranks" is a collective."""
+class ZeroRank:
+    """A rank. torch.distributed must be initialised; every method that says "all ranks" is a collective.
+
+    updates: that the whole run makes, for the learning rate's schedule. temperature: of the sampling distribution,
+    whose log-probs these are.
+    """
 
     def __init__(
-        self, model: Path, config: LearnerConfig, spec: PromptSpec, *, temperature: float, device: str = "cpu"
+        self,
+        model: Path,
+        config: ZeroConfig,
+        spec: PromptSpec,
+        *,
+        updates: int,
+        temperature: float = 1.0,
+        device: str = "cpu",
     ) -> None:
-        self.config = config
-        dtype = getattr(torch, config.dtype)
-        self.reasoner = load_reasoner(model, spec, device=device, dtype=dtype)
-        self.reasoner.model.model.visual.requires_grad_(not config.freeze_vision)
-        self.policy = Policy(self.reasoner.model, temperature=temperature, forbidden=self.reasoner.vision_tokens).to(
-            device
-        )
-        vectors = [parameter for _, parameter in self._trained() if parameter.ndim < 2]
-        matrices = [parameter for _, parameter in self._trained() if parameter.ndim >= 2]
-        self._base_lrs = (config.lr, config.vector_lr or config.lr)
-        trained = [{"params": matrices, "lr": self._base_lrs[0]}, {"params": vectors, "lr": self._base_lrs[1]}]
+        self.config, self.device, self.temperature = config, device, temperature
+        self.reasoner = load_reasoner(model, spec, device=device, dtype=self._dtype)
+        self.updates_made = 0
+        self._updates, self._checked = updates, False
+        freeze(self.reasoner.model, config.freeze)
+        if config.gradient_checkpointing:
+            # Layers look at `training`; there is no dropout that it would switch on.
+            self.reasoner.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.reasoner.model.train()
+        self.policy = self._policy(self.reasoner)
+        vectors = [parameter for _, parameter in self.trained() if parameter.ndim < 2]
+        matrices = [parameter for _, parameter in self.trained() if parameter.ndim >= 2]
+        rates = ((matrices, config.lr), (vectors, config.vector_lr or config.lr))
+        groups = [{"params": parameters, "lr": lr} for parameters, lr in rates if parameters]
+        self._base_lrs = [lr for parameters, lr in rates if parameters]
         self.engine, *_ = deepspeed.initialize(
-            model=self.policy, model_parameters=trained, config=deepspeed_config(config)
-        )
-        self._reference = self._load_reference(model, temperature, dtype, device) if config.kl > 0 else None
-        self._device = device
-        self._updates = 0
-        self._checked = False
-
-    def update(self, groups: Sequence[ScoredGroup]) -> UpdateReport:
-        """Learn from a step's groups, in mini-batches; all ranks, each given all groups and taking its own."""
-        size = self.config.mini_batch or len(groups)
-        totals = torch.zeros(5, dtype=torch.float64)
-        gap = 0.0
-        norm = 0.0
-        for start in range(0, len(groups), size):
-            batch = groups[start : start + size]
-            tokens = sum(group.tokens for group in batch)
-            sums = self._accumulate(batch, tokens)
-            if start == 0:
-                gap = float(sums[3] / sums[4].clamp(min=1))
-            norm = self._step()
-            totals += sums
-        tokens = sum(group.tokens for group in groups)
-        loss, kl, clipped, *_ = (totals / tokens).tolist()
-        return UpdateReport(
-            loss=loss,
-            kl=kl,
-            clipped=clipped,
-            engine_gap=gap,
-            grad_norm=norm,
-            lr=self.config.lr * self._warmth(self._updates - 1),
-            tokens=tokens,
-            updates=math.ceil(len(groups) / size),
+            model=self.policy, model_parameters=groups, config=deepspeed_config(config)
         )
 
-    @torch.no_grad()
-    def logprobs(self, branches: Branches) -> list[float]:
-        """Log-probs of a prompt's answers, one after another; all ranks."""
-        packed = pack_groups([branches], self.reasoner.model).to(self._device)
-        values: list[float] = self.engine(packed).logprobs.tolist()
-        return values
+    def scores(self, groups: Sequence[Branches]) -> TokenScores:
+        """Of the scored tokens of some groups, in one row; all ranks."""
+        scores: TokenScores = self.engine(self.packed(groups))
+        return scores
+
+    def packed(self, groups: Sequence[Branches]) -> PackedGroups:
+        """Groups in one row, on this rank's device."""
+        return pack_groups(groups, self.reasoner.model).to(self.device)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Add the gradients of a share of the update's loss, which is summed over ranks; all ranks. last: of the
+        update's."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * distributed.get_world_size(), scale_wrt_gas=False)
+
+    def step(self) -> float:
+        """Clip and update, after all gradients were added; the gradient's norm before clipping; all ranks. Raises
+        FrozenParameter where something that should have learnt did not."""
+        for group, lr in zip(self.engine.optimizer.param_groups, self._base_lrs, strict=True):
+            group["lr"] = lr * lr_share(self.updates_made, self._updates, self.config)
+        before = None if self._checked else (self._without_gradient(), self._masters())
+        self.engine.step()
+        self.updates_made += 1
+        norm = float(self.engine.get_global_grad_norm() or 0.0)
+        if before is not None and norm > 0:
+            idle, masters = before
+            after = self._masters()
+            if idle or (idle := [name for name, value in masters.items() if after[name] == value]):
+                raise FrozenParameter(
+                    f"{idle[0]} had no gradient or did not change at the first update ({len(idle)} such parameters); "
+                    "freeze it by configuration or mend the model"
+                )
+            self._checked = True
+        return norm
+
+    @property
+    def lr(self) -> float:
+        """Of the last update."""
+        return self._base_lrs[0] * lr_share(max(0, self.updates_made - 1), self._updates, self.config)
+
+    @functools.cached_property
+    def _dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.config.dtype)
+        return dtype
+
+    def frozen_copy(self, model: Path) -> Any:
+        """Another model of the same kind that never learns, called like the engine; all ranks."""
+        frozen = load_reasoner(model, self.reasoner.prompt, device=self.device, dtype=self._dtype)
+        frozen.model.requires_grad_(False)
+        policy = self._policy(frozen)
+        if self.config.zero_stage < 3:
+            return policy.eval()
+        engine, *_ = deepspeed.initialize(model=policy, config=deepspeed_config(self.config, optimizer=False))
+        return engine.eval()
 
     def named_weights(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Weights under their Hugging Face names, on the CPU, in buckets of about `BUCKET_BYTES`; all ranks. Each is
-        a copy, so that it outlives the gathering of partitioned parameters."""
+        """Weights under their Hugging Face names, on the CPU, in buckets of about `BUCKET_BYTES`; all ranks, of which
+        the first gets them and the others empty buckets. Each tensor is a copy, so that it outlives the gathering of
+        partitioned parameters."""
         bucket: list[tuple[str, torch.nn.Parameter]] = []
         size = 0
         for name, parameter in self.policy.named_weights():
@@ -115,7 +145,7 @@ class ZeroLearner:
 
     def save_state(self, folder: Path) -> None:
         """Write all that the next step depends on; all ranks, each its own part."""
-        state = {"updates": self._updates, "checked": self._checked, "rng": torch.get_rng_state()}
+        state = {"updates": self.updates_made, "checked": self._checked, "rng": torch.get_rng_state()}
         self.engine.save_checkpoint(str(folder), tag=_STATE, client_state=state, save_latest=False)
 
     def load_state(self, folder: Path) -> None:
@@ -123,121 +153,61 @@ class ZeroLearner:
         loaded, state = self.engine.load_checkpoint(str(folder), tag=_STATE)
         if loaded is None:
             raise ValueError(f"{folder} holds no state of a learner; give a checkpoint of this project")
-        self._updates, self._checked = state["updates"], state["checked"]
+        self.updates_made, self._checked = state["updates"], state["checked"]
         torch.set_rng_state(state["rng"])
 
-    def _load_reference(self, model: Path, temperature: float, dtype: torch.dtype, device: str) -> Any:
-        frozen = load_reasoner(model, device=device, dtype=dtype).model.requires_grad_(False)
-        reference = Policy(frozen, temperature=temperature, forbidden=self.reasoner.vision_tokens).to(device)
-        if self.config.zero_stage < 3:
-            return reference.eval()
-        engine, *_ = deepspeed.initialize(model=reference, config=deepspeed_config(self.config, optimizer=False))
-        return engine.eval()
+    def trained(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """The parameters that learn, under their Hugging Face names."""
+        return [(name, parameter) for name, parameter in self.policy.named_weights() if parameter.requires_grad]
 
-    def _accumulate(self, groups: Sequence[ScoredGroup], tokens: int) -> torch.Tensor:
-        """Gradients of a mini-batch; sums [5] over all ranks' tokens of loss, kl, clipped, |engine gap| and 1. A group
-        without spread teaches nothing unless a divergence counts, and is left out."""
-        rank, ranks = distributed.get_rank(), distributed.get_world_size()
-        own = [encode_group(self.reasoner, group) for group in groups[rank::ranks]]
-        telling = [group for group in own if self._reference is not None or group.advantages.any()]
-        batches = micro_batches(telling, self.config.micro_batch_tokens)
-        count = torch.tensor(len(batches))
-        distributed.all_reduce(count, op=distributed.ReduceOp.MAX)
-        sums = torch.zeros(5, dtype=torch.float64)
-        rounds = max(1, int(count))
-        for i in range(rounds):
-            self.engine.set_gradient_accumulation_boundary(i == rounds - 1)
-            idle = i >= len(batches)
-            batch = [encode_group(self.reasoner, groups[0])] if idle else batches[i]
-            losses, gap = self._forward(batch)
-            self.engine.backward(losses.loss.sum() * (0.0 if idle else ranks / tokens), scale_wrt_gas=False)
-            if not idle:
-                values = (losses.loss.detach(), losses.kl, losses.clipped, gap, torch.ones_like(gap))
-                sums += torch.stack([value.double().sum().cpu() for value in values])
-        distributed.all_reduce(sums)
-        if not torch.isfinite(sums).all():
-            raise FloatingPointError("the loss is no longer finite; lower learner.lr")
-        return sums
-
-    def _forward(self, groups: Sequence[LearnerGroup]) -> tuple[TokenLoss, torch.Tensor]:
-        packed = pack_groups([group.branches for group in groups], self.reasoner.model).to(self._device)
-        old = torch.cat([group.old_logprobs for group in groups]).to(self._device)
-        logprobs = self.engine(packed).logprobs
-        reference = None
-        if self._reference is not None:
-            with torch.no_grad():
-                reference = self._reference(packed).logprobs
-        losses = grpo_loss(
-            logprobs,
-            old,
-            torch.cat([group.advantages for group in groups]).to(self._device),
-            clip=self.config.clip,
-            reference_logprobs=reference,
-            kl_weight=self.config.kl,
-        )
-        return losses, (logprobs.detach() - old).abs()
-
-    def _step(self) -> float:
-        """Clip, step and count; the gradient's norm before clipping."""
-        for group, lr in zip(self.engine.optimizer.param_groups, self._base_lrs, strict=True):
-            group["lr"] = lr * self._warmth(self._updates)
-        before = None if self._checked else (self._without_gradient(), self._masters())
-        self.engine.step()
-        self._updates += 1
-        norm = float(self.engine.get_global_grad_norm() or 0.0)
-        if before is not None and norm > 0:
-            idle, masters = before
-            after = self._masters()
-            if idle or (idle := [name for name, value in masters.items() if after[name] == value]):
-                raise FrozenParameter(
-                    f"{idle[0]} had no gradient or did not change at the first update ({len(idle)} such parameters); "
-                    "freeze it by configuration or mend the model"
-                )
-            self._checked = True
-        return norm
-
-    def _warmth(self, update: int) -> float:
-        """Share of the learning rate that an update has."""
-        return min(1.0, (update + 1) / (self.config.warmup + 1))
+    def _policy(self, reasoner: Reasoner) -> Policy:
+        policy = Policy(reasoner.model, temperature=self.temperature, forbidden=self.reasoner.vision_tokens)
+        return policy.to(self.device)
 
     def _masters(self) -> dict[str, float]:
         """Of each trained parameter's fp32 master, a number that changes when it does."""
         found = {}
-        for name, parameter in self._trained():
+        for name, parameter in self.trained():
             master = safe_get_full_fp32_param(parameter)
-            values = (parameter if master is None else master).detach().double().flatten()
-            weights = torch.arange(1, len(values) + 1, dtype=torch.float64, device=values.device).sin()
-            found[name] = float(values @ weights)
+            values = (parameter if master is None else master).detach().flatten()
+            # In parts: one of an embedding's size, in double precision, would be gigabytes.
+            found[name] = sum(_fingerprint(part) for part in values.split(_PART))
         return found
 
     def _without_gradient(self) -> list[str]:
         found = []
-        for name, parameter in self._trained():
+        for name, parameter in self.trained():
             gradient = safe_get_full_grad(parameter)
             if gradient is None or not gradient.any():
                 found.append(name)
         return found
 
-    def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
-        return [(name, parameter) for name, parameter in self.policy.named_weights() if parameter.requires_grad]
-
     def _gathered(self, bucket: Sequence[tuple[str, torch.nn.Parameter]]) -> dict[str, torch.Tensor]:
-        with deepspeed.zero.GatheredParameters([parameter for _, parameter in bucket], enabled=self._partitioned):
+        parameters = [parameter for _, parameter in bucket]
+        with deepspeed.zero.GatheredParameters(parameters, enabled=self.config.zero_stage == 3):
+            if distributed.get_rank() != 0:
+                return {}
             return {name: parameter.detach().cpu().clone().contiguous() for name, parameter in bucket}
 
-    @property
-    def _partitioned(self) -> bool:
-        return self.config.zero_stage == 3
+
+def _fingerprint(values: torch.Tensor) -> float:
+    weights = torch.arange(1, len(values) + 1, dtype=torch.float64, device=values.device).sin()
+    return float(values.double() @ weights)
 
 
-def deepspeed_config(config: LearnerConfig, *, optimizer: bool = True) -> dict[str, Any]:
+def deepspeed_config(config: ZeroConfig, *, optimizer: bool = True) -> dict[str, Any]:
     """DeepSpeed's own configuration. Micro-batches are ours, so its batch sizes mean nothing here."""
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload != "none" and optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": config.num_gpus > 0}
+    if config.offload == "parameters":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": config.num_gpus > 0}
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.max_grad_norm,
         "bf16": {"enabled": config.dtype == "bfloat16"},
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }

@@ -65,7 +65,16 @@ def trained(groups, demo_config, steps=3, **changes):
     actors = {
         f"learner {rank}": ray.remote(LearnerRank)
         .options(num_cpus=0, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}})
-        .remote(TINY_REASONER, config, rank=rank, temperature=1.0, seed=0, spec=PromptSpec.of_model(TINY_REASONER))
+        .remote(
+            TINY_REASONER,
+            config,
+            rank=rank,
+            updates=steps,
+            longest=128,
+            temperature=1.0,
+            seed=0,
+            spec=PromptSpec.of_model(TINY_REASONER),
+        )
         for rank in range(config.ranks)
     }
     try:
@@ -103,12 +112,12 @@ def test_two_ranks_of_zero_2_match_one(ray_cluster, groups, demo_config):
 
 
 def test_a_divergence_from_the_reference_is_zero_at_first_and_grows(ray_cluster, groups, demo_config):
-    reports, _ = trained(groups, demo_config, steps=2, kl=0.05)
+    reports, _ = trained(groups, demo_config, steps=2, objective={"kl": 0.05})
     assert abs(reports[0].kl) < 1e-6 < reports[1].kl
 
 
 def test_a_frozen_vision_tower_stands_still(ray_cluster, groups, demo_config):
-    _, weights = trained(groups, demo_config, steps=1, freeze_vision=True)
+    _, weights = trained(groups, demo_config, steps=1, freeze=["vision_tower", "merger"])
     before = dict(load_reasoner(TINY_REASONER).model.named_parameters())
     same = {name for name in before if torch.equal(weights[name], before[name])}
     assert same == {name for name in before if ".visual." in name}

@@ -27,7 +27,7 @@ def config(tmp_path: Path, data: Path, *overrides: str) -> SftConfig:
     tiny = [f"model={ROOT / 'models' / 'tiny-reasoner'}", f"data.train=[{data}]", f"runs={tmp_path}", "name=trial"]
     file = ROOT / "configs" / "tiny_reasoner_sft.yaml"
     return load_config(
-        SftConfig, file, [*tiny, "learner.warmup=0", "batch=4", "learner.lr=3e-4", "freeze_vision=false", *overrides]
+        SftConfig, file, [*tiny, "learner.warmup=0", "batch=4", "learner.lr=3e-4", "learner.freeze=[]", *overrides]
     )
 
 

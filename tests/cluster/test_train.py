@@ -145,7 +145,7 @@ def test_the_learners_log_probs_are_the_engines_after_updates(ray_cluster, demo_
 
 def test_without_the_cache_reset_the_canary_stops_the_run(ray_cluster, demo_config, tmp_path):
     # The phantoms' short prompts fill no block of the prefix cache; what is stale is the image's encoding.
-    moving = ("learner.lr=3e-4", "learner.freeze_vision=false")
+    moving = ("learner.lr=3e-4", "learner.freeze=[]")
     config = demo_config(*SMALL, *moving, "rollout.reset_caches=false", f"runs={tmp_path}", "name=stale", "steps=3")
     with pytest.raises(WeightsDiffer, match="stale weights or caches"):
         train(config)

@@ -28,7 +28,7 @@ def test_the_evaluation_that_ships_is_valid():
 def test_the_published_hyper_parameters():
     config = load_config(TrainConfig, ROOT / "configs" / "lingshu_7b_soft.yaml")
     assert (config.rollout.n, config.batch, config.learner.mini_batch) == (16, 128, 64)
-    assert (config.learner.lr, config.learner.kl, config.learner.clip) == (1e-6, 0.01, 0.2)
+    assert (config.learner.lr, config.learner.objective.kl, config.learner.objective.clip) == (1e-6, 0.01, 0.2)
     assert (config.rollout.max_prompt_tokens, config.rollout.max_tokens) == (2048, 2048)
 
 
@@ -43,6 +43,14 @@ def test_the_configuration_imports_no_torch():
         ("learner.learning_rate=1e-4", "unknown key 'learner.learning_rate'"),
         ("rollout.num_gpu=1", "did you mean 'num_gpus'"),
         ("learner.zero_stage=4", "learner.zero_stage: "),
+        ("learner.objective.aggregation=tokens", "learner.objective.aggregation: Input should be 'token'"),
+        ("learner.objective.clip_high=0.1", "clip_high 0.1 is below clip 0.2; give at least that"),
+        ("learner.objective.dual_clip=0.5", "learner.objective.dual_clip: Input should be greater than 1"),
+        ("learner.objective.kl_estimater=k1", "did you mean 'kl_estimator'"),
+        ("rollout.n=1", "advantage=group compares a group's answers; set rollout.n to 2 or more"),
+        ("learner.micro_batch_tokens=500", "a prompt with one answer may have 640 (rollout.max_prompt_tokens and max_tokens); raise it"),
+        ("learner={lr: 1, zero_stage: 2, offload: parameters}", "offload=parameters needs zero_stage 3 or more"),
+        ("learner.freeze=[vision_tower, merger, language_model]", "every part of the model is frozen"),
         ("staleness=2", "only 0 is built"),
         ("reward.preset=sotf", "did you mean 'soft'"),
         ("reward.terms=[{name: mask_dice}]", "give either reward.preset or reward.terms"),
