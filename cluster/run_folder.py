@@ -11,7 +11,7 @@ from typing import Any, Self
 import yaml
 
 from cluster.config import save_config
-from umrg.atomic import whole_lines, written_aside
+from umrg.atomic import remove_leftovers, whole_lines, written_aside
 from umrg.config import Config
 
 _MAY_CHANGE = ("steps", "resume", "checkpoint_every", "keep", "runs", "deadlines", "placement")
@@ -40,12 +40,16 @@ class RunFolder:
         for it goes too, so that the corrected command finds the name free."""
         ours = not path.exists()
         run = cls.begin(path, config, resume=resume)
+        remove_leftovers(path)
         try:
             yield run
         except ValueError:
             if ours and not run.has_results():
                 shutil.rmtree(path)
             raise
+        finally:
+            # An actor that was ended in the middle of a checkpoint may have written on after it was given up.
+            remove_leftovers(path)
 
     @classmethod
     def begin(cls, path: Path, config: Config, *, resume: bool) -> Self:

@@ -29,9 +29,10 @@ def start(args: dict[str, Any], *, port: int) -> str:
 
 
 def stop() -> None:
-    """End the service and what it runs on."""
-    serve.shutdown()
-    ray.shutdown()
+    """End the service and what it runs on, if it got that far."""
+    if ray.is_initialized():
+        serve.shutdown()
+        ray.shutdown()
 
 
 def run(args: dict[str, Any], *, port: int) -> None:

@@ -28,6 +28,15 @@ def written_aside(path: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what writers that were killed left aside, anywhere in a folder."""
+    for aside in list(folder.rglob(".*.part")):
+        if aside.is_dir():
+            shutil.rmtree(aside)
+        else:
+            aside.unlink(missing_ok=True)
+
+
 def whole_lines(path: Path) -> list[Any]:
     """The values of a JSON-lines file, none where there is no file. The last line of a process that was killed may be
     half a line: it is left out."""

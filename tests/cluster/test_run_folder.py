@@ -33,6 +33,17 @@ def test_what_was_done_stays_whatever_ends_it(tmp_path):
     assert (tmp_path / "run").is_dir() and (tmp_path / "other").is_dir()
 
 
+def test_what_a_killed_writer_left_aside_goes(tmp_path):
+    run = RunFolder.create(tmp_path / "run", Small())
+    aside = run.checkpoints / ".step-000001.99.part"
+    aside.mkdir(parents=True)
+    (aside / "state.json").write_text("{")
+    with RunFolder.begun(tmp_path / "run", Small(), resume=True):
+        assert not aside.exists()
+        aside.mkdir()
+    assert not aside.exists() and run.checkpoints.is_dir()
+
+
 def test_a_folder_that_was_there_is_never_removed(tmp_path):
     RunFolder.create(tmp_path / "run", Small())
     with pytest.raises(ValueError, match="no rows"), RunFolder.begun(tmp_path / "run", Small(), resume=True):
