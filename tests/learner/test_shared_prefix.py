@@ -79,9 +79,17 @@ random_groups = st.lists(
 )
 
 
+@pytest.fixture(scope="module")
+def exact() -> Reasoner:
+    """In double precision: single sequences in float32 are themselves up to 1e-5 off in the vision tower's gradients."""
+    loaded = load_reasoner(TINY, dtype=torch.float64)
+    use_shared_prefix(loaded.model)
+    return loaded
+
+
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 @given(drawn=random_groups, room=st.integers(0, 60))
-def test_log_probs_and_gradients_are_those_of_single_sequences(reasoner, drawn, room):
+def test_log_probs_and_gradients_are_those_of_single_sequences(reasoner, exact, drawn, room):
     """However large image, question, group and answers are, and however the groups are packed and split."""
     groups = [a_group(reasoner, *each) for each in drawn]
     # The least that every prompt fits into with its longest answer, and some room.
@@ -89,15 +97,16 @@ def test_log_probs_and_gradients_are_those_of_single_sequences(reasoner, drawn, 
     rows = micro_batches(groups, budget)
     assert all(sum(map(len, row)) <= budget for row in rows)
     parts = [part for row in rows for part in row]
-    weights = [torch.randn(len(b), generator=torch.Generator().manual_seed(len(b))) for p in parts for b in p.branches]
-    shared = torch.cat([scores(reasoner, row).logprobs for row in rows])
-    alone = torch.cat([logprobs_alone(reasoner, part.prefix, branch) for part in parts for branch in part.branches])
-    torch.testing.assert_close(shared, alone, atol=1e-5, rtol=1e-6)
-    packed, plain = (_gradients(reasoner, values @ torch.cat(weights)) for values in (shared, alone))
-    for name, gradient in plain.items():
-        assert (packed[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7, name
-    tokens = sum(len(branch) for group in groups for branch in group.branches)
-    assert len(shared) == tokens
+    assert sum(len(b) for part in parts for b in part.branches) == sum(len(b) for g in groups for b in g.branches)
+    weights = torch.randn(sum(len(b) for p in parts for b in p.branches), generator=torch.Generator().manual_seed(0))
+    for model, gradient_tolerance in ((exact, 1e-6), (reasoner, 3e-5)):
+        shared = torch.cat([scores(model, row).logprobs for row in rows])
+        alone = torch.cat([logprobs_alone(model, part.prefix, branch) for part in parts for branch in part.branches])
+        torch.testing.assert_close(shared.float(), alone.float(), atol=1e-5, rtol=1e-6)
+        packed, plain = (_gradients(model, values.float() @ weights) for values in (shared, alone))
+        for name, gradient in plain.items():
+            difference = (packed[name] - gradient).abs().max()
+            assert difference <= gradient_tolerance * gradient.abs().max() + 1e-12, name
 
 
 def test_a_budget_for_less_than_one_answer_says_what_to_raise(reasoner):
