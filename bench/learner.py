@@ -1,14 +1,15 @@
 """The learner beside TRL's GRPOTrainer, and beside its own forward without sharing: `python -m bench.learner`.
 
 Both learn from the same recorded answers, rewards and images with the bundled tiny model in float32: 16 answers of 128
-tokens to a prompt of about 670, a reference pass for the divergence, loss, backward, one update of all groups; sampling is
-left out. Each side runs in a process of its own with as many threads; a step's time is the best of several.
+tokens to a prompt of about 670, a reference pass for the divergence, loss, backward, one update of all groups; sampling
+is left out. Each side runs in a process of its own with as many threads; a step's time is the best of several.
 
 learner_ratio_trl: samples a second, ours by TRL's.
 memory_ratio_trl: peak memory over what the process held before its first step, ours by TRL's.
 grad_norm: of both sides' first update, which says that they did the same work.
 sweep: seconds of our forward and backward beside one sequence for each answer in padded batches, by shape.
-utilisation: the learner's arithmetic (6 FLOPs a parameter and token, recomputing nothing) by that of large matrix products.
+utilisation: the learner's arithmetic (6 FLOPs a parameter and token, embeddings too) by that of large matrix
+    products.
 """
 
 import argparse
@@ -37,7 +38,8 @@ def recorded(groups: int, words: int, n: int, length: int) -> list[dict[str, Any
     found = []
     for i, row in enumerate(rows(groups, seed=3, modalities=["CT"], queries_per_image=1)):
         answers = rng.integers(100, 900, (n, length)).tolist()
-        found.append({"row": row, "query": " ".join(["where"] * (words + i)), "answers": answers})
+        # Of one length: TRL pads prompts on the left, and their token types, which give positions, on the right.
+        found.append({"row": row, "query": " ".join(["where"] * words + [str(i)]), "answers": answers})
     return found
 
 
@@ -215,7 +217,7 @@ def _alone(side: Callable[..., dict[str, float]], threads: int, *args: Any) -> d
 
 
 def sweep(shapes: list[tuple[int, int, int]]) -> list[dict[str, float]]:
-    """Seconds of forward and backward of one group, shared and padded, by words of the question, answer length and n."""
+    """Seconds of forward and backward of one group, shared and padded, by words of the question, answer length, n."""
     import torch
 
     from learner.attention import use_shared_prefix
@@ -277,7 +279,15 @@ def main() -> None:
     args = parser.parse_args()
     work = recorded(args.groups, 590, 16, 128)
     mine, theirs = (_alone(side, args.threads, work, args.steps) for side in (ours, trl))
-    shapes = [(590, 128, 16), (250, 128, 16), (1200, 128, 16), (590, 32, 16), (590, 256, 16), (590, 128, 4), (590, 128, 1)]
+    shapes = [
+        (590, 128, 16),
+        (250, 128, 16),
+        (1200, 128, 16),
+        (590, 32, 16),
+        (590, 256, 16),
+        (590, 128, 4),
+        (590, 128, 1),
+    ]
     table = _alone(sweep, args.threads, shapes)
     peak = _alone(ceiling, args.threads)
     print(f"{'':8}{'s a step':>10}{'peak MiB':>10}{'grad norm':>12}")

@@ -111,6 +111,31 @@ def test_two_ranks_of_zero_2_match_one(ray_cluster, groups, demo_config):
         assert second.grad_norm == pytest.approx(first.grad_norm, rel=1e-3)
 
 
+@pytest.fixture(scope="module")
+def plain_weights(ray_cluster, groups, demo_config):
+    """After three steps of one rank without ZeRO."""
+    demo = demo_config().learner.model_dump() | {"threads": 1}
+    return trained(groups, demo_config, **demo | {"ranks": 1, "zero_stage": 0})[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"micro_batch_tokens": 260}], ids=str)
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_stage_and_number_of_ranks_agree(groups, demo_config, plain_weights, stage, ranks, changes):
+    """Of three groups the second rank has one; a budget of 260 tokens splits each into several rows."""
+    demo = demo_config().learner.model_dump() | {"threads": 1}
+    _, weights = trained(groups, demo_config, **demo | {"ranks": ranks, "zero_stage": stage} | changes)
+    for name, tensor in plain_weights.items():
+        assert (tensor - weights[name]).abs().max() <= 1e-5 * tensor.abs().max(), name
+
+
+def test_later_mini_batches_remember_what_sampled(ray_cluster, groups, demo_config):
+    """Two updates a step: by the second the policy has moved, and the engine's log-probs are still those of the first."""
+    (report,), _ = trained(groups, demo_config, steps=1, mini_batch=2)
+    assert report.updates == 2 and report.engine_gap < 1e-5
+
+
 def test_a_divergence_from_the_reference_is_zero_at_first_and_grows(ray_cluster, groups, demo_config):
     reports, _ = trained(groups, demo_config, steps=2, objective={"kl": 0.05})
     assert abs(reports[0].kl) < 1e-6 < reports[1].kl

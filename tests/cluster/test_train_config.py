@@ -48,7 +48,10 @@ def test_the_configuration_imports_no_torch():
         ("learner.objective.dual_clip=0.5", "learner.objective.dual_clip: Input should be greater than 1"),
         ("learner.objective.kl_estimater=k1", "did you mean 'kl_estimator'"),
         ("rollout.n=1", "advantage=group compares a group's answers; set rollout.n to 2 or more"),
-        ("learner.micro_batch_tokens=500", "a prompt with one answer may have 640 (rollout.max_prompt_tokens and max_tokens); raise it"),
+        (
+            "learner.micro_batch_tokens=500",
+            "a prompt with one answer may have 640 (rollout.max_prompt_tokens and max_tokens); raise it",
+        ),
         ("learner={lr: 1, zero_stage: 2, offload: parameters}", "offload=parameters needs zero_stage 3 or more"),
         ("learner.freeze=[vision_tower, merger, language_model]", "every part of the model is frozen"),
         ("staleness=2", "only 0 is built"),

@@ -81,7 +81,7 @@ random_groups = st.lists(
 
 @pytest.fixture(scope="module")
 def exact() -> Reasoner:
-    """In double precision: single sequences in float32 are themselves up to 1e-5 off in the vision tower's gradients."""
+    """In double precision but for the logits: in float32 single sequences are some 1e-5 off in the vision tower."""
     loaded = load_reasoner(TINY, dtype=torch.float64)
     use_shared_prefix(loaded.model)
     return loaded
@@ -99,7 +99,7 @@ def test_log_probs_and_gradients_are_those_of_single_sequences(reasoner, exact, 
     parts = [part for row in rows for part in row]
     assert sum(len(b) for part in parts for b in part.branches) == sum(len(b) for g in groups for b in g.branches)
     weights = torch.randn(sum(len(b) for p in parts for b in p.branches), generator=torch.Generator().manual_seed(0))
-    for model, gradient_tolerance in ((exact, 1e-6), (reasoner, 3e-5)):
+    for model, gradient_tolerance in ((exact, 1e-5), (reasoner, 5e-5)):
         shared = torch.cat([scores(model, row).logprobs for row in rows])
         alone = torch.cat([logprobs_alone(model, part.prefix, branch) for part in parts for branch in part.branches])
         torch.testing.assert_close(shared.float(), alone.float(), atol=1e-5, rtol=1e-6)
