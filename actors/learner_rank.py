@@ -86,6 +86,7 @@ class LearnerRank:
             self._spec,
             updates=self._updates,
             temperature=self._temperature,
+            entropy_learns=self._config.objective.entropy > 0,
             device="cuda" if on_gpu else "cpu",
         )
         self._grpo = GrpoRank(self._zero, self._config, self._model, longest=self._longest)

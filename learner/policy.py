@@ -17,17 +17,25 @@ class Policy(torch.nn.Module):
     DeepSpeed wraps this, so that its hooks see one call a micro-batch.
     """
 
-    def __init__(self, model: Any, *, temperature: float, forbidden: tuple[int, ...]) -> None:
+    def __init__(
+        self, model: Any, *, temperature: float, forbidden: tuple[int, ...], entropy_learns: bool = False
+    ) -> None:
         super().__init__()
         use_shared_prefix(model)
         self.model = model
-        self.temperature = temperature
+        self.temperature, self.entropy_learns = temperature, entropy_learns
         self.register_buffer("forbidden", torch.tensor(forbidden, dtype=torch.int64), persistent=False)
 
     def forward(self, packed: PackedGroups) -> TokenScores:
         """Of the scored tokens."""
         assert isinstance(self.forbidden, torch.Tensor)
-        return branch_scores(self.model, packed, temperature=self.temperature, forbidden=self.forbidden)
+        return branch_scores(
+            self.model,
+            packed,
+            temperature=self.temperature,
+            forbidden=self.forbidden,
+            entropy_learns=self.entropy_learns,
+        )
 
     def named_weights(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Parameters under the names of the model's own folder."""

@@ -157,18 +157,26 @@ class TokenScores(NamedTuple):
 
 
 def branch_scores(
-    model: Any, packed: PackedGroups, *, temperature: float = 1.0, forbidden: torch.Tensor | None = None
+    model: Any,
+    packed: PackedGroups,
+    *,
+    temperature: float = 1.0,
+    forbidden: torch.Tensor | None = None,
+    entropy_learns: bool = False,
 ) -> TokenScores:
     """Log-prob and entropy of every scored token under the sampling distribution, differentiable: temperature-scaled,
     and without the `forbidden` token ids, which are never sampled. `learner.attention.use_shared_prefix` must have been
-    called on the model. Logits exist for `LOGITS_BYTES` at a time, and are made again for the backward pass."""
+    called on the model. Logits exist for `LOGITS_BYTES` at a time, and are made again for the backward pass.
+    entropy_learns: the entropy has a gradient too."""
 
     def score(states: torch.Tensor, targets: torch.Tensor) -> TokenScores:
         logits = model.lm_head(states).float() / temperature
         if forbidden is not None:
             logits = logits.index_fill(1, forbidden, torch.finfo(logits.dtype).min)
-        every = logits.log_softmax(dim=1)
-        return TokenScores(every.gather(1, targets[:, None])[:, 0], -(every.exp() * every).sum(dim=1))
+        logprobs = -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        with torch.set_grad_enabled(entropy_learns and torch.is_grad_enabled()):
+            every = logits.log_softmax(dim=1)
+            return TokenScores(logprobs, -(every.exp() * every).sum(dim=1))
 
     states = _states(model, packed)[packed.sources]
     chunk = max(1, LOGITS_BYTES // (4 * model.config.text_config.vocab_size))

@@ -35,7 +35,7 @@ class ZeroRank:
     """A rank. torch.distributed must be initialised; every method that says "all ranks" is a collective.
 
     updates: that the whole run makes, for the learning rate's schedule. temperature: of the sampling distribution,
-    whose log-probs these are.
+    whose log-probs these are. entropy_learns: the scores' entropy has a gradient too.
     """
 
     def __init__(
@@ -46,8 +46,10 @@ class ZeroRank:
         *,
         updates: int,
         temperature: float = 1.0,
+        entropy_learns: bool = False,
         device: str = "cpu",
     ) -> None:
+        self.entropy_learns = entropy_learns
         self.config, self.device, self.temperature = config, device, temperature
         self.reasoner = load_reasoner(model, spec, device=device, dtype=self._dtype)
         self.updates_made = 0
@@ -161,8 +163,12 @@ class ZeroRank:
         return [(name, parameter) for name, parameter in self.policy.named_weights() if parameter.requires_grad]
 
     def _policy(self, reasoner: Reasoner) -> Policy:
-        policy = Policy(reasoner.model, temperature=self.temperature, forbidden=self.reasoner.vision_tokens)
-        return policy.to(self.device)
+        return Policy(
+            reasoner.model,
+            temperature=self.temperature,
+            forbidden=self.reasoner.vision_tokens,
+            entropy_learns=self.entropy_learns,
+        ).to(self.device)
 
     def _masters(self) -> dict[str, float]:
         """Of each trained parameter's fp32 master, a number that changes when it does."""

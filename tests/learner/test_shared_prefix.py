@@ -117,10 +117,10 @@ def test_a_budget_for_less_than_one_answer_says_what_to_raise(reasoner):
 
 def test_logits_in_chunks_are_logits_at_once(reasoner, monkeypatch):
     group = a_group(reasoner, 3, (112, 112), [20, 3, 24], 0)
-    whole = scores(reasoner, [group])
+    whole = branch_scores(reasoner.model, pack_groups([group], reasoner.model), entropy_learns=True)
     gradients = _gradients(reasoner, whole.logprobs.sum() + whole.entropy.sum())
     monkeypatch.setattr("learner.shared_prefix.LOGITS_BYTES", 4 * 7 * reasoner.model.config.text_config.vocab_size)
-    chunked = scores(reasoner, [group])
+    chunked = branch_scores(reasoner.model, pack_groups([group], reasoner.model), entropy_learns=True)
     torch.testing.assert_close(chunked, whole, atol=1e-6, rtol=1e-6)
     for name, gradient in _gradients(reasoner, chunked.logprobs.sum() + chunked.entropy.sum()).items():
         assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7, name
