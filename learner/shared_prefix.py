@@ -170,7 +170,8 @@ def branch_scores(
     entropy_learns: the entropy has a gradient too."""
 
     def score(states: torch.Tensor, targets: torch.Tensor) -> TokenScores:
-        logits = model.lm_head(states).float() / temperature
+        logits = model.lm_head(states)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         if forbidden is not None:
             logits = logits.index_fill(1, forbidden, torch.finfo(logits.dtype).min)
         logprobs = -torch.nn.functional.cross_entropy(logits, targets, reduction="none")

@@ -81,7 +81,7 @@ random_groups = st.lists(
 
 @pytest.fixture(scope="module")
 def exact() -> Reasoner:
-    """In double precision but for the logits: in float32 single sequences are some 1e-5 off in the vision tower."""
+    """In double precision, but for the norms. In float32 the order of sums alone is worth some 1e-5 of a gradient."""
     loaded = load_reasoner(TINY, dtype=torch.float64)
     use_shared_prefix(loaded.model)
     return loaded
@@ -99,11 +99,11 @@ def test_log_probs_and_gradients_are_those_of_single_sequences(reasoner, exact, 
     parts = [part for row in rows for part in row]
     assert sum(len(b) for part in parts for b in part.branches) == sum(len(b) for g in groups for b in g.branches)
     weights = torch.randn(sum(len(b) for p in parts for b in p.branches), generator=torch.Generator().manual_seed(0))
-    for model, gradient_tolerance in ((exact, 1e-5), (reasoner, 5e-5)):
+    for model, gradient_tolerance in ((exact, 1e-5), (reasoner, 1e-4)):
         shared = torch.cat([scores(model, row).logprobs for row in rows])
         alone = torch.cat([logprobs_alone(model, part.prefix, branch) for part in parts for branch in part.branches])
         torch.testing.assert_close(shared.float(), alone.float(), atol=1e-5, rtol=1e-6)
-        packed, plain = (_gradients(model, values.float() @ weights) for values in (shared, alone))
+        packed, plain = (_gradients(model, values @ weights.to(values.dtype)) for values in (shared, alone))
         for name, gradient in plain.items():
             difference = (packed[name] - gradient).abs().max()
             assert difference <= gradient_tolerance * gradient.abs().max() + 1e-12, name
