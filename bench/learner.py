@@ -47,7 +47,7 @@ def reward(token_ids: list[int]) -> float:
     return sum(token_ids) % 97 / 97
 
 
-def timed(step: Callable[[], None], steps: int) -> dict[str, float]:
+def timed(step: Callable[[], object], steps: int) -> dict[str, float]:
     """Seconds of the best step, and peak memory in MiB over what was held before the first."""
     before = _resident()
     seconds = []
@@ -138,7 +138,7 @@ def trl(work: list[dict[str, Any]], steps: int) -> dict[str, float]:
         ]
     )
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
+    class Clock(TrainerCallback):
         def __init__(self) -> None:
             self.seconds: list[float] = []
             self.norms: list[float] = []
@@ -209,7 +209,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _alone(side: Callable[..., dict[str, float]], threads: int, *args: Any) -> dict[str, float]:
+def _alone(side: Callable[..., Any], threads: int, *args: Any) -> Any:
     """What a side says, in a fresh process with so many threads."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
