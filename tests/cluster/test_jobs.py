@@ -128,7 +128,7 @@ def file(pattern: str) -> Callable[[Run], None]:
 
 
 # Many short passes through the model, so that of a step nearly all is learning.
-LEARNING = ("batch=4", "rollout.n=16", "learner.micro_batch_tokens=300")
+LEARNING = ("batch=16", "rollout.n=16", "learner.micro_batch_tokens=640")
 
 
 @pytest.mark.slow
