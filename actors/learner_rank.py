@@ -17,6 +17,8 @@ from umrg.prompts import PromptSpec
 from umrg.sample import Sample
 
 if TYPE_CHECKING:
+    from learner.background import Records
+    from learner.checkpoint import RankCheckpoints
     from learner.grpo import GrpoRank
     from learner.zero import ZeroRank
 
@@ -44,6 +46,7 @@ class LearnerRank:
         self._temperature, self._seed, self._spec, self._run = temperature, seed, spec, run
         self._zero: ZeroRank | None = None
         self._grpo: GrpoRank | None = None
+        self._checkpoints: RankCheckpoints | None = None
 
     def address(self) -> tuple[str, int]:
         """Where the ranks may meet: this host and a free port of it."""
@@ -71,6 +74,7 @@ class LearnerRank:
         import torch
 
         from actors.threads import share_cores
+        from learner.checkpoint import RankCheckpoints
         from learner.grpo import GrpoRank
         from learner.zero import ZeroRank
 
@@ -90,6 +94,7 @@ class LearnerRank:
             device="cuda" if on_gpu else "cpu",
         )
         self._grpo = GrpoRank(self._zero, self._config, self._model, longest=self._longest)
+        self._checkpoints = RankCheckpoints(self._zero)
 
     def update(
         self,
@@ -136,17 +141,20 @@ class LearnerRank:
         values: list[float] = scores.logprobs.tolist()
         return values
 
-    def save_model(self, folder: Path) -> None:
-        """Write the model as a Hugging Face folder; all ranks."""
-        self._running().save_model(folder)
+    def save(self, folder: Path) -> None:
+        """Copy optimizer, model and random state, and begin to write them; all ranks."""
+        assert self._checkpoints is not None, "the learner was not started"
+        self._checkpoints.begin(folder)
 
-    def save_state(self, folder: Path) -> None:
-        """Write optimizer, model and random state; all ranks."""
-        self._running().save_state(folder)
+    def saved(self, seconds: float) -> "Records | None":
+        """Once, the files that `save` wrote; None where this rank still writes after so many seconds."""
+        assert self._checkpoints is not None, "the learner was not started"
+        return self._checkpoints.written(seconds)
 
-    def load_state(self, folder: Path) -> None:
-        """Read what `save_state` wrote; all ranks."""
-        self._running().load_state(folder)
+    def load(self, folder: Path) -> None:
+        """Go on from what `save` wrote; all ranks."""
+        assert self._checkpoints is not None, "the learner was not started"
+        self._checkpoints.load(folder)
 
     def _running(self) -> "ZeroRank":
         assert self._zero is not None, "the learner was not started"

@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.config import DeadlineConfig
 from learner.update_report import UpdateReport
 from rewards.scored import ScoredAnswer
+from umrg.durable import FileRecord
 from umrg.group import GroupSamples
 from umrg.sample import Sample
 
@@ -165,6 +166,8 @@ class LearnerPool:
 
     def __init__(self, actors: Mapping[str, Any], deadlines: DeadlineConfig) -> None:
         self._actors, self._deadlines = dict(actors), deadlines
+        self._saved: dict[str, FileRecord] = {}
+        self._saving: list[str] = []
 
     def starting(self) -> dict[str, Ref]:
         if not self._actors:
@@ -192,14 +195,27 @@ class LearnerPool:
         values: list[float] = self._all("logprobs", "scoring the canary", sample, token_ids)[0]
         return values
 
-    def save_model(self, folder: Path) -> None:
-        self._all("save_model", "writing the model", folder)
+    def save(self, folder: Path) -> None:
+        """Begin to write state and model; `saved` tells when they are written."""
+        self._all("save", "copying its state", folder)
+        self._saved, self._saving = {}, list(self._actors)
 
-    def save_state(self, folder: Path) -> None:
-        self._all("save_state", "writing a checkpoint", folder)
+    def saved(self, *, wait: bool) -> dict[str, FileRecord] | None:
+        """Once, the files that all ranks wrote, by their paths in the folder; None while one still writes. wait: until
+        they are written. Raises ActorFailed where one could not write, DeadlinePassed where one takes too long."""
+        seconds = float(self._deadlines.step) if wait else 0.0
+        calls = {name: self._actors[name].saved.remote(seconds) for name in self._saving}
+        written = gather(calls, seconds=seconds + self._deadlines.step, doing="writing a checkpoint")
+        for name, files in zip(calls, written, strict=True):
+            if files is not None:
+                self._saved.update(files)
+                self._saving.remove(name)
+        if wait and self._saving:
+            raise DeadlinePassed(f"{', '.join(self._saving)} did not write a checkpoint within {seconds:.0f} s")
+        return None if self._saving else self._saved
 
-    def load_state(self, folder: Path) -> None:
-        self._all("load_state", "reading a checkpoint", folder)
+    def load(self, folder: Path) -> None:
+        self._all("load", "reading a checkpoint", folder)
 
     def _all(self, method: str, doing: str, *args: Any) -> list[Any]:
         calls = {name: getattr(actor, method).remote(*args) for name, actor in self._actors.items()}

@@ -1,48 +1,226 @@
-"""Checkpoints of a run: `checkpoints/step-NNNNNN/`, each whole or not there."""
+"""Checkpoints of a run: whole and checked, or not there.
 
-import json
+    checkpoints/step-NNNNNN/   what the learner's ranks wrote (`learner.checkpoint`), and
+        state.json             what the driver goes on from
+        config.yaml            the run's
+        manifest.json          size and sha256 of each of these files; written when all others are on the disk
+    checkpoints/latest         the newest one's name and its manifest's sha256; changed last
+
+The ranks write aside while training goes on; when all have written, `poll` puts the folder in its place. Stopped at any
+moment, a run finds the one before or the new one.
+"""
+
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, Self
 
-from actors.pools import LearnerPool
+from pydantic import NonNegativeInt, ValidationError
+
 from umrg.atomic import written_aside
+from umrg.config import Config
+from umrg.durable import MANIFEST, Damaged, Disk, FileRecord, manifest, manifest_digest, verify, write_durably
 from umrg.shuffling import Cursor
 
-_STATE = "state.json"
+LATEST, STATE = "latest", "state.json"
+
+
+class RunState(Config):
+    """What the driver goes on from. Answers' seeds are hashes, so there is no random state beside the learner's.
+
+    step: taken so far, which is the weights' version too. cursor: where the data goes on. metrics: bytes of
+    metrics.jsonl. score: of the evaluation at this step, greater is better; None where there was none.
+    """
+
+    step: NonNegativeInt
+    cursor: Cursor
+    metrics: NonNegativeInt
+    score: float | None = None
+
+
+class Learner(Protocol):
+    """What is asked of the learner."""
+
+    def save(self, folder: Path) -> None: ...
+
+    def saved(self, *, wait: bool) -> dict[str, FileRecord] | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """step: taken so far. cursor: where the data goes on. folder: the learner's state."""
+    """A whole one. sha256: of its manifest."""
 
     folder: Path
-    step: int
-    cursor: Cursor
+    state: RunState
+    sha256: str
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Every file is checked. Raises ValueError where it is none, Damaged where it is not as it was written."""
+        if not folder.is_dir():
+            raise ValueError(f"there is no checkpoint {folder}; give auto, or the folder of one")
+        sha256 = verify(folder)
+        state = RunState.model_validate_json((folder / STATE).read_text())
+        return cls(folder=folder.resolve(), state=state, sha256=sha256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Begun:
+    """One that the learner still writes."""
+
+    state: RunState
+    config: str
+    aside: Path
 
 
 class Checkpoints:
-    """The newest `keep` checkpoints in a folder."""
+    """Of one run. keep: so many of the newest stay, and beside them the `keep_best` with the highest scores."""
 
-    def __init__(self, folder: Path, *, keep: int) -> None:
-        self._folder, self._keep = folder, keep
+    def __init__(self, folder: Path, *, keep: int, keep_best: int, disk: Disk | None = None) -> None:
+        self._folder, self._keep, self._keep_best = folder.resolve(), keep, keep_best
+        self._disk = disk or Disk()
+        self._begun: _Begun | None = None
 
-    def save(self, step: int, cursor: Cursor, learner: LearnerPool) -> None:
-        with written_aside(self._folder / f"step-{step:06d}") as aside:
-            aside.mkdir()
-            learner.save_state(aside.resolve())
-            learner.save_model(aside.resolve() / "model")
-            state = {"step": step, "cursor": cursor.model_dump()}
-            (aside / _STATE).write_text(json.dumps(state, indent=2) + "\n")
-        for old in self._all()[: -self._keep]:
-            shutil.rmtree(old)
+    def begin(self, state: RunState, config: str, learner: Learner) -> None:
+        """Begin to write one, when the one before is in its place. config: the run's, as YAML."""
+        self.finish(learner)
+        aside = _aside(self._path(state.step))
+        self._disk.remove(aside)
+        self._disk.make_folder(aside)
+        learner.save(aside)
+        self._begun = _Begun(state=state, config=config, aside=aside)
 
-    def newest(self) -> Checkpoint | None:
-        """The newest one; None where there is none."""
-        if not (found := self._all()):
+    def poll(self, learner: Learner) -> None:
+        """Put what was begun in its place, if all of it is written. Raises what stopped the writing."""
+        self._place(learner, wait=False)
+
+    def finish(self, learner: Learner) -> None:
+        """Wait until what was begun is in its place."""
+        self._place(learner, wait=True)
+
+    def latest(self) -> Checkpoint | None:
+        """The newest one; None where there is none. Raises Damaged that names it, and the one before."""
+        pointer = self._folder / LATEST
+        if not pointer.exists() and not self._all():
             return None
-        state = json.loads((found[-1] / _STATE).read_text())
-        return Checkpoint(folder=found[-1].resolve(), step=state["step"], cursor=Cursor.model_validate(state["cursor"]))
+        # Not written yet where the first checkpoint was put in its place and the run ended there.
+        text = pointer.read_text(errors="replace") if pointer.exists() else self._all()[-1].name
+        name, _, sha256 = text.strip().partition(" ")
+        try:
+            if not (self._folder / name).is_dir():
+                raise Damaged(f"{pointer} names {name!r}, which is not there")
+            checkpoint = Checkpoint.open(self._folder / name)
+            if pointer.exists() and checkpoint.sha256 != sha256:
+                raise Damaged(f"{pointer} is not as it was written")
+        except Damaged as error:
+            raise Damaged(f"{error}; {self._advice(self._folder / name)}") from error
+        return checkpoint
+
+    def at(self, step: int) -> Checkpoint:
+        """That of a step."""
+        return Checkpoint.open(self._path(step))
+
+    def steps(self) -> list[int]:
+        """Whose checkpoints are there."""
+        return [_step(path) for path in self._all()]
+
+    def rewind(self, step: int) -> None:
+        """Forget those after a step that the run goes on from."""
+        later = [path for path in self._all() if _step(path) > step]
+        if later and self._path(step).exists():
+            self._point(self._path(step))
+        for path in later:
+            self._drop(path)
+
+    def _place(self, learner: Learner, *, wait: bool) -> None:
+        if self._begun is None or (files := learner.saved(wait=wait)) is None:
+            return
+        begun, self._begun = self._begun, None
+        self._commit(begun, files)
+        self._prune()
+
+    def _commit(self, begun: _Begun, files: Mapping[str, FileRecord]) -> None:
+        own = {STATE: begun.state.model_dump_json(indent=1), "config.yaml": begun.config}
+        records = {name: write_durably(self._disk, begun.aside / name, text.encode()) for name, text in own.items()}
+        write_durably(self._disk, begun.aside / MANIFEST, manifest({**files, **records}))
+        self._disk.sync(begun.aside)
+        target = self._path(begun.state.step)
+        self._disk.rename(begun.aside, target)
+        self._disk.sync(self._folder)
+        self._point(target)
+
+    def _point(self, target: Path) -> None:
+        """Let `latest` name a checkpoint."""
+        aside = _aside(self._folder / LATEST)
+        write_durably(self._disk, aside, f"{target.name} {manifest_digest(target)}\n".encode())
+        self._disk.rename(aside, self._folder / LATEST)
+        self._disk.sync(self._folder)
+
+    def _prune(self) -> None:
+        found = self._all()
+        scores = {path: score for path in found if (score := _score(path)) is not None}
+        best = sorted(scores, key=lambda path: (scores[path], path.name), reverse=True)[: self._keep_best]
+        for path in found[: -self._keep]:
+            if path not in best:
+                self._drop(path)
+
+    def _drop(self, path: Path) -> None:
+        # Under another name first: what is half removed is no checkpoint.
+        self._disk.rename(path, _aside(path))
+        self._disk.remove(_aside(path))
+
+    def _advice(self, damaged: Path) -> str:
+        """What to resume from instead."""
+        found = self._all()
+        for path in reversed(found[: found.index(damaged)] if damaged in found else found):
+            try:
+                return f"the newest whole one before it is resume={Checkpoint.open(path).folder}"
+            except Damaged:
+                continue
+        return "there is no whole one before it, so begin again under another name"
 
     def _all(self) -> list[Path]:
         return sorted(self._folder.glob("step-*")) if self._folder.is_dir() else []
+
+    def _path(self, step: int) -> Path:
+        return self._folder / f"step-{step:06d}"
+
+
+def export(checkpoint: Checkpoint, out: Path) -> None:
+    """Write a checkpoint's model as an ordinary Hugging Face folder, over one that is there."""
+    with written_aside(out) as aside:
+        shutil.copytree(checkpoint.folder / "model", aside)
+
+
+def export_run(run: Path, step: int | None, out: Path) -> Checkpoint:
+    """`medreasoner export RUN [--step N] --out DIR`: the checkpoint whose model was written. step: None for the newest.
+    Raises ValueError where there is no such checkpoint, it is damaged, or `out` exists."""
+    checkpoints = Checkpoints(run / "checkpoints", keep=1, keep_best=0)
+    there = checkpoints.steps()
+    if not there or (step is not None and step not in there):
+        raise ValueError(
+            f"{run} has no such checkpoint; those there are of steps {', '.join(map(str, there)) or 'none'}"
+        )
+    if out.exists():
+        raise ValueError(f"{out} exists; give another folder")
+    checkpoint = checkpoints.latest() if step is None else checkpoints.at(step)
+    assert checkpoint is not None
+    export(checkpoint, out)
+    return checkpoint
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _score(path: Path) -> float | None:
+    """None for a damaged one too, which is refused only where somebody asks for it."""
+    try:
+        return RunState.model_validate_json((path / STATE).read_bytes()).score
+    except (OSError, ValidationError):
+        return None

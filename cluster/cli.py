@@ -64,6 +64,18 @@ def train(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run.")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder to write; must not exist.")],
+    step: Annotated[int | None, typer.Option(help="Of the checkpoint; without it, the newest.")] = None,
+) -> None:
+    """Write the model of a run's checkpoint as an ordinary Hugging Face folder."""
+    from cluster.checkpoints import export_run
+
+    typer.echo(f"saved      {out}, the model of step {export_run(run, step, out).state.step}")
+
+
+@app.command()
 def evaluate(
     config: Annotated[
         list[str] | None, typer.Argument(metavar="[CONFIG] [key=value]...", help="YAML file, and keys laid over it.")

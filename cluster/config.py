@@ -91,8 +91,10 @@ class TrainConfig(ReasonerConfig):
     name: of the run; its folder is `runs/<name>`. expert: name or folder of the segmenter. batch: groups a step.
     steps: how many.
     staleness: how many steps the rollouts' weights may lag behind. placement: whether actors are packed on few nodes
-    or spread over many. checkpoint_every: steps; 0 for none but the last. keep: newest checkpoints that stay.
-    resume: "auto" goes on from the newest checkpoint of a run folder that exists, "never" refuses such a folder.
+    or spread over many. checkpoint_every: steps; 0 for none but the last. keep: newest checkpoints that stay, and
+    beside them `keep_best` with the highest greedy Dice, of those at whose step the model was evaluated.
+    resume: "auto" goes on from the newest checkpoint of a run folder that exists, "never" refuses such a folder; a
+    checkpoint's folder goes on from that one, whether of this run, which then forgets what came after, or of another.
     """
 
     name: str = Field(pattern=r"^[\w.-]+$")
@@ -111,7 +113,8 @@ class TrainConfig(ReasonerConfig):
     seed: NonNegativeInt = 0
     checkpoint_every: NonNegativeInt = 0
     keep: PositiveInt = 2
-    resume: Literal["never", "auto"] = "never"
+    keep_best: NonNegativeInt = 1
+    resume: Literal["never", "auto"] | Path = "never"
     runs: Path = Path("runs")
 
     @property
@@ -228,10 +231,15 @@ def load_config(
         raise ValueError(where + "; ".join(_explain(schema, fault) for fault in error.errors())) from None
 
 
+def config_text(config: Config) -> str:
+    """The resolved configuration as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML."""
     with written_aside(path) as aside:
-        aside.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        aside.write_text(config_text(config))
 
 
 def _read(path: Path) -> dict[str, Any]:

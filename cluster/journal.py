@@ -74,10 +74,20 @@ class Journal:
                 self._board.add_scalar(f"evaluation/{kind}_{figure}", figures[figure], step)
         self.clock.lap()
 
-    def rewind(self, step: int) -> None:
+    def score(self) -> float | None:
+        """How good the model is by now: greedy Dice of the evaluation at this step; None where there was none."""
+        found = [each["greedy"]["dice"] for each in self._evaluations.values() if each["step"] == self._steps]
+        return found[-1] if found else None
+
+    def position(self) -> int:
+        """What `rewind` takes to come back to here: bytes of metrics.jsonl, which are on the disk."""
+        return self._run.metrics_position()
+
+    def rewind(self, step: int, position: int) -> None:
         """Forget what came after a step that the run goes on from."""
         self._steps = step
-        self._run.keep_metrics(lambda metrics: metrics["step"] <= step)
+        self._run.rewind(step, position)
+        self._evaluations = {name: each for name, each in self._evaluations.items() if each["step"] <= step}
 
     def finish(self, held_out: list[Sample]) -> dict[str, Any]:
         """Write summary and report; gains over the model that the run began with."""

@@ -1,8 +1,9 @@
 """The run folder: `runs/<name>/{config.yaml, metrics.jsonl, samples/, checkpoints/, model/, summary.json, report/}`."""
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,16 @@ from typing import Any, Self
 import yaml
 
 from cluster.config import save_config
-from umrg.atomic import remove_leftovers, whole_lines, written_aside
+from umrg.atomic import remove_leftovers, written_aside
 from umrg.config import Config
 
-_MAY_CHANGE = ("steps", "resume", "checkpoint_every", "keep", "runs", "deadlines", "placement")
+_MAY_CHANGE = (
+    *("resume", "checkpoint_every", "keep", "keep_best", "runs", "deadlines", "placement", "segmenter.actors"),
+    *(f"{role}.{key}" for role in ("rollout", "segmenter", "learner") for key in ("num_cpus", "num_gpus", "threads")),
+    *(f"learner.{key}" for key in ("ranks", "zero_stage", "offload", "micro_batch_tokens", "gradient_checkpointing")),
+    *("steps", "rollout.actors"),
+)
+"""What a run may go on with otherwise than it began: how it is computed, and how long."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +67,8 @@ class RunFolder:
         kept = yaml.safe_load((path / "config.yaml").read_text()) if (path / "config.yaml").is_file() else None
         if not isinstance(kept, dict):
             raise ValueError(f"{path} is not a run's folder (no config.yaml); give another name=… or remove it")
-        given = config.model_dump(mode="json")
-        changed = sorted(key for key in given if key not in _MAY_CHANGE and kept.get(key) != given[key])
+        given, was = _flat(config.model_dump(mode="json")), _flat(kept)
+        changed = sorted(key for key in given if not _may_change(key) and was.get(key) != given[key])
         if changed:
             raise ValueError(
                 f"{path} was made with another {', '.join(changed)}; resume with what its config.yaml says"
@@ -94,13 +101,23 @@ class RunFolder:
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(metrics) + "\n")
 
-    def keep_metrics(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Drop the lines of metrics.jsonl that are not wanted."""
+    def metrics_position(self) -> int:
+        """Bytes of metrics.jsonl, all of them on the disk."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return 0
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        return path.stat().st_size
+
+    def rewind(self, step: int, metrics: int) -> None:
+        """Forget what was written after a step. metrics: bytes of metrics.jsonl by then."""
         path = self.path / "metrics.jsonl"
         if path.exists():
-            kept = [line for line in whole_lines(path) if wanted(line)]
-            with written_aside(path) as aside:
-                aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            os.truncate(path, min(metrics, path.stat().st_size))
+        for samples in self.samples.glob("step-*.parquet"):
+            if int(samples.stem.removeprefix("step-")) > step:
+                samples.unlink()
 
     def read_json(self, name: str) -> Any:
         """What `write_json` wrote under that name; None where there is nothing."""
@@ -110,3 +127,16 @@ class RunFolder:
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         with written_aside(self.path / name) as aside:
             aside.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        inner = isinstance(value, dict)
+        found.update(_flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value})
+    return found
+
+
+def _may_change(key: str) -> bool:
+    return any(key == each or key.startswith(f"{each}.") for each in _MAY_CHANGE)

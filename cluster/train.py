@@ -11,9 +11,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from cluster.broadcast import Canary, broadcast
-from cluster.checkpoints import Checkpoints
+from cluster.checkpoints import Checkpoint, Checkpoints, RunState, export
 from cluster.cli_frame import run_command
-from cluster.config import TrainConfig, load_config
+from cluster.config import TrainConfig, config_text, load_config
 from cluster.data import open_rows
 from cluster.display import Display
 from cluster.evaluation import evaluate, questions
@@ -21,7 +21,6 @@ from cluster.experience import Draw, gain
 from cluster.journal import Journal
 from cluster.run_folder import RunFolder
 from cluster.workers import Workers, cluster, started
-from umrg.atomic import written_aside
 from umrg.dataset import Dataset
 from umrg.group import Group
 from umrg.sample import Sample
@@ -31,8 +30,8 @@ from umrg.shuffling import Cursor, batches
 def train(config: TrainConfig) -> RunFolder:
     """Run the job; the trained model lies in the run folder's `model/`."""
     with ExitStack() as stack:
-        folder = config.runs / config.name
-        run = stack.enter_context(RunFolder.begun(folder, config, resume=config.resume == "auto"))
+        run = stack.enter_context(RunFolder.begun(config.runs / config.name, config, resume=config.resume != "never"))
+        checkpoint = chosen(config, run)
         journal = stack.enter_context(Journal(run, config))
         display = stack.enter_context(Display(config))
         with display.waiting("reading data"), journal.clock.phase("data"):
@@ -40,12 +39,26 @@ def train(config: TrainConfig) -> RunFolder:
         stack.enter_context(cluster())
         with display.waiting("starting actors"), journal.clock.phase("start"):
             workers = stack.enter_context(started(config, run.path))
-        Training(config, run, workers, journal, display, rows, held_out).go()
+        Training(config, run, workers, journal, display, rows, held_out).go(checkpoint)
     return run
 
 
+def checkpoints_of(config: TrainConfig, run: RunFolder) -> Checkpoints:
+    return Checkpoints(run.checkpoints, keep=config.keep, keep_best=config.keep_best)
+
+
+def chosen(config: TrainConfig, run: RunFolder) -> Checkpoint | None:
+    """The checkpoint to go on from, every file of it checked; None for none."""
+    if isinstance(config.resume, Path):
+        checkpoint = Checkpoint.open(config.resume)
+        if checkpoint.state.step >= config.steps:
+            raise ValueError(f"{config.resume} is of step {checkpoint.state.step}; give more steps than that")
+        return checkpoint
+    return checkpoints_of(config, run).latest() if config.resume == "auto" else None
+
+
 class Training:
-    """One run from its first step, or the one after its newest checkpoint, to its last."""
+    """One run from its first step, or the one after a checkpoint, to its last."""
 
     def __init__(
         self,
@@ -59,7 +72,7 @@ class Training:
     ) -> None:
         self.config, self.run, self.workers = config, run, workers
         self.journal, self.display, self.rows, self.held_out = journal, display, rows, held_out
-        self.checkpoints = Checkpoints(run.checkpoints, keep=config.keep)
+        self.checkpoints = checkpoints_of(config, run)
         self.canary = Canary(rows[0], config)
         self.draw = Draw(
             n=config.rollout.n,
@@ -70,20 +83,18 @@ class Training:
         self.cursor = Cursor(seed=config.seed)
         self.step = 0
 
-    def go(self) -> None:
+    def go(self, checkpoint: Checkpoint | None) -> None:
         """Resume or begin, take all steps, and leave model, summary and report behind."""
-        self.resume()
+        self.resume(checkpoint)
         if self.config.evaluation.before and not self.journal.has_evaluation("before"):
             self.measure("before")
         for groups in self.groups():
             self.take_step(groups)
-            if self.due(self.config.checkpoint_every) or self.step == self.config.steps:
-                self.save()
             if self.due(self.config.evaluation.every) and self.step < self.config.steps:
                 self.measure(f"step-{self.step:06d}")
+            self.checkpoint()
         self.measure("after")
-        with self.journal.clock.phase("save"), written_aside(self.run.model) as aside:
-            self.workers.learner.save_model(aside.resolve())
+        self.leave_model()
         self.workers.check_expert()
         self.display.gain(self.journal.finish(self.held_out))
 
@@ -129,20 +140,39 @@ class Training:
     def due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def save(self) -> None:
-        """Write a checkpoint of everything that the next step depends on."""
+    def checkpoint(self) -> None:
+        """Begin to write a checkpoint of everything that the next step depends on, where one is due; put the one begun
+        before in its place as soon as it is written."""
         with self.journal.clock.phase("checkpoint"):
-            self.checkpoints.save(self.step, self.cursor, self.workers.learner)
+            if self.due(self.config.checkpoint_every) or self.step == self.config.steps:
+                state = RunState(
+                    step=self.step, cursor=self.cursor, metrics=self.journal.position(), score=self.journal.score()
+                )
+                self.checkpoints.begin(state, config_text(self.config), self.workers.learner)
+            else:
+                self.checkpoints.poll(self.workers.learner)
 
-    def resume(self) -> None:
-        """Go on from the newest checkpoint, if the run has one; the rollouts then get its weights."""
-        if state := self.checkpoints.newest():
-            self.workers.learner.load_state(state.folder)
-            self.step, self.cursor = state.step, state.cursor
+    def resume(self, checkpoint: Checkpoint | None) -> None:
+        """Go on from a checkpoint, if there is one; the rollouts then get its weights."""
+        position = 0
+        if checkpoint:
+            self.workers.learner.load(checkpoint.folder)
+            self.step, self.cursor = checkpoint.state.step, checkpoint.state.cursor
+            if checkpoint.folder.parent == self.run.checkpoints.resolve():
+                position = checkpoint.state.metrics
             broadcast(self.workers, version=self.step)
             self.display.resumed(self.step)
-        self.journal.rewind(self.step)
+        self.journal.rewind(self.step, position)
+        self.checkpoints.rewind(self.step)
         self.canary.check(self.workers)
+
+    def leave_model(self) -> None:
+        """The newest checkpoint's model becomes the run's."""
+        with self.journal.clock.phase("save"):
+            self.checkpoints.finish(self.workers.learner)
+            newest = self.checkpoints.latest()
+            assert newest is not None and newest.state.step == self.step, "the last step has a checkpoint"
+            export(newest, self.run.model)
 
 
 def main(arguments: list[str]) -> None:

@@ -1,9 +1,11 @@
 """The reasoner: a Qwen-VL folder loaded as model, processor and prompt spec, asked through the one prompt builder."""
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.core_model_loading import revert_weight_conversion
 
 from umrg.frames import Frames, ResizeRule, Size
 from umrg.prompts import PromptSpec, prompt_messages
@@ -148,12 +151,38 @@ class Reasoner(Prompter):
         texts: list[str] = self.processor.batch_decode(output[:, width:], skip_special_tokens=True)
         return texts
 
-    def save(self, folder: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
-        """Write an ordinary Hugging Face folder, with the prompt spec beside it; `state` instead of the model's own
-        weights, where those are spread over ranks."""
-        self.model.save_pretrained(folder, state_dict=state)
+    def save(self, folder: Path) -> None:
+        """Write an ordinary Hugging Face folder, with the prompt spec beside it."""
+        self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
         self.prompt.save(folder)
+
+    def other_files(self) -> dict[str, bytes]:
+        """All that `save` writes but the weights: bytes by name of file."""
+        with TemporaryDirectory() as name:
+            folder = Path(name)
+            self.model.config.save_pretrained(folder)
+            if self.model.can_generate():
+                self.model.generation_config.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
+            self.prompt.save(folder)
+            return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+    def as_saved(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Weights under the names that they have in a folder, from the names of the model's own parameters."""
+        return dict(revert_weight_conversion(self.model, dict(weights)))
+
+    def shard_index(self, shards: Mapping[str, Sequence[str]]) -> bytes:
+        """`model.safetensors.index.json` of files whose weights are given by the names of the model's parameters."""
+        places = {
+            name: file
+            for file, names in shards.items()
+            for name in self.as_saved({name: torch.empty(0) for name in names})
+        }
+        total = sum(
+            int(getattr(each, "ds_numel", each.numel())) * each.element_size() for each in self.model.parameters()
+        )
+        return json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2).encode()
 
 
 def load_prompter(folder: Path, spec: PromptSpec | None = None) -> Prompter:

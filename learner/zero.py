@@ -23,7 +23,6 @@ from learner.shared_prefix import Branches, PackedGroups, TokenScores, pack_grou
 from umrg.prompts import PromptSpec
 
 BUCKET_BYTES = 1 << 30
-_STATE = "deepspeed"
 _PART = 1 << 24
 
 
@@ -53,7 +52,8 @@ class ZeroRank:
         self.config, self.device, self.temperature = config, device, temperature
         self.reasoner = load_reasoner(model, spec, device=device, dtype=self._dtype)
         self.updates_made = 0
-        self._updates, self._checked = updates, False
+        self._updates = updates
+        self.checked = False  # that all parameters learn
         freeze(self.reasoner.model, config.freeze)
         if config.gradient_checkpointing:
             # Layers look at `training`; there is no dropout that it would switch on.
@@ -89,7 +89,7 @@ class ZeroRank:
         FrozenParameter where something that should have learnt did not."""
         for group, lr in zip(self.engine.optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = lr * lr_share(self.updates_made, self._updates, self.config)
-        before = None if self._checked else (self._without_gradient(), self._masters())
+        before = None if self.checked else (self._without_gradient(), self._masters())
         self.engine.step()
         self.updates_made += 1
         norm = float(self.engine.get_global_grad_norm() or 0.0)
@@ -101,7 +101,7 @@ class ZeroRank:
                     f"{idle[0]} had no gradient or did not change at the first update ({len(idle)} such parameters); "
                     "freeze it by configuration or mend the model"
                 )
-            self._checked = True
+            self.checked = True
         return norm
 
     @property
@@ -124,39 +124,20 @@ class ZeroRank:
         engine, *_ = deepspeed.initialize(model=policy, config=deepspeed_config(self.config, optimizer=False))
         return engine.eval()
 
-    def named_weights(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Weights under their Hugging Face names, on the CPU, in buckets of about `BUCKET_BYTES`; all ranks, of which
-        the first gets them and the others empty buckets. Each tensor is a copy, so that it outlives the gathering of
-        partitioned parameters."""
+    def named_weights(self, *, to_all: bool = False) -> Iterator[dict[str, torch.Tensor]]:
+        """Weights under the names of the model's parameters, on the CPU, in buckets of about `BUCKET_BYTES`; all ranks,
+        of which the first gets them and the others empty buckets, or with `to_all` each. Each tensor is a copy, so that
+        it outlives the gathering of partitioned parameters."""
         bucket: list[tuple[str, torch.nn.Parameter]] = []
         size = 0
         for name, parameter in self.policy.named_weights():
             bucket.append((name, parameter))
             size += int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
             if size >= BUCKET_BYTES:
-                yield self._gathered(bucket)
+                yield self._gathered(bucket, to_all)
                 bucket, size = [], 0
         if bucket:
-            yield self._gathered(bucket)
-
-    def save_model(self, folder: Path) -> None:
-        """Write an ordinary Hugging Face folder; all ranks, of which the first writes."""
-        state = {name: tensor for bucket in self.named_weights() for name, tensor in bucket.items()}
-        if distributed.get_rank() == 0:
-            self.reasoner.save(folder, state)
-
-    def save_state(self, folder: Path) -> None:
-        """Write all that the next step depends on; all ranks, each its own part."""
-        state = {"updates": self.updates_made, "checked": self._checked, "rng": torch.get_rng_state()}
-        self.engine.save_checkpoint(str(folder), tag=_STATE, client_state=state, save_latest=False)
-
-    def load_state(self, folder: Path) -> None:
-        """Go on from what `save_state` wrote, with as many ranks; all ranks."""
-        loaded, state = self.engine.load_checkpoint(str(folder), tag=_STATE)
-        if loaded is None:
-            raise ValueError(f"{folder} holds no state of a learner; give a checkpoint of this project")
-        self.updates_made, self._checked = state["updates"], state["checked"]
-        torch.set_rng_state(state["rng"])
+            yield self._gathered(bucket, to_all)
 
     def trained(self) -> list[tuple[str, torch.nn.Parameter]]:
         """The parameters that learn, under their Hugging Face names."""
@@ -188,10 +169,10 @@ class ZeroRank:
                 found.append(name)
         return found
 
-    def _gathered(self, bucket: Sequence[tuple[str, torch.nn.Parameter]]) -> dict[str, torch.Tensor]:
+    def _gathered(self, bucket: Sequence[tuple[str, torch.nn.Parameter]], to_all: bool) -> dict[str, torch.Tensor]:
         parameters = [parameter for _, parameter in bucket]
         with deepspeed.zero.GatheredParameters(parameters, enabled=self.config.zero_stage == 3):
-            if distributed.get_rank() != 0:
+            if distributed.get_rank() != 0 and not to_all:
                 return {}
             return {name: parameter.detach().cpu().clone().contiguous() for name, parameter in bucket}
 

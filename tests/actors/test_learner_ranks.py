@@ -1,5 +1,7 @@
 """The learner's ranks, as real actors with real DeepSpeed engines."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import ray
@@ -59,11 +61,12 @@ def answered(reasoner, group, rng):
     return group, samples
 
 
-def trained(groups, demo_config, steps=3, **changes):
-    """Reports and weights after some steps on the same groups."""
+@contextmanager
+def running(demo_config, *, steps=3, kind=LearnerRank, **changes):
+    """Started ranks; `steps` are those of the whole run."""
     config = LearnerConfig.model_validate({"lr": 1e-4, "micro_batch_tokens": 1000, "threads": 1, **changes})
     actors = {
-        f"learner {rank}": ray.remote(LearnerRank)
+        f"learner {rank}": ray.remote(kind)
         .options(num_cpus=0, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}})
         .remote(
             TINY_REASONER,
@@ -80,14 +83,28 @@ def trained(groups, demo_config, steps=3, **changes):
     try:
         pool = LearnerPool(actors, demo_config().deadlines)
         gather(pool.starting(), seconds=300, doing="starting")
-        refs, samples = [ray.put(group) for group, _ in groups], [sampled for _, sampled in groups]
-        rewards = [[0.1, 0.7, 0.4], [0.9, 0.2, 0.3], [0.5, 0.5, 0.5]]
-        reports = [pool.update(refs, samples, rewards) for _ in range(steps)]
-        _, buckets = pool.weights()
-        return reports, {name: tensor for ref in buckets for name, tensor in unpack(ray.get(ref)).items()}
+        yield pool
     finally:
         for actor in actors.values():
             ray.kill(actor)
+
+
+def learn(pool, groups, steps):
+    """Reports of some steps on the same groups."""
+    refs, samples = [ray.put(group) for group, _ in groups], [sampled for _, sampled in groups]
+    rewards = [[0.1, 0.7, 0.4], [0.9, 0.2, 0.3], [0.5, 0.5, 0.5]]
+    return [pool.update(refs, samples, rewards) for _ in range(steps)]
+
+
+def weights_of(pool):
+    _, buckets = pool.weights()
+    return {name: tensor for ref in buckets for name, tensor in unpack(ray.get(ref)).items()}
+
+
+def trained(groups, demo_config, steps=3, **changes):
+    """Reports and weights after some steps on the same groups."""
+    with running(demo_config, steps=steps, **changes) as pool:
+        return learn(pool, groups, steps), weights_of(pool)
 
 
 def test_an_update_moves_every_parameter_and_reports(ray_cluster, groups, demo_config):
@@ -150,3 +167,84 @@ def test_a_frozen_vision_tower_stands_still(ray_cluster, groups, demo_config):
     before = dict(load_reasoner(TINY_REASONER).model.named_parameters())
     same = {name for name in before if torch.equal(weights[name], before[name])}
     assert same == {name for name in before if ".visual." in name}
+
+
+def saved(groups, demo_config, folder, **changes):
+    """Two steps of three, and a checkpoint after them."""
+    with running(demo_config, **changes) as pool:
+        learn(pool, groups, 2)
+        pool.save(folder)
+        # Training goes on while the checkpoint is written, and does not leak into it.
+        learn(pool, groups, 1)
+        pool.saved(wait=True)
+        return weights_of(pool)
+
+
+def resumed(groups, demo_config, folder, **changes):
+    """The third step, from the checkpoint."""
+    with running(demo_config, **changes) as pool:
+        pool.load(folder)
+        learn(pool, groups, 1)
+        return weights_of(pool)
+
+
+BOTH = [
+    pytest.param({"zero_stage": 0}, id="zero-0"),
+    pytest.param({"zero_stage": 2, "ranks": 2}, id="zero-2-of-two"),
+    pytest.param({"zero_stage": 1, "ranks": 2}, id="zero-1-of-two", marks=pytest.mark.slow),
+    pytest.param({"zero_stage": 3, "ranks": 2}, id="zero-3-of-two", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("changes", BOTH)
+def test_a_resumed_learner_goes_on_bit_for_bit(ray_cluster, groups, demo_config, tmp_path, changes):
+    config = steady(demo_config) | {"schedule": "cosine", "objective": {"kl": 0.01}} | changes
+    uninterrupted = saved(groups, demo_config, tmp_path, **config)
+    again = resumed(groups, demo_config, tmp_path, **config)
+    assert all(torch.equal(again[name], tensor) for name, tensor in uninterrupted.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [(0, 1), (1, 2), (2, 1), (3, 1), (3, 2)], ids=str)
+@pytest.mark.parametrize("before", [(0, 2), (2, 2), (3, 2)], ids=str)
+def test_other_ranks_and_stages_go_on(ray_cluster, groups, demo_config, tmp_path, plain_weights, before, after):
+    """before, after: (ZeRO stage, ranks)."""
+    settings = steady(demo_config)
+    saved(groups, demo_config, tmp_path, **settings, zero_stage=before[0], ranks=before[1])
+    weights = resumed(groups, demo_config, tmp_path, **settings, zero_stage=after[0], ranks=after[1])
+    for name, tensor in plain_weights.items():
+        assert (tensor - weights[name]).abs().max() <= 1e-5 * tensor.abs().max(), name
+
+
+def test_a_checkpoint_of_other_frozen_parts_is_refused(ray_cluster, groups, demo_config, tmp_path):
+    with running(demo_config, freeze=["vision_tower"]) as pool:
+        pool.save(tmp_path)
+        pool.saved(wait=True)
+        with running(demo_config) as other, pytest.raises(ValueError, match=r"visual.*trained here and not there"):
+            other.load(tmp_path)
+
+
+class SmallBuckets(LearnerRank):
+    """Whose model makes several shards, as a large one does."""
+
+    def start(self, host, port, seconds):
+        import learner.checkpoint
+        import learner.zero
+
+        learner.zero.BUCKET_BYTES = learner.checkpoint.BUCKET_BYTES = 1 << 20
+        super().start(host, port, seconds)
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_shards_of_the_ranks_make_one_model(ray_cluster, groups, demo_config, tmp_path, ranks):
+    settings = {"ranks": ranks, "zero_stage": 3 if ranks > 1 else 2}
+    with running(demo_config, kind=SmallBuckets, **settings) as pool:
+        learn(pool, groups, 1)
+        pool.save(tmp_path)
+        files = pool.saved(wait=True)
+        weights = weights_of(pool)
+    assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 3
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == set(files)
+    loaded = dict(load_reasoner(tmp_path / "model").model.named_parameters())
+    assert weights.keys() == loaded.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())

@@ -1,0 +1,115 @@
+"""A rank's part of a checkpoint: all that its next step depends on, and its share of the model's files.
+
+    optimizer/rank-RRRRR-NNNNN.safetensors   pieces of the optimizer's state (`learner.optimizer_state`)
+    rng/rank-RRRRR.safetensors               torch's random state
+    learner.json                             updates made; on how many ranks and at which stage it was written
+    model/                                   an ordinary Hugging Face folder, its shards dealt out to the ranks
+
+All is copied into host memory at once, and written by a thread while training goes on.
+"""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+from torch import distributed
+
+from learner.background import BackgroundWriter, FilePart, Records
+from learner.optimizer_state import SavedPieces, buckets, own_pieces, pieces, publish
+from learner.zero import BUCKET_BYTES, ZeroRank
+
+OPTIMIZER, STATE = "optimizer", "learner.json"
+
+
+class RankCheckpoints:
+    """Of one rank. `begin` and `load` are called on all ranks."""
+
+    def __init__(self, zero: ZeroRank) -> None:
+        self._zero, self._writer = zero, BackgroundWriter()
+
+    def begin(self, folder: Path) -> None:
+        """Copy state and model, and begin to write them."""
+        self._writer.begin(folder, [*_state_parts(self._zero), *_model_parts(self._zero)])
+
+    def written(self, seconds: float = 0.0) -> Records | None:
+        """Once, what `begin` wrote; None where it is not written within so many seconds. Raises what stopped it."""
+        return self._writer.written(seconds)
+
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint, on any number of ranks and at any ZeRO stage. Raises ValueError where it is of
+        another model or of other frozen parts."""
+        zero, trained = self._zero, self._zero.trained()
+        with SavedPieces(folder / OPTIMIZER) as saved:
+            saved.check({name: int(getattr(each, "ds_numel", each.numel())) for name, each in trained})
+            for piece in pieces(zero.engine.optimizer, trained):
+                saved.restore(piece)
+        publish(zero.engine.optimizer)
+        state = json.loads((folder / STATE).read_text())
+        zero.updates_made, zero.checked = state["updates"], state["checked"]
+        if (path := folder / _rng_file()).exists():
+            _set_rng_state(load_file(path))
+
+
+def _state_parts(zero: ZeroRank) -> list[FilePart]:
+    rank = distributed.get_rank()
+    own = own_pieces(zero.engine.optimizer, zero.trained())
+    parts = [
+        FilePart(name=f"{OPTIMIZER}/rank-{rank:05d}-{i:05d}.safetensors", data=_bytes(bucket))
+        for i, bucket in enumerate(buckets(own, BUCKET_BYTES))
+    ]
+    parts.append(FilePart(name=_rng_file(), data=_bytes(_rng_state())))
+    if rank == 0:
+        written_by = {"ranks": distributed.get_world_size(), "zero_stage": zero.config.zero_stage}
+        text = json.dumps({"updates": zero.updates_made, "checked": zero.checked, **written_by}, indent=1)
+        parts.append(FilePart(name=STATE, data=text.encode))
+    return parts
+
+
+def _model_parts(zero: ZeroRank) -> list[FilePart]:
+    """The shards that are this rank's; the first rank adds the other files of the folder."""
+    rank, ranks = distributed.get_rank(), distributed.get_world_size()
+    kept, names = {}, []
+    for i, bucket in enumerate(zero.named_weights(to_all=True)):
+        names.append(list(bucket))
+        if i % ranks == rank:
+            kept[i] = zero.reasoner.as_saved(bucket)
+    files = _shard_names(len(names))
+    parts = [FilePart(name=f"model/{files[i]}", data=_bytes(shard, {"format": "pt"})) for i, shard in kept.items()]
+    if rank == 0:
+        others = zero.reasoner.other_files()
+        if len(files) > 1:
+            others["model.safetensors.index.json"] = zero.reasoner.shard_index(dict(zip(files, names, strict=True)))
+        parts += [FilePart(name=f"model/{name}", data=partial(bytes, data)) for name, data in others.items()]
+    return parts
+
+
+def _shard_names(count: int) -> list[str]:
+    """What so many files of weights are called in a Hugging Face folder."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+def _rng_state() -> dict[str, torch.Tensor]:
+    """Of torch's generators, by device; the learner draws from no others."""
+    state = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _rng_file() -> str:
+    return f"rng/rank-{distributed.get_rank():05d}.safetensors"
+
+
+def _bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Callable[[], bytes]:
+    return partial(save, tensors, metadata)
