@@ -89,7 +89,7 @@ class TrainConfig(ReasonerConfig):
     """GRPO: `medreasoner train CONFIG`.
 
     name: of the run; its folder is `runs/<name>`. expert: name or folder of the segmenter. batch: groups a step.
-    steps: how many.
+    steps: how many. refill: how often in a step groups whose answers are all worth the same are replaced by fresh ones.
     staleness: how many steps the rollouts' weights may lag behind. placement: whether actors are packed on few nodes
     or spread over many. checkpoint_every: steps; 0 for none but the last. keep: newest checkpoints that stay, and
     beside them `keep_best` with the highest greedy Dice, of those at whose step the model was evaluated.
@@ -110,6 +110,7 @@ class TrainConfig(ReasonerConfig):
     staleness: NonNegativeInt = 0
     batch: PositiveInt = 16
     steps: PositiveInt
+    refill: NonNegativeInt = 0
     seed: NonNegativeInt = 0
     checkpoint_every: NonNegativeInt = 0
     keep: PositiveInt = 2

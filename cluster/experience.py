@@ -25,6 +25,11 @@ class Experience:
     def rewards(self) -> list[float]:
         return [answer.reward.total for answer in self.scored]
 
+    @property
+    def flat(self) -> bool:
+        """All answers are worth the same, so that their advantages are 0."""
+        return max(self.rewards) - min(self.rewards) < 1e-9
+
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:

@@ -44,14 +44,15 @@ class Journal:
             self._run.write_json("summary.json", {"status": status, **self.summary()})
 
     def step(
-        self, step: int, experience: list[Experience], report: UpdateReport, *, canary_gap: float
+        self, step: int, experience: list[Experience], report: UpdateReport, *, canary_gap: float, replaced: int
     ) -> dict[str, float]:
-        """Write down a step; its metrics by name."""
+        """Write down a step; its metrics by name. replaced: groups without spread that others were sampled for."""
         self._steps = step
         metrics = {
             **sample_metrics(experience, step),
             **{f"learner/{name}": value for name, value in asdict(report).items()},
             "learner/canary_gap": canary_gap,
+            "reward/replaced_groups": float(replaced),
             **{f"seconds/{name}": seconds for name, seconds in self.clock.lap().items()},
         }
         self._run.log({"step": step, **{name: round(value, 6) for name, value in metrics.items()}})

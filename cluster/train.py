@@ -6,7 +6,6 @@ rows ──Group──► rollouts ──GroupSamples──► segmenters ──
 """
 
 import sys
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from cluster.config import TrainConfig, config_text, load_config
 from cluster.data import open_rows
 from cluster.display import Display
 from cluster.evaluation import evaluate, questions
-from cluster.experience import Draw, gain
+from cluster.experience import Draw, Experience, gain
 from cluster.journal import Journal
 from cluster.run_folder import RunFolder
 from cluster.workers import Workers, cluster, started
@@ -88,8 +87,8 @@ class Training:
         self.resume(checkpoint)
         if self.config.evaluation.before and not self.journal.has_evaluation("before"):
             self.measure("before")
-        for groups in self.groups():
-            self.take_step(groups)
+        while self.step < self.config.steps:
+            self.take_step()
             if self.due(self.config.evaluation.every) and self.step < self.config.steps:
                 self.measure(f"step-{self.step:06d}")
             self.checkpoint()
@@ -98,10 +97,10 @@ class Training:
         self.workers.check_expert()
         self.display.gain(self.journal.finish(self.held_out))
 
-    def take_step(self, groups: list[Group]) -> None:
+    def take_step(self) -> None:
         """Sample, score, learn, hand on."""
         clock = self.journal.clock
-        experience = gain(self.workers, groups, self.draw, clock)
+        experience, replaced = self.gather()
         with clock.phase("learn"):
             report = self.workers.learner.update(
                 [each.ref for each in experience],
@@ -112,17 +111,33 @@ class Training:
         with clock.phase("sync"):
             broadcast(self.workers, version=self.step)
             gap = self.canary.check(self.workers)
-        metrics = self.journal.step(self.step, experience, report, canary_gap=gap)
+        metrics = self.journal.step(self.step, experience, report, canary_gap=gap, replaced=replaced)
         self.display.step(self.step, metrics)
 
-    def groups(self) -> Iterator[list[Group]]:
-        """The groups of each step that is still to be taken."""
-        for step, (rows, cursor) in zip(
-            range(self.step, self.config.steps), batches(self.rows, self.config.batch, self.cursor), strict=False
-        ):
-            self.cursor = cursor
-            samples = self.rows.samples(rows)
-            yield [Group(run=self.config.name, step=step, index=i, sample=sample) for i, sample in enumerate(samples)]
+    def gather(self) -> tuple[list[Experience], int]:
+        """A step's experience, and how many groups were replaced: those whose answers are all worth the same, by fresh
+        ones, `refill` times at most (dynamic sampling: DAPO, arXiv:2503.14476)."""
+        kept: list[Experience] = []
+        asked = 0
+        for _ in range(self.config.refill + 1):
+            fresh = self.groups(self.config.batch - len(kept), first=asked)
+            asked += len(fresh)
+            experience = gain(self.workers, fresh, self.draw, self.journal.clock)
+            kept += [each for each in experience if not each.flat]
+            flat = [each for each in experience if each.flat]
+            if not flat:
+                break
+        # What no refill made up for is kept as it is, so that every step has as many groups.
+        kept += flat[: self.config.batch - len(kept)]
+        return kept, asked - len(kept)
+
+    def groups(self, count: int, first: int) -> list[Group]:
+        """The next rows of the data, as groups of this step from an index on."""
+        rows, self.cursor = next(batches(self.rows, count, self.cursor))
+        return [
+            Group(run=self.config.name, step=self.step, index=first + i, sample=sample)
+            for i, sample in enumerate(self.rows.samples(rows))
+        ]
 
     def measure(self, name: str) -> None:
         """Evaluate on the held-out rows, under a name."""

@@ -231,7 +231,7 @@ class SmallBuckets(LearnerRank):
         import learner.checkpoint
         import learner.zero
 
-        learner.zero.BUCKET_BYTES = learner.checkpoint.BUCKET_BYTES = 1 << 20
+        learner.zero.BUCKET_BYTES = learner.checkpoint.BUCKET_BYTES = 1 << 20  # type: ignore[attr-defined]
         super().start(host, port, seconds)
 
 

@@ -35,6 +35,7 @@ class Run:
         self.mark = uuid.uuid4().hex
         self.folder = folder / "runs" / "trial"
         self.output = folder / "output.txt"
+        folder.mkdir(exist_ok=True)
         environment = {**os.environ, MARK: self.mark}
         environment.pop("RAY_ADDRESS", None)
         command = (sys.executable, "-m", "cluster.train", "configs/demo.yaml", "name=trial", f"runs={folder / 'runs'}")
@@ -167,6 +168,41 @@ def test_a_crash_of_the_driver_leaves_no_process(tmp_path):
     run.process.wait()
     run.assert_nothing_left()
     assert read_records(run.folder / "samples" / "step-000001.parquet")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learner", [("learner.zero_stage=0",), ("learner.zero_stage=2", "learner.ranks=2")], ids=str)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, learner):
+    """Parameters, optimizer, metrics and sampled tokens are those of the run that was not killed, bit for bit."""
+    settings = ("steps=4", "checkpoint_every=2", "evaluation.every=1", "learner.num_cpus=0.3", *learner)
+    whole = Run(tmp_path / "whole", *settings)
+    assert whole.process.wait(timeout=600) == 0, whole.output.read_text()
+    killed = Run(tmp_path / "killed", *settings)
+    file("checkpoints/latest")(killed)
+    killed.await_line("step 3/")
+    killed.process.kill()
+    killed.process.wait()
+    killed.assert_nothing_left()
+    again = Run(tmp_path / "killed", *settings, "resume=auto")
+    assert again.process.wait(timeout=600) == 0, again.output.read_text()
+    assert "step 2/" not in again.output.read_text() and "step 3/" in again.output.read_text()
+    assert learnt(again.folder) == learnt(whole.folder) and len(learnt(whole.folder)) > 5
+    assert told(again.folder) == told(whole.folder) and len(told(whole.folder)) == 4
+    for path in sorted((whole.folder / "samples").iterdir()):
+        assert read_records(again.folder / "samples" / path.name) == read_records(path), path.name
+    assert again.summary()["after"] == whole.summary()["after"]
+
+
+def learnt(folder):
+    """Digests of the last checkpoint's files, but of what the driver adds, which holds paths and timings' digits."""
+    files = json.loads((folder / "checkpoints" / "step-000004" / "manifest.json").read_text())["files"]
+    return {name: each["sha256"] for name, each in files.items() if name not in ("state.json", "config.yaml")}
+
+
+def told(folder):
+    """Metrics of each step, timings left out."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if not name.startswith("seconds/")} for line in lines]
 
 
 @pytest.mark.slow

@@ -69,9 +69,11 @@ def test_another_configuration_is_refused_by_its_keys(tmp_path):
 
 def test_half_a_line_of_metrics_does_not_keep_a_run_from_going_on(tmp_path):
     run = RunFolder.create(tmp_path / "run", Small())
-    for step in (1, 2, 3):
+    for step in (1, 2):
         run.log({"step": step, "note": "line\u2028separator"})
+    position = run.metrics_position()
+    run.log({"step": 3})
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "no')
-    run.keep_metrics(lambda metrics: metrics["step"] <= 2)
+    run.rewind(2, position)
     assert [json.loads(line)["step"] for line in (run.path / "metrics.jsonl").read_text().splitlines()] == [1, 2]

@@ -24,6 +24,7 @@ from cluster.records import read_records
 from cluster.train import train
 from cluster.workers import started
 from learner.reasoner import load_prompter, load_reasoner
+from rewards.case import Case
 from tests.conftest import ROOT, TINY_REASONER
 from umrg.config import model_folder
 from umrg.dataset import Dataset
@@ -258,6 +259,22 @@ def test_a_finished_run_is_not_begun_again(finished):
     run, config = finished
     with pytest.raises(ValueError, match=f"the run folder {run.path} exists"):
         train(config)
+
+
+def half_flat(case: Case) -> float:
+    """A reward term: the same for every answer where the reference box begins at an even pixel."""
+    return 0.0 if int(case.reference.box[0]) % 2 == 0 else len(case.answer.text) % 7 / 7
+
+
+def test_groups_that_teach_nothing_are_replaced(ray_cluster, demo_config, tmp_path):
+    term = "reward={terms: [{name: tests.cluster.test_train:half_flat}]}"
+    short = ("evaluation.before=false", "evaluation.n=0", "evaluation.limit=1", "steps=1", f"runs={tmp_path}")
+    run = train(demo_config(*SMALL, *short, term, "refill=8", "name=refilled"))
+    (metrics,) = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert metrics["reward/flat_groups"] == 0 < metrics["reward/replaced_groups"]
+    records = read_records(run.samples / "step-000001.parquet")
+    kept = sorted({int(record["answer_id"].split("/")[-2]) for record in records})
+    assert len(kept) == 4 and kept[-1] > 3
 
 
 def test_a_run_goes_on_from_its_checkpoint(finished, ray_cluster):
