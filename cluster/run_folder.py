@@ -116,7 +116,7 @@ class RunFolder:
         if path.exists():
             os.truncate(path, min(metrics, path.stat().st_size))
         for samples in self.samples.glob("step-*.parquet"):
-            if int(samples.stem.removeprefix("step-")) > step:
+            if int(samples.stem.split("-")[1]) > step:
                 samples.unlink()
 
     def read_json(self, name: str) -> Any:

@@ -77,3 +77,13 @@ def test_half_a_line_of_metrics_does_not_keep_a_run_from_going_on(tmp_path):
         file.write('{"step": 4, "no')
     run.rewind(2, position)
     assert [json.loads(line)["step"] for line in (run.path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_samples_of_later_steps_go_and_others_stay(tmp_path):
+    run = RunFolder.create(tmp_path / "run", Small())
+    run.samples.mkdir()
+    names = ("before-greedy", "step-000002", "step-000002-greedy", "step-000003", "step-000003-sampled")
+    for name in names:
+        (run.samples / f"{name}.parquet").touch()
+    run.rewind(2, 0)
+    assert sorted(path.stem for path in run.samples.iterdir()) == ["before-greedy", "step-000002", "step-000002-greedy"]
