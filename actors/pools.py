@@ -15,7 +15,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.config import DeadlineConfig
-from learner.update_report import UpdateReport
+from learner.update_report import SftReport, UpdateReport
 from rewards.scored import ScoredAnswer
 from umrg.durable import FileRecord
 from umrg.group import GroupSamples
@@ -161,8 +161,8 @@ class SegmenterPool:
         return dict(as_completed(refs, owners, seconds=self._deadlines.step, doing="scoring"))
 
 
-class LearnerPool:
-    """The ranks of the learner; every method is called on all of them."""
+class RankPool:
+    """The ranks of a learner; every method is called on all of them."""
 
     def __init__(self, actors: Mapping[str, Any], deadlines: DeadlineConfig) -> None:
         self._actors, self._deadlines = dict(actors), deadlines
@@ -177,23 +177,6 @@ class LearnerPool:
             {first: self._actors[first].address.remote()}, seconds=self._deadlines.start, doing="starting"
         )[0]
         return {name: actor.start.remote(host, port, self._deadlines.step) for name, actor in self._actors.items()}
-
-    def update(
-        self, groups: Sequence[Ref], samples: Sequence[GroupSamples], rewards: Sequence[Sequence[float]]
-    ) -> UpdateReport:
-        """One step of updates; the report is the same on every rank."""
-        report: UpdateReport = self._all("update", "updating", groups, samples, rewards)[0]
-        return report
-
-    def weights(self) -> tuple[str, list[Ref]]:
-        """Digest of the weights and references of their buckets."""
-        digest, buckets = self._all("weights", "giving out weights")[0]
-        return digest, buckets
-
-    def logprobs(self, sample: Sample, token_ids: Sequence[int]) -> list[float]:
-        """Log-probs of an answer's tokens."""
-        values: list[float] = self._all("logprobs", "scoring the canary", sample, token_ids)[0]
-        return values
 
     def save(self, folder: Path) -> None:
         """Begin to write state and model; `saved` tells when they are written."""
@@ -215,8 +198,44 @@ class LearnerPool:
         return None if self._saving else self._saved
 
     def load(self, folder: Path) -> None:
+        """Go on from what was saved."""
         self._all("load", "reading a checkpoint", folder)
 
     def _all(self, method: str, doing: str, *args: Any) -> list[Any]:
         calls = {name: getattr(actor, method).remote(*args) for name, actor in self._actors.items()}
         return gather(calls, seconds=self._deadlines.step, doing=doing)
+
+
+class LearnerPool(RankPool):
+    """The ranks that learn by GRPO."""
+
+    def update(
+        self, groups: Sequence[Ref], samples: Sequence[GroupSamples], rewards: Sequence[Sequence[float]]
+    ) -> UpdateReport:
+        """One step of updates; the report is the same on every rank."""
+        report: UpdateReport = self._all("update", "updating", groups, samples, rewards)[0]
+        return report
+
+    def weights(self) -> tuple[str, list[Ref]]:
+        """Digest of the weights and references of their buckets."""
+        digest, buckets = self._all("weights", "giving out weights")[0]
+        return digest, buckets
+
+    def logprobs(self, sample: Sample, token_ids: Sequence[int]) -> list[float]:
+        """Log-probs of an answer's tokens."""
+        values: list[float] = self._all("logprobs", "scoring the canary", sample, token_ids)[0]
+        return values
+
+
+class SupervisedPool(RankPool):
+    """The ranks that learn from reference answers. Images are given as the samples that ask about each."""
+
+    def update(self, images: Sequence[Sequence[Sample]]) -> SftReport:
+        """One update; the report is the same on every rank."""
+        report: SftReport = self._all("update", "updating", ray.put(images))[0]
+        return report
+
+    def loss(self, images: Sequence[Sequence[Sample]]) -> tuple[float, int]:
+        """Summed negative log-likelihood of the reference answers, in nats, and how many tokens they have."""
+        summed, tokens = self._all("loss", "validating", ray.put(images))[0]
+        return summed, tokens

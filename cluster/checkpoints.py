@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 from pydantic import NonNegativeInt, ValidationError
 
@@ -117,6 +117,20 @@ class Checkpoints:
             raise Damaged(f"{error}; {self._advice(self._folder / name)}") from error
         return checkpoint
 
+    def chosen(self, resume: Literal["never", "auto"] | Path, steps: int) -> Checkpoint | None:
+        """The checkpoint that a run of so many steps is to go on from; None for none. Raises ValueError where it is
+        damaged, or not there, or leaves nothing to do."""
+        if isinstance(resume, Path):
+            checkpoint = Checkpoint.open(resume)
+            if checkpoint.state.step >= steps:
+                raise ValueError(f"{resume} is of step {checkpoint.state.step}; give steps a larger number")
+            return checkpoint
+        return self.latest() if resume == "auto" else None
+
+    def best(self) -> Checkpoint | None:
+        """That with the highest score, of equal ones the newest; None where none has any."""
+        return Checkpoint.open(best[0]) if (best := self._best(1)) else None
+
     def at(self, step: int) -> Checkpoint:
         """That of a step."""
         return Checkpoint.open(self._path(step))
@@ -158,12 +172,14 @@ class Checkpoints:
         self._disk.sync(self._folder)
 
     def _prune(self) -> None:
-        found = self._all()
-        scores = {path: score for path in found if (score := _score(path)) is not None}
-        best = sorted(scores, key=lambda path: (scores[path], path.name), reverse=True)[: self._keep_best]
-        for path in found[: -self._keep]:
+        best = self._best(self._keep_best)
+        for path in self._all()[: -self._keep]:
             if path not in best:
                 self._drop(path)
+
+    def _best(self, count: int) -> list[Path]:
+        scores = {path: score for path in self._all() if (score := _score(path)) is not None}
+        return sorted(scores, key=lambda path: (scores[path], path.name), reverse=True)[:count]
 
     def _drop(self, path: Path) -> None:
         # Under another name first: what is half removed is no checkpoint.

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from actors.config import DeadlineConfig, EndpointConfig, RolloutConfig, SegmenterConfig
-from learner.config import LearnerConfig, OptimizerConfig
+from learner.config import LearnerConfig, ZeroConfig
 from rewards.config import RewardConfig
 from umrg.atomic import written_aside
 from umrg.config import Config, ModelFolder
@@ -197,19 +197,33 @@ class EvaluateConfig(ReasonerConfig):
 class SftConfig(ReasonerConfig):
     """Supervised fine-tuning: `medreasoner sft CONFIG`.
 
-    name: of the run; its folder is `runs/<name>`. batch: images a step,
-    each with all rows that ask about it. matmul_precision: of fp32 matrix products, as
-    torch.set_float32_matmul_precision takes it.
+    name: of the run; its folder is `runs/<name>`. batch: images a step, each with all rows that ask about it. steps:
+    how many. validation: share of the images that is held out. validate_every: steps between two looks at its loss;
+    a checkpoint is written where it is the lowest yet, and the run's model is that one. patience: so many looks
+    without a lower loss end the run; None for never. The others as in training.
     """
 
     name: str = Field(pattern=r"^[\w.-]+$")
     data: DataConfig
-    learner: OptimizerConfig
+    learner: ZeroConfig
+    deadlines: DeadlineConfig = DeadlineConfig()
+    placement: Literal["pack", "spread"] = "pack"
     batch: PositiveInt = 16
     steps: PositiveInt
-    seed: int = 0
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    validation: float = Field(default=0.0, ge=0, lt=1)
+    validate_every: PositiveInt = 100
+    patience: PositiveInt | None = None
+    seed: NonNegativeInt = 0
+    checkpoint_every: NonNegativeInt = 0
+    keep: PositiveInt = 1
+    resume: Literal["never", "auto"] | Path = "never"
     runs: Path = Path("runs")
+
+    @model_validator(mode="after")
+    def _stops_by_something(self) -> Self:
+        if self.patience and not self.validation:
+            raise ValueError("patience waits for a lower validation loss; give validation, the share that is held out")
+        return self
 
 
 def load_config(

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from actors.config import RolloutConfig, SegmenterConfig
-from cluster.config import EvaluateConfig, TrainConfig
-from learner.config import LearnerConfig
+from cluster.config import EvaluateConfig, SftConfig, TrainConfig
+from learner.config import ZeroConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +39,11 @@ class Node:
     gpus: float
 
 
-def bundles(config: TrainConfig | EvaluateConfig) -> list[Bundle]:
+def bundles(config: TrainConfig | EvaluateConfig | SftConfig) -> list[Bundle]:
     """One bundle an actor: the learner's ranks, the hardest to place, then rollouts, then segmenters."""
     found = [] if isinstance(config, EvaluateConfig) else _bundles("learner", config.learner.ranks, config.learner)
+    if isinstance(config, SftConfig):
+        return found
     return [
         *found,
         *_bundles("rollout", config.rollout.actors, config.rollout),
@@ -49,7 +51,7 @@ def bundles(config: TrainConfig | EvaluateConfig) -> list[Bundle]:
     ]
 
 
-def _bundles(role: str, count: int, part: LearnerConfig | RolloutConfig | SegmenterConfig) -> list[Bundle]:
+def _bundles(role: str, count: int, part: ZeroConfig | RolloutConfig | SegmenterConfig) -> list[Bundle]:
     return [Bundle(role=role, index=i, cpus=part.num_cpus, gpus=part.num_gpus) for i in range(count)]
 
 

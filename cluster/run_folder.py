@@ -12,14 +12,14 @@ from typing import Any, Self
 import yaml
 
 from cluster.config import save_config
-from umrg.atomic import remove_leftovers, written_aside
+from umrg.atomic import remove_leftovers, whole_lines, written_aside
 from umrg.config import Config
 
 _MAY_CHANGE = (
     *("resume", "checkpoint_every", "keep", "keep_best", "runs", "deadlines", "placement", "segmenter.actors"),
     *(f"{role}.{key}" for role in ("rollout", "segmenter", "learner") for key in ("num_cpus", "num_gpus", "threads")),
     *(f"learner.{key}" for key in ("ranks", "zero_stage", "offload", "micro_batch_tokens", "gradient_checkpointing")),
-    *("steps", "rollout.actors"),
+    *("steps", "patience", "rollout.actors"),
 )
 """What a run may go on with otherwise than it began: how it is computed, and how long."""
 
@@ -93,13 +93,17 @@ class RunFolder:
         return self.path / "model"
 
     def has_results(self) -> bool:
-        """Whether anything was sampled."""
-        return self.samples.exists() or (self.path / "results.jsonl").exists()
+        """Whether anything was sampled or learnt."""
+        return self.samples.exists() or any((self.path / f"{name}.jsonl").exists() for name in ("results", "metrics"))
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Add a line to metrics.jsonl."""
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(metrics) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return whole_lines(self.path / "metrics.jsonl")
 
     def metrics_position(self) -> int:
         """Bytes of metrics.jsonl, all of them on the disk."""

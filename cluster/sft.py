@@ -1,68 +1,170 @@
-"""The supervised job: `medreasoner sft CONFIG [key=value …]`, the same as `python -m cluster.sft CONFIG …`."""
+"""The supervised job: `medreasoner sft CONFIG [key=value …]`, the same as `python -m cluster.sft CONFIG …`.
+
+images, each with the samples that ask about it ──► learner's ranks ──► checkpoints ──► model
+                                                        └─ now and then: loss on the images that are held out
+"""
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from actors.pools import SupervisedPool
+from cluster.checkpoints import Checkpoint, Checkpoints, RunState, export
 from cluster.cli_frame import run_command
-from cluster.config import SftConfig, load_config
+from cluster.config import SftConfig, config_text, load_config
 from cluster.run_folder import RunFolder
-from umrg.atomic import written_aside
+from cluster.workers import cluster, started_supervised
 from umrg.dataset import Dataset
 from umrg.sample import Sample
 from umrg.shuffling import Cursor, batches
 
+PLAIN_EVERY = 50
+"""Steps between two lines where the output is no terminal."""
+
 
 def sft(config: SftConfig) -> RunFolder:
     """Fine-tune a reasoner; the model lies in the run folder's `model/`."""
-    import torch
-
-    from learner.policy import freeze
-    from learner.reasoner import load_reasoner
-    from learner.sft import SftStep, train_sft
-
-    dataset = Dataset.open(
-        config.data.train,
-        supercategory=config.data.supercategory,
-        category=config.data.category,
-        modality=config.data.modality,
-    )
-    reasoner = load_reasoner(config.model, config.spec())
-    freeze(reasoner.model, config.learner.freeze)
-    run = RunFolder.create(config.runs / config.name, config)
-    torch.manual_seed(config.seed)
-    torch.set_float32_matmul_precision(config.matmul_precision)
-    started = time.monotonic()
-    with _progress() as progress:
-        task = progress.add_task("sft", total=config.steps, loss=float("nan"))
-
-        def report(step: SftStep) -> None:
-            run.log(asdict(step))
-            progress.update(task, advance=1, loss=step.loss)
-            if not progress.console.is_terminal and (step.step + 1) % 50 == 0:
-                print(f"step {step.step + 1}/{config.steps}  loss {step.loss:.4f}", flush=True)
-
-        train_sft(reasoner, _batches(dataset, config), config.steps, config.learner, report)
-    with written_aside(run.model) as aside:
-        reasoner.save(aside)
-    run.write_json("summary.json", {"steps": config.steps, "seconds": {"sft": time.monotonic() - started}})
+    with ExitStack() as stack:
+        run = stack.enter_context(RunFolder.begun(config.runs / config.name, config, resume=config.resume != "never"))
+        checkpoints = Checkpoints(run.checkpoints, keep=config.keep, keep_best=1)
+        checkpoint = checkpoints.chosen(config.resume, config.steps)
+        images = Images(config)
+        stack.enter_context(cluster())
+        print("starting the learner", flush=True)
+        learner = stack.enter_context(started_supervised(config, run.path))
+        Finetuning(config, run, checkpoints, learner, images).go(checkpoint)
     return run
 
 
-def _batches(dataset: Dataset, config: SftConfig) -> Iterator[list[list[Sample]]]:
-    """Images in shuffled order, each as the samples that ask about it."""
-    images = dataset.rows_by_image()
-    for chosen, _ in batches(images, config.batch, Cursor(seed=config.seed)):
-        rows = [row for image in chosen for row in images[image]]
+class Images:
+    """The rows of a run by image, those that are learnt from apart from those that are held out."""
+
+    def __init__(self, config: SftConfig) -> None:
+        self._dataset = Dataset.open(
+            config.data.train,
+            supercategory=config.data.supercategory,
+            category=config.data.category,
+            modality=config.data.modality,
+        )
+        images = self._dataset.rows_by_image()
+        held_out = round(config.validation * len(images))
+        if config.validation and not 0 < held_out < len(images):
+            raise ValueError(
+                f"validation={config.validation:g} of {len(images)} images leaves none on one side; give another share"
+            )
+        order = np.random.default_rng(config.seed).permutation(len(images)).tolist()
+        self.held_out = [images[i] for i in sorted(order[:held_out])]
+        self.learnt = [images[i] for i in sorted(order[held_out:])]
+
+    def load(self, images: Sequence[Sequence[int]]) -> list[list[Sample]]:
+        """Images, given by their rows, as the samples that ask about each."""
         # Paths only propose what belongs together; the bytes decide.
         together: dict[bytes, list[Sample]] = {}
-        for sample in dataset.samples(rows):
+        for sample in self._dataset.samples([row for rows in images for row in rows]):
             together.setdefault(sample.image_bytes, []).append(sample)
-        yield list(together.values())
+        return list(together.values())
+
+
+class Finetuning:
+    """One run from its first step, or the one after a checkpoint, to its last."""
+
+    def __init__(
+        self, config: SftConfig, run: RunFolder, checkpoints: Checkpoints, learner: SupervisedPool, images: Images
+    ) -> None:
+        self.config, self.run, self.checkpoints, self.learner, self.images = config, run, checkpoints, learner, images
+        self.cursor = Cursor(seed=config.seed)
+        self.step = 0
+        self.validations: list[float] = []
+
+    def go(self, checkpoint: Checkpoint | None) -> None:
+        """Resume or begin, take all steps, and leave the best model behind, which without validation is the last."""
+        started = time.monotonic()
+        self.resume(checkpoint)
+        with _progress() as progress:
+            task = progress.add_task("sft", total=self.config.steps, completed=self.step, loss=float("nan"))
+            for images in self.batches():
+                line = self.take_step(images)
+                progress.update(task, completed=self.step, loss=line["loss"])
+                if not progress.console.is_terminal and (self.step % PLAIN_EVERY == 0 or "validation_loss" in line):
+                    print(_plain(line, self.config.steps), flush=True)
+        self.checkpoints.finish(self.learner)
+        chosen = self.checkpoints.best() if self.images.held_out else self.checkpoints.latest()
+        assert chosen is not None, "the last step has a checkpoint"
+        export(chosen, self.run.model)
+        seconds = {"sft": round(time.monotonic() - started, 2)}
+        self.run.write_json(
+            "summary.json",
+            {"status": "finished", "steps": self.step, "model_of_step": chosen.state.step, "seconds": seconds},
+        )
+
+    def batches(self) -> Iterator[list[list[Sample]]]:
+        """The images of each step that is still to be taken."""
+        for rows, cursor in batches(self.images.learnt, self.config.batch, self.cursor):
+            if self.finished():
+                return
+            self.cursor = cursor
+            yield self.images.load([self.images.learnt[i] for i in rows])
+
+    def finished(self) -> bool:
+        """All steps are taken, or the validation loss has stopped falling."""
+        return self.step >= self.config.steps or out_of_patience(self.validations, self.config.patience)
+
+    def take_step(self, images: list[list[Sample]]) -> dict[str, float]:
+        """Learn, look at what is held out, write down; the metrics by name."""
+        line: dict[str, float] = {"step": self.step + 1, **asdict(self.learner.update(images))}
+        self.step += 1
+        if self.images.held_out and self.due(self.config.validate_every):
+            line["validation_loss"] = self.validate()
+            self.validations.append(line["validation_loss"])
+        self.run.log(line)
+        lowest = "validation_loss" in line and line["validation_loss"] == min(self.validations)
+        if lowest or self.due(self.config.checkpoint_every):
+            score = -line["validation_loss"] if "validation_loss" in line else None
+            state = RunState(step=self.step, cursor=self.cursor, metrics=self.run.metrics_position(), score=score)
+            self.checkpoints.begin(state, config_text(self.config), self.learner)
+        else:
+            self.checkpoints.poll(self.learner)
+        return line
+
+    def due(self, every: int) -> bool:
+        """At every so-manieth step, and at the last; 0 for the last alone."""
+        return self.step == self.config.steps or (every > 0 and self.step % every == 0)
+
+    def validate(self) -> float:
+        """Mean negative log-likelihood of a token of the answers about the images that are held out, in nats."""
+        held_out, batch = self.images.held_out, self.config.batch
+        parts = [self.learner.loss(self.images.load(held_out[i : i + batch])) for i in range(0, len(held_out), batch)]
+        return sum(loss for loss, _ in parts) / sum(tokens for _, tokens in parts)
+
+    def resume(self, checkpoint: Checkpoint | None) -> None:
+        """Go on from a checkpoint, if there is one."""
+        position = 0
+        if checkpoint:
+            self.learner.load(checkpoint.folder)
+            self.step, self.cursor = checkpoint.state.step, checkpoint.state.cursor
+            position = checkpoint.state.metrics if checkpoint.folder.parent == self.run.checkpoints.resolve() else 0
+            print(f"resumed after step {self.step}", flush=True)
+        self.run.rewind(self.step, position)
+        self.validations = [line["validation_loss"] for line in self.run.metrics() if "validation_loss" in line]
+        self.checkpoints.rewind(self.step)
+
+
+def out_of_patience(validations: Sequence[float], patience: int | None) -> bool:
+    """Whether so many validation losses in a row were no lower than the lowest before them."""
+    if patience is None or not validations:
+        return False
+    return len(validations) - 1 - int(np.argmin(validations)) >= patience
+
+
+def _plain(line: dict[str, float], steps: int) -> str:
+    validated = f"  validation loss {line['validation_loss']:.4f}" if "validation_loss" in line else ""
+    return f"step {line['step']}/{steps}  loss {line['loss']:.4f}{validated}"
 
 
 def _progress() -> Progress:

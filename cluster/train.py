@@ -30,7 +30,7 @@ def train(config: TrainConfig) -> RunFolder:
     """Run the job; the trained model lies in the run folder's `model/`."""
     with ExitStack() as stack:
         run = stack.enter_context(RunFolder.begun(config.runs / config.name, config, resume=config.resume != "never"))
-        checkpoint = chosen(config, run)
+        checkpoint = checkpoints_of(config, run).chosen(config.resume, config.steps)
         journal = stack.enter_context(Journal(run, config))
         display = stack.enter_context(Display(config))
         with display.waiting("reading data"), journal.clock.phase("data"):
@@ -44,16 +44,6 @@ def train(config: TrainConfig) -> RunFolder:
 
 def checkpoints_of(config: TrainConfig, run: RunFolder) -> Checkpoints:
     return Checkpoints(run.checkpoints, keep=config.keep, keep_best=config.keep_best)
-
-
-def chosen(config: TrainConfig, run: RunFolder) -> Checkpoint | None:
-    """The checkpoint to go on from, every file of it checked; None for none."""
-    if isinstance(config.resume, Path):
-        checkpoint = Checkpoint.open(config.resume)
-        if checkpoint.state.step >= config.steps:
-            raise ValueError(f"{config.resume} is of step {checkpoint.state.step}; give more steps than that")
-        return checkpoint
-    return checkpoints_of(config, run).latest() if config.resume == "auto" else None
 
 
 class Training:

@@ -15,10 +15,11 @@ from actors.connection import connect
 from actors.endpoint import Endpoint
 from actors.engine_environment import engine_environment
 from actors.learner_rank import LearnerRank
-from actors.pools import DeadlinePassed, LearnerPool, RolloutPool, Seat, SegmenterPool, gather
+from actors.pools import DeadlinePassed, LearnerPool, RolloutPool, Seat, SegmenterPool, SupervisedPool, gather
 from actors.rollout import Rollout
 from actors.segmenter import Segmenter
-from cluster.config import EvaluateConfig, TrainConfig
+from actors.sft_rank import SupervisedRank
+from cluster.config import EvaluateConfig, SftConfig, TrainConfig
 from cluster.placement import Bundle, Node, bundles, shortage
 from rewards.scoring import Scorer
 from umrg.config import located
@@ -55,29 +56,46 @@ def cluster() -> Iterator[None]:
 
 @contextmanager
 def started(config: Job, run: Path | None = None) -> Iterator[Workers]:
-    """Start all actors, in one placement group. run: the folder that the learner's ranks write checkpoints to. Raises
-    ValueError where the cluster is too small for them, and where they cannot load what they are to."""
+    """Start all actors of a job, in one placement group. run: the folder that the learner's ranks write checkpoints to.
+    Raises ValueError where the cluster is too small for them, and where they cannot load what they are to."""
+    with _seated(config, run) as actors:
+        rollouts = RolloutPool(_of("rollout", actors), config.deadlines)
+        segmenters = SegmenterPool(_of("segmenter", actors), config.deadlines)
+        learner = LearnerPool(_of("learner", actors), config.deadlines)
+        try:
+            calls = {**rollouts.starting(), **segmenters.starting(), **learner.starting()}
+            results = dict(zip(calls, gather(calls, seconds=config.deadlines.start, doing="starting"), strict=True))
+            digests = {result for name, result in results.items() if name.startswith("segmenter")}
+            assert len(digests) == 1, "the segmenters hold different experts"
+            yield Workers(rollouts=rollouts, segmenters=segmenters, learner=learner, expert_digest=digests.pop())
+        finally:
+            rollouts.stop()
+
+
+@contextmanager
+def started_supervised(config: SftConfig, run: Path) -> Iterator[SupervisedPool]:
+    """Start the ranks of a supervised run, as `started` does."""
+    with _seated(config, run) as actors:
+        pool = SupervisedPool(actors, config.deadlines)
+        gather(pool.starting(), seconds=config.deadlines.start, doing="starting")
+        yield pool
+
+
+@contextmanager
+def _seated(config: Job | SftConfig, run: Path | None) -> Iterator[dict[str, Any]]:
+    """A job's actors by name, not yet started; gone at the end."""
     wanted = bundles(config)
     if missing := shortage(wanted, cluster_nodes()):
         raise ValueError(f"{missing}; ask for fewer actors or less of each, or add nodes")
     group = placement_group([bundle.resources for bundle in wanted], strategy=config.placement.upper())
     actors: dict[str, Any] = {}
-    rollouts = RolloutPool({}, config.deadlines)
     try:
         _await_room(group, config, wanted)
         seats = [_seat(group, i, bundle, config) for i, bundle in enumerate(wanted)]
         for bundle, seat in zip(wanted, seats, strict=True):
             actors[bundle.name] = _make(bundle, seat, config, run)
-        rollouts = RolloutPool(_of("rollout", actors), config.deadlines)
-        segmenters = SegmenterPool(_of("segmenter", actors), config.deadlines)
-        learner = LearnerPool(_of("learner", actors), config.deadlines)
-        calls = {**rollouts.starting(), **segmenters.starting(), **learner.starting()}
-        results = dict(zip(calls, gather(calls, seconds=config.deadlines.start, doing="starting"), strict=True))
-        digests = {result for name, result in results.items() if name.startswith("segmenter")}
-        assert len(digests) == 1, "the segmenters hold different experts"
-        yield Workers(rollouts=rollouts, segmenters=segmenters, learner=learner, expert_digest=digests.pop())
+        yield actors
     finally:
-        rollouts.stop()
         for actor in actors.values():
             ray.kill(actor)
         remove_placement_group(group)
@@ -92,7 +110,7 @@ def cluster_nodes() -> list[Node]:
     ]
 
 
-def _await_room(group: Any, config: Job, wanted: list[Bundle]) -> None:
+def _await_room(group: Any, config: Job | SftConfig, wanted: list[Bundle]) -> None:
     """Wait until other jobs leave room. Raises DeadlinePassed that says what is missing."""
     deadline = time.monotonic() + config.deadlines.resources
     while True:
@@ -108,7 +126,7 @@ def _await_room(group: Any, config: Job, wanted: list[Bundle]) -> None:
             print(f"waiting for {need}; {have}", flush=True)
 
 
-def _seat(group: Any, index: int, bundle: Bundle, config: Job) -> Seat:
+def _seat(group: Any, index: int, bundle: Bundle, config: Job | SftConfig) -> Seat:
     return Seat(
         name=bundle.name,
         group=group,
@@ -119,17 +137,28 @@ def _seat(group: Any, index: int, bundle: Bundle, config: Job) -> Seat:
     )
 
 
-def _environment(role: str, config: Job) -> Mapping[str, str]:
+def _environment(role: str, config: Job | SftConfig) -> Mapping[str, str]:
     if role == "rollout":
+        assert not isinstance(config, SftConfig)
         return engine_environment(config.rollout)
     if role == "learner":
-        assert isinstance(config, TrainConfig)
+        assert not isinstance(config, EvaluateConfig)
         return {"DS_ACCELERATOR": "cuda" if config.learner.num_gpus > 0 else "cpu"}
     return {}
 
 
-def _make(bundle: Bundle, seat: Seat, config: Job, run: Path | None) -> Any:
+def _make(bundle: Bundle, seat: Seat, config: Job | SftConfig, run: Path | None) -> Any:
     spec = config.spec()
+    if isinstance(config, SftConfig):
+        return _actor(SupervisedRank, seat).remote(
+            located(config.model),
+            config.learner,
+            rank=bundle.index,
+            updates=config.steps,
+            seed=config.seed,
+            spec=spec,
+            run=run and located(run),
+        )
     if bundle.role == "segmenter":
         scorer = config.reward.scorer(think=spec.think) if isinstance(config, TrainConfig) else Scorer.of_preset("mask")
         arguments: Any = (located(config.expert), config.segmenter.located(), scorer)

@@ -1,75 +1,79 @@
-"""Supervised fine-tuning: the reference answer's tokens made likely, through the learner's own forward."""
+"""Supervised fine-tuning on one rank: the reference answer's tokens made likely, through the learner's own forward."""
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
+from torch import distributed
 
-from learner.attention import use_shared_prefix
-from learner.config import OptimizerConfig
 from learner.reasoner import EncodedPrompt, Reasoner
-from learner.schedule import lr_share
-from learner.shared_prefix import Branches, branch_scores, micro_batches, pack_groups
+from learner.shared_prefix import Branches, micro_batches
+from learner.update_report import SftReport
+from learner.zero import ZeroRank
 from umrg.answers import format_answer
 from umrg.frames import Frame, Frames
 from umrg.sample import Sample
 
+Image = Sequence[Sample]
+"""The samples that ask about one image."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class SftStep:
-    """What one step reports. loss: mean negative log-likelihood a token, in nats. grad_norm: before clipping."""
+class _Share:
+    """This rank's part of a batch. rows: as many as every rank has, the last ones idle. weights: of each row, 0 where
+    it is idle. tokens: that are scored, of all ranks."""
 
-    step: int
-    loss: float
-    grad_norm: float
-    lr: float
+    rows: list[list[Branches]]
+    weights: list[float]
     tokens: int
 
 
-def train_sft(
-    reasoner: Reasoner,
-    batches: Iterable[Sequence[Sequence[Sample]]],
-    steps: int,
-    optimizer: OptimizerConfig,
-    report: Callable[[SftStep], None],
-) -> None:
-    """Train in place, one step a batch. A batch is a list of images, each given as the samples that ask about it.
-    Raises FloatingPointError where the loss is no longer finite, before the weights take it in."""
-    model = reasoner.model.train()
-    use_shared_prefix(model)
-    adam = torch.optim.AdamW(
-        model.parameters(),
-        lr=optimizer.lr,
-        weight_decay=optimizer.weight_decay,
-        betas=optimizer.betas,
-        eps=optimizer.eps,
-        fused=True,
-    )
-    for step, images in zip(range(steps), batches, strict=False):
-        lr = optimizer.lr * lr_share(step, steps, optimizer)
-        for group in adam.param_groups:
-            group["lr"] = lr
-        adam.zero_grad(set_to_none=True)
-        loss, tokens = _accumulate(reasoner, images, optimizer.micro_batch_tokens)
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss of step {step} is {loss}; lower learner.lr")
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer.max_grad_norm)
-        adam.step()
-        report(SftStep(step=step, loss=loss, grad_norm=norm.item(), lr=lr, tokens=tokens))
-    model.eval()
+class SftRank:
+    """All ranks call each method, given all images and taking their own."""
 
+    def __init__(self, zero: ZeroRank) -> None:
+        self._zero = zero
 
-def _accumulate(reasoner: Reasoner, images: Sequence[Sequence[Sample]], max_tokens: int) -> tuple[float, int]:
-    """Gradients of the mean loss over all scored tokens of a batch; that loss, and how many tokens."""
-    groups = [reference_branches(reasoner, samples) for samples in images]
-    total = sum(len(tokens) for group in groups for tokens in group.scored)
-    summed = 0.0
-    for batch in micro_batches(groups, max_tokens):
-        loss = -branch_scores(reasoner.model, pack_groups(batch, reasoner.model)).logprobs.sum() / total
-        loss.backward()
-        summed += loss.item()
-    return summed, total
+    def update(self, images: Sequence[Image]) -> SftReport:
+        """One update. Raises FloatingPointError where the loss is no longer finite, before the weights take it in."""
+        share = self._share(images)
+        summed = torch.zeros((), dtype=torch.float64)
+        for i, (row, weight) in enumerate(zip(share.rows, share.weights, strict=True)):
+            loss = -weight * self._zero.scores(row).logprobs.sum() / share.tokens
+            self._zero.backward(loss, last=i == len(share.rows) - 1)
+            summed += loss.item()
+        distributed.all_reduce(summed)
+        if not torch.isfinite(summed):
+            raise FloatingPointError(f"the loss is {summed.item()}; lower learner.lr")
+        norm = self._zero.step()
+        return SftReport(loss=summed.item(), grad_norm=norm, lr=self._zero.lr, tokens=share.tokens)
+
+    @torch.no_grad()
+    def loss(self, images: Sequence[Image]) -> tuple[float, int]:
+        """Sum of the negative log-likelihoods of the images' answers, in nats, and how many tokens these are."""
+        share = self._share(images)
+        scored = zip(share.rows, share.weights, strict=True)
+        summed = torch.tensor(
+            sum(-weight * self._zero.scores(row).logprobs.double().sum().item() for row, weight in scored),
+            dtype=torch.float64,
+        )
+        distributed.all_reduce(summed)
+        return summed.item(), share.tokens
+
+    def _share(self, images: Sequence[Image]) -> _Share:
+        rank, ranks = distributed.get_rank(), distributed.get_world_size()
+        own = [reference_branches(self._zero.reasoner, samples) for samples in images[rank::ranks]]
+        rows = micro_batches(own, self._zero.config.micro_batch_tokens)
+        rounds, tokens = torch.tensor(len(rows)), torch.tensor(sum(len(t) for group in own for t in group.scored))
+        distributed.all_reduce(rounds, op=distributed.ReduceOp.MAX)
+        distributed.all_reduce(tokens)
+        idle = int(rounds) - len(rows)
+        weights = [1.0] * len(rows) + [0.0] * idle
+        return _Share(rows=rows + [self._filler(images[0])] * idle, weights=weights, tokens=int(tokens))
+
+    def _filler(self, image: Image) -> list[Branches]:
+        group = reference_branches(self._zero.reasoner, image)
+        return [replace(group, branches=group.branches[:1], unscored=group.unscored[:1])]
 
 
 def reference_branches(reasoner: Reasoner, samples: Sequence[Sample]) -> Branches:

@@ -25,3 +25,14 @@ class UpdateReport:
     lr: float
     tokens: int
     updates: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftReport:
+    """What one supervised update did. loss: mean negative log-likelihood of a token, in nats. grad_norm: before
+    clipping. tokens: of all answers, all ranks."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int

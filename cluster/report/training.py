@@ -1,6 +1,5 @@
 """The page of a training run: figures before and after, curves, times, and held-out samples side by side."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ _TITLES = {"dice": "Dice", "iou": "box IoU", "pdice": "pDice", "well_formed": "w
 
 def write_report(run: RunFolder, held_out: Sequence[Sample]) -> Path:
     """Write `report/index.html`, from what lies in the run folder and the held-out rows."""
-    metrics = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    metrics = run.metrics()
     return write_page(
         run.report / "index.html",
         "training.html",

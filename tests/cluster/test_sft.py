@@ -1,4 +1,4 @@
-"""The supervised job, from a config file to a model folder."""
+"""The supervised job, from a config file to a model folder, on real ranks."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cluster.config import SftConfig, load_config
-from cluster.sft import sft
+from cluster.sft import out_of_patience, sft
 from learner.reasoner import load_reasoner
 from umrg.dataset_writer import write_rows
 from umrg.phantoms import rows
@@ -27,14 +27,16 @@ def config(tmp_path: Path, data: Path, *overrides: str) -> SftConfig:
     tiny = [f"model={ROOT / 'models' / 'tiny-reasoner'}", f"data.train=[{data}]", f"runs={tmp_path}", "name=trial"]
     file = ROOT / "configs" / "tiny_reasoner_sft.yaml"
     return load_config(
-        SftConfig, file, [*tiny, "learner.warmup=0", "batch=4", "learner.lr=3e-4", "learner.freeze=[]", *overrides]
+        SftConfig,
+        file,
+        [*tiny, "learner.warmup=0", "batch=4", "learner.lr=3e-4", "learner.freeze=[]", "learner.threads=1", *overrides],
     )
 
 
-def test_training_lowers_the_loss_and_leaves_a_run_folder(tmp_path, phantoms):
+def test_training_lowers_the_loss_and_leaves_a_run_folder(ray_cluster, tmp_path, phantoms):
     run = sft(config(tmp_path, phantoms, "steps=8"))
     metrics = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
-    assert [step["step"] for step in metrics] == list(range(8))
+    assert [step["step"] for step in metrics] == list(range(1, 9))
     # Few rows, seen again and again: they are learnt by heart.
     assert metrics[-1]["loss"] < metrics[0]["loss"]
     assert json.loads((run.path / "summary.json").read_text())["steps"] == 8
@@ -47,10 +49,58 @@ def test_training_lowers_the_loss_and_leaves_a_run_folder(tmp_path, phantoms):
     assert all(changed.values()), [name for name, moved in changed.items() if not moved]
 
 
-def test_the_same_seed_gives_the_same_weights(tmp_path, phantoms):
-    runs = [sft(config(tmp_path, phantoms, "steps=2", f"name=run{i}")) for i in range(2)]
-    first, second = (load_reasoner(run.model).model.state_dict() for run in runs)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+def test_ranks_and_stages_learn_alike(ray_cluster, tmp_path, phantoms):
+    """Of five images, one rank has three and the other two; a small budget splits them into several rows."""
+    alone = sft(config(tmp_path, phantoms, "steps=2", "batch=5", "name=alone"))
+    ranks = ("learner.ranks=2", "learner.num_cpus=0.5", "learner.zero_stage=2", "learner.micro_batch_tokens=400")
+    together = sft(config(tmp_path, phantoms, "steps=2", "batch=5", "name=together", *ranks))
+    first, second = (load_reasoner(run.model).model.state_dict() for run in (alone, together))
+    for name, tensor in first.items():
+        assert (tensor - second[name]).abs().max() <= 1e-4 * tensor.abs().max(), name
+    losses = [[step["loss"] for step in run.metrics()] for run in (alone, together)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_a_resumed_run_ends_as_one_that_was_not_interrupted(ray_cluster, tmp_path, phantoms):
+    settings = ("steps=4", "validation=0.25", "validate_every=2", "learner.schedule=constant", "keep=9")
+    whole = sft(config(tmp_path, phantoms, *settings, "name=whole"))
+    sft(config(tmp_path, phantoms, *settings, "name=halves", "steps=2"))
+    halves = sft(config(tmp_path, phantoms, *settings, "name=halves", "resume=auto"))
+    assert whole.metrics() == halves.metrics() and len(whole.metrics()) == 4
+    files = [run.model / "model.safetensors" for run in (whole, halves)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_run_stops_where_what_is_held_out_gets_no_likelier_and_leaves_the_best(ray_cluster, tmp_path, phantoms):
+    """So large a learning rate makes things worse."""
+    settings = ("steps=50", "validation=0.25", "validate_every=1", "patience=2", "learner.lr=0.05")
+    run = sft(config(tmp_path, phantoms, *settings))
+    validations = [step["validation_loss"] for step in run.metrics()]
+    best = validations.index(min(validations))
+    assert len(validations) == best + 3 < 50
+    assert json.loads((run.path / "summary.json").read_text())["model_of_step"] == best + 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("patience=2",), "give validation"),
+        (("validation=0.01",), "leaves none on one side"),
+        (("learner.offload=optimizer", "learner.zero_stage=0"), "needs zero_stage 1 or more"),
+    ],
+)
+def test_what_cannot_work_is_refused(tmp_path, phantoms, overrides, said):
+    with pytest.raises(ValueError, match=said):
+        sft(config(tmp_path, phantoms, "steps=1", *overrides))
+    assert not (tmp_path / "trial").exists()
+
+
+@pytest.mark.parametrize(
+    ("losses", "over"),
+    [([], False), ([3.0], False), ([3.0, 2.0, 2.1], False), ([3.0, 2.0, 2.1, 2.0], True), ([1.0, 2.0, 0.5], False)],
+)
+def test_patience(losses, over):
+    assert out_of_patience(losses, 2) is over and out_of_patience(losses, None) is False
 
 
 def test_a_run_folder_that_exists_is_kept(tmp_path, phantoms):
@@ -59,7 +109,7 @@ def test_a_run_folder_that_exists_is_kept(tmp_path, phantoms):
         sft(config(tmp_path, phantoms, "steps=1"))
 
 
-def test_rows_without_reasoning_are_refused_by_name(tmp_path):
+def test_rows_without_reasoning_are_refused_by_name(ray_cluster, tmp_path):
     bare: list[Any] = list(rows(2, seed=1))
     for row in bare:
         row["extra_info"].pop("reasoning")
