@@ -5,6 +5,8 @@ tokens to a prompt of about 670, a reference pass for the divergence, loss, back
 is left out. Each side runs in a process of its own with as many threads; a step's time is the best of several.
 
 learner_ratio_trl: samples a second, ours by TRL's.
+step_ratio_trl: whole steps a second, ours by TRL's: ours with vLLM's sampling, masks, rewards and weights handed on,
+    TRL's with transformers' sampling. Answers end by themselves or at 128 tokens; their mean length is printed.
 memory_ratio_trl: peak memory over what the process held before its first step, ours by TRL's.
 grad_norm: of both sides' first update, which says that they did the same work.
 sweep: seconds of our forward and backward beside one sequence for each answer in padded batches, by shape.
@@ -87,6 +89,50 @@ def ours(work: list[dict[str, Any]], steps: int) -> dict[str, float]:
     return {**found, "grad_norm": norms[0], "prompt": float(len(groups[0].prompt_ids))}
 
 
+def our_whole_step(work: list[dict[str, Any]], steps: int) -> dict[str, float]:
+    """Our whole step on a cluster of our own: sampling by vLLM, masks and rewards, update, weights to the engine."""
+    from dataclasses import replace
+
+    from actors.connection import connect
+    from cluster.broadcast import broadcast
+    from cluster.clock import Clock
+    from cluster.config import TrainConfig, load_config
+    from cluster.experience import Draw, gain
+    from cluster.workers import started
+    from umrg.dataset import Dataset
+    from umrg.dataset_writer import write_rows
+    from umrg.group import Group
+
+    n = len(work[0]["answers"])
+    overrides = [f"model={MODEL}", f"rollout.n={n}", "rollout.max_prompt_tokens=1024", f"learner.lr={LR}"]
+    overrides += ["learner.freeze=[]", "learner.vector_lr=null", f"learner.objective.kl={KL}"]
+    config = load_config(TrainConfig, MODEL.parents[1] / "configs" / "demo.yaml", overrides)
+    with tempfile.TemporaryDirectory() as folder:
+        write_rows(Path(folder) / "rows.parquet", [each["row"] for each in work])
+        samples = list(Dataset.open(Path(folder) / "rows.parquet"))
+    samples = [replace(sample, query=each["query"]) for sample, each in zip(samples, work, strict=True)]
+    lengths: list[int] = []
+    taken = iter(range(steps))
+    connect()
+    with started(config) as workers:
+
+        def step() -> None:
+            number = next(taken)
+            groups = [Group(run="bench", step=number, index=i, sample=sample) for i, sample in enumerate(samples)]
+            draw = Draw(n=n, temperature=1.0, max_tokens=128, run_seed=0)
+            experience = gain(workers, groups, draw, Clock())
+            lengths.extend(len(answer.token_ids) for each in experience for answer in each.samples.completions)
+            workers.learner.update(
+                [each.ref for each in experience],
+                [each.samples for each in experience],
+                [each.rewards for each in experience],
+            )
+            broadcast(workers, version=number + 1)
+
+        found = timed(step, steps)
+    return {"seconds": found["seconds"], "tokens": float(np.mean(lengths))}
+
+
 def scored_groups(reasoner: Any, work: list[dict[str, Any]]) -> list[Any]:
     """The recorded groups as the learner takes them."""
     from learner.scored_group import ScoredGroup
@@ -117,8 +163,9 @@ def scored_groups(reasoner: Any, work: list[dict[str, Any]]) -> list[Any]:
     return groups
 
 
-def trl(work: list[dict[str, Any]], steps: int) -> dict[str, float]:
-    """TRL's GRPOTrainer: a group a micro-batch, all groups an update, no gradient checkpointing, float32."""
+def trl(work: list[dict[str, Any]], steps: int, generate: bool = False) -> dict[str, float]:
+    """TRL's GRPOTrainer: a group a micro-batch, all groups an update, no gradient checkpointing, float32. generate:
+    sample by itself, through transformers, in the place of the recorded answers."""
     import torch
     from datasets import Dataset as Rows
     from PIL import Image
@@ -164,7 +211,10 @@ def trl(work: list[dict[str, Any]], steps: int) -> dict[str, float]:
             "logprobs": None,
         }
 
+    lengths: list[int] = []
+
     def worth(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        lengths.extend(map(len, completion_ids))
         return [reward(ids) for ids in completion_ids]
 
     clock = Clock()
@@ -195,12 +245,13 @@ def trl(work: list[dict[str, Any]], steps: int) -> dict[str, float]:
             args=settings,
             train_dataset=rows,
             processing_class=reasoner.processor,
-            rollout_func=rollout,
+            rollout_func=None if generate else rollout,
             callbacks=[clock],
         )
         assert next(trainer.model.parameters()).dtype == torch.float32
         trainer.train()
-    return {"seconds": min(clock.seconds), "memory_mib": _peak() - clock.before, "grad_norm": clock.norms[0]}
+    found = {"seconds": min(clock.seconds), "memory_mib": _peak() - clock.before, "grad_norm": clock.norms[0]}
+    return {**found, "tokens": float(np.mean(lengths))}
 
 
 def _free_port() -> int:
@@ -279,6 +330,10 @@ def main() -> None:
     args = parser.parse_args()
     work = recorded(args.groups, 590, 16, 128)
     mine, theirs = (_alone(side, args.threads, work, args.steps) for side in (ours, trl))
+    whole = [
+        _alone(our_whole_step, args.threads, work, args.steps),
+        _alone(trl, args.threads, work, args.steps, True),
+    ]
     shapes = [
         (590, 128, 16),
         (250, 128, 16),
@@ -293,12 +348,16 @@ def main() -> None:
     print(f"{'':8}{'s a step':>10}{'peak MiB':>10}{'grad norm':>12}")
     for name, side in (("ours", mine), ("TRL", theirs)):
         print(f"{name:8}{side['seconds']:10.2f}{side['memory_mib']:10.0f}{side['grad_norm']:12.5f}")
+    print(f"\n{'whole step':12}{'s':>8}{'tokens an answer':>18}")
+    for name, side in zip(("ours", "TRL"), whole, strict=True):
+        print(f"{name:12}{side['seconds']:8.2f}{side['tokens']:18.1f}")
     print(f"\n{'prompt':>8}{'answer':>8}{'n':>4}{'shared s':>10}{'padded by shared':>18}{'of ceiling':>12}")
     for row in table:
         share = row["tflops"] / peak["tflops"]
         print(f"{row['prompt']:8}{row['answer']:8}{row['n']:4}{row['shared_s']:10.2f}{row['ratio']:18.2f}{share:12.0%}")
     figures = {
         "learner_ratio_trl": theirs["seconds"] / mine["seconds"],
+        "step_ratio_trl": whole[1]["seconds"] / whole[0]["seconds"],
         "memory_ratio_trl": mine["memory_mib"] / theirs["memory_mib"],
         "grad_norm_ratio": mine["grad_norm"] / theirs["grad_norm"],
         "prompt": mine["prompt"],

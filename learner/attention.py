@@ -84,24 +84,30 @@ def _owners(span: Span) -> torch.Tensor:
 
 
 def use_shared_prefix(model: Any) -> None:
-    """Let a Qwen-VL model's language part take a `Layout` or a `BlockMask` in the place of its attention mask; with
-    anything else it works as before."""
+    """Let a Qwen-VL model take a `Layout` or a `BlockMask` as its argument `shared_prefix`; without one it works as
+    before."""
     model.config.text_config._attn_implementation = NAME
 
 
 def attend(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **rest: Any
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    shared_prefix: Layout | BlockMask | None = None,
+    **rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' attention interface: query [1, H, S, D], key and value [1, K, S, D] → [1, S, H, D]."""
-    if isinstance(attention_mask, BlockMask):
-        found = flex_attention_forward(module, query, key, value, attention_mask, **rest)
+    if isinstance(shared_prefix, BlockMask):
+        found = flex_attention_forward(module, query, key, value, shared_prefix, **rest)
         return found[0], None
-    if not isinstance(attention_mask, Layout):
+    if shared_prefix is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **rest)[0], None
     heads = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, heads), repeat_kv(value, heads)
     parts = []
-    for span in attention_mask.spans:
+    for span in shared_prefix.spans:
         q, k, v = (each[:, :, span.start : span.end] for each in (query, key, value))
         parts.append(_SharedPrefix.apply(q, k, v, span, rest["scaling"]))  # type: ignore[no-untyped-call]
     return torch.cat(parts, dim=2).transpose(1, 2), None

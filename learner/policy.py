@@ -45,6 +45,8 @@ class Policy(torch.nn.Module):
 def freeze(model: Any, parts: Sequence[Part]) -> None:
     """Let these parts of a Qwen-VL model stand still, and the others learn."""
     visual = model.model.visual.requires_grad_("vision_tower" not in parts)
-    visual.merger.requires_grad_("merger" not in parts)
+    # Those of Qwen3-VL's deepstack turn features of inner layers into tokens.
+    for merger in (visual.merger, *getattr(visual, "deepstack_merger_list", ())):
+        merger.requires_grad_("merger" not in parts)
     for part in (model.model.language_model, model.lm_head):
         part.requires_grad_("language_model" not in parts)

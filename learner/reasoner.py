@@ -20,7 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from umrg.frames import Frames, ResizeRule, Size
 from umrg.prompts import PromptSpec, prompt_messages
 
-ARCHITECTURES = ("qwen2_5_vl", "qwen2_vl")
+ARCHITECTURES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +186,7 @@ class Reasoner(Prompter):
 
 
 def load_prompter(folder: Path, spec: PromptSpec | None = None) -> Prompter:
-    """Load the processor of a Qwen2.5-VL or Qwen2-VL folder. spec: how it is asked; None as the folder says.
+    """Load the processor of a folder of one of `ARCHITECTURES`. spec: how it is asked; None as the folder says.
 
     Raises ValueError where the folder is not one, or its processor does not fit its model.
     """
@@ -197,7 +197,7 @@ def load_prompter(folder: Path, spec: PromptSpec | None = None) -> Prompter:
 def load_reasoner(
     folder: Path, spec: PromptSpec | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Reasoner:
-    """Load a Qwen2.5-VL or Qwen2-VL folder. Raises ValueError as `load_prompter` does, and where weights are
+    """Load a folder of one of `ARCHITECTURES`. Raises ValueError as `load_prompter` does, and where weights are
     missing."""
     with _loading(folder):
         config, processor = _config_and_processor(folder)

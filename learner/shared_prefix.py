@@ -194,7 +194,7 @@ def _states(model: Any, packed: PackedGroups) -> torch.Tensor:
     states: torch.Tensor = model.model(
         input_ids=packed.token_ids,
         position_ids=packed.position_ids,
-        attention_mask={"full_attention": packed.layout if device.type == "cpu" else packed.layout.mask(device)},
+        shared_prefix=packed.layout if device.type == "cpu" else packed.layout.mask(device),
         pixel_values=packed.pixel_values,
         image_grid_thw=packed.grid_thw,
         use_cache=False,

@@ -95,10 +95,11 @@ class PromptSpec(BaseModel):
 
     @classmethod
     def of_model(cls, folder: Path) -> Self:
-        """The spec kept in a model folder, or the default. Raises ValueError for a damaged file."""
+        """The spec kept in a model folder, or the default in the frame that its architecture speaks. Raises ValueError
+        for a damaged file."""
         path = folder / "prompt.json"
         if not path.exists():
-            return cls()
+            return cls(frame=_frame_of(folder))
         try:
             return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
@@ -114,6 +115,12 @@ class PromptSpec(BaseModel):
     def save(self, folder: Path) -> None:
         with written_aside(folder / "prompt.json") as aside:
             aside.write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
+
+
+def _frame_of(folder: Path) -> Frame:
+    path = folder / "config.json"
+    kind = json.loads(path.read_text()).get("model_type", "") if path.is_file() else ""
+    return Frame.RELATIVE if kind.startswith("qwen3_vl") else Frame.MODEL
 
 
 class ReasonerConfig(Config):

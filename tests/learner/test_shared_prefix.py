@@ -142,7 +142,7 @@ def test_the_block_mask_of_a_gpu_sees_what_the_two_attentions_see(branches):
     spans = Span(start=0, prefix=7, branches=branches), Span(start=7 + sum(branches), prefix=4, branches=(3, 2))
     layout = Layout(spans)
     query, key, value = torch.randn(3, 1, 2, spans[-1].end, 16, generator=torch.Generator().manual_seed(0))
-    found, _ = attend(None, query, key, value, layout, scaling=0.25)
+    found, _ = attend(None, query, key, value, None, shared_prefix=layout, scaling=0.25)
     expected = flex_attention(query, key, value, block_mask=layout.mask(torch.device("cpu")), scale=0.25)
     torch.testing.assert_close(found.transpose(1, 2), expected, atol=1e-5, rtol=0)
 
