@@ -203,15 +203,17 @@ class Checkpoints:
         return self._folder / f"step-{step:06d}"
 
 
-def export(checkpoint: Checkpoint, out: Path) -> None:
-    """Write a checkpoint's model as an ordinary Hugging Face folder, over one that is there."""
+def export(checkpoint: Checkpoint, out: Path, *, part: str = "model") -> None:
+    """Write a checkpoint's model as an ordinary Hugging Face folder, or its adapter as one of peft's, over one that is
+    there."""
     with written_aside(out) as aside:
-        shutil.copytree(checkpoint.folder / "model", aside)
+        shutil.copytree(checkpoint.folder / part, aside)
 
 
-def export_run(run: Path, step: int | None, out: Path) -> Checkpoint:
+def export_run(run: Path, step: int | None, out: Path, *, adapter: bool = False) -> Checkpoint:
     """`medreasoner export RUN [--step N] --out DIR`: the checkpoint whose model was written. step: None for the newest.
-    Raises ValueError where there is no such checkpoint, it is damaged, or `out` exists."""
+    adapter: the adapter alone. Raises ValueError where there is no such checkpoint, it is damaged, or has no adapter,
+    and where `out` exists."""
     checkpoints = Checkpoints(run / "checkpoints", keep=1, keep_best=0)
     there = checkpoints.steps()
     if not there or (step is not None and step not in there):
@@ -222,7 +224,9 @@ def export_run(run: Path, step: int | None, out: Path) -> Checkpoint:
         raise ValueError(f"{out} exists; give another folder")
     checkpoint = checkpoints.latest() if step is None else checkpoints.at(step)
     assert checkpoint is not None
-    export(checkpoint, out)
+    if adapter and not (checkpoint.folder / "adapter").is_dir():
+        raise ValueError(f"{run} trained no adapter (learner.lora); leave --adapter out")
+    export(checkpoint, out, part="adapter" if adapter else "model")
     return checkpoint
 
 

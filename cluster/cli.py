@@ -68,11 +68,12 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run.")],
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder to write; must not exist.")],
     step: Annotated[int | None, typer.Option(help="Of the checkpoint; without it, the newest.")] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="The adapter alone, as peft reads it.")] = False,
 ) -> None:
     """Write the model of a run's checkpoint as an ordinary Hugging Face folder."""
     from cluster.checkpoints import export_run
 
-    typer.echo(f"saved      {out}, the model of step {export_run(run, step, out).state.step}")
+    typer.echo(f"saved      {out}, of step {export_run(run, step, out, adapter=adapter).state.step}")
 
 
 @app.command()

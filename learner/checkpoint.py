@@ -4,6 +4,7 @@
     rng/rank-RRRRR.safetensors               torch's random state
     learner.json                             updates made; on how many ranks and at which stage it was written
     model/                                   an ordinary Hugging Face folder, its shards dealt out to the ranks
+    adapter/                                 the adapter alone, as peft reads it, where one learns
 
 All is copied into host memory at once, and written by a thread while training goes on.
 """
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save
 from torch import distributed
 
 from learner.background import BackgroundWriter, FilePart, Records
+from learner.lora import adapter_config
 from learner.optimizer_state import SavedPieces, buckets, own_pieces, pieces, publish
 from learner.zero import BUCKET_BYTES, ZeroRank
 
@@ -32,7 +34,7 @@ class RankCheckpoints:
 
     def begin(self, folder: Path) -> None:
         """Copy state and model, and begin to write them."""
-        self._writer.begin(folder, [*_state_parts(self._zero), *_model_parts(self._zero)])
+        self._writer.begin(folder, [*_state_parts(self._zero), *_model_parts(self._zero), *_adapter_parts(self._zero)])
 
     def written(self, seconds: float = 0.0) -> Records | None:
         """Once, what `begin` wrote; None where it is not written within so many seconds. Raises what stopped it."""
@@ -71,9 +73,10 @@ def _state_parts(zero: ZeroRank) -> list[FilePart]:
 def _model_parts(zero: ZeroRank) -> list[FilePart]:
     """The shards that are this rank's; the first rank adds the other files of the folder."""
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
-    kept, names = {}, []
+    kept, names, size = {}, [], 0
     for i, bucket in enumerate(zero.named_weights(to_all=True)):
         names.append(list(bucket))
+        size += sum(tensor.nbytes for tensor in bucket.values())
         if i % ranks == rank:
             kept[i] = zero.reasoner.as_saved(bucket)
     files = _shard_names(len(names))
@@ -81,9 +84,25 @@ def _model_parts(zero: ZeroRank) -> list[FilePart]:
     if rank == 0:
         others = zero.reasoner.other_files()
         if len(files) > 1:
-            others["model.safetensors.index.json"] = zero.reasoner.shard_index(dict(zip(files, names, strict=True)))
+            others["model.safetensors.index.json"] = zero.reasoner.shard_index(
+                dict(zip(files, names, strict=True)), size
+            )
         parts += [FilePart(name=f"model/{name}", data=partial(bytes, data)) for name, data in others.items()]
     return parts
+
+
+def _adapter_parts(zero: ZeroRank) -> list[FilePart]:
+    """Of the first rank, where there is an adapter."""
+    if zero.config.lora is None:
+        return []
+    adapter = zero.adapter()
+    if distributed.get_rank() != 0:
+        return []
+    settings = adapter_config(zero.config.lora, str(zero.model))
+    return [
+        FilePart(name="adapter/adapter_model.safetensors", data=_bytes(adapter, {"format": "pt"})),
+        FilePart(name="adapter/adapter_config.json", data=partial(bytes, settings)),
+    ]
 
 
 def _shard_names(count: int) -> list[str]:

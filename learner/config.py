@@ -78,6 +78,13 @@ class ObjectiveConfig(Config):
         return self
 
 
+class LoraConfig(Config):
+    """Low-rank adapters: rank, and alpha, by whose ratio to the rank they are scaled."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveInt = 32
+
+
 class ZeroConfig(OptimizerConfig):
     """The learner's ranks, one Ray actor each, and how DeepSpeed's ZeRO divides the model among them.
 
@@ -85,6 +92,7 @@ class ZeroConfig(OptimizerConfig):
     shared among the ranks. dtype: of the model's copy; float32 on CPU.
     zero_stage: what is partitioned over the ranks: nothing, optimizer state (1), gradients (2), parameters (3).
     offload: to the host's memory: optimizer state (from stage 1 on), or parameters too (stage 3).
+    lora: adapters of the language model learn, and everything else stands still; null for full fine-tuning.
     """
 
     ranks: PositiveInt = 1
@@ -94,6 +102,13 @@ class ZeroConfig(OptimizerConfig):
     zero_stage: Literal[0, 1, 2, 3] = 2
     offload: Literal["none", "optimizer", "parameters"] = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    lora: LoraConfig | None = None
+
+    @model_validator(mode="after")
+    def _adapters_learn(self) -> Self:
+        if self.lora and "language_model" in self.freeze:
+            raise ValueError("lora adapts the language model, and freeze holds it still; take it out of freeze")
+        return self
 
     @model_validator(mode="after")
     def _offload_fits_stage(self) -> Self:

@@ -37,10 +37,6 @@ class Policy(torch.nn.Module):
             entropy_learns=self.entropy_learns,
         )
 
-    def named_weights(self) -> list[tuple[str, torch.nn.Parameter]]:
-        """Parameters under the names of the model's own folder."""
-        return list(self.model.named_parameters())
-
 
 def freeze(model: Any, parts: Sequence[Part]) -> None:
     """Let these parts of a Qwen-VL model stand still, and the others learn."""

@@ -172,17 +172,15 @@ class Reasoner(Prompter):
         """Weights under the names that they have in a folder, from the names of the model's own parameters."""
         return dict(revert_weight_conversion(self.model, dict(weights)))
 
-    def shard_index(self, shards: Mapping[str, Sequence[str]]) -> bytes:
-        """`model.safetensors.index.json` of files whose weights are given by the names of the model's parameters."""
+    def shard_index(self, shards: Mapping[str, Sequence[str]], size: int) -> bytes:
+        """`model.safetensors.index.json` of files whose weights are given by the names of the model's parameters. size:
+        of all weights, in bytes."""
         places = {
             name: file
             for file, names in shards.items()
             for name in self.as_saved({name: torch.empty(0) for name in names})
         }
-        total = sum(
-            int(getattr(each, "ds_numel", each.numel())) * each.element_size() for each in self.model.parameters()
-        )
-        return json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2).encode()
+        return json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=2).encode()
 
 
 def load_prompter(folder: Path, spec: PromptSpec | None = None) -> Prompter:

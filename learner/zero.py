@@ -16,6 +16,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import distributed
 
 from learner.config import ZeroConfig
+from learner.lora import Weight, adapter_weights, add_adapters, starts_without_gradient, weights
 from learner.policy import Policy, freeze
 from learner.reasoner import Reasoner, load_reasoner
 from learner.schedule import lr_share
@@ -49,12 +50,14 @@ class ZeroRank:
         device: str = "cpu",
     ) -> None:
         self.entropy_learns = entropy_learns
-        self.config, self.device, self.temperature = config, device, temperature
+        self.model, self.config, self.device, self.temperature = model, config, device, temperature
         self.reasoner = load_reasoner(model, spec, device=device, dtype=self._dtype)
         self.updates_made = 0
         self._updates = updates
         self.checked = False  # that all parameters learn
         freeze(self.reasoner.model, config.freeze)
+        if config.lora:
+            add_adapters(self.reasoner.model, config.lora)
         if config.gradient_checkpointing:
             # Layers look at `training`; there is no dropout that it would switch on.
             self.reasoner.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -96,7 +99,8 @@ class ZeroRank:
         if before is not None and norm > 0:
             idle, masters = before
             after = self._masters()
-            if idle or (idle := [name for name, value in masters.items() if after[name] == value]):
+            unmoved = [name for name, value in masters.items() if after[name] == value]
+            if idle := idle or [name for name in unmoved if not starts_without_gradient(name)]:
                 raise FrozenParameter(
                     f"{idle[0]} had no gradient or did not change at the first update ({len(idle)} such parameters); "
                     "freeze it by configuration or mend the model"
@@ -125,23 +129,27 @@ class ZeroRank:
         return engine.eval()
 
     def named_weights(self, *, to_all: bool = False) -> Iterator[dict[str, torch.Tensor]]:
-        """Weights under the names of the model's parameters, on the CPU, in buckets of about `BUCKET_BYTES`; all ranks,
-        of which the first gets them and the others empty buckets, or with `to_all` each. Each tensor is a copy, so that
-        it outlives the gathering of partitioned parameters."""
-        bucket: list[tuple[str, torch.nn.Parameter]] = []
+        """Weights under the names of the model's parameters, adapters merged, on the CPU, in buckets of about
+        `BUCKET_BYTES`; all ranks, of which the first gets them and the others empty ones, or with `to_all` each. Each
+        tensor is a copy, so that it outlives the gathering of partitioned parameters."""
+        bucket: list[Weight] = []
         size = 0
-        for name, parameter in self.policy.named_weights():
-            bucket.append((name, parameter))
-            size += int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
+        for weight in weights(self.reasoner.model):
+            bucket.append(weight)
+            size += weight.nbytes
             if size >= BUCKET_BYTES:
                 yield self._gathered(bucket, to_all)
                 bucket, size = [], 0
         if bucket:
             yield self._gathered(bucket, to_all)
 
+    def adapter(self) -> dict[str, torch.Tensor]:
+        """The adapters' weights, on the CPU; all ranks, each of which gets them. None where there are no adapters."""
+        return self._gathered(list(adapter_weights(self.reasoner.model)), to_all=True)
+
     def trained(self) -> list[tuple[str, torch.nn.Parameter]]:
-        """The parameters that learn, under their Hugging Face names."""
-        return [(name, parameter) for name, parameter in self.policy.named_weights() if parameter.requires_grad]
+        """The parameters that learn, under the names that the model has for them."""
+        return [(name, each) for name, each in self.reasoner.model.named_parameters() if each.requires_grad]
 
     def _policy(self, reasoner: Reasoner) -> Policy:
         return Policy(
@@ -165,16 +173,16 @@ class ZeroRank:
         found = []
         for name, parameter in self.trained():
             gradient = safe_get_full_grad(parameter)
-            if gradient is None or not gradient.any():
+            if (gradient is None or not gradient.any()) and not starts_without_gradient(name):
                 found.append(name)
         return found
 
-    def _gathered(self, bucket: Sequence[tuple[str, torch.nn.Parameter]], to_all: bool) -> dict[str, torch.Tensor]:
-        parameters = [parameter for _, parameter in bucket]
+    def _gathered(self, bucket: Sequence[Weight], to_all: bool) -> dict[str, torch.Tensor]:
+        parameters = [parameter for weight in bucket for parameter in weight.parameters]
         with deepspeed.zero.GatheredParameters(parameters, enabled=self.config.zero_stage == 3):
             if distributed.get_rank() != 0 and not to_all:
                 return {}
-            return {name: parameter.detach().cpu().clone().contiguous() for name, parameter in bucket}
+            return {weight.name: weight.tensor() for weight in bucket}
 
 
 def _fingerprint(values: torch.Tensor) -> float:

@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 
 import numpy as np
+import peft
 import pytest
 import ray
 import torch
@@ -248,3 +249,39 @@ def test_shards_of_the_ranks_make_one_model(ray_cluster, groups, demo_config, tm
     loaded = dict(load_reasoner(tmp_path / "model").model.named_parameters())
     assert weights.keys() == loaded.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="zero-2"),
+        pytest.param({"zero_stage": 3, "ranks": 2}, id="zero-3-of-two", marks=pytest.mark.slow),
+    ],
+)
+def test_adapters_learn_alone_and_come_out_merged_and_by_themselves(
+    ray_cluster, groups, demo_config, tmp_path, changes
+):
+    with running(demo_config, lr=1e-2, lora={"rank": 4, "alpha": 8}, **changes) as pool:
+        untouched = weights_of(pool)
+        first, second = learn(pool, groups, 2)
+        pool.save(tmp_path)
+        pool.saved(wait=True)
+        merged = weights_of(pool)
+    assert second.loss < first.loss and first.engine_gap < 1e-5
+    base = load_reasoner(TINY_REASONER)
+    before = dict(base.model.named_parameters())
+    assert all(torch.equal(untouched[name], tensor) for name, tensor in before.items())
+    moved = {name for name, tensor in before.items() if not torch.equal(merged[name], tensor)}
+    assert moved == {name for name in before if "language_model" in name and name.endswith("_proj.weight")}
+    saved_model = dict(load_reasoner(tmp_path / "model").model.named_parameters())
+    assert all(torch.equal(saved_model[name], tensor) for name, tensor in merged.items())
+    adapted = peft.PeftModel.from_pretrained(base.model, tmp_path / "adapter").merge_and_unload()
+    for name, tensor in adapted.named_parameters():
+        assert (tensor - merged[name]).abs().max() < 1e-6, name
+
+
+def test_an_adapter_is_resumed(ray_cluster, groups, demo_config, tmp_path):
+    settings = {"lora": {"rank": 4, "alpha": 8}}
+    uninterrupted = saved(groups, demo_config, tmp_path, **settings)
+    again = resumed(groups, demo_config, tmp_path, **settings)
+    assert all(torch.equal(again[name], tensor) for name, tensor in uninterrupted.items())
