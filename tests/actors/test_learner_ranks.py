@@ -206,8 +206,11 @@ def test_a_resumed_learner_goes_on_bit_for_bit(ray_cluster, groups, demo_config,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after", [(0, 1), (1, 2), (2, 1), (3, 1), (3, 2)], ids=str)
-@pytest.mark.parametrize("before", [(0, 2), (2, 2), (3, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((0, 2), (2, 1)), ((1, 2), (0, 1)), ((2, 2), (2, 1)), ((2, 2), (3, 2)), ((3, 2), (3, 1)), ((3, 2), (2, 2))],
+    ids=str,
+)
 def test_other_ranks_and_stages_go_on(ray_cluster, groups, demo_config, tmp_path, plain_weights, before, after):
     """before, after: (ZeRO stage, ranks)."""
     settings = steady(demo_config)

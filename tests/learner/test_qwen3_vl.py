@@ -138,6 +138,6 @@ def test_its_inner_mergers_are_mergers(folder):
 
 @pytest.mark.slow
 def test_the_engines_log_probs_are_the_learners(ray_cluster, demo_config, folder, samples):
-    config = demo_config(f"model={folder}", "learner.freeze=[]")
+    config = demo_config(f"model={folder}", "learner.freeze=[]", "rollout.max_prompt_tokens=2048")
     with started(config) as workers:
         assert Canary(samples[0], config).check(workers) < 1e-5
