@@ -124,7 +124,7 @@ def _last_states(reasoner: Reasoner, batch: Sequence[_Queries]) -> torch.Tensor:
     states = reasoner.model.model(
         input_ids=packed.token_ids,
         position_ids=packed.position_ids,
-        attention_mask={"full_attention": packed.layout},
+        shared_prefix=packed.layout,
         mm_encoder_outputs={"image": SimpleNamespace(pooler_output=[queries.tokens for queries in batch])},
         output_hidden_states=True,
         use_cache=False,

@@ -36,12 +36,17 @@ def folder(tmp_path_factory):
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "head_dim": 16,
-        "num_key_value_heads": 2,
+        "num_attention_heads": 2,
+        "head_dim": 32,
+        "num_key_value_heads": 1,
         "vocab_size": len(tokenizer),
         "max_position_embeddings": 4096,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": [6, 5, 5],
+            "mrope_interleaved": True,
+        },
         "tie_word_embeddings": False,
     }
     vision = {
