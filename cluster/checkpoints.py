@@ -81,6 +81,8 @@ class Checkpoints:
         self._folder, self._keep, self._keep_best = folder.resolve(), keep, keep_best
         self._disk = disk or Disk()
         self._begun: _Begun | None = None
+        self.placed: Checkpoint | None = None
+        """The one that was put in its place last."""
 
     def begin(self, state: RunState, config: str, learner: Learner) -> None:
         """Begin to write one, when the one before is in its place. config: the run's, as YAML."""
@@ -121,6 +123,8 @@ class Checkpoints:
         """The checkpoint that a run of so many steps is to go on from; None for none. Raises ValueError where it is
         damaged, or not there, or leaves nothing to do."""
         if isinstance(resume, Path):
+            if resume.resolve().parent != self._folder and self._all():
+                raise ValueError(f"{self._folder} has checkpoints of its own; resume from these, or give another name")
             checkpoint = Checkpoint.open(resume)
             if checkpoint.state.step >= steps:
                 raise ValueError(f"{resume} is of step {checkpoint.state.step}; give steps a larger number")
@@ -163,6 +167,7 @@ class Checkpoints:
         self._disk.rename(begun.aside, target)
         self._disk.sync(self._folder)
         self._point(target)
+        self.placed = Checkpoint(folder=target, state=begun.state, sha256=manifest_digest(target))
 
     def _point(self, target: Path) -> None:
         """Let `latest` name a checkpoint."""
@@ -197,7 +202,7 @@ class Checkpoints:
         return "there is no whole one before it, so begin again under another name"
 
     def _all(self) -> list[Path]:
-        return sorted(self._folder.glob("step-*")) if self._folder.is_dir() else []
+        return sorted(self._folder.glob("step-" + 6 * "[0-9]")) if self._folder.is_dir() else []
 
     def _path(self, step: int) -> Path:
         return self._folder / f"step-{step:06d}"

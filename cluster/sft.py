@@ -94,7 +94,7 @@ class Finetuning:
                 if not progress.console.is_terminal and (self.step % PLAIN_EVERY == 0 or "validation_loss" in line):
                     print(_plain(line, self.config.steps), flush=True)
         self.checkpoints.finish(self.learner)
-        chosen = self.checkpoints.best() if self.images.held_out else self.checkpoints.latest()
+        chosen = self.checkpoints.best() if self.images.held_out else self.checkpoints.placed or checkpoint
         assert chosen is not None, "the last step has a checkpoint"
         export(chosen, self.run.model)
         seconds = {"sft": round(time.monotonic() - started, 2)}

@@ -83,7 +83,7 @@ class Training:
                 self.measure(f"step-{self.step:06d}")
             self.checkpoint()
         self.measure("after")
-        self.leave_model()
+        self.leave_model(checkpoint)
         self.workers.check_expert()
         self.display.gain(self.journal.finish(self.held_out))
 
@@ -171,11 +171,11 @@ class Training:
         self.checkpoints.rewind(self.step)
         self.canary.check(self.workers)
 
-    def leave_model(self) -> None:
-        """The newest checkpoint's model becomes the run's."""
+    def leave_model(self, resumed: Checkpoint | None) -> None:
+        """The newest checkpoint's model becomes the run's; where no step was left to take, that of the one resumed."""
         with self.journal.clock.phase("save"):
             self.checkpoints.finish(self.workers.learner)
-            newest = self.checkpoints.latest()
+            newest = self.checkpoints.placed or resumed
             assert newest is not None and newest.state.step == self.step, "the last step has a checkpoint"
             export(newest, self.run.model)
 

@@ -208,6 +208,19 @@ def test_going_on_from_an_older_one_forgets_what_came_after(two, tmp_path):
     assert checkpoints.steps() == [10] and latest(folder).state.step == 10
 
 
+def test_a_run_with_checkpoints_of_its_own_goes_on_from_no_other(tmp_path, two):
+    save(tmp_path / "checkpoints", 1)
+    other = Checkpoints(tmp_path / "checkpoints", keep=1, keep_best=0)
+    with pytest.raises(ValueError, match="checkpoints of its own"):
+        other.chosen(two / "step-000010", 100)
+    anew = Checkpoints(tmp_path / "new" / "checkpoints", keep=1, keep_best=0)
+    chosen = anew.chosen(two / "step-000010", 100)
+    assert chosen is not None and chosen.state.step == 10
+    with pytest.raises(ValueError, match="is of step 10; give steps a larger number"):
+        anew.chosen(two / "step-000010", 10)
+    assert anew.chosen("auto", 100) is anew.chosen("never", 100) is None
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path, two):
     with pytest.raises(ValueError, match="there is no checkpoint"):
         Checkpoint.open(tmp_path / "step-000001")

@@ -17,6 +17,7 @@ from tensorboardX.proto.event_pb2 import Event
 from actors.pools import DeadlinePassed
 from actors.weight_files import pack
 from cluster.broadcast import Canary, WeightsDiffer, broadcast
+from cluster.checkpoints import export_run
 from cluster.clock import Clock
 from cluster.evaluation import evaluate, questions
 from cluster.experience import Draw, gain
@@ -283,6 +284,14 @@ def test_a_run_goes_on_from_its_checkpoint(finished, ray_cluster):
     train(longer)
     metrics = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics] == [1, 2, 3, 4]
+
+
+def test_an_exported_model_is_the_runs(finished, tmp_path):
+    run, _ = finished
+    export_run(run.path, None, tmp_path / "out")
+    files = sorted(path.name for path in run.model.iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert all((run.model / name).read_bytes() == (tmp_path / "out" / name).read_bytes() for name in files)
 
 
 def test_a_run_is_not_resumed_with_another_configuration(finished):
