@@ -14,7 +14,7 @@ from cluster.evaluation import FIGURES, Evaluation
 from cluster.experience import Experience
 from cluster.memory import MemoryWatch
 from cluster.records import write_records
-from cluster.run_folder import RunFolder
+from cluster.run_folder import RunFolder, status_of
 from learner.update_report import UpdateReport
 from umrg.sample import Sample
 
@@ -36,12 +36,11 @@ class Journal:
         self._memory.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+    def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         self._memory.stop()
         self._board.close()
-        if kind is not None:
-            status = "interrupted" if kind is KeyboardInterrupt else f"failed: {kind.__name__}: {error}"
-            self._run.write_json("summary.json", {"status": status, **self.summary()})
+        if error is not None:
+            self._run.write_json("summary.json", {"status": status_of(error), **self.summary()})
 
     def step(
         self, step: int, experience: list[Experience], report: UpdateReport, *, canary_gap: float, replaced: int

@@ -133,6 +133,11 @@ class RunFolder:
             aside.write_text(json.dumps(value, indent=2) + "\n")
 
 
+def status_of(error: BaseException) -> str:
+    """What summary.json says of a run that an error ended."""
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}: {error}"
+
+
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Values by dotted key."""
     found: dict[str, Any] = {}

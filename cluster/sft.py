@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from actors.pools import SupervisedPool
 from cluster.checkpoints import Checkpoint, Checkpoints, RunState, export
 from cluster.cli_frame import run_command
 from cluster.config import SftConfig, config_text, load_config
-from cluster.run_folder import RunFolder
+from cluster.run_folder import RunFolder, status_of
 from cluster.workers import cluster, started_supervised
 from umrg.dataset import Dataset
 from umrg.sample import Sample
@@ -34,12 +35,18 @@ def sft(config: SftConfig) -> RunFolder:
         run = stack.enter_context(RunFolder.begun(config.runs / config.name, config, resume=config.resume != "never"))
         checkpoints = Checkpoints(run.checkpoints, keep=config.keep, keep_best=1)
         checkpoint = checkpoints.chosen(config.resume, config.steps)
+        stack.push(partial(_note_failure, run))
         images = Images(config)
         stack.enter_context(cluster())
         print("starting the learner", flush=True)
         learner = stack.enter_context(started_supervised(config, run.path))
         Finetuning(config, run, checkpoints, learner, images).go(checkpoint)
     return run
+
+
+def _note_failure(run: RunFolder, _kind: object, error: BaseException | None, _trace: object) -> None:
+    if error is not None:
+        run.write_json("summary.json", {"status": status_of(error)})
 
 
 class Images:
