@@ -70,6 +70,9 @@ class ZeroActor:
 
         share_cores(config.threads, config.ranks)
         torch.manual_seed(self._seed)
+        # DeepSpeed would compile a reduction of its own at each machine's first start, for that very processor. gloo
+        # reduces as well, and needs no compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(
             dist_backend="nccl" if on_gpu else "gloo", timeout=timedelta(seconds=seconds), verbose=False
         )

@@ -14,6 +14,7 @@ import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import distributed
+from torch.nn.utils import get_total_norm
 
 from learner.config import ZeroConfig
 from learner.lora import Weight, adapter_weights, add_adapters, starts_without_gradient, weights
@@ -93,9 +94,11 @@ class ZeroRank:
         for group, lr in zip(self.engine.optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = lr * lr_share(self.updates_made, self._updates, self.config)
         before = None if self.checked else (self._without_gradient(), self._masters())
+        # DeepSpeed tells the norm only where ZeRO holds the gradients; elsewhere they lie with the parameters.
+        held = get_total_norm([each.grad for _, each in self.trained() if each.grad is not None])
         self.engine.step()
         self.updates_made += 1
-        norm = float(self.engine.get_global_grad_norm() or 0.0)
+        norm = float(self.engine.get_global_grad_norm() or held)
         if before is not None and norm > 0:
             idle, masters = before
             after = self._masters()
