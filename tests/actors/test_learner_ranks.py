@@ -118,38 +118,45 @@ def test_an_update_moves_every_parameter_and_reports(ray_cluster, groups, demo_c
     assert not any(torch.equal(weights[name], before[name]) for name in before)
 
 
-def test_two_ranks_of_zero_2_match_one(ray_cluster, groups, demo_config):
-    demo = demo_config().learner.model_dump() | {"threads": 1}
-    alone, one = trained(groups, demo_config, **demo)
-    together, two = trained(groups, demo_config, **demo | {"ranks": 2, "zero_stage": 2})
-    for name, tensor in one.items():
-        assert (tensor - two[name]).abs().max() <= 1e-5 * tensor.abs().max(), name
-    for first, second in zip(alone, together, strict=True):
-        assert second.loss == pytest.approx(first.loss, abs=1e-5)
-        assert second.grad_norm == pytest.approx(first.grad_norm, rel=1e-3)
+STEADY = {"lr": 0.1, "eps": 1.0, "threads": 1}
+"""What is the same however the work is divided is the gradient, up to its rounding. Adam as it is used divides each
+number's gradient by its own size, and so makes a step of the learning rate of what is nothing but rounding. With an eps
+far above every gradient a step is proportional to the gradient, and as exact."""
 
 
 @pytest.fixture(scope="module")
-def plain_weights(ray_cluster, groups, demo_config):
-    """After three steps of one rank without ZeRO."""
-    return trained(groups, demo_config, **steady(demo_config), zero_stage=0)[1]
+def plain(ray_cluster, groups, demo_config):
+    """Reports and weights after three steps of one rank without ZeRO."""
+    return trained(groups, demo_config, **STEADY, zero_stage=0)
 
 
-def steady(demo_config):
-    """The demo's learner with one learning rate: the biases' own, 40 times larger, makes more of rounding."""
-    kept = demo_config().learner.model_dump(include={"lr", "eps", "freeze", "warmup", "micro_batch_tokens"})
-    return kept | {"threads": 1}
+def assert_moved_alike(weights, expected):
+    """Both went the same way from the tiny reasoner's weights: each tensor to a thousandth of its way, or, where it
+    hardly moved, to a millionth of the whole model's."""
+    before = dict(load_reasoner(TINY_REASONER).model.named_parameters())
+    ways = {name: (tensor - before[name]).norm() for name, tensor in expected.items()}
+    whole = torch.stack(list(ways.values())).norm()
+    for name, way in ways.items():
+        assert (weights[name] - expected[name]).norm() <= 1e-3 * way + 1e-6 * whole, name
+
+
+def test_two_ranks_of_zero_2_match_one(groups, demo_config, plain):
+    alone, expected = plain
+    together, weights = trained(groups, demo_config, **STEADY, ranks=2, zero_stage=2)
+    assert_moved_alike(weights, expected)
+    for first, second in zip(alone, together, strict=True):
+        assert second.loss == pytest.approx(first.loss, abs=1e-5)
+        assert second.grad_norm == pytest.approx(first.grad_norm, rel=1e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"micro_batch_tokens": 260}], ids=str)
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_every_stage_and_number_of_ranks_agree(groups, demo_config, plain_weights, stage, ranks, changes):
+def test_every_stage_and_number_of_ranks_agree(groups, demo_config, plain, stage, ranks, changes):
     """Of three groups the second rank has one; a budget of 260 tokens splits each into several rows."""
-    _, weights = trained(groups, demo_config, **steady(demo_config) | changes, ranks=ranks, zero_stage=stage)
-    for name, tensor in plain_weights.items():
-        assert (tensor - weights[name]).abs().max() <= 1e-5 * tensor.abs().max(), name
+    _, weights = trained(groups, demo_config, **STEADY | changes, ranks=ranks, zero_stage=stage)
+    assert_moved_alike(weights, plain[1])
 
 
 def test_later_mini_batches_remember_what_sampled(ray_cluster, groups, demo_config):
@@ -199,7 +206,7 @@ BOTH = [
 
 @pytest.mark.parametrize("changes", BOTH)
 def test_a_resumed_learner_goes_on_bit_for_bit(ray_cluster, groups, demo_config, tmp_path, changes):
-    config = steady(demo_config) | {"schedule": "cosine", "objective": {"kl": 0.01}} | changes
+    config = {"eps": 1e-6, "threads": 1, "schedule": "cosine", "objective": {"kl": 0.01}, **changes}
     uninterrupted = saved(groups, demo_config, tmp_path, **config)
     again = resumed(groups, demo_config, tmp_path, **config)
     assert all(torch.equal(again[name], tensor) for name, tensor in uninterrupted.items())
@@ -211,13 +218,11 @@ def test_a_resumed_learner_goes_on_bit_for_bit(ray_cluster, groups, demo_config,
     [((0, 2), (2, 1)), ((1, 2), (0, 1)), ((2, 2), (2, 1)), ((2, 2), (3, 2)), ((3, 2), (3, 1)), ((3, 2), (2, 2))],
     ids=str,
 )
-def test_other_ranks_and_stages_go_on(ray_cluster, groups, demo_config, tmp_path, plain_weights, before, after):
+def test_other_ranks_and_stages_go_on(ray_cluster, groups, demo_config, tmp_path, plain, before, after):
     """before, after: (ZeRO stage, ranks)."""
-    settings = steady(demo_config)
-    saved(groups, demo_config, tmp_path, **settings, zero_stage=before[0], ranks=before[1])
-    weights = resumed(groups, demo_config, tmp_path, **settings, zero_stage=after[0], ranks=after[1])
-    for name, tensor in plain_weights.items():
-        assert (tensor - weights[name]).abs().max() <= 1e-5 * tensor.abs().max(), name
+    saved(groups, demo_config, tmp_path, **STEADY, zero_stage=before[0], ranks=before[1])
+    weights = resumed(groups, demo_config, tmp_path, **STEADY, zero_stage=after[0], ranks=after[1])
+    assert_moved_alike(weights, plain[1])
 
 
 def test_a_checkpoint_of_other_frozen_parts_is_refused(ray_cluster, groups, demo_config, tmp_path):
