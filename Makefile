@@ -2,7 +2,7 @@
 # make demo    the main job, small: GRPO on phantoms; leaves runs/demo/report/index.html; sets up first
 # make test    what must pass before a change goes in; sets up first
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint test test-slow clean
+.PHONY: help setup demo lint lint-types lint-rest test test-slow clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 # cpu or gpu: which extra of pyproject.toml, and which file of constraints/, is installed
@@ -51,16 +51,24 @@ demo: setup ## train the tiny reasoner with GRPO on phantoms: about ten minutes;
 	$(BIN)/medreasoner train configs/demo.yaml $(DEMO)
 
 lint: setup ## ruff, mypy --strict, and the floors (import-linter)
+	@$(MAKE) --no-print-directory -j2 lint-types lint-rest
+
+lint-types:
+	$(BIN)/mypy $(CHECKED)
+
+lint-rest:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy $(CHECKED)
 	$(BIN)/lint-imports --no-logo
 
+# Two processes: one for everything on the one Ray cluster, one for the rest.
+PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --durations 20
+
 test: lint ## lint, then every test that is not slow
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: setup ## the slow tests: engines and training
-	$(BIN)/pytest -m slow || test $$? -eq 5  # 5: there is none
+	$(PYTEST) -m slow
 
 clean: ## remove .venv and every cache
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

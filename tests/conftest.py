@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Nothing may reach out of the machine: a test that needs the network would pass here and fail there.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,9 +12,23 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 # Tokenizers warn at each fork when their thread pool is on.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Tests run side by side: threads that wait for each other on a core that is taken cost more than they bring.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# An example's time is this machine's, and its choice would make a run another than the last. `make fuzz` chooses anew.
+settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("fuzz", settings.get_profile("steady"), derandomize=False)
+settings.load_profile(os.environ.get("MEDREASONER_HYPOTHESIS", "steady"))
 
 ROOT = Path(__file__).parents[1]
 TINY_REASONER = ROOT / "models" / "tiny-reasoner"
+
+
+def pytest_collection_modifyitems(items):
+    """What uses the one cluster runs in one process, beside the process of everything else."""
+    for item in items:
+        if "ray_cluster" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("cluster"))
 
 
 @pytest.fixture(scope="session")

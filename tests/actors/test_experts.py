@@ -24,6 +24,8 @@ from actors.experts.weights import shapes_of
 from cluster.expert_commands import expert_app
 from umrg.frames import Size, rescale
 
+pytestmark = pytest.mark.numeric
+
 SMALL = SamConfig(
     image_side=64, patch=8, window=4, encoder_dim=16, encoder_depth=2, encoder_heads=2, global_layers=(1,),
     prompt_dim=16, decoder_heads=2, decoder_mlp_dim=16,
@@ -104,7 +106,7 @@ def test_more_prompts_than_fit_a_batch_are_decoded_in_order() -> None:
     expert = small_expert()
     embedding = expert.embed(IMAGE)
     whole, parts = (expert.decode(embedding, boxes=BOXES, points=POINTS, batch=batch) for batch in (3, 2))
-    np.testing.assert_allclose(parts.logits, whole.logits, atol=1e-5)
+    np.testing.assert_allclose(parts.logits, whole.logits, atol=1e-4)
     assert len(expert.decode(embedding, boxes=BOXES[:0]).masks) == 0
 
 

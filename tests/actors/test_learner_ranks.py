@@ -1,6 +1,6 @@
 """The learner's ranks, as real actors with real DeepSpeed engines."""
 
-from contextlib import contextmanager
+from unittest.mock import patch
 
 import numpy as np
 import peft
@@ -8,6 +8,7 @@ import pytest
 import ray
 import torch
 
+from actors.config import DeadlineConfig
 from actors.learner_rank import LearnerRank
 from actors.pools import LearnerPool, gather
 from actors.weight_files import unpack
@@ -16,12 +17,15 @@ from learner.config import LearnerConfig
 from learner.reasoner import load_reasoner
 from learner.shared_prefix import Branches, branch_scores, pack_groups
 from tests.conftest import TINY_REASONER
+from tests.ranks import STEADY, Host, Seat, assert_moved_alike
 from umrg.answers import format_answer
 from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
 from umrg.group import Completion, Group, GroupSamples
 from umrg.phantoms import rows
 from umrg.prompts import PromptSpec
+
+pytestmark = pytest.mark.numeric
 
 
 @pytest.fixture(scope="module")
@@ -62,32 +66,46 @@ def answered(reasoner, group, rng):
     return group, samples
 
 
-@contextmanager
-def running(demo_config, *, steps=3, kind=LearnerRank, **changes):
-    """Started ranks; `steps` are those of the whole run."""
+@pytest.fixture(scope="module")
+def hosts(ray_cluster):
+    """The hosts of so many ranks, made when they are first asked for."""
+    environment = {"env_vars": {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}}
+    made: dict[int, list] = {}
+
+    def of(ranks):
+        if ranks not in made:
+            made[ranks] = [ray.remote(Host).options(num_cpus=0, runtime_env=environment).remote() for _ in range(ranks)]
+        return made[ranks]
+
+    yield of
+    for ranks in made.values():
+        for host in ranks:
+            ray.kill(host)
+
+
+def running(hosts, *, steps=3, kind=LearnerRank, **changes):
+    """Started ranks, in the place of those that ran before; `steps` are those of the whole run."""
     config = LearnerConfig.model_validate({"lr": 1e-4, "micro_batch_tokens": 1000, "threads": 1, **changes})
-    actors = {
-        f"learner {rank}": ray.remote(kind)
-        .options(num_cpus=0, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}})
-        .remote(
-            TINY_REASONER,
-            config,
-            rank=rank,
-            updates=steps,
-            longest=128,
-            temperature=1.0,
-            seed=0,
-            spec=PromptSpec.of_model(TINY_REASONER),
-        )
-        for rank in range(config.ranks)
-    }
-    try:
-        pool = LearnerPool(actors, demo_config().deadlines)
-        gather(pool.starting(), seconds=300, doing="starting")
-        yield pool
-    finally:
-        for actor in actors.values():
-            ray.kill(actor)
+    ranks = hosts(config.ranks)
+    ray.get(
+        [
+            host.become.remote(
+                kind,
+                TINY_REASONER,
+                config,
+                rank=rank,
+                updates=steps,
+                longest=128,
+                temperature=1.0,
+                seed=0,
+                spec=PromptSpec.of_model(TINY_REASONER),
+            )
+            for rank, host in enumerate(ranks)
+        ]
+    )
+    pool = LearnerPool({f"learner {rank}": Seat(host) for rank, host in enumerate(ranks)}, DeadlineConfig())
+    gather(pool.starting(), seconds=300, doing="starting")
+    return pool
 
 
 def learn(pool, groups, steps):
@@ -102,15 +120,15 @@ def weights_of(pool):
     return {name: tensor for ref in buckets for name, tensor in unpack(ray.get(ref)).items()}
 
 
-def trained(groups, demo_config, steps=3, **changes):
+def trained(groups, hosts, steps=3, **changes):
     """Reports and weights after some steps on the same groups."""
-    with running(demo_config, steps=steps, **changes) as pool:
-        return learn(pool, groups, steps), weights_of(pool)
+    pool = running(hosts, steps=steps, **changes)
+    return learn(pool, groups, steps), weights_of(pool)
 
 
-def test_an_update_moves_every_parameter_and_reports(ray_cluster, groups, demo_config):
-    (report,), weights = trained(groups, demo_config, steps=1)
-    assert report.engine_gap < 1e-5 and report.updates == 1 and report.clipped == 0
+def test_an_update_moves_every_parameter_and_reports(groups, hosts):
+    (report,), weights = trained(groups, hosts, steps=1)
+    assert report.engine_gap < 1e-4 and report.updates == 1 and report.clipped == 0
     assert report.tokens == sum(len(c.token_ids) for _, samples in groups for c in samples.completions)
     assert report.grad_norm > 0 and report.lr == 1e-4
     before = dict(load_reasoner(TINY_REASONER).model.named_parameters())
@@ -118,31 +136,15 @@ def test_an_update_moves_every_parameter_and_reports(ray_cluster, groups, demo_c
     assert not any(torch.equal(weights[name], before[name]) for name in before)
 
 
-STEADY = {"lr": 0.1, "eps": 1.0, "threads": 1}
-"""What is the same however the work is divided is the gradient, up to its rounding. Adam as it is used divides each
-number's gradient by its own size, and so makes a step of the learning rate of what is nothing but rounding. With an eps
-far above every gradient a step is proportional to the gradient, and as exact."""
-
-
 @pytest.fixture(scope="module")
-def plain(ray_cluster, groups, demo_config):
+def plain(groups, hosts):
     """Reports and weights after three steps of one rank without ZeRO."""
-    return trained(groups, demo_config, **STEADY, zero_stage=0)
+    return trained(groups, hosts, **STEADY, zero_stage=0)
 
 
-def assert_moved_alike(weights, expected):
-    """Both went the same way from the tiny reasoner's weights: each tensor to a thousandth of its way, or, where it
-    hardly moved, to a millionth of the whole model's."""
-    before = dict(load_reasoner(TINY_REASONER).model.named_parameters())
-    ways = {name: (tensor - before[name]).norm() for name, tensor in expected.items()}
-    whole = torch.stack(list(ways.values())).norm()
-    for name, way in ways.items():
-        assert (weights[name] - expected[name]).norm() <= 1e-3 * way + 1e-6 * whole, name
-
-
-def test_two_ranks_of_zero_2_match_one(groups, demo_config, plain):
+def test_two_ranks_of_zero_2_match_one(groups, hosts, plain):
     alone, expected = plain
-    together, weights = trained(groups, demo_config, **STEADY, ranks=2, zero_stage=2)
+    together, weights = trained(groups, hosts, **STEADY, ranks=2, zero_stage=2)
     assert_moved_alike(weights, expected)
     for first, second in zip(alone, together, strict=True):
         assert second.loss == pytest.approx(first.loss, abs=1e-5)
@@ -153,47 +155,47 @@ def test_two_ranks_of_zero_2_match_one(groups, demo_config, plain):
 @pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"micro_batch_tokens": 260}], ids=str)
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_every_stage_and_number_of_ranks_agree(groups, demo_config, plain, stage, ranks, changes):
+def test_every_stage_and_number_of_ranks_agree(groups, hosts, plain, stage, ranks, changes):
     """Of three groups the second rank has one; a budget of 260 tokens splits each into several rows."""
-    _, weights = trained(groups, demo_config, **STEADY | changes, ranks=ranks, zero_stage=stage)
+    _, weights = trained(groups, hosts, **STEADY | changes, ranks=ranks, zero_stage=stage)
     assert_moved_alike(weights, plain[1])
 
 
-def test_later_mini_batches_remember_what_sampled(ray_cluster, groups, demo_config):
+def test_later_mini_batches_remember_what_sampled(groups, hosts):
     """Two updates a step: by the second the policy has moved; what sampled is still compared with the engine."""
-    (report,), _ = trained(groups, demo_config, steps=1, mini_batch=2)
-    assert report.updates == 2 and report.engine_gap < 1e-5
+    (report,), _ = trained(groups, hosts, steps=1, mini_batch=2)
+    assert report.updates == 2 and report.engine_gap < 1e-4
 
 
-def test_a_divergence_from_the_reference_is_zero_at_first_and_grows(ray_cluster, groups, demo_config):
-    reports, _ = trained(groups, demo_config, steps=2, objective={"kl": 0.05})
-    assert abs(reports[0].kl) < 1e-6 < reports[1].kl
+def test_a_divergence_from_the_reference_is_zero_at_first_and_grows(groups, hosts):
+    reports, _ = trained(groups, hosts, steps=2, objective={"kl": 0.05})
+    assert abs(reports[0].kl) < 1e-5 < reports[1].kl
 
 
-def test_a_frozen_vision_tower_stands_still(ray_cluster, groups, demo_config):
-    _, weights = trained(groups, demo_config, steps=1, freeze=["vision_tower", "merger"])
+def test_a_frozen_vision_tower_stands_still(groups, hosts):
+    _, weights = trained(groups, hosts, steps=1, freeze=["vision_tower", "merger"])
     before = dict(load_reasoner(TINY_REASONER).model.named_parameters())
     same = {name for name in before if torch.equal(weights[name], before[name])}
     assert same == {name for name in before if ".visual." in name}
 
 
-def saved(groups, demo_config, folder, **changes):
+def saved(groups, hosts, folder, **changes):
     """Two steps of three, and a checkpoint after them."""
-    with running(demo_config, **changes) as pool:
-        learn(pool, groups, 2)
-        pool.save(folder)
-        # Training goes on while the checkpoint is written, and does not leak into it.
-        learn(pool, groups, 1)
-        pool.saved(wait=True)
-        return weights_of(pool)
+    pool = running(hosts, **changes)
+    learn(pool, groups, 2)
+    pool.save(folder)
+    # Training goes on while the checkpoint is written, and does not leak into it.
+    learn(pool, groups, 1)
+    pool.saved(wait=True)
+    return weights_of(pool)
 
 
-def resumed(groups, demo_config, folder, **changes):
+def resumed(groups, hosts, folder, **changes):
     """The third step, from the checkpoint."""
-    with running(demo_config, **changes) as pool:
-        pool.load(folder)
-        learn(pool, groups, 1)
-        return weights_of(pool)
+    pool = running(hosts, **changes)
+    pool.load(folder)
+    learn(pool, groups, 1)
+    return weights_of(pool)
 
 
 BOTH = [
@@ -205,10 +207,10 @@ BOTH = [
 
 
 @pytest.mark.parametrize("changes", BOTH)
-def test_a_resumed_learner_goes_on_bit_for_bit(ray_cluster, groups, demo_config, tmp_path, changes):
+def test_a_resumed_learner_goes_on_bit_for_bit(groups, hosts, tmp_path, changes):
     config = {"eps": 1e-6, "threads": 1, "schedule": "cosine", "objective": {"kl": 0.01}, **changes}
-    uninterrupted = saved(groups, demo_config, tmp_path, **config)
-    again = resumed(groups, demo_config, tmp_path, **config)
+    uninterrupted = saved(groups, hosts, tmp_path, **config)
+    again = resumed(groups, hosts, tmp_path, **config)
     assert all(torch.equal(again[name], tensor) for name, tensor in uninterrupted.items())
 
 
@@ -218,40 +220,38 @@ def test_a_resumed_learner_goes_on_bit_for_bit(ray_cluster, groups, demo_config,
     [((0, 2), (2, 1)), ((1, 2), (0, 1)), ((2, 2), (2, 1)), ((2, 2), (3, 2)), ((3, 2), (3, 1)), ((3, 2), (2, 2))],
     ids=str,
 )
-def test_other_ranks_and_stages_go_on(ray_cluster, groups, demo_config, tmp_path, plain, before, after):
+def test_other_ranks_and_stages_go_on(groups, hosts, tmp_path, plain, before, after):
     """before, after: (ZeRO stage, ranks)."""
-    saved(groups, demo_config, tmp_path, **STEADY, zero_stage=before[0], ranks=before[1])
-    weights = resumed(groups, demo_config, tmp_path, **STEADY, zero_stage=after[0], ranks=after[1])
+    saved(groups, hosts, tmp_path, **STEADY, zero_stage=before[0], ranks=before[1])
+    weights = resumed(groups, hosts, tmp_path, **STEADY, zero_stage=after[0], ranks=after[1])
     assert_moved_alike(weights, plain[1])
 
 
-def test_a_checkpoint_of_other_frozen_parts_is_refused(ray_cluster, groups, demo_config, tmp_path):
-    with running(demo_config, freeze=["vision_tower"]) as pool:
-        pool.save(tmp_path)
-        pool.saved(wait=True)
-        with running(demo_config) as other, pytest.raises(ValueError, match=r"visual.*trained here and not there"):
-            other.load(tmp_path)
+def test_a_checkpoint_of_other_frozen_parts_is_refused(groups, hosts, tmp_path):
+    pool = running(hosts, freeze=["vision_tower"])
+    pool.save(tmp_path)
+    pool.saved(wait=True)
+    other = running(hosts)
+    with pytest.raises(ValueError, match=r"visual.*trained here and not there"):
+        other.load(tmp_path)
 
 
 class SmallBuckets(LearnerRank):
     """Whose model makes several shards, as a large one does."""
 
-    def start(self, host, port, seconds):
-        import learner.checkpoint
-        import learner.zero
-
-        learner.zero.BUCKET_BYTES = learner.checkpoint.BUCKET_BYTES = 1 << 20  # type: ignore[attr-defined]
-        super().start(host, port, seconds)
+    def save(self, folder):
+        with patch("learner.zero.BUCKET_BYTES", 1 << 20), patch("learner.checkpoint.BUCKET_BYTES", 1 << 20):
+            super().save(folder)
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_shards_of_the_ranks_make_one_model(ray_cluster, groups, demo_config, tmp_path, ranks):
+def test_shards_of_the_ranks_make_one_model(groups, hosts, tmp_path, ranks):
     settings = {"ranks": ranks, "zero_stage": 3 if ranks > 1 else 2}
-    with running(demo_config, kind=SmallBuckets, **settings) as pool:
-        learn(pool, groups, 1)
-        pool.save(tmp_path)
-        files = pool.saved(wait=True)
-        weights = weights_of(pool)
+    pool = running(hosts, kind=SmallBuckets, **settings)
+    learn(pool, groups, 1)
+    pool.save(tmp_path)
+    files = pool.saved(wait=True)
+    weights = weights_of(pool)
     assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 3
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == set(files)
     loaded = dict(load_reasoner(tmp_path / "model").model.named_parameters())
@@ -266,16 +266,14 @@ def test_shards_of_the_ranks_make_one_model(ray_cluster, groups, demo_config, tm
         pytest.param({"zero_stage": 3, "ranks": 2}, id="zero-3-of-two", marks=pytest.mark.slow),
     ],
 )
-def test_adapters_learn_alone_and_come_out_merged_and_by_themselves(
-    ray_cluster, groups, demo_config, tmp_path, changes
-):
-    with running(demo_config, lr=1e-2, lora={"rank": 4, "alpha": 8}, **changes) as pool:
-        untouched = weights_of(pool)
-        first, _ = learn(pool, groups, 2)
-        pool.save(tmp_path)
-        pool.saved(wait=True)
-        merged = weights_of(pool)
-    assert first.engine_gap < 1e-5
+def test_adapters_learn_alone_and_come_out_merged_and_by_themselves(groups, hosts, tmp_path, changes):
+    pool = running(hosts, lr=1e-2, lora={"rank": 4, "alpha": 8}, **changes)
+    untouched = weights_of(pool)
+    first, _ = learn(pool, groups, 2)
+    pool.save(tmp_path)
+    pool.saved(wait=True)
+    merged = weights_of(pool)
+    assert first.engine_gap < 1e-4
     base = load_reasoner(TINY_REASONER)
     before = dict(base.model.named_parameters())
     assert all(torch.equal(untouched[name], tensor) for name, tensor in before.items())
@@ -285,11 +283,11 @@ def test_adapters_learn_alone_and_come_out_merged_and_by_themselves(
     assert all(torch.equal(saved_model[name], tensor) for name, tensor in merged.items())
     adapted = peft.PeftModel.from_pretrained(base.model, tmp_path / "adapter").merge_and_unload()
     for name, tensor in adapted.named_parameters():
-        assert (tensor - merged[name]).abs().max() < 1e-6, name
+        assert (tensor - merged[name]).abs().max() <= 1e-5 * tensor.abs().max(), name
 
 
-def test_an_adapter_is_resumed(ray_cluster, groups, demo_config, tmp_path):
+def test_an_adapter_is_resumed(groups, hosts, tmp_path):
     settings = {"lora": {"rank": 4, "alpha": 8}}
-    uninterrupted = saved(groups, demo_config, tmp_path, **settings)
-    again = resumed(groups, demo_config, tmp_path, **settings)
+    uninterrupted = saved(groups, hosts, tmp_path, **settings)
+    again = resumed(groups, hosts, tmp_path, **settings)
     assert all(torch.equal(again[name], tensor) for name, tensor in uninterrupted.items())

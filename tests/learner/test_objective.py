@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from learner.config import ObjectiveConfig
 from learner.objective import Tokens, Totals, advantages, aggregation_weights, token_losses
 
+pytestmark = pytest.mark.numeric
+
 finite = st.floats(-5, 5, width=32)
 near = st.floats(-2, 2, width=32)
 
@@ -142,9 +144,9 @@ def test_every_objective_is_its_papers(drawn, chosen):
         if any(abs(ratio - edge) < 1e-6 for ratio in ratios for edge in edges):
             return
     found, expected = objective_of(drawn, config), plain(drawn, config)
-    torch.testing.assert_close(found[0], expected[0], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=1e-5)
     for ours, theirs in zip(found[1], expected[1], strict=True):
-        torch.testing.assert_close(ours.double(), theirs.double(), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(ours.double(), theirs.double(), atol=1e-5, rtol=1e-5)
 
 
 @given(drawn=answers, kind=st.sampled_from(["token", "sequence", "constant"]))
@@ -207,9 +209,9 @@ def test_the_loss_and_its_gradient_are_trls(loss_type, aggregation, level):
     weights = aggregation_weights(counts, aggregation, Totals(tokens=sum(lengths), answers=5, longest=7))
     found = (token_losses(tokens, config).loss * weights).sum()
     found.backward()
-    torch.testing.assert_close(found, loss, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(found, loss, atol=1e-5, rtol=1e-5)
     assert theirs.grad is not None
-    torch.testing.assert_close(ours.grad, theirs.grad[mask], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(ours.grad, theirs.grad[mask], atol=1e-5, rtol=1e-5)
 
 
 def trl_loss(new, old, reference, worth, mask, *, loss_type, level):

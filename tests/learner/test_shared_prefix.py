@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -15,6 +15,8 @@ from learner.reasoner import EncodedPrompt, Reasoner, load_reasoner
 from learner.sft import reference_branches
 from learner.shared_prefix import Branches, TokenScores, branch_scores, micro_batches, pack_groups
 from umrg.sample import Sample, encode_png
+
+pytestmark = pytest.mark.numeric
 
 TINY = Path(__file__).parents[2] / "models" / "tiny-reasoner"
 
@@ -69,8 +71,8 @@ def a_group(reasoner: Reasoner, words: int, sides: tuple[int, int], lengths: Seq
 
 random_groups = st.lists(
     st.tuples(
-        st.integers(1, 40),
-        st.tuples(st.integers(56, 168), st.integers(56, 168)),
+        st.integers(1, 20),
+        st.tuples(st.integers(56, 112), st.integers(56, 112)),
         st.lists(st.integers(1, 24), min_size=1, max_size=5),
         st.integers(0, 1000),
     ),
@@ -81,13 +83,14 @@ random_groups = st.lists(
 
 @pytest.fixture(scope="module")
 def exact() -> Reasoner:
-    """In double precision, but for the norms. In float32 the order of sums alone is worth some 1e-5 of a gradient."""
+    """In double precision, but for the norms: what is equal shows here. In float32 the order of sums, which each
+    processor has its own of, is worth 1e-5 of a log-prob or a gradient."""
     loaded = load_reasoner(TINY, dtype=torch.float64)
     use_shared_prefix(loaded.model)
     return loaded
 
 
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20)
 @given(drawn=random_groups, room=st.integers(0, 60))
 def test_log_probs_and_gradients_are_those_of_single_sequences(reasoner, exact, drawn, room):
     """However large image, question, group and answers are, and however the groups are packed and split."""
@@ -99,10 +102,10 @@ def test_log_probs_and_gradients_are_those_of_single_sequences(reasoner, exact, 
     parts = [part for row in rows for part in row]
     assert sum(len(b) for part in parts for b in part.branches) == sum(len(b) for g in groups for b in g.branches)
     weights = torch.randn(sum(len(b) for p in parts for b in p.branches), generator=torch.Generator().manual_seed(0))
-    for model, gradient_tolerance in ((exact, 1e-5), (reasoner, 1e-4)):
+    for model, tolerance, gradient_tolerance in ((exact, 1e-10, 1e-5), (reasoner, 1e-4, 1e-4)):
         shared = torch.cat([scores(model, row).logprobs for row in rows])
         alone = torch.cat([logprobs_alone(model, part.prefix, branch) for part in parts for branch in part.branches])
-        torch.testing.assert_close(shared.float(), alone.float(), atol=1e-5, rtol=1e-6)
+        torch.testing.assert_close(shared, alone, atol=tolerance, rtol=0)
         packed, plain = (_gradients(model, values @ weights.to(values.dtype)) for values in (shared, alone))
         for name, gradient in plain.items():
             difference = (packed[name] - gradient).abs().max()
@@ -121,9 +124,9 @@ def test_logits_in_chunks_are_logits_at_once(reasoner, monkeypatch):
     gradients = _gradients(reasoner, whole.logprobs.sum() + whole.entropy.sum())
     monkeypatch.setattr("learner.shared_prefix.LOGITS_BYTES", 4 * 7 * reasoner.model.config.text_config.vocab_size)
     chunked = branch_scores(reasoner.model, pack_groups([group], reasoner.model), entropy_learns=True)
-    torch.testing.assert_close(chunked, whole, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(chunked, whole, atol=1e-5, rtol=1e-5)
     for name, gradient in _gradients(reasoner, chunked.logprobs.sum() + chunked.entropy.sum()).items():
-        assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7, name
+        assert (gradients[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
 
 
 def test_entropy_is_that_of_the_sampling_distribution(reasoner):
@@ -144,7 +147,7 @@ def test_the_block_mask_of_a_gpu_sees_what_the_two_attentions_see(branches):
     query, key, value = torch.randn(3, 1, 2, spans[-1].end, 16, generator=torch.Generator().manual_seed(0))
     found, _ = attend(None, query, key, value, None, shared_prefix=layout, scaling=0.25)
     expected = flex_attention(query, key, value, block_mask=layout.mask(torch.device("cpu")), scale=0.25)
-    torch.testing.assert_close(found.transpose(1, 2), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.transpose(1, 2), expected, atol=1e-4, rtol=0)
 
 
 def _gradients(reasoner: Reasoner, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -179,7 +182,7 @@ def test_queries_about_one_image_share_its_tokens(reasoner):
     with torch.no_grad():
         shared = scores(reasoner, [together]).logprobs
         single = scores(reasoner, apart).logprobs
-    torch.testing.assert_close(shared, single, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(shared, single, atol=1e-4, rtol=0)
 
 
 def test_temperature_scales_the_distribution(reasoner):

@@ -1,0 +1,49 @@
+"""What tests of the learner's ranks share: processes that are used again, and what ranks must agree in."""
+
+from functools import partial
+
+import torch
+
+from learner.reasoner import load_reasoner
+from tests.conftest import TINY_REASONER
+
+STEADY = {"lr": 0.1, "eps": 1.0, "threads": 1}
+"""What is the same however the work is divided is the gradient, up to its rounding. Adam as it is used divides each
+number's gradient by its own size, and so makes a step of the learning rate of what is nothing but rounding. With an eps
+far above every gradient a step is proportional to the gradient, and as exact."""
+
+
+def assert_moved_alike(weights, expected):
+    """Both went the same way from the tiny reasoner's weights: each tensor to a thousandth of its way. Beside that a
+    millionth of the whole model's way, for tensors whose gradient is little but rounding, and a few roundings of the
+    weights themselves, which a norm's gain of 1 hardly rises above."""
+    before = dict(load_reasoner(TINY_REASONER).model.named_parameters())
+    ways = {name: (tensor - before[name]).norm() for name, tensor in expected.items()}
+    whole = torch.stack(list(ways.values())).norm()
+    for name, way in ways.items():
+        off = (weights[name] - expected[name]).norm()
+        assert off <= 1e-3 * way + 1e-6 * whole + 5e-7 * before[name].norm(), name
+
+
+class Host:
+    """A process that holds one rank after another. It imports torch and DeepSpeed once, and keeps its place among the
+    ranks, which DeepSpeed takes as it finds it."""
+
+    def become(self, kind, *args, **kwargs):
+        self.rank = kind(*args, **kwargs)
+
+    def call(self, method, *args, **kwargs):
+        return getattr(self.rank, method)(*args, **kwargs)
+
+
+class Seat:
+    """A host's rank, called as the actor that it would be in a run."""
+
+    def __init__(self, host):
+        self._host = host
+
+    def __getattr__(self, method):
+        class Call:
+            remote = partial(self._host.call.remote, method)
+
+        return Call
