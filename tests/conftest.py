@@ -62,3 +62,24 @@ def workers(ray_cluster, demo_config):
 
     with started(demo_config()) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def hosts(ray_cluster):
+    """The hosts of so many ranks, made when they are first asked for."""
+    import ray
+
+    from tests.ranks import Host
+
+    environment = {"env_vars": {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}}
+    made: dict[int, list] = {}
+
+    def of(ranks):
+        if ranks not in made:
+            made[ranks] = [ray.remote(Host).options(num_cpus=0, runtime_env=environment).remote() for _ in range(ranks)]
+        return made[ranks]
+
+    yield of
+    for ranks in made.values():
+        for host in ranks:
+            ray.kill(host)

@@ -1,11 +1,19 @@
 """What tests of the learner's ranks share: processes that are used again, and what ranks must agree in."""
 
 from functools import partial
+from pathlib import Path
 
+import ray
 import torch
 
+from actors.config import DeadlineConfig
+from actors.learner_rank import LearnerRank
+from actors.pools import LearnerPool, gather
+from learner.config import LearnerConfig
 from learner.reasoner import load_reasoner
-from tests.conftest import TINY_REASONER
+from umrg.prompts import PromptSpec
+
+TINY_REASONER = Path(__file__).parents[1] / "models" / "tiny-reasoner"
 
 STEADY = {"lr": 0.1, "eps": 1.0, "threads": 1}
 """What is the same however the work is divided is the gradient, up to its rounding. Adam as it is used divides each
@@ -47,3 +55,28 @@ class Seat:
             remote = partial(self._host.call.remote, method)
 
         return Call
+
+
+def running(hosts, *, steps=3, kind=LearnerRank, **changes):
+    """Started ranks, in the place of those that ran before; `steps` are those of the whole run."""
+    config = LearnerConfig.model_validate({"lr": 1e-4, "micro_batch_tokens": 1000, "threads": 1, **changes})
+    ranks = hosts(config.ranks)
+    ray.get(
+        [
+            host.become.remote(
+                kind,
+                TINY_REASONER,
+                config,
+                rank=rank,
+                updates=steps,
+                longest=128,
+                temperature=1.0,
+                seed=0,
+                spec=PromptSpec.of_model(TINY_REASONER),
+            )
+            for rank, host in enumerate(ranks)
+        ]
+    )
+    pool = LearnerPool({f"learner {rank}": Seat(host) for rank, host in enumerate(ranks)}, DeadlineConfig())
+    gather(pool.starting(), seconds=300, doing="starting")
+    return pool

@@ -8,22 +8,18 @@ import pytest
 import ray
 import torch
 
-from actors.config import DeadlineConfig
 from actors.learner_rank import LearnerRank
-from actors.pools import LearnerPool, gather
 from actors.weight_files import unpack
 from learner.attention import use_shared_prefix
-from learner.config import LearnerConfig
 from learner.reasoner import load_reasoner
 from learner.shared_prefix import Branches, branch_scores, pack_groups
 from tests.conftest import TINY_REASONER
-from tests.ranks import STEADY, Host, Seat, assert_moved_alike
+from tests.ranks import STEADY, assert_moved_alike, running
 from umrg.answers import format_answer
 from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
 from umrg.group import Completion, Group, GroupSamples
 from umrg.phantoms import rows
-from umrg.prompts import PromptSpec
 
 pytestmark = pytest.mark.numeric
 
@@ -64,48 +60,6 @@ def answered(reasoner, group, rng):
         completions=completions,
     )
     return group, samples
-
-
-@pytest.fixture(scope="module")
-def hosts(ray_cluster):
-    """The hosts of so many ranks, made when they are first asked for."""
-    environment = {"env_vars": {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}}
-    made: dict[int, list] = {}
-
-    def of(ranks):
-        if ranks not in made:
-            made[ranks] = [ray.remote(Host).options(num_cpus=0, runtime_env=environment).remote() for _ in range(ranks)]
-        return made[ranks]
-
-    yield of
-    for ranks in made.values():
-        for host in ranks:
-            ray.kill(host)
-
-
-def running(hosts, *, steps=3, kind=LearnerRank, **changes):
-    """Started ranks, in the place of those that ran before; `steps` are those of the whole run."""
-    config = LearnerConfig.model_validate({"lr": 1e-4, "micro_batch_tokens": 1000, "threads": 1, **changes})
-    ranks = hosts(config.ranks)
-    ray.get(
-        [
-            host.become.remote(
-                kind,
-                TINY_REASONER,
-                config,
-                rank=rank,
-                updates=steps,
-                longest=128,
-                temperature=1.0,
-                seed=0,
-                spec=PromptSpec.of_model(TINY_REASONER),
-            )
-            for rank, host in enumerate(ranks)
-        ]
-    )
-    pool = LearnerPool({f"learner {rank}": Seat(host) for rank, host in enumerate(ranks)}, DeadlineConfig())
-    gather(pool.starting(), seconds=300, doing="starting")
-    return pool
 
 
 def learn(pool, groups, steps):

@@ -27,6 +27,7 @@ from cluster.workers import started
 from learner.reasoner import load_prompter, load_reasoner
 from rewards.case import Case
 from tests.conftest import ROOT, TINY_REASONER
+from tests.ranks import running
 from umrg.config import model_folder
 from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
@@ -66,7 +67,9 @@ def test_a_rollout_is_the_same_whichever_actor_draws_it_and_however_it_is_batche
     draw = Draw(n=4, temperature=1.0, max_tokens=96, run_seed=7)
     together = gain(workers, groups, draw, Clock())
     (alone,) = gain(workers, groups[3:4], draw, Clock())
-    assert alone.samples == together[3].samples
+    for one, another in zip(alone.samples.completions, together[3].samples.completions, strict=True):
+        assert one.token_ids == another.token_ids
+        assert one.logprobs == pytest.approx(another.logprobs, abs=1e-3)
     texts = {completion.text for completion in together[0].samples.completions}
     assert len(texts) > 1, "four answers at temperature 1 should differ"
 
@@ -123,26 +126,30 @@ def test_answers_are_scored_by_form_geometry_and_mask(workers, samples):
         assert len(completion.logprobs) == len(completion.token_ids)
 
 
-def test_the_learners_log_probs_are_the_engines_after_updates(ray_cluster, demo_config, samples):
-    """After two real updates, every token of a new group, to 1e-4."""
-    with started(demo_config("learner.lr=3e-4", "learner.warmup=0")) as own:
-        canary = Canary(samples[0], demo_config())
-        assert canary.check(own) < 1e-5
+@pytest.mark.numeric
+def test_the_learners_log_probs_are_the_engines_after_updates(workers, hosts, demo_config, samples):
+    """After two real updates, every token of a new group, to 1e-3."""
+    own = replace(workers, learner=running(hosts, steps=2, lr=3e-4, freeze=["vision_tower", "merger"]))
+    canary = Canary(samples[0], demo_config())
+    try:
+        assert canary.check(own) < 1e-4
         for step in range(2):
             groups = [Group(run="t", step=step, index=i, sample=sample) for i, sample in enumerate(samples[:3])]
             taken = gain(own, groups, Draw(n=4, temperature=1.0, max_tokens=96, run_seed=7), Clock())
             report = own.learner.update(
                 [each.ref for each in taken], [each.samples for each in taken], [each.rewards for each in taken]
             )
-            assert report.engine_gap < 1e-5
+            assert report.engine_gap < 1e-4
             broadcast(own, version=step + 1)
-            assert canary.check(own) < 1e-5
+            assert canary.check(own) < 1e-4
         group = Group(run="t", step=2, index=0, sample=samples[4])
         (new,) = gain(own, [group], Draw(n=3, temperature=1.0, max_tokens=96, run_seed=8), Clock())
         for completion in new.samples.completions:
             assert completion.policy_version == 2
             expected = own.learner.logprobs(group.sample, completion.token_ids)
-            assert np.abs(np.subtract(completion.logprobs, expected)).max() < 1e-4
+            assert np.abs(np.subtract(completion.logprobs, expected)).max() < 1e-3
+    finally:
+        broadcast(workers, version=0)
 
 
 def test_without_the_cache_reset_the_canary_stops_the_run(ray_cluster, demo_config, tmp_path):
@@ -188,11 +195,25 @@ def test_the_final_model_gives_the_evaluated_answers_again(finished):
     """In transformers; the vLLM that evaluated it had the learner's weights, not the folder's."""
     run, _ = finished
     reasoner = load_reasoner(run.model)
-    rows = list(Dataset.open(run.path / "data" / "eval.parquet"))
     evaluated = {record["sample_id"]: record for record in read_records(run.samples / "after-greedy.parquet")}
-    prompts = [reasoner.encode(row.query, reasoner.encode_image(row.image())) for row in rows]
-    for row, text in zip(rows, reasoner.generate(prompts, max_tokens=128), strict=True):
-        assert text == evaluated[row.id]["completion"]
+    for row in Dataset.open(run.path / "data" / "eval.parquet"):
+        prompt = reasoner.encode(row.query, reasoner.encode_image(row.image()))
+        answer = reasoner.completion_ids(evaluated[row.id]["completion"])
+        assert shortfall(reasoner, prompt, answer) < 1e-3
+
+
+@torch.no_grad()
+def shortfall(reasoner, prompt, answer):
+    """How many nats each token of an answer is at most behind the likeliest one: 0 for the greedy answer, and hardly
+    more where rounding decided between two."""
+    ids = torch.cat([prompt.token_ids, answer])[None]
+    logits = reasoner.model(
+        input_ids=ids,
+        mm_token_type_ids=(ids == reasoner.image_token_id).int(),
+        pixel_values=prompt.image.pixel_values,
+        image_grid_thw=prompt.image.grid_thw,
+    ).logits[0, len(prompt.token_ids) - 1 : -1]
+    return (logits.max(1).values - logits.gather(1, answer[:, None])[:, 0]).max()
 
 
 def test_the_final_model_answers_alike_in_vllm(finished, ray_cluster, demo_config):
@@ -279,9 +300,13 @@ def test_groups_that_teach_nothing_are_replaced(ray_cluster, demo_config, tmp_pa
 
 
 def test_a_run_goes_on_from_its_checkpoint(finished, ray_cluster):
+    """On fewer actors than it began with."""
     run, config = finished
-    longer = config.model_copy(update={"steps": 4, "resume": "auto"})
-    train(longer)
+    fewer = {
+        role: getattr(config, role).model_copy(update={key: 1})
+        for role, key in (("rollout", "actors"), ("segmenter", "actors"), ("learner", "ranks"))
+    }
+    train(config.model_copy(update={"steps": 4, "resume": "auto", **fewer}))
     metrics = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics] == [1, 2, 3, 4]
 
