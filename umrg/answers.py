@@ -6,8 +6,8 @@ Reading is total: any text whatever gives an `Answer`, whose `form` says how far
 
 - `parse_answer` takes the answer block after the thoughts. Thoughts begin at the first `<think>`, or with the text
   where a `</think>` comes before it. They end at the last `</think>` that a whole answer block follows: a draft within
-  them does not count, however many tags they quote. The first block after them is the answer. Where none follows, one
-  that stands before them is; thoughts that never end hold none.
+  them does not count, however many tags they quote. The first block after them is the answer, unless thoughts are
+  opened again before it. Where none follows, one that stands before them is; thoughts that never end hold none.
 - `parse_published` takes the first think block and the first answer block, wherever they stand, as the published reward
   does.
 
@@ -107,10 +107,10 @@ def split_completion(completion: str) -> tuple[str | None, str | None]:
     end = completion.rfind("</think>", 0, max(0, _last_block(completion)))
     if end >= 0:
         _, opening, think = completion[:end].partition("<think>")
-        return think if opening else None, _block(completion[end:], "answer")
+        return think if opening else None, _first_answer(completion[end:])
     before, _, rest = completion.partition("<think>")
     think, closing, _ = rest.rpartition("</think>")
-    return think if closing else None, None if "</think>" in before else _block(before, "answer")
+    return think if closing else None, None if "</think>" in before else _first_answer(completion)
 
 
 def parse_published(completion: str) -> Answer:
@@ -140,6 +140,11 @@ def _answer(completion: str, think: str | None, block: str | None) -> Answer:
         strict=_strict(completion),
         text=completion,
     )
+
+
+def _first_answer(text: str) -> str | None:
+    """The first answer block; None where thoughts begin before it."""
+    return None if "<think>" in text.partition("<answer>")[0] else _block(text, "answer")
 
 
 def _last_block(completion: str) -> int:
