@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from learner.reasoner import Reasoner, load_prompter, load_reasoner
+from learner.sft import reference_branches
 from umrg.answers import TAGS, parse_answer
 from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
@@ -90,15 +91,28 @@ def test_what_the_template_writes_of_an_answer_is_its_opening(tmp_path, opening,
     assert prompter.completion_text([*prompter.processor.tokenizer("so")["input_ids"]]) == f"{opening}so"
 
 
-def test_a_folder_whose_template_opens_the_thoughts_answers_as_the_plain_one(reasoner, tmp_path):
-    opened = load_reasoner(_with_opening(tmp_path, "<think>"))
+@pytest.fixture
+def sample(tmp_path):
     write_rows(tmp_path / "phantom.parquet", rows(1, seed=6, modalities=["CT"]))
-    sample = Dataset.open(tmp_path / "phantom.parquet")[0]
+    return Dataset.open(tmp_path / "phantom.parquet")[0]
+
+
+def test_a_folder_whose_template_opens_the_thoughts_answers_as_the_plain_one(reasoner, sample, tmp_path):
+    opened = load_reasoner(_with_opening(tmp_path, "<think>"))
     texts = [
         each.generate([each.encode(sample.query, each.encode_image(sample.image()))], max_tokens=160)[0]
         for each in (reasoner, opened)
     ]
     assert texts[0] == texts[1] and parse_answer(texts[0]).well_formed()
+
+
+def test_a_folder_whose_template_opens_the_thoughts_learns_as_the_plain_one(reasoner, sample, tmp_path):
+    opened = load_reasoner(_with_opening(tmp_path, "<think>"))
+    plain, found = (reference_branches(each, [sample]) for each in (reasoner, opened))
+    assert torch.equal(
+        torch.cat([plain.prefix.token_ids, *plain.branches]), torch.cat([found.prefix.token_ids, *found.branches])
+    )
+    assert len(found.scored[0]) == len(plain.scored[0]) - 1, "the tag stands in the prompt, and is not learnt"
 
 
 def test_what_is_left_to_write_does_not_repeat_the_opening(reasoner, tmp_path):
