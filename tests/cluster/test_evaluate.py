@@ -166,7 +166,9 @@ def endpoint(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_an_endpoint_with_a_reasoning_parser_gives_the_direct_engines_figures(endpoint, whole, data, tmp_path, ray_cluster):
+def test_an_endpoint_with_a_reasoning_parser_gives_the_direct_engines_figures(
+    endpoint, whole, data, tmp_path, ray_cluster
+):
     asked = ("model=null", "frame=model", "prompt=compact", f"endpoint={{url: '{endpoint}', model: tiny}}")
     config = configured(data, tmp_path, "endpoint", *asked, "n=0")
     run = run_evaluation(config)
