@@ -12,6 +12,9 @@ from umrg.group import Completion, Group, GroupSamples
 from umrg.prompts import PromptSpec, prompt_text
 from umrg.sample import media_type
 
+_THOUGHTS = ("reasoning", "reasoning_content")
+"""Where servers with a reasoning parser put the thoughts: vLLM now, vLLM before and others."""
+
 
 class EndpointFailed(RuntimeError):
     """The endpoint gave no answer, after all retries."""
@@ -68,7 +71,7 @@ class Endpoint:
             frames=Frames(original=size, model=self._resize.model_size(size)),
             completions=tuple(
                 Completion(
-                    text=choice.message.content or "",
+                    text=whole_text(choice.message),
                     token_ids=(),
                     logprobs=(),
                     policy_version=0,
@@ -89,3 +92,15 @@ class Endpoint:
             {"type": "text", "text": prompt_text(sample.query, self._spec)},
         ]
         return [{"role": "user", "content": content}]
+
+
+def whole_text(message: Any) -> str:
+    """A reply as the model wrote it, with what the server took apart or its chat template wrote put back: the thoughts,
+    which a reasoning parser hands over in a field of their own, and the opening tag of thoughts that are closed without
+    one. Thoughts without an answer behind them were cut off, and stay open."""
+    content = message.content or ""
+    thoughts = next((text for name in _THOUGHTS if isinstance(text := getattr(message, name, None), str) and text), "")
+    if thoughts and not content.lstrip().startswith("<think>"):
+        return f"<think>{thoughts}</think>{content}" if content else f"<think>{thoughts}"
+    before, closing, _ = content.partition("</think>")
+    return f"<think>{content}" if closing and "<think>" not in before else content

@@ -148,7 +148,7 @@ class Engine:
     def _completion(self, output: Any) -> Completion:
         versions = [int(span.version) for span in output.weight_versions or ()]
         return Completion(
-            text=self.prompter.processor.tokenizer.decode(output.token_ids, skip_special_tokens=True),
+            text=self.prompter.completion_text(output.token_ids),
             token_ids=tuple(output.token_ids),
             logprobs=tuple(output.logprobs.logprobs),
             # One that saw an update belongs to the oldest weights it was sampled with.

@@ -1,6 +1,7 @@
 """The segmenter actor: a frozen expert that turns answers into masks, and masks into rewards."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,8 @@ from rewards.case import Reference
 from rewards.mask import promptable
 from rewards.scored import ScoredAnswer
 from rewards.scoring import Scorer
-from umrg.answers import Answer, parse_answer
+from umrg.answers import Answer
+from umrg.foreign_answers import parse_lenient
 from umrg.frames import Box, Frame, PointPair
 from umrg.group import Completion, Group, GroupSamples
 from umrg.masks import encode_rle
@@ -27,12 +29,23 @@ class Segmenter:
     """Scores groups: the image is embedded once, all usable answers are decoded in one batch. `start` must have
     returned before anything else is called.
 
-    frame: the frame that the reasoner answers in. think: whether an answer must reason to be well formed.
+    frame: the frame that the reasoner answers in. think: whether an answer must reason to be well formed. lenient:
+    whether foreign forms of answers are taken too, where otherwise they are read as the scorer reads them.
     """
 
-    def __init__(self, expert: str, config: SegmenterConfig, scorer: Scorer, *, frame: Frame, think: bool) -> None:
+    def __init__(
+        self,
+        expert: str,
+        config: SegmenterConfig,
+        scorer: Scorer,
+        *,
+        frame: Frame,
+        think: bool,
+        lenient: bool = False,
+    ) -> None:
         self._name, self._config = expert, config
         self._scorer, self._frame, self._think = scorer, frame, think
+        self._read = partial(parse_lenient, frame=frame) if lenient else scorer.read
         self._loaded: Expert | None = None
 
     def start(self) -> str:
@@ -48,7 +61,7 @@ class Segmenter:
     def score(self, group: Group, samples: GroupSamples, *, thorough: bool = False) -> tuple[ScoredAnswer, ...]:
         """Masks, metrics and rewards of a group's answers; with `thorough`, the metrics of `THOROUGH` too. Raises
         ValueError where the reference cannot be read."""
-        parsed = (parse_answer(completion.text) for completion in samples.completions)
+        parsed = (self._read(completion.text) for completion in samples.completions)
         answers = [answer.to_original(samples.frames, self._frame) for answer in parsed]
         reference = Reference.of_sample(group.sample, with_mask=True)
         embedding = self._expert.embed(group.sample.image())

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from rewards.case import Reference
 from rewards.scoring import Scorer
-from umrg.answers import format_answer, parse_answer
+from umrg.answers import format_answer
 from umrg.frames import Box, PointPair, Size
 from umrg.metrics import mask_dice
 
@@ -140,10 +140,10 @@ def seconds(work: Callable[[], object]) -> float:
 def compare_rewards(count: int) -> tuple[float, float]:
     """Completions a second: ours and the plain loop's, which agree."""
     given, scorer = cases(count), Scorer.of_preset("hard")
-    ours = [scorer.score(parse_answer(text), reference).total for text, reference in given]
+    ours = [scorer.score(scorer.read(text), reference).total for text, reference in given]
     plain = [plain_reward(text, reference) for text, reference in given]
     assert np.allclose(ours, plain, atol=1e-3), "the plain loop computes another reward"
-    fast = seconds(lambda: [scorer.score(parse_answer(text), reference).total for text, reference in given])
+    fast = seconds(lambda: [scorer.score(scorer.read(text), reference).total for text, reference in given])
     slow = seconds(lambda: [plain_reward(text, reference) for text, reference in given])
     return count / fast, count / slow
 

@@ -1,6 +1,6 @@
 """Two evaluations compared: `medreasoner compare RUN_A RUN_B`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -26,11 +26,14 @@ def compare(first: Path, second: Path, out: Path | None = None) -> Path:
         raise ValueError(f"{first} and {second} have no row in common; compare evaluations of the same data")
     before, after = ({row: [records[row]] for row in shared} for records in answers)
     differences = compare_records(before, after, GREEDY)
-    Console().print(_table((first.name, second.name), differences, len(shared)))
+    console, names = Console(), (first.name, second.name)
+    console.print(_table(names, differences, len(shared)))
+    if note := _lenience(names, (before, after)):
+        console.print(note)
     config = EvaluateConfig.model_validate(yaml.safe_load((second / "config.yaml").read_text()))
     rows = [sample for sample in open_held_out(config, RunFolder(second)) if sample.id in before]
     path = out or second / "report" / f"compared-with-{first.name}.html"
-    return write_comparison_report(path, (first.name, second.name), differences, rows, answers)
+    return write_comparison_report(path, names, differences, rows, answers, note=note)
 
 
 def greedy_answers(run: Path) -> dict[str, Record]:
@@ -39,6 +42,13 @@ def greedy_answers(run: Path) -> dict[str, Record]:
         row: next(record for record in records if record["kind"] == "greedy")
         for row, records in read_results(run / "results.jsonl").items()
     }
+
+
+def _lenience(names: tuple[str, str], answers: Sequence[Mapping[str, Sequence[Record]]]) -> str:
+    """What of the figures hangs on lenient reading; "" where nothing does."""
+    counts = [sum(record.get("read") == "lenient" for (record,) in records.values()) for records in answers]
+    parts = [f"{count} of {name}" for count, name in zip(counts, names, strict=True) if count]
+    return f"Answers that were read leniently: {', '.join(parts)}." if parts else ""
 
 
 def _table(names: tuple[str, str], differences: Mapping[str, Mapping[str, float]], count: int) -> Table:

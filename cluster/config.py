@@ -162,7 +162,8 @@ class EvaluateConfig(ReasonerConfig):
 
     name: of the run; its folder is `runs/<name>`. endpoint: asked in the model's place; `frame` must then say what its
     coordinates are. expert: name or folder of the segmenter. n: answers sampled a row at `temperature`, besides the
-    greedy one. limit: so many rows at most. batch: rows between two writes of results. gallery: rows in the report.
+    greedy one. answers: `lenient` also takes forms that a foreign model answers in (`umrg.foreign_answers`), and counts
+    them apart. limit: so many rows at most. batch: rows between two writes of results. gallery: rows in the report.
     """
 
     name: str = Field(pattern=r"^[\w.-]+$")
@@ -172,6 +173,7 @@ class EvaluateConfig(ReasonerConfig):
     data: EvaluationDataConfig
     n: NonNegativeInt = 0
     temperature: PositiveFloat = 1.0
+    answers: Literal["strict", "lenient"] = "strict"
     limit: PositiveInt | None = None
     batch: PositiveInt = 32
     gallery: PositiveInt = 500

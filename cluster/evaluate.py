@@ -17,7 +17,7 @@ from cluster.cli_frame import run_command
 from cluster.config import EvaluateConfig, load_config
 from cluster.data import open_held_out
 from cluster.evaluation import evaluate, questions
-from cluster.figures import Seen, comma_separated, markdown, row_figures, summarise
+from cluster.figures import Seen, as_malformed, comma_separated, markdown, row_figures, summarise
 from cluster.records import as_results
 from cluster.report import write_evaluation_report
 from cluster.results import Results
@@ -68,12 +68,27 @@ def write_figures(run: RunFolder, rows: Sequence[Sample], seen: Seen, results: R
     greedy = {row.id: next(r for r in results.rows[row.id] if r["kind"] == "greedy") for row in rows}
     failures = {row: record["failure"] for row, record in greedy.items() if record["failure"]}
     metrics = {"settings": settings(config), **summarise(figures, strata, failures)}
+    if config.answers == "lenient":
+        metrics["lenient"] = lenient_figures(rows, results, strata)
     for name, text in (("table.md", markdown(metrics)), ("table.csv", comma_separated(metrics))):
         with written_aside(run.path / name) as aside:
             aside.write_text(text)
     write_evaluation_report(run, metrics, rows, greedy, figures, limit=config.gallery)
     # Last: it says that the evaluation is finished.
     run.write_json("metrics.json", metrics)
+
+
+def lenient_figures(
+    rows: Sequence[Sample], results: Results, strata: Mapping[str, Mapping[str, str]]
+) -> dict[str, Any]:
+    """How many greedy and sampled answers were read leniently, and the figures that leave them malformed."""
+    found = [record["kind"] for row in rows for record in results.rows[row.id] if record.get("read") == "lenient"]
+    summary = summarise({row.id: row_figures(as_malformed(results.rows[row.id]), row) for row in rows}, strata, {})
+    return {
+        "greedy": found.count("greedy"),
+        "sampled": found.count("sampled"),
+        "as_malformed": {"overall": summary["overall"], "by": summary["by"]},
+    }
 
 
 def settings(config: EvaluateConfig) -> dict[str, Any]:
@@ -86,6 +101,7 @@ def settings(config: EvaluateConfig) -> dict[str, Any]:
         "prompt": spec.style.value,
         "think": spec.think,
         "frame": spec.frame.value,
+        "answers": config.answers,
         "n": config.n,
         "temperature": config.temperature,
         "max_tokens": config.rollout.max_tokens,

@@ -64,6 +64,16 @@ def row_figures(records: Sequence[Record], sample: Sample) -> dict[str, float]:
     return found
 
 
+def as_malformed(records: Sequence[Record]) -> list[Record]:
+    """The same answers, with those that were read leniently counted as malformed, as a strict reading has them."""
+    return [_malformed(record) if record.get("read") == "lenient" else record for record in records]
+
+
+def _malformed(record: Record) -> Record:
+    metrics = {name: value if name == "oracle_dice" else 0.0 for name, value in record["metrics"].items()}
+    return {**record, "failure": "read leniently", "metrics": metrics}
+
+
 def consensus(sampled: Sequence[Record], sample: Sample) -> dict[str, float]:
     """Dice and box IoU of what most of k answers agree on, pixel by pixel: the pixels that more than half of their
     masks hold, and the tight box of the pixels that more than half of their boxes hold. A malformed answer votes for
@@ -159,7 +169,15 @@ def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 def markdown(metrics: Mapping[str, Any]) -> str:
     """The table in the published layout: all rows first, then each super-category; figures in percent. Further strata
-    follow, with the same columns."""
+    follow, with the same columns. Where answers were read leniently, a second table counts them as malformed."""
+    if "lenient" not in metrics:
+        return _markdown_table(metrics)
+    lenient, count = metrics["lenient"], metrics["overall"]["n"]
+    said = f"{lenient['greedy']} of {count} greedy answers were read leniently. Counted as malformed:"
+    return f"{_markdown_table(metrics)}\n{said}\n\n{_markdown_table(lenient['as_malformed'])}"
+
+
+def _markdown_table(metrics: Mapping[str, Any]) -> str:
     overall = metrics["overall"]
     figures = [name for name in TITLES if name in overall]
     lines = [
@@ -183,13 +201,21 @@ def _line(title: str, part: Mapping[str, Any], figures: Sequence[str], *, interv
 
 
 def comma_separated(metrics: Mapping[str, Any]) -> str:
-    """One line a stratum and figure: kind, stratum, n, figure, mean, low, high."""
+    """One line a stratum and figure: kind, stratum, n, figure, mean, low, high. Where answers were read leniently, the
+    kind also says which lines count them as malformed."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["kind", "stratum", "n", "figure", "mean", "low", "high"])
-    parts = [("overall", "all", metrics["overall"])]
-    parts += [(kind, name, part) for kind, found in metrics["by"].items() for name, part in found.items()]
+    parts = _parts(metrics)
+    if "lenient" in metrics:
+        strict = _parts(metrics["lenient"]["as_malformed"])
+        parts += [(f"{kind}, lenient as malformed", name, part) for kind, name, part in strict]
     for kind, stratum, part in parts:
         for name in (name for name in TITLES if name in part):
             writer.writerow([kind, stratum, part["n"], name, *(part[name][end] for end in ("mean", "low", "high"))])
     return buffer.getvalue()
+
+
+def _parts(metrics: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
+    strata = [(kind, name, part) for kind, found in metrics["by"].items() for name, part in found.items()]
+    return [("overall", "all", metrics["overall"]), *strata]

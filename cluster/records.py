@@ -29,6 +29,7 @@ def records(experience: Iterable[Experience]) -> Iterator[dict[str, Any]]:
                 "tokens": len(completion.token_ids) or None,
                 "finished": completion.finished,
                 "policy_version": completion.policy_version,
+                "read": "lenient" if scored.answer.lenient else "strict",
                 "reasoning": scored.answer.think,
                 "box": list(scored.answer.box) if scored.answer.box else None,
                 "points": [list(point) for point in scored.answer.points] if scored.answer.points else None,

@@ -162,7 +162,8 @@ def _make(bundle: Bundle, seat: Seat, config: Job | SftConfig, run: Path | None)
     if bundle.role == "segmenter":
         scorer = config.reward.scorer(think=spec.think) if isinstance(config, TrainConfig) else Scorer.of_preset("mask")
         arguments: Any = (located(config.expert), config.segmenter.located(), scorer)
-        return _actor(Segmenter, seat).remote(*arguments, frame=spec.frame, think=spec.think)
+        lenient = isinstance(config, EvaluateConfig) and config.answers == "lenient"
+        return _actor(Segmenter, seat).remote(*arguments, frame=spec.frame, think=spec.think, lenient=lenient)
     if isinstance(config, EvaluateConfig) and config.endpoint is not None:
         return _actor(Endpoint, seat).remote(config.endpoint, spec, key=config.endpoint.key())
     assert config.model is not None

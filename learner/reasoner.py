@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,6 +18,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.core_model_loading import revert_weight_conversion
 
+from umrg.answers import TAGS
 from umrg.frames import Frames, ResizeRule, Size
 from umrg.prompts import PromptSpec, prompt_messages
 
@@ -79,6 +81,17 @@ class Prompter:
         messages = prompt_messages(query, self.prompt)
         return str(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
+    @cached_property
+    def opening(self) -> str:
+        """What the chat template itself writes of every answer: `<think>`, perhaps with its closing tag, and the white
+        space after it; "" where it leaves that to the model."""
+        question = "What?"
+        messages = [{"role": "user", "content": [{"type": "text", "text": question}]}]
+        text = str(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        # Only behind the question: the instructions, and a system's prompt, may speak of the tags.
+        _, opening, rest = text.rpartition(question)[2].partition("<think>")
+        return opening + rest
+
     def frames(self, original: Size) -> Frames:
         """The coordinate frames of an image of this size."""
         return Frames(original=original, model=self.resize.model_size(original))
@@ -119,9 +132,30 @@ class Prompter:
         return len(ids) - 1 + self.image_tokens(original)
 
     def completion_ids(self, text: str) -> torch.Tensor:
-        """Token ids [L] of a completion, its end token included."""
-        ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        """Token ids [L] of what a model has to write of a completion, `opening` left out and its end token included.
+        Raises ValueError where the completion cannot begin as the chat template does."""
+        ids = self.processor.tokenizer(self._continuation(text), add_special_tokens=False)["input_ids"]
         return torch.tensor([*ids, self.end_token_id])
+
+    def completion_text(self, token_ids: Sequence[int]) -> str:
+        """The completion that a model wrote, from its token ids: `opening` before it, special tokens left out. The tags
+        of thoughts and answer stay, though some tokenizers call them special."""
+        kept = [token for token in token_ids if token not in self._left_out]
+        return self.opening + str(self.processor.tokenizer.decode(kept))
+
+    @cached_property
+    def _left_out(self) -> frozenset[int]:
+        tokenizer = self.processor.tokenizer
+        special = (token for token, added in tokenizer.added_tokens_decoder.items() if added.special)
+        tags = tokenizer.convert_tokens_to_ids([tag for tag in TAGS if tag in tokenizer.get_vocab()])
+        return frozenset({*special, *tokenizer.all_special_ids} - {*tags})
+
+    def _continuation(self, text: str) -> str:
+        opened, closed, thinks = bool(self.opening), "</think>" in self.opening, text.startswith("<think>")
+        if opened and thinks == closed:
+            what, remedy = ("closes an empty", "think=false") if closed else ("opens", "think=true")
+            raise ValueError(f"the chat template {what} <think> itself; set {remedy}, or use another chat template")
+        return text.removeprefix("<think>") if opened else text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +166,7 @@ class Reasoner(Prompter):
 
     @torch.inference_mode()
     def generate(self, prompts: list[EncodedPrompt], *, max_tokens: int = 512) -> list[str]:
-        """Greedy completions, one a prompt, without special tokens."""
+        """Greedy completions, one a prompt, as `completion_text` gives them."""
         width = max(len(prompt.token_ids) for prompt in prompts)
         ids = torch.full((len(prompts), width), self.processor.tokenizer.pad_token_id)
         for row, prompt in zip(ids, prompts, strict=True):
@@ -148,8 +182,7 @@ class Reasoner(Prompter):
             do_sample=False,
             repetition_penalty=1.0,  # folders of Qwen's bring another, which neither rollout nor service knows
         )
-        texts: list[str] = self.processor.batch_decode(output[:, width:], skip_special_tokens=True)
-        return texts
+        return [self.completion_text(ids) for ids in output[:, width:].tolist()]
 
     def save(self, folder: Path) -> None:
         """Write an ordinary Hugging Face folder, with the prompt spec beside it."""

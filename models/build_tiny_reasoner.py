@@ -24,7 +24,7 @@ from transformers import (
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from learner.reasoner import Reasoner, prompter_of, with_model
-from umrg.answers import format_answer
+from umrg.answers import TAGS, format_answer
 from umrg.phantoms import rows
 from umrg.prompts import PromptSpec, PromptStyle, prompt_text
 
@@ -46,7 +46,6 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-BLOCK_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -79,7 +78,7 @@ def build_tokenizer(seed: int) -> Qwen2Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    added = len(SPECIAL_TOKENS) + len(BLOCK_TAGS)
+    added = len(SPECIAL_TOKENS) + len(TAGS)
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - added,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -96,7 +95,7 @@ def build_tokenizer(seed: int) -> Qwen2Tokenizer:
         model_max_length=32768,
     )
     qwen.add_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS], special_tokens=True)
-    qwen.add_tokens([AddedToken(tag, special=False) for tag in BLOCK_TAGS])
+    qwen.add_tokens([AddedToken(tag, special=False) for tag in TAGS])
     assert len(qwen) <= VOCABULARY, len(qwen)
     return qwen
 

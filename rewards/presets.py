@@ -45,12 +45,11 @@ class Preset:
     """A named set of terms.
 
     weights: weight of each term, by name.
-    scale_pixels: thresholds in pixels grow with the image, as long side / 840; otherwise they are of the
-        released 840 frame, whatever the image.
+    published: it is scored as the published code does it (`rewards.scoring.Scorer`).
     """
 
     weights: Mapping[str, float]
-    scale_pixels: bool
+    published: bool = True
 
 
 _BASE = {
@@ -64,9 +63,9 @@ _SOFT = {"format_think": 1.0, "format_seg": 1.0, "bbox_iou": 1.0, "points_dice":
 _HARD = {"bbox_align": 1.0, "bbox_scale": 1.0, "points_align": 1.0, "points_angle": 1.0}
 
 PRESETS: Mapping[str, Preset] = {
-    "base": Preset(weights=_BASE, scale_pixels=False),
-    "soft": Preset(weights=_SOFT, scale_pixels=False),
-    "hard": Preset(weights=_SOFT | _HARD, scale_pixels=False),
+    "base": Preset(weights=_BASE),
+    "soft": Preset(weights=_SOFT),
+    "hard": Preset(weights=_SOFT | _HARD),
     # The mask is the aim and weighs most. The box counts half as much: it says where to go while the mask is
     # still empty. Many pairs of points prompt a mask equally well, and a form once learnt needs little
     # reward to stay, so these weigh least.
@@ -78,7 +77,7 @@ PRESETS: Mapping[str, Preset] = {
             "points_dice": 0.5,
             "mask_dice": 2.0,
         },
-        scale_pixels=True,
+        published=False,
     ),
 }
 """`base`, `soft` and `hard` are the published ones, unweighted sums. `mask` is ours: format, box, points and the

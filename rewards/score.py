@@ -1,9 +1,10 @@
 """Score completions in a file: `python -m rewards.score FILE.jsonl --preset base|soft|hard`.
 
-A line is an object with `completion`, a text, and `ground_truth`, the JSON text of a released row's
-`{"bbox_2d": [x1, y1, x2, y2], "point_2d": [[x, y], [x, y]]}`, both in one frame; other fields are left alone. For each
-line one JSON object is printed: `score` and the parts under the names of the published code, 0 for parts that the
-preset leaves out.
+A line is an object with `completion`, a text, and `ground_truth`, a released row's
+`{"bbox_2d": [x1, y1, x2, y2], "point_2d": [[x, y], [x, y]]}` as JSON text or as an object, both in one frame; other
+fields are left alone. For each line one JSON object is printed: `score` and the parts under the names of the published
+code, 0 for parts that the preset leaves out. Completions are taken as they stand; where the chat template opened the
+thoughts, and the file lacks what it wrote, `--prefilled '<think>'` puts it back.
 """
 
 import argparse
@@ -15,7 +16,6 @@ from pathlib import Path
 from rewards.case import Reference
 from rewards.presets import find_preset
 from rewards.scoring import Scorer
-from umrg.answers import parse_answer
 from umrg.dataset import parse_ground_truth
 from umrg.frames import Size
 
@@ -41,8 +41,9 @@ _PUBLISHED: Mapping[str, Mapping[str, str]] = {
 _RELEASED = Size(840, 840)
 
 
-def score_lines(lines: Iterable[bytes], preset: str) -> Iterator[dict[str, float]]:
-    """The score and the published parts of each line that is not blank.
+def score_lines(lines: Iterable[bytes], preset: str, *, prefilled: str = "") -> Iterator[dict[str, float]]:
+    """The score and the published parts of each line that is not blank. prefilled: what the prompt already wrote of
+    every completion, such as "<think>".
 
     Raises ValueError that names the line where one cannot be read, and for a preset that does not fit.
     """
@@ -50,7 +51,7 @@ def score_lines(lines: Iterable[bytes], preset: str) -> Iterator[dict[str, float
     for number, line in enumerate(lines, start=1):
         if line.strip():
             completion, reference = _read(line, f"line {number}")
-            reward = scorer.score(parse_answer(completion), reference)
+            reward = scorer.score(scorer.read(prefilled + completion), reference)
             parts = {published: reward.parts.get(term, 0.0) for published, term in names.items()}
             yield {"score": reward.total, **parts}
 
@@ -61,7 +62,7 @@ def _published_scorer(preset: str) -> Scorer:
         raise ValueError(f"preset {preset!r} looks at masks, which such a file does not hold; give base, soft or hard")
     # The validities damp the parts and are no parts of the sum; weight 0 reports them.
     reported = {name: 0.0 for name in _VALIDITIES if name in _PUBLISHED[preset]}
-    return Scorer(weights | reported, scale_pixels=False)
+    return Scorer(weights | reported, published=True)
 
 
 def _read(line: bytes, where: str) -> tuple[str, Reference]:
@@ -70,7 +71,7 @@ def _read(line: bytes, where: str) -> tuple[str, Reference]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON ({error})") from error
     if not isinstance(row, dict) or not isinstance(row.get("completion"), str):
-        raise ValueError(f"{where} must be an object with the text `completion` and the text `ground_truth`")
+        raise ValueError(f"{where} must be an object with the text `completion` and a `ground_truth`")
     box, points = parse_ground_truth(row.get("ground_truth"), where)
     if box[0] > box[2] or box[1] > box[3]:
         raise ValueError(f"{where} has an inverted bbox_2d; it must be x1, y1, x2, y2 with x1 <= x2 and y1 <= y2")
@@ -81,9 +82,15 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m rewards.score", description="Score completions in a file.")
     parser.add_argument("file", type=Path, metavar="FILE.jsonl", help="a line each: completion and ground_truth")
     parser.add_argument("--preset", required=True, help="base, soft or hard")
+    parser.add_argument(
+        "--prefilled",
+        default="",
+        metavar="TEXT",
+        help="what the chat template already wrote of every completion, for example '<think>'",
+    )
     options = parser.parse_args(arguments)
     try:
-        for scored in score_lines(_lines(options.file), options.preset):
+        for scored in score_lines(_lines(options.file), options.preset, prefilled=options.prefilled):
             print(json.dumps(scored))
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")

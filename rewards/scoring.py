@@ -2,7 +2,7 @@
 
 scorer = Scorer.of_preset("mask")
 reference = Reference.of_sample(sample, with_mask=scorer.uses_mask)
-answer = parse_answer(completion.text).to_original(frames, Frame.MODEL)
+answer = scorer.read(completion.text).to_original(frames, Frame.MODEL)
 mask = segment(answer) if scorer.needs_mask(answer) else None
 reward = scorer.score(answer, reference, mask, step=group.step)     # reward.total, reward.parts["bbox_iou"]
 """
@@ -20,7 +20,7 @@ from rewards.mask import promptable
 from rewards.options import Option, at_step, checked_options
 from rewards.presets import MASK_TERMS, find_preset, find_term
 from rewards.user_terms import UserTerm
-from umrg.answers import Answer
+from umrg.answers import Answer, parse_answer, parse_published
 
 _RELEASED_SIDE = 840.0
 
@@ -66,7 +66,9 @@ class Scorer:
     weights: weight of each term, by name or import path; a term of weight 0 is reported and does not count.
     options: options of a term, by its name, as a configuration gives them (`rewards.options`).
     think: whether the prompt asks for reasoning.
-    scale_pixels: thresholds in pixels are taken times the image's long side / 840, the released frame's.
+    published: as the published code does it, the first blocks of a completion count, and thresholds in pixels are of
+        the released 840 frame, whatever the image. Otherwise the answer after the thoughts counts (`umrg.answers`), and
+        thresholds are taken times the image's long side / 840.
 
     Raises ValueError for an unknown term, a weight or option out of range, and no weight above 0.
     """
@@ -77,11 +79,11 @@ class Scorer:
         options: Mapping[str, Mapping[str, object]] | None = None,
         *,
         think: bool = True,
-        scale_pixels: bool = True,
+        published: bool = False,
     ) -> None:
         given = options or {}
         self._terms = [WeightedTerm.find(name, weight, given.get(name, {})) for name, weight in weights.items()]
-        self._think, self._scale_pixels = think, scale_pixels
+        self._think, self._published = think, published
         self.weights = {term.name: term.weight for term in self._terms}
         self.maximum = sum(self.weights.values())
         if self.maximum == 0:
@@ -97,7 +99,11 @@ class Scorer:
         """
         preset = find_preset(name)
         weights = {term: weight for term, weight in preset.weights.items() if think or term != "format_think"}
-        return cls(weights, think=think, scale_pixels=preset.scale_pixels)
+        return cls(weights, think=think, published=preset.published)
+
+    def read(self, completion: str) -> Answer:
+        """What a completion says, as this scorer wants it read."""
+        return parse_published(completion) if self._published else parse_answer(completion)
 
     def needs_mask(self, answer: Answer) -> bool:
         """`score` wants the expert's mask for this answer."""
@@ -113,7 +119,7 @@ class Scorer:
         Raises MissingMask where `needs_mask` and there is none, ValueError where the reference lacks its own, and
         RewardTermError where a user's own term fails.
         """
-        pixel = reference.size.long_side / _RELEASED_SIDE if self._scale_pixels else 1.0
+        pixel = 1.0 if self._published else reference.size.long_side / _RELEASED_SIDE
         case = Case(answer=answer, reference=reference, mask=mask, pixel=pixel, think=self._think)
         parts = {term.name: term.value(case, step) for term in self._terms}
         return Reward(total=sum(self.weights[name] * value for name, value in parts.items()), parts=parts)

@@ -2,18 +2,31 @@
 
     <think>reasoning</think><answer>{"bbox": [x1, y1, x2, y2], "points_1": [x, y], "points_2": [x, y]}</answer>
 
-Reading is total: any text whatever gives an `Answer`, whose `form` says how far it got.
+Reading is total: any text whatever gives an `Answer`, whose `form` says how far it got. There are two ways:
+
+- `parse_answer` takes the answer block after the thoughts. Thoughts begin at the first `<think>`, or with the text
+  where a `</think>` comes before it. They end at the last `</think>` that a whole answer block follows: a draft within
+  them does not count, however many tags they quote. The first block after them is the answer, unless thoughts are
+  opened again before it. Where none follows, one that stands before them is; thoughts that never end hold none.
+- `parse_published` takes the first think block and the first answer block, wherever they stand, as the published reward
+  does.
+
+A block runs from its opening tag to the next closing one of its name. What it holds is read as JSON as it stands; where
+that fails, with double quotes in place of single ones.
 """
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 from umrg.frames import Box, Frame, Frames, Point, PointPair
 
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
 _TAG = re.compile(r"(</?(?:think|answer)>)")
-_STRICT_TAGS = (["<think>", "</think>", "<answer>", "</answer>"], ["<answer>", "</answer>"])
+_STRICT_TAGS = (list(TAGS), list(TAGS[2:]))
 _LARGEST = 1e9
 _KEYS = ("bbox", "points_1", "points_2")
 
@@ -42,13 +55,13 @@ _FAILURES = {
 class Answer:
     """What a completion says, in the frame that the reasoner speaks.
 
-    think: text of the first think block, stripped; None without a block.
+    think: text of the thoughts, stripped; None without a think block.
     form: how well formed the answer block is.
     box: XYXY with x1 <= x2 and y1 <= y2, finite; None where malformed.
     points: two XY points, finite; None unless both are well formed.
     strict: the completion is one optional think block, then one answer block, and nothing else.
-    text: the completion as it was written, "" where the answer was not read from one; answers that say the same are
-        equal, however they are written.
+    text: the completion as it was written, "" where the answer was not read from one. lenient: it was read in a
+        foreign form (`umrg.foreign_answers`). Answers that say the same are equal, however they are written.
     """
 
     think: str | None
@@ -57,6 +70,7 @@ class Answer:
     points: PointPair | None
     strict: bool
     text: str = field(default="", repr=False, compare=False)
+    lenient: bool = field(default=False, compare=False)
 
     def well_formed(self, *, think: bool = True) -> bool:
         """Box and points can be used and, where reasoning was asked for, there is some."""
@@ -83,12 +97,40 @@ class Answer:
 
 
 def parse_answer(completion: str) -> Answer:
-    """Read a completion. The first think and the first answer block count; single quotes pass for double
-    ones. Numbers that are not finite and boxes whose edges are in the wrong order are malformed."""
-    think = _block(completion, "think")
-    block = _block(completion, "answer")
+    """Read a completion: the answer after the thoughts. Numbers that are not finite and boxes whose edges are in the
+    wrong order are malformed."""
+    return _answer(completion, *split_completion(completion))
+
+
+def split_completion(completion: str) -> tuple[str | None, str | None]:
+    """Text of the thoughts, and of the answer block after them; None for what is not there."""
+    end = completion.rfind("</think>", 0, max(0, _last_block(completion)))
+    if end >= 0:
+        _, opening, think = completion[:end].partition("<think>")
+        return think if opening else None, _first_answer(completion[end:])
+    before, _, rest = completion.partition("<think>")
+    think, closing, _ = rest.rpartition("</think>")
+    return think if closing else None, None if "</think>" in before else _first_answer(completion)
+
+
+def parse_published(completion: str) -> Answer:
+    """Read a completion as the published reward does: the first think and the first answer block count. What is
+    malformed is malformed here too."""
+    return _answer(completion, _block(completion, "think"), _block(completion, "answer"))
+
+
+def format_answer(*, box: Box, points: PointPair, think: str | None) -> str:
+    """Write an answer with whole numbers, as the reasoner is taught to; no think block where think is None."""
+    (ax, ay), (bx, by) = points
+    fields = {"bbox": box, "points_1": (ax, ay), "points_2": (bx, by)}
+    body = ", ".join(f'"{key}": [{",".join(str(round(v)) for v in values)}]' for key, values in fields.items())
+    reasoning = "" if think is None else f"<think>{think}</think>"
+    return f"{reasoning}<answer>{{{body}}}</answer>"
+
+
+def _answer(completion: str, think: str | None, block: str | None) -> Answer:
     fields = None if block is None else _json_object(block)
-    box = None if fields is None else _box(fields.get("bbox"))
+    box = None if fields is None else as_box(fields.get("bbox"))
     pair = None if fields is None else _points(fields)
     return Answer(
         think=None if think is None else think.strip(),
@@ -100,13 +142,14 @@ def parse_answer(completion: str) -> Answer:
     )
 
 
-def format_answer(*, box: Box, points: PointPair, think: str | None) -> str:
-    """Write an answer with whole numbers, as the reasoner is taught to; no think block where think is None."""
-    (ax, ay), (bx, by) = points
-    fields = {"bbox": box, "points_1": (ax, ay), "points_2": (bx, by)}
-    body = ", ".join(f'"{key}": [{",".join(str(round(v)) for v in values)}]' for key, values in fields.items())
-    reasoning = "" if think is None else f"<think>{think}</think>"
-    return f"{reasoning}<answer>{{{body}}}</answer>"
+def _first_answer(text: str) -> str | None:
+    """The first answer block; None where thoughts begin before it."""
+    return None if "<think>" in text.partition("<answer>")[0] else _block(text, "answer")
+
+
+def _last_block(completion: str) -> int:
+    """Where the last `<answer>` stands that has a closing tag behind it; -1 without one."""
+    return completion.rfind("<answer>", 0, max(0, completion.rfind("</answer>")))
 
 
 def _block(completion: str, name: str) -> str | None:
@@ -135,11 +178,38 @@ def _form(block: bool, fields: dict[str, object] | None, box: Box | None, points
 
 
 def _json_object(text: str) -> dict[str, object] | None:
+    text = text.strip()
+    value = _json(text)
+    if value is None and "'" in text:
+        value = _json(text.replace("'", '"'))
+    return value if isinstance(value, dict) else None
+
+
+def _json(text: str) -> object:
+    """The JSON value; None where there is none."""
     try:
-        value = json.loads(text.strip().replace("'", '"'))
+        return json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+
+
+def as_box(value: object) -> Box | None:
+    """Four finite numbers in order, as JSON has them; None for anything else."""
+    numbers = _numbers(value, 4)
+    if numbers is None or numbers[0] > numbers[2] or numbers[1] > numbers[3]:
+        return None
+    return numbers[0], numbers[1], numbers[2], numbers[3]
+
+
+def as_point(value: object) -> Point | None:
+    """Two finite numbers, as JSON has them; None for anything else."""
+    numbers = _numbers(value, 2)
+    return None if numbers is None else (numbers[0], numbers[1])
+
+
+def _points(fields: Mapping[str, object]) -> PointPair | None:
+    first, second = as_point(fields.get("points_1")), as_point(fields.get("points_2"))
+    return None if first is None or second is None else (first, second)
 
 
 def _numbers(value: object, count: int) -> list[float] | None:
@@ -149,19 +219,3 @@ def _numbers(value: object, count: int) -> list[float] | None:
     if not all(type(v) in (int, float) and abs(v) < _LARGEST for v in value):
         return None
     return [float(v) for v in value]
-
-
-def _box(value: object) -> Box | None:
-    numbers = _numbers(value, 4)
-    if numbers is None or numbers[0] > numbers[2] or numbers[1] > numbers[3]:
-        return None
-    return numbers[0], numbers[1], numbers[2], numbers[3]
-
-
-def _points(fields: dict[str, object]) -> PointPair | None:
-    first, second = (_numbers(fields.get(key), 2) for key in ("points_1", "points_2"))
-    if first is None or second is None:
-        return None
-    a: Point = (first[0], first[1])
-    b: Point = (second[0], second[1])
-    return a, b

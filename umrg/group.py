@@ -43,7 +43,8 @@ class Group:
 class Completion:
     """One sampled answer.
 
-    text: the completion without special tokens. token_ids: its tokens, the end token included.
+    text: the whole completion without special tokens, with what the chat template wrote of it. token_ids: those that
+    were sampled, the end token included.
     logprobs: of each token under the sampling distribution (temperature-scaled, before any bias), as many as tokens.
     policy_version: version of the weights that produced it. finished: it ended by itself, not at the limit.
     """

@@ -141,9 +141,10 @@ def read_sample(row: Row, info: RowInfo, where: str) -> Sample:
 
 
 def parse_ground_truth(text: object, where: str) -> tuple[Box, PointPair]:
-    """Box and points of a row's `reward_model.ground_truth`. Raises ValueError that names `where` they are missing."""
+    """Box and points of a row's `reward_model.ground_truth`, JSON text or the object itself. Raises ValueError that
+    names `where` they are missing."""
     try:
-        truth = json.loads(text) if isinstance(text, str) else None
+        truth = json.loads(text) if isinstance(text, str) else text
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} has a ground_truth that is not JSON ({error})") from error
     fields = truth if isinstance(truth, dict) else {}

@@ -18,8 +18,11 @@ def write_comparison_report(
     differences: Mapping[str, Mapping[str, float]],
     rows: Sequence[Sample],
     answers: tuple[Mapping[str, Record], Mapping[str, Record]],
+    *,
+    note: str = "",
 ) -> Path:
-    """Write the page. rows: those that both evaluations answered. answers: each one's greedy records by row."""
+    """Write the page. rows: those that both evaluations answered. answers: each one's greedy records by row. note: what
+    the figures hang on."""
     first, second = answers
 
     def change(sample: Sample) -> float:
@@ -38,5 +41,6 @@ def write_comparison_report(
         titles=TITLES,
         differences=differences,
         cards=cards,
+        note=note,
         count=len(rows),
     )

@@ -71,6 +71,7 @@ def card(sample: Sample, record: Record, figures: Mapping[str, float]) -> dict[s
         "category": sample.category,
         "modality": sample.modality,
         "failure": record["failure"] or "",
+        "lenient": record.get("read") == "lenient",
         "dice": figures["dice"],
         "iou": figures["iou"],
         "ceiling": figures["oracle_dice"],

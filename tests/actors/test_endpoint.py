@@ -3,7 +3,9 @@
 import asyncio
 import json
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 
@@ -20,22 +22,34 @@ from umrg.prompts import PromptSpec
 BOX, POINTS = (100.0, 200.0, 300.0, 400.0), ((150.0, 250.0), (250.0, 350.0))
 
 
-class Server:
-    """Answers every request with one box and two points, and keeps what it was asked."""
+def plain(request: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    return {"content": format_answer(box=BOX, points=POINTS, think="so")}, "stop"
 
-    def __init__(self) -> None:
+
+class Server:
+    """Answers every request as `reply` says: with a message and a reason to finish. Keeps what it was asked."""
+
+    def __init__(self, reply: Callable[[dict[str, Any]], tuple[dict[str, Any], str]] = plain) -> None:
+        self.reply = reply
         self.requests: list[dict[str, object]] = []
         self.headers: list[str | None] = []
         server = self
 
         class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self._send({"object": "list", "data": [{"id": "m", "object": "model", "created": 0, "owned_by": "us"}]})
+
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 server.requests.append(body)
                 server.headers.append(self.headers["Authorization"])
-                message = {"role": "assistant", "content": format_answer(box=BOX, points=POINTS, think="so")}
-                choices = [{"index": i, "message": message, "finish_reason": "stop"} for i in range(body["n"])]
+                message, reason = server.reply(body)
+                choice = {"message": {"role": "assistant", **message}, "finish_reason": reason}
+                choices = [{"index": i, **choice} for i in range(body["n"])]
                 reply = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": choices}
+                self._send(reply)
+
+            def _send(self, reply: dict[str, Any]) -> None:
                 self.send_response(200)
                 self.send_header("Content-Type", "application/json")
                 self.end_headers()
@@ -98,3 +112,58 @@ def test_coordinates_are_in_the_frame_that_was_declared(server, sample):
     assert answer.to_original(samples.frames, Frame.ORIGINAL).box == BOX
     assert answer.to_original(samples.frames, Frame.RELATIVE).box == pytest.approx([v * 224 / 1000 for v in BOX])
     assert answer.to_original(samples.frames, Frame.MODEL).box == pytest.approx([v * 2 for v in BOX])
+
+
+DRAFT = format_answer(box=(0, 0, 9, 9), points=((1, 1), (8, 8)), think=None)
+ANSWER = format_answer(box=BOX, points=POINTS, think=None)
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        # A reasoning parser, under either name, with white space as the model wrote it.
+        ({"reasoning": "so\n", "content": f"\n\n{ANSWER}"}, f"<think>so\n</think>\n\n{ANSWER}"),
+        ({"reasoning_content": "so", "content": ANSWER}, f"<think>so</think>{ANSWER}"),
+        ({"reasoning_content": "so", "reasoning": None, "content": ANSWER}, f"<think>so</think>{ANSWER}"),
+        ({"reasoning": "so", "reasoning_content": "so", "content": ANSWER}, f"<think>so</think>{ANSWER}"),
+        ({"reasoning": f"{DRAFT}, no", "content": ANSWER}, f"<think>{DRAFT}, no</think>{ANSWER}"),
+        # One that splits at the first of several closing tags.
+        (
+            {"reasoning": "<think>", "content": f"{DRAFT}</think>{ANSWER}"},
+            f"<think><think></think>{DRAFT}</think>{ANSWER}",
+        ),
+        # One that found no thoughts, and one that leaves them where they were.
+        ({"reasoning": "", "content": ANSWER}, ANSWER),
+        ({"reasoning": None, "content": ANSWER}, ANSWER),
+        ({"reasoning": "so", "content": f"<think>so</think>{ANSWER}"}, f"<think>so</think>{ANSWER}"),
+        # No parser: the model, or the server's template, opened the thoughts.
+        ({"content": f"<think>so</think>{ANSWER}"}, f"<think>so</think>{ANSWER}"),
+        ({"content": f"so\n</think>\n{ANSWER}"}, f"<think>so\n</think>\n{ANSWER}"),
+        ({"content": ANSWER}, ANSWER),
+    ],
+)
+def test_thoughts_and_answer_are_put_together_again(server, sample, message, text):
+    server.reply = lambda request: (message, "stop")
+    config = EndpointConfig(url=server.url, model="m")
+    (completion,) = ask(Endpoint(config, PromptSpec(), key=None), sample, n=1).completions
+    assert completion.text == text
+    answer = parse_answer(completion.text)
+    assert answer.box == BOX and answer.well_formed(think="think" in text)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"reasoning": f"perhaps {DRAFT}", "content": None},
+        {"reasoning_content": f"perhaps {DRAFT}", "content": ""},
+        {"reasoning": f"perhaps {DRAFT}", "content": f"<think>perhaps {DRAFT}"},
+        {"content": f"<think>perhaps {DRAFT}"},
+        {"content": None},
+    ],
+)
+def test_what_was_cut_off_within_the_thoughts_has_no_answer(server, sample, message):
+    server.reply = lambda request: (message, "length")
+    config = EndpointConfig(url=server.url, model="m")
+    (completion,) = ask(Endpoint(config, PromptSpec(), key=None), sample, n=1).completions
+    answer = parse_answer(completion.text)
+    assert answer.failure(finished=completion.finished) == "cut off at the token limit"

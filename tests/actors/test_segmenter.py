@@ -55,6 +55,29 @@ def test_rewards_see_text_mask_and_the_groups_step(sample):
         assert short["mask_dice"] == long["mask_dice"] > 0.5
 
 
+@pytest.mark.parametrize("lenient", [False, True])
+def test_foreign_answers_are_drawn_only_where_that_was_asked(sample, lenient):
+    x1, y1, x2, y2 = sample.box
+    native = f'```json\n[{{"bbox_2d": [{x1}, {y1}, {x2}, {y2}], "label": "liver"}}]\n```'
+    draft = format_answer(box=(0, 0, 9, 9), points=((1, 1), (8, 8)), think=None)
+    ours = format_answer(box=sample.box, points=sample.points, think=f"perhaps {draft}")
+    samples = GroupSamples(
+        group="r/0/0",
+        prompt_ids=(),
+        frames=Frames(original=sample.size, model=sample.size),
+        completions=(completion(ours), completion(native)),
+    )
+    scorer = Scorer.of_preset("mask", think=False)
+    segmenter = Segmenter("tiny", SegmenterConfig(), scorer, frame=Frame.ORIGINAL, think=False, lenient=lenient)
+    segmenter.start()
+    own, foreign = segmenter.score(Group(run="r", step=0, index=0, sample=sample), samples, thorough=True)
+    assert (own.answer.box, own.answer.lenient) == (sample.box, False)
+    assert foreign.answer.lenient is lenient
+    assert foreign.failure == (None if lenient else "no answer block")
+    assert (foreign.metrics["dice"] > 0.5) is lenient
+    assert foreign.metrics["pdice"] == 0, "a box alone has no points to speak of"
+
+
 def test_an_expert_that_takes_boxes_only_is_given_no_points(sample):
     sizes = SamConfig(encoder_dim=16, encoder_depth=1, encoder_heads=2, global_layers=(0,), image_side=64)
     native = SamExpert(build_sam(sizes), sizes, name="medsam_vit_b", preprocess="native")

@@ -50,6 +50,15 @@ def test_mistakes_are_named(config, override, said):
         load_config(SftConfig, config, [override])
 
 
+def test_only_an_evaluation_reads_leniently(config, demo_config):
+    with pytest.raises(ValueError, match="unknown key 'answers'"):
+        load_config(SftConfig, config, ["answers=lenient"])
+    with pytest.raises(ValueError, match="unknown key 'answers'"):
+        demo_config("answers=lenient")
+    with pytest.raises(ValueError, match=r"unknown key 'evaluation\.answers'"):
+        demo_config("evaluation.answers=lenient")
+
+
 def test_an_unknown_key_of_one_of_several_kinds_is_named_alike(demo_config):
     with pytest.raises(ValueError, match=r"^[^;]*unknown key 'data.train.seeed'; did you mean 'seed'\?$"):
         demo_config("data.train.seeed=3")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,9 +19,12 @@ from cluster.compare import compare
 from cluster.config import EvaluateConfig, load_config
 from cluster.data import open_held_out
 from cluster.evaluate import answer, run_evaluation, write_figures
+from cluster.evaluation import SEED, questions
 from cluster.figures import Seen
 from cluster.results import Results, read_results
 from cluster.run_folder import RunFolder
+from learner.reasoner import load_prompter
+from tests.actors.test_endpoint import Server
 from tests.conftest import ROOT, TINY_REASONER
 from umrg.dataset_writer import write_rows
 from umrg.phantoms import rows
@@ -122,7 +126,7 @@ def test_a_run_or_a_checkpoint_stands_for_its_model(data, tmp_path):
 
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory):
-    """vLLM's own OpenAI server, with the tiny model."""
+    """vLLM's own OpenAI server, with the tiny model, and a parser that takes its thoughts out of the answer."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -138,6 +142,7 @@ def endpoint(tmp_path_factory):
         str(port),
     ]
     arguments += ["--dtype", "float32", "--max-model-len", "640", "--max-num-batched-tokens", "4096", "--enforce-eager"]
+    arguments += ["--reasoning-parser", "deepseek_r1"]
     arguments += ["--limit-mm-per-prompt", '{"image": 1, "video": 0}', "--no-enable-chunked-prefill"]
     server = subprocess.Popen(
         [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments],
@@ -161,7 +166,9 @@ def endpoint(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_an_endpoint_gives_the_direct_engines_figures(endpoint, whole, data, tmp_path, ray_cluster):
+def test_an_endpoint_with_a_reasoning_parser_gives_the_direct_engines_figures(
+    endpoint, whole, data, tmp_path, ray_cluster
+):
     asked = ("model=null", "frame=model", "prompt=compact", f"endpoint={{url: '{endpoint}', model: tiny}}")
     config = configured(data, tmp_path, "endpoint", *asked, "n=0")
     run = run_evaluation(config)
@@ -173,6 +180,94 @@ def test_an_endpoint_gives_the_direct_engines_figures(endpoint, whole, data, tmp
         run_evaluation(
             configured(data, tmp_path, "missing", *asked[:3], f"endpoint={{url: '{endpoint}', model: small}}")
         )
+
+
+@pytest.fixture
+def replay(whole, data):
+    """A server that answers as `whole` was answered, in a form of one's choice for each row's place in the data."""
+    samples = open_held_out(configured(data, whole.path.parent, "whole"), whole)
+    records = read_results(whole.path / "results.jsonl")
+    known = {group.seed(SEED, 0): i for i, group in enumerate(questions(samples))}
+    completions = [records[sample.id][0]["completion"] for sample in samples]
+
+    def serve(form):
+        def reply(request):
+            place = known[request["seed"]]
+            return form(place, *completions[place].removeprefix("<think>").split("</think>")), "stop"
+
+        servers.append(Server(reply))
+        return "model=null", "frame=model", "prompt=compact", f"endpoint={{url: '{servers[-1].url}', model: m}}", "n=0"
+
+    servers: list[Server] = []
+    yield serve
+    for server in servers:
+        server.stop()
+
+
+def test_thoughts_in_a_field_of_their_own_change_no_figure(replay, whole, data, tmp_path, ray_cluster):
+    def form(place, think, answer):
+        return [
+            {"reasoning": think, "content": answer},
+            {"reasoning_content": think, "content": answer},
+            {"content": f"{think}</think>{answer}"},
+            {"content": f"<think>{think}</think>{answer}"},
+        ][place % 4]
+
+    run = run_evaluation(configured(data, tmp_path, "endpoint", *replay(form)))
+    direct = read_results(whole.path / "results.jsonl")
+    for row, (record,) in read_results(run.path / "results.jsonl").items():
+        for field in ("completion", "reasoning", "failure", "metrics"):
+            assert record[field] == direct[row][0][field]
+    overall, expected = (json.loads((path / "metrics.json").read_text())["overall"] for path in (run.path, whole.path))
+    assert overall == {name: expected[name] for name in overall} and overall["dice"]["mean"] > 0.2
+
+
+def test_answers_read_leniently_are_said_and_counted_apart(replay, whole, data, tmp_path, ray_cluster, capsys):
+    def form(place, think, answer):
+        if place % 2:
+            return {"content": f"<think>{think}</think>{answer}"}
+        fields = json.loads(answer.removeprefix("<answer>").removesuffix("</answer>"))
+        native = [{"bbox_2d": fields["bbox"], "point_2d": [fields["points_1"], fields["points_2"]], "label": "it"}]
+        return {"content": f"<think>{think}</think>\n```json\n{json.dumps(native)}\n```"}
+
+    run = run_evaluation(configured(data, tmp_path, "lenient", "answers=lenient", *replay(form)))
+    direct, found = (read_results(path / "results.jsonl") for path in (whole.path, run.path))
+    assert [record["read"] for (record,) in found.values()] == ["lenient", "strict"] * 4
+    for row, (record,) in found.items():
+        assert record["metrics"] == direct[row][0]["metrics"]
+    metrics = json.loads((run.path / "metrics.json").read_text())
+    assert metrics["settings"]["answers"] == "lenient"
+    assert (metrics["lenient"]["greedy"], metrics["lenient"]["sampled"]) == (4, 0)
+    strict = metrics["lenient"]["as_malformed"]
+    assert metrics["overall"]["well_formed"]["mean"] - strict["overall"]["well_formed"]["mean"] == 0.5
+    assert strict["by"].keys() == metrics["by"].keys()
+    page = (run.report / "index.html").read_text()
+    for text in ((run.path / "table.md").read_text(), page):
+        assert "4 of 8 greedy answers were read leniently. Counted as malformed:" in text
+    assert page.count("<b>read leniently</b>") == 4
+    # The other evaluation as it was before answers could be read in two ways.
+    older = tmp_path / "older"
+    shutil.copytree(whole.path, older)
+    lines = [json.loads(line) for line in (older / "results.jsonl").read_text().splitlines()]
+    older_lines = [{name: value for name, value in line.items() if name != "read"} for line in lines]
+    (older / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in older_lines))
+    noted = compare(older, run.path, tmp_path / "page.html").read_text()
+    said = "Answers that were read leniently: 4 of lenient."
+    assert said in noted and said in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_template_that_opens_the_thoughts_gives_the_plain_ones_figures(whole, data, tmp_path, ray_cluster):
+    folder = shutil.copytree(TINY_REASONER, tmp_path / "opened")
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(template.replace("assistant\n{%", "assistant\n<think>{%"))
+    assert load_prompter(folder).opening == "<think>"
+    run = run_evaluation(configured(data, tmp_path, "prefilled", "n=0", model=folder))
+    direct = read_results(whole.path / "results.jsonl")
+    for row, (record,) in read_results(run.path / "results.jsonl").items():
+        assert record["tokens"] == direct[row][0]["tokens"] - 1
+        for field in ("completion", "reasoning", "failure", "metrics"):
+            assert record[field] == direct[row][0][field]
 
 
 def test_an_endpoint_that_is_not_there_is_named(data, tmp_path, ray_cluster):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cluster.comparison import compare_records
-from cluster.figures import Seen, comma_separated, consensus, markdown, row_figures, summarise
+from cluster.figures import Seen, as_malformed, comma_separated, consensus, markdown, row_figures, summarise
 from cluster.results import Results, read_results
 from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
@@ -90,6 +90,29 @@ def test_tables_hold_every_stratum(dataset):
     assert len({line.count("|") for line in lines}) == 1
     table = comma_separated(metrics).splitlines()
     assert table[0] == "kind,stratum,n,figure,mean,low,high" and "modality,CT,6,dice,1.0,1.0,1.0" in table
+
+
+def test_answers_read_leniently_are_counted_apart(dataset):
+    samples = list(dataset)
+    rows = {s.id: [{**record(s), "read": "lenient" if i < 2 else "strict"}] for i, s in enumerate(samples)}
+    # A row of an evaluation that knew no other way of reading.
+    rows[samples[-1].id] = [record(samples[-1])]
+    strata = {s.id: Seen([]).strata(s) for s in samples}
+    read, strict = (
+        summarise({s.id: row_figures(change(rows[s.id]), s) for s in samples}, strata, {})
+        for change in (list, as_malformed)
+    )
+    assert read["overall"]["dice"]["mean"] == 1
+    assert strict["overall"]["dice"]["mean"] == strict["overall"]["well_formed"]["mean"] == pytest.approx(4 / 6)
+    assert strict["overall"]["oracle_dice"]["mean"] == 1, "the ceiling is no answer's"
+    metrics = {**read, "lenient": {"greedy": 2, "sampled": 0, "as_malformed": strict}}
+    table = markdown(metrics)
+    assert table.startswith(markdown(read))
+    assert "\n2 of 6 greedy answers were read leniently. Counted as malformed:\n" in table
+    assert table.endswith(markdown(strict))
+    lines = comma_separated(metrics).splitlines()
+    assert "overall,all,6,dice,1.0,1.0,1.0" in lines
+    assert any(line.startswith('"overall, lenient as malformed",all,6,dice,0.66') for line in lines)
 
 
 def test_results_go_on_after_half_a_line_and_half_a_row(dataset, tmp_path):

@@ -10,9 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from learner.reasoner import Reasoner, load_reasoner
+from learner.reasoner import Reasoner, load_prompter, load_reasoner
+from learner.sft import reference_branches
+from umrg.answers import TAGS, parse_answer
+from umrg.dataset import Dataset
+from umrg.dataset_writer import write_rows
 from umrg.frames import Size
-from umrg.prompts import PromptStyle, prompt_messages
+from umrg.phantoms import rows
+from umrg.prompts import PromptSpec, PromptStyle, prompt_messages
 
 TINY = Path(__file__).parents[2] / "models" / "tiny-reasoner"
 
@@ -64,6 +69,82 @@ def test_batched_generation_equals_single(reasoner):
     ]
     single = [reasoner.generate([prompt], max_tokens=60)[0] for prompt in prompts]
     assert reasoner.generate(prompts, max_tokens=60) == single
+
+
+def _with_opening(tmp_path: Path, opening: str) -> Path:
+    """The tiny reasoner, with a chat template that begins each answer itself."""
+    folder = _copy(tmp_path)
+    path = folder / "chat_template.jinja"
+    template = path.read_text()
+    header = "<|im_start|>assistant\n{% endif %}"
+    assert header in template
+    path.write_text(template.replace(header, f"<|im_start|>assistant\n{opening}{{% endif %}}"))
+    return folder
+
+
+@pytest.mark.parametrize("opening", ["", "<think>", "<think>\n", "<think>\n\n</think>\n\n"])
+@pytest.mark.parametrize("style", PromptStyle)
+def test_what_the_template_writes_of_an_answer_is_its_opening(tmp_path, opening, style):
+    prompter = load_prompter(_with_opening(tmp_path, opening), PromptSpec(style=style))
+    assert prompter.opening == opening
+    assert prompter.chat_text("Does <think> count?").endswith("assistant\n" + opening)
+    assert prompter.completion_text([*prompter.processor.tokenizer("so")["input_ids"]]) == f"{opening}so"
+
+
+@pytest.fixture
+def sample(tmp_path):
+    write_rows(tmp_path / "phantom.parquet", rows(1, seed=6, modalities=["CT"]))
+    return Dataset.open(tmp_path / "phantom.parquet")[0]
+
+
+def test_a_folder_whose_template_opens_the_thoughts_answers_as_the_plain_one(reasoner, sample, tmp_path):
+    opened = load_reasoner(_with_opening(tmp_path, "<think>"))
+    texts = [
+        each.generate([each.encode(sample.query, each.encode_image(sample.image()))], max_tokens=160)[0]
+        for each in (reasoner, opened)
+    ]
+    assert texts[0] == texts[1] and parse_answer(texts[0]).well_formed()
+
+
+def test_a_folder_whose_template_opens_the_thoughts_learns_as_the_plain_one(reasoner, sample, tmp_path):
+    opened = load_reasoner(_with_opening(tmp_path, "<think>"))
+    plain, found = (reference_branches(each, [sample]) for each in (reasoner, opened))
+    assert torch.equal(
+        torch.cat([plain.prefix.token_ids, *plain.branches]), torch.cat([found.prefix.token_ids, *found.branches])
+    )
+    assert len(found.scored[0]) == len(plain.scored[0]) - 1, "the tag stands in the prompt, and is not learnt"
+
+
+def test_what_is_left_to_write_does_not_repeat_the_opening(reasoner, tmp_path):
+    thinking, silent = "<think>so</think><answer>{}</answer>", "<answer>{}</answer>"
+    opened = load_prompter(_with_opening(tmp_path / "opened", "<think>\n"))
+    closed = load_prompter(_with_opening(tmp_path / "closed", "<think></think>"))
+
+    def written(prompter, text):
+        return prompter.processor.tokenizer.decode(prompter.completion_ids(text))
+
+    assert written(reasoner, thinking) == f"{thinking}<|im_end|>"
+    assert written(opened, thinking) == "so</think><answer>{}</answer><|im_end|>"
+    assert written(closed, silent) == f"{silent}<|im_end|>"
+    with pytest.raises(ValueError, match="opens <think> itself; set think=true"):
+        opened.completion_ids(silent)
+    with pytest.raises(ValueError, match="closes an empty <think> itself; set think=false"):
+        closed.completion_ids(thinking)
+
+
+def test_tags_that_a_tokenizer_calls_special_are_kept(tmp_path):
+    folder = _copy(tmp_path)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tags = [token for token in tokenizer["added_tokens"] if token["content"] in TAGS]
+    assert len(tags) == 4
+    for tag in tags:
+        tag["special"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    prompter = load_prompter(folder)
+    text = "<think>so</think><answer>{}</answer>"
+    ids = prompter.completion_ids(text).tolist()
+    assert prompter.processor.tokenizer.decode(ids, skip_special_tokens=True) == "so{}"
+    assert prompter.completion_text(ids) == text
 
 
 def _copy(tmp_path: Path) -> Path:

@@ -40,6 +40,33 @@ def test_soft_reports_0_for_the_parts_of_hard_and_its_validities() -> None:
     assert scored["score"] == 4 and scored["bbox_area_valid"] == 1
 
 
+@pytest.mark.parametrize("opening", ["<think>", "<think>\n"])
+def test_what_the_template_wrote_is_put_back(tmp_path, opening: str) -> None:
+    (tmp_path / "lines.jsonl").write_bytes(line(PERFECT.removeprefix("<think>")))
+    for arguments, expected in (((), 7), (("--prefilled", opening), 8)):
+        done = score(tmp_path / "lines.jsonl", "--preset", "hard", *arguments)
+        assert json.loads(done.stdout)["score"] == expected, done.stderr
+
+
+def test_a_draft_within_the_thoughts_counts_as_published() -> None:
+    draft = PERFECT.replace("It filters", f"{PERFECT.partition('</think>')[2].replace('100', '0')} It filters")
+    (scored,) = score_lines([line(draft)], "hard")
+    assert scored["format_think"] == 1 and scored["bbox_align"] < 0.9
+
+
+@pytest.mark.parametrize(
+    "truth",
+    [
+        json.loads(TRUTH),
+        {**json.loads(TRUTH), "label": "kidney"},
+        {"bbox_2d": [100.0, 100.0, 300.0, 300.0], "point_2d": [[150, 150.0], [250, 250]]},
+    ],
+)
+def test_a_reference_may_be_the_object_itself(truth: object) -> None:
+    (scored,) = score_lines([line(ground_truth=truth)], "hard")
+    assert scored["score"] == 8
+
+
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
@@ -50,6 +77,8 @@ def test_soft_reports_0_for_the_parts_of_hard_and_its_validities() -> None:
         (b'{"ground_truth": "{}"}', "line 2 must be an object with the text `completion`"),
         (line(completion=3), "line 2 must be an object with the text `completion`"),
         (line(ground_truth="{}"), "line 2 has a ground_truth without a usable bbox_2d"),
+        (line(ground_truth={"bbox_2d": [1, 2, 3, 4]}), "line 2 has a ground_truth without a usable bbox_2d"),
+        (line(ground_truth=None), "line 2 has a ground_truth without a usable bbox_2d"),
         (line(ground_truth="no"), "line 2 has a ground_truth that is not JSON"),
         (line(ground_truth=TRUTH.replace("300, 300", "300, 30")), "line 2 has an inverted bbox_2d"),
     ],

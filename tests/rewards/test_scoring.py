@@ -44,6 +44,14 @@ def test_the_total_is_the_weighted_sum_of_the_parts() -> None:
     assert reward.total == scorer.maximum - 2.0 * 0.25
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_published_presets_read_the_first_blocks_and_others_the_answer_after_the_thoughts(name: str) -> None:
+    draft = PERFECT.text.replace("It filters", '<answer>{"bbox": [0, 0, 9, 9]}</answer> It filters')
+    found = Scorer.of_preset(name).read(draft)
+    assert (found.box == PERFECT.box) == (name == "mask")
+    assert Scorer({"bbox_iou": 1.0}).read(draft).box == PERFECT.box
+
+
 def test_a_term_of_weight_zero_is_reported_and_does_not_count() -> None:
     reward = Scorer({"bbox_iou": 1.0, "format_think": 0.0}).score(PERFECT, REFERENCE)
     assert (reward.total, reward.parts) == (1.0, {"bbox_iou": 1.0, "format_think": 1.0})

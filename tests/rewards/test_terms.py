@@ -317,8 +317,8 @@ def test_the_spread_of_points_is_measured_in_pixels_of_the_released_frame() -> N
     assert points_spread_valid(case) == 0.5
     assert points_spread_valid(replace(case, pixel=420 / 840)) == 1
     spread = {"points_spread_valid": 1.0}
-    assert Scorer(spread, scale_pixels=True).score(case.answer, reference).total == 1
-    assert Scorer(spread, scale_pixels=False).score(case.answer, reference).total == 0.5
+    assert Scorer(spread, published=False).score(case.answer, reference).total == 1
+    assert Scorer(spread, published=True).score(case.answer, reference).total == 0.5
 
 
 @pytest.mark.parametrize(("side", "valid"), [(70, 0.5), (72, 1.0), (141, 1.0), (142, 0.5)])

@@ -3,17 +3,19 @@
 import json
 import math
 import time
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from umrg.answers import Answer, Form, format_answer, parse_answer
+from umrg.answers import Answer, Form, format_answer, parse_answer, parse_published
 from umrg.frames import Box, Frame, Frames, PointPair, Size
 
 relaxed = settings(deadline=None, max_examples=300)
 
 GOOD = '{"bbox": [1, 2, 3, 4], "points_1": [5, 6], "points_2": [7, 8.5]}'
+DRAFT = '<answer>{"bbox": [0, 0, 9, 9], "points_1": [1, 1], "points_2": [8, 8]}</answer>'
 
 # Lone surrogates, huge integers, NaN and Infinity included.
 any_text = st.text(st.characters())
@@ -34,10 +36,11 @@ def answered(body: str) -> Answer:
     return parse_answer(f"<think>so</think><answer>{body}</answer>")
 
 
+@pytest.mark.parametrize("read", [parse_answer, parse_published])
 @relaxed
 @given(near_answers)
-def test_any_text_gives_a_consistent_answer(completion: str) -> None:
-    answer = parse_answer(completion)
+def test_any_text_gives_a_consistent_answer(read: Callable[[str], Answer], completion: str) -> None:
+    answer = read(completion)
     if answer.box is not None:
         x1, y1, x2, y2 = answer.box
         assert x1 <= x2 and y1 <= y2 and all(map(math.isfinite, answer.box))
@@ -110,10 +113,99 @@ def test_single_quotes_pass_for_double_ones() -> None:
     assert answered(GOOD.replace('"', "'")) == answered(GOOD)
 
 
-def test_the_first_blocks_count() -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Cantlie's line",
+        "'",
+        "''",
+        'it\'s \\"quoted\\"',
+        "the patient’s and the surgeon's",
+        "{'bbox': 0}",
+        "don't, can't",
+    ],
+)
+def test_valid_json_is_read_as_it_stands(text: str) -> None:
+    for noted in (f'{GOOD[:-1]}, "note": "{text}"}}', f'{{"{text}": 1, {GOOD[1:]}'):
+        assert answered(noted) == answered(GOOD)
+
+
+@relaxed
+@given(st.dictionaries(any_text, any_json, max_size=4))
+def test_further_fields_of_valid_json_change_nothing(fields: dict[str, object]) -> None:
+    written = json.dumps({**fields, **json.loads(GOOD)}).replace(">", "")
+    assert answered(written) == answered(GOOD)
+
+
+def test_single_quotes_are_swapped_only_where_json_failed() -> None:
+    assert answered(GOOD.replace('"', "'")[:-1] + """, 'note': "Cantlie's"}""").form is Form.NOT_AN_OBJECT
+    assert answered(GOOD.replace("[1, 2, 3, 4]", '"\'"')).box is None
+
+
+def test_published_the_first_blocks_count_wherever_they_stand() -> None:
     later = GOOD.replace("1", "9")
-    answer = parse_answer(f"<think>a</think><think>b</think><answer>{GOOD}</answer><answer>{later}</answer>")
+    answer = parse_published(f"<think>a</think><think>b</think><answer>{GOOD}</answer><answer>{later}</answer>")
     assert (answer.think, answer.box, answer.strict) == ("a", (1, 2, 3, 4), False)
+    draft = parse_published(f"<think>first: {DRAFT}, no</think><answer>{GOOD}</answer>")
+    assert draft.box == (0, 0, 9, 9)
+    assert parse_published(f"<think>never ends {DRAFT}").box == (0, 0, 9, 9)
+
+
+@pytest.mark.parametrize(
+    ("completion", "think"),
+    [
+        (f"<think>first: {DRAFT}, no.</think><answer>{GOOD}</answer>", f"first: {DRAFT}, no."),
+        (f"<think>{DRAFT}{DRAFT}</think> so <answer>{GOOD}</answer>", DRAFT * 2),
+        (f"<think>I write <think></think>, {DRAFT}, or</think><answer>{GOOD}</answer>", None),
+        (f"{DRAFT} was wrong</think><answer>{GOOD}</answer>", None),
+        (f"{DRAFT}<think>no</think><answer>{GOOD}</answer>", "no"),
+        (f"<think>a</think>{DRAFT}<think>no, b</think><answer>{GOOD}</answer>", None),
+        (f"<think>a</think><answer>{GOOD}</answer>{DRAFT}", "a"),
+        (f"<think>a</think><answer>{GOOD}</answer></think>", "a"),
+        (f"<think>a</think><answer>{GOOD}</answer><think>{DRAFT}", "a"),
+        (f"<answer>{GOOD}</answer><think>is it?</think>", "is it?"),
+        (f'<think>a</think><answer>{GOOD[:-1]}, "note": "no <think>, no </think>"}}</answer>', "a"),
+        (f'<answer>{GOOD[:-1]}, "note": "<think>"}}</answer>', None),
+        (f"<answer>{GOOD}</answer><think>is it {DRAFT}", None),
+    ],
+)
+def test_the_answer_after_the_thoughts_counts(completion: str, think: str | None) -> None:
+    answer = parse_answer(completion)
+    assert (answer.box, answer.form) == ((1, 2, 3, 4), Form.CORRECT)
+    if think is not None:
+        assert answer.think == think
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        f"<think>first: {DRAFT}, no",
+        f"<think>first: {DRAFT}, no</think>",
+        f"<think>{DRAFT}{DRAFT}</think><answer>",
+        f"{DRAFT} was wrong</think>",
+        f"</think><think>{DRAFT}",
+        f"<think>\n\n</think>\n\n<think>first: {DRAFT}, no",
+        f"<think>a</think> and <think>b {DRAFT} <think>c {DRAFT}",
+    ],
+)
+def test_a_draft_alone_is_no_answer(completion: str) -> None:
+    assert parse_answer(completion).form is Form.NO_BLOCK
+
+
+drafts = st.lists(st.one_of(pieces, st.just(DRAFT), any_text), max_size=8).map("".join)
+
+
+@relaxed
+@given(drafts)
+def test_whatever_is_thought_the_answer_is_what_follows(draft: str) -> None:
+    answer = parse_answer(f"<think>{draft}</think><answer>{GOOD}</answer>")
+    assert (answer.think, answer.box) == (draft.strip(), (1, 2, 3, 4))
+
+
+@relaxed
+@given(drafts.map(lambda draft: draft.replace("</think>", "")))
+def test_thoughts_that_never_end_hold_no_answer(draft: str) -> None:
+    assert parse_answer(f"<think>{draft}").form is Form.NO_BLOCK
 
 
 @pytest.mark.parametrize(
@@ -182,9 +274,13 @@ def test_an_answer_goes_to_original_pixels() -> None:
     assert parse_answer("nothing").to_original(frames, Frame.MODEL) == parse_answer("nothing")
 
 
-@pytest.mark.parametrize("piece", ["<think>", "<answer>", "<think></think><answer>", "</think><answer>", " "])
-def test_repeated_tags_are_read_in_linear_time(piece: str) -> None:
+@pytest.mark.parametrize(
+    "piece",
+    ["<think>", "<answer>", "<think></think><answer>", "</think><answer>", "</answer></think>", DRAFT, "'", " "],
+)
+@pytest.mark.parametrize("read", [parse_answer, parse_published])
+def test_repeated_tags_are_read_in_linear_time(read: Callable[[str], Answer], piece: str) -> None:
     start = time.process_time()
-    parse_answer(piece * 20_000)
+    read(piece * 20_000)
     # A reader that looks for every closing tag from every opening one takes minutes.
     assert time.process_time() - start < 2
