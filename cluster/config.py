@@ -32,6 +32,26 @@ from umrg.prompts import PromptSpec, ReasonerConfig
 C = TypeVar("C", bound=Config)
 
 
+def _is_every(value: Any) -> Any:
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise ValueError(
+            f"{value!r} is neither auto nor a number of steps; give one of them, 0 for the last step alone"
+        )
+    return value
+
+
+def _is_resume(value: Any) -> Any:
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise ValueError(f"{value!r} is neither auto nor never nor a checkpoint's folder; give one of them")
+    return value
+
+
+Every = Annotated[Literal["auto"] | int, BeforeValidator(_is_every)]
+"""A number of steps, 0 for the last one alone, or "auto", by time."""
+
+Resume = Annotated[Literal["never", "auto"] | Path, BeforeValidator(_is_resume)]
+
+
 class PhantomConfig(Config):
     """Rows to be drawn instead of read. queries_per_image: at most so many rows share an image. phrasings: "held_out"
     asks in words that training has not seen."""
@@ -91,8 +111,9 @@ class TrainConfig(ReasonerConfig):
     name: of the run; its folder is `runs/<name>`. expert: name or folder of the segmenter. batch: groups a step.
     steps: how many. refill: how often in a step groups whose answers are all worth the same are replaced by fresh ones.
     staleness: how many steps the rollouts' weights may lag behind. placement: whether actors are packed on few nodes
-    or spread over many. checkpoint_every: steps; 0 for none but the last. keep: newest checkpoints that stay, and
-    beside them `keep_best` with the highest greedy Dice, of those at whose step the model was evaluated.
+    or spread over many. checkpoint_every: steps between two checkpoints; 0 for none but the last; "auto" writes one
+    every ten minutes, less often where that makes training wait. keep: newest checkpoints that stay, and beside them
+    `keep_best` with the highest greedy Dice, of those at whose step the model was evaluated.
     resume: "auto" goes on from the newest checkpoint of a run folder that exists, "never" refuses such a folder; a
     checkpoint's folder goes on from that one, whether of this run, which then forgets what came after, or of another.
     """
@@ -112,10 +133,10 @@ class TrainConfig(ReasonerConfig):
     steps: PositiveInt
     refill: NonNegativeInt = 0
     seed: NonNegativeInt = 0
-    checkpoint_every: NonNegativeInt = 0
+    checkpoint_every: Every = "auto"
     keep: PositiveInt = 2
     keep_best: NonNegativeInt = 1
-    resume: Literal["never", "auto"] | Path = "never"
+    resume: Resume = "never"
     runs: Path = Path("runs")
 
     @property
@@ -214,9 +235,9 @@ class SftConfig(ReasonerConfig):
     validate_every: PositiveInt = 100
     patience: PositiveInt | None = None
     seed: NonNegativeInt = 0
-    checkpoint_every: NonNegativeInt = 0
+    checkpoint_every: Every = "auto"
     keep: PositiveInt = 1
-    resume: Literal["never", "auto"] | Path = "never"
+    resume: Resume = "never"
     runs: Path = Path("runs")
 
     @model_validator(mode="after")

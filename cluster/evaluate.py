@@ -35,7 +35,7 @@ def run_evaluation(config: EvaluateConfig) -> RunFolder:
         rows, seen = open_held_out(config, run), Seen.of_files(config.data.seen)
         results = Results(run.path / "results.jsonl", n=config.n)
         if any(row.id not in results.rows for row in rows):
-            with cluster(), started(config) as workers:
+            with cluster(), started(config) as workers, run.telling():
                 answer(workers, rows, config, results)
         results.sort([row.id for row in rows])
         write_figures(run, rows, seen, results, config)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from umrg.atomic import whole_lines, written_aside
+from umrg.atomic import named, whole_lines, written_aside
 
 Record = Mapping[str, Any]
 
@@ -29,7 +29,7 @@ class Results:
         for record in records:
             self.rows.setdefault(record["sample_id"], []).append(record)
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-        with self._path.open("a") as file:
+        with named(self._path), self._path.open("a") as file:
             file.write("".join(lines))
             file.flush()
             os.fsync(file.fileno())

@@ -60,7 +60,7 @@ def test_a_mistake_in_the_data_stays_a_mistake(worker):
 
 
 def test_a_fault_names_the_actor_and_what_it_did(worker):
-    with pytest.raises(ActorFailed, match=r"learner 0 failed while updating: RuntimeError\('out of memory'\)"):
+    with pytest.raises(ActorFailed, match="learner 0 failed while updating: RuntimeError: out of memory"):
         gather({"learner 0": worker.fault.remote()}, seconds=30, doing="updating")
 
 

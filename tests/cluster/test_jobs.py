@@ -103,7 +103,7 @@ def test_the_job_is_submitted_from_a_clean_checkout(ray_cluster, tmp_path):
         assert time.monotonic() < deadline, client.get_job_logs(job)
         time.sleep(1)
     assert status == JobStatus.SUCCEEDED, client.get_job_logs(job)
-    assert json.loads((tmp_path / "job" / "summary.json").read_text())["status"] == "finished"
+    assert json.loads((tmp_path / "job" / "summary.json").read_text())["status"] == "ended"
 
 
 def line(text: str, seconds: float = 1.0) -> Callable[[Run], None]:
@@ -214,7 +214,8 @@ def test_a_dead_actor_ends_the_run_by_its_name(tmp_path):
     assert run.process.wait(timeout=120) == 1
     assert "ActorFailed: rollout 0 died while" in run.output.read_text()
     run.assert_nothing_left()
-    assert str(run.summary()["status"]).startswith("failed: ActorFailed: rollout 0 died")
+    assert run.summary()["status"] == "failed"
+    assert str(run.summary()["error"]).startswith("ActorFailed: rollout 0 died")
 
 
 @pytest.mark.slow

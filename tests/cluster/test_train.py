@@ -152,7 +152,8 @@ def test_without_the_cache_reset_the_canary_stops_the_run(ray_cluster, demo_conf
     with pytest.raises(WeightsDiffer, match="stale weights or caches"):
         train(config)
     summary = json.loads((tmp_path / "stale" / "summary.json").read_text())
-    assert summary["status"].startswith("failed: WeightsDiffer") and summary["before"]["greedy"]["n"] == 4
+    assert (summary["status"], summary["before"]["greedy"]["n"]) == ("failed", 4)
+    assert summary["error"].startswith("WeightsDiffer: after weights of version 1")
 
 
 def test_a_run_leaves_its_folder(finished):
@@ -165,7 +166,7 @@ def test_a_run_leaves_its_folder(finished):
         assert line["policy/lag"] == 0
         assert {"seconds/rollout", "seconds/score", "seconds/learn", "seconds/sync"} <= line.keys()
     summary = json.loads((run.path / "summary.json").read_text())
-    assert summary["status"] == "finished" and summary["steps"] == 3
+    assert summary["status"] == "ended" and summary["steps"] == 3
     for when in ("before", "after"):
         for kind in ("greedy", "sampled"):
             assert set(summary[when][kind]) == {"dice", "iou", "pdice", "well_formed", "n"}
