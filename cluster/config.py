@@ -1,14 +1,14 @@
 """Configuration: YAML plus `key=value`, checked before anything starts. Imports no torch."""
 
-import difflib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
-    BaseModel,
+    AfterValidator,
     BeforeValidator,
     Discriminator,
     Field,
@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from actors.config import DeadlineConfig, EndpointConfig, RolloutConfig, SegmenterConfig
+from cluster.faults import in_words
 from learner.config import LearnerConfig, ZeroConfig
 from rewards.config import RewardConfig
 from umrg.atomic import written_aside
@@ -45,6 +46,14 @@ def _is_resume(value: Any) -> Any:
         raise ValueError(f"{value!r} is neither auto nor never nor a checkpoint's folder; give one of them")
     return value
 
+
+def _is_name(value: str) -> str:
+    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", value):
+        raise ValueError(f"{value!r} is no name for a folder; give letters, digits, dots and dashes")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_is_name)]
 
 Every = Annotated[Literal["auto"] | int, BeforeValidator(_is_every)]
 """A number of steps, 0 for the last one alone, or "auto", by time."""
@@ -118,7 +127,7 @@ class TrainConfig(ReasonerConfig):
     checkpoint's folder goes on from that one, whether of this run, which then forgets what came after, or of another.
     """
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: Name
     expert: str
     data: RunDataConfig
     reward: RewardConfig
@@ -186,7 +195,7 @@ class EvaluateConfig(ReasonerConfig):
     greedy one. limit: so many rows at most. batch: rows between two writes of results. gallery: rows in the report.
     """
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: Name
     model: ModelFolder | None = None  # type: ignore[assignment]
     endpoint: EndpointConfig | None = None
     expert: str
@@ -224,7 +233,7 @@ class SftConfig(ReasonerConfig):
     without a lower loss end the run; None for never. The others as in training.
     """
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: Name
     data: DataConfig
     learner: ZeroConfig
     deadlines: DeadlineConfig = DeadlineConfig()
@@ -264,7 +273,7 @@ def load_config(
         return schema.model_validate(tree)
     except ValidationError as error:
         where = "" if path is None else f"{path}: "
-        raise ValueError(where + "; ".join(_explain(schema, fault) for fault in error.errors())) from None
+        raise ValueError(where + "; ".join(in_words(schema, tree, error.errors()))) from None
 
 
 def config_text(config: Config) -> str:
@@ -308,30 +317,3 @@ def _set(tree: dict[str, Any], key: str, value: object) -> None:
         if not isinstance(tree, dict):
             raise ValueError(f"{key!r} cannot be set: {parent} holds a value, not keys")
     tree[last] = value
-
-
-def _explain(schema: type[BaseModel], fault: Any) -> str:
-    location = [str(part) for part in fault["loc"] if part not in ("files", "drawn")]  # pydantic's, not the user's
-    if fault["type"] != "extra_forbidden":
-        message = fault["msg"].removeprefix("Value error, ")
-        return f"{'.'.join(location)}: {message}" if location else message
-    known = _keys(schema, location[:-1])
-    near = difflib.get_close_matches(location[-1], known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(sorted(known))}"
-    return f"unknown key {'.'.join(location)!r}; {hint}"
-
-
-def _keys(schema: type[BaseModel], path: list[str]) -> list[str]:
-    schemas = [schema]
-    for part in path:
-        fields = [each.model_fields[part] for each in schemas if part in each.model_fields]
-        # A part that is no field is a place in a list.
-        schemas = [found for field in fields for found in _models(field.annotation)] or schemas
-    return [key for each in schemas for key in each.model_fields]
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The models that a field's type is, or may be."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [found for part in get_args(annotation) for found in _models(part)]
