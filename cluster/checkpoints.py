@@ -237,8 +237,12 @@ class Checkpoints:
 def export(checkpoint: Checkpoint, out: Path, *, part: str = "model") -> None:
     """Write a checkpoint's model as an ordinary Hugging Face folder, or its adapter as one of peft's, over one that is
     there."""
+    source = checkpoint.folder / part
     with written_aside(out) as aside:
-        shutil.copytree(checkpoint.folder / part, aside)
+        aside.mkdir()
+        for path in sorted(source.rglob("*")):
+            target = aside / path.relative_to(source)
+            target.mkdir() if path.is_dir() else shutil.copyfile(path, target)
 
 
 def export_run(run: Path, step: int | None, out: Path, *, adapter: bool = False) -> Checkpoint:

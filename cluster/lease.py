@@ -187,8 +187,14 @@ def take(path: Path, machine: Machine, *, say: Callable[[Holder], object] = lamb
                 raise ValueError(f"the run is held by {holder} ({path}); wait for it, end it, or give another name=…")
             machine.sleep(LOOK)
             continue
-        if lease is not None and lease.ours():
-            return lease
+        if lease is None:
+            continue
+        try:
+            if lease.ours():
+                return lease
+        except OSError:
+            lease.drop()
+            raise
 
 
 def holder_of(path: Path) -> Holder | None:

@@ -32,14 +32,16 @@ def written_aside(path: Path) -> Iterator[Path]:
 @contextmanager
 def named(path: Path, aside: Path | None = None) -> Iterator[None]:
     """An OSError that names no file, as where a disk is full, names `path`; one that names `aside`, or a file in it,
-    names `path`, or a file in that."""
+    names `path`, or the file in that."""
     try:
         yield
     except OSError as error:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
-        elif aside is not None and str(error.filename).startswith(str(aside)):
-            error.filename, error.filename2 = str(path) + str(error.filename).removeprefix(str(aside)), None
+        for name in (error.filename, error.filename2):
+            # A failed copy names its target second.
+            if aside is not None and name is not None and Path(name).is_relative_to(aside):
+                error.filename, error.filename2 = str(path / Path(name).relative_to(aside)), None
         raise
 
 
