@@ -41,7 +41,8 @@ def named(path: Path, aside: Path | None = None) -> Iterator[None]:
         for name in (error.filename, error.filename2):
             # A failed copy names its target second.
             if aside is not None and name is not None and Path(name).is_relative_to(aside):
-                error.filename, error.filename2 = str(path / Path(name).relative_to(aside)), None
+                error.filename = str(path / Path(name).relative_to(aside))
+                del error.filename2
         raise
 
 
