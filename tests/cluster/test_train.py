@@ -1,9 +1,12 @@
 """The training job on real components: vLLM, Ray, DeepSpeed, SAM, on the tiny models."""
 
 import json
+import os
 import re
+import signal
 import struct
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from ray.util.state import list_actors
 from safetensors.torch import load_file
 from tensorboardX.proto.event_pb2 import Event
 
+from actors.config import DeadlineConfig
 from actors.pools import DeadlinePassed
 from actors.weight_files import pack
 from cluster.broadcast import Canary, WeightsDiffer, broadcast
@@ -255,6 +259,34 @@ def test_a_wait_for_room_says_what_is_missing(workers, demo_config, capsys):
         started(demo_config("learner.num_cpus=3", "deadlines.resources=1")),
     ):
         pass
+
+
+@pytest.fixture
+def without_room(workers, demo_config, tmp_path):
+    """A run that waits, because others hold what it needs."""
+    return demo_config(*SMALL, "learner.num_cpus=3", "deadlines.resources=60", f"runs={tmp_path}", "name=waiting")
+
+
+def test_a_wait_for_room_that_ends_does_not_block_the_corrected_command(without_room, tmp_path):
+    summary = tmp_path / "waiting" / "summary.json"
+    with pytest.raises(DeadlinePassed):
+        train(without_room.model_copy(update={"deadlines": DeadlineConfig(resources=1)}))
+    assert json.loads(summary.read_text())["status"] == "failed"
+    with pytest.raises(ValueError, match="there is no checkpoint"):
+        train(without_room.model_copy(update={"seed": 5, "resume": Path("nothing")}))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_wait_for_room_that_is_ended_says_so(without_room, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("builtins.print", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(without_room)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert json.loads((tmp_path / "waiting" / "summary.json").read_text())["status"] == "interrupted"
+    assert [path.name for path in tmp_path.iterdir()] == ["waiting"]
 
 
 def test_a_finished_run_is_not_begun_again(finished):
