@@ -82,7 +82,8 @@ class _Begun:
 
 class Checkpoints:
     """Of one run. keep: so many of the newest stay, and beside them the `keep_best` with the highest scores. every:
-    steps between two; 0 for none but the last; "auto" by time, which `now` tells in seconds."""
+    steps between two; 0 for none but the last; "auto" by time, which `now` tells in seconds. hold: called before
+    anything is changed; raises where the folder is another's by now."""
 
     def __init__(
         self,
@@ -92,10 +93,11 @@ class Checkpoints:
         keep_best: int,
         every: Every = "auto",
         now: Callable[[], float] = time.monotonic,
+        hold: Callable[[], None] = lambda: None,
         disk: Disk | None = None,
     ) -> None:
         self._folder, self._keep, self._keep_best = folder.resolve(), keep, keep_best
-        self._every, self._now, self._disk = every, now, disk or Disk()
+        self._every, self._now, self._hold, self._disk = every, now, hold, disk or Disk()
         self._last, self._cost = now(), 0.0
         self._begun: _Begun | None = None
         self.placed: Checkpoint | None = None
@@ -111,6 +113,7 @@ class Checkpoints:
         """Begin to write one, when the one before is in its place. config: the run's, as YAML."""
         began = self._now()
         self.finish(learner)
+        self._hold()
         aside = _aside(self._path(state.step))
         self._disk.remove(aside)
         self._disk.make_folder(aside)
@@ -180,6 +183,7 @@ class Checkpoints:
     def _place(self, learner: Learner, *, wait: bool) -> None:
         if self._begun is None or (files := learner.saved(wait=wait)) is None:
             return
+        self._hold()
         begun, self._begun = self._begun, None
         self._commit(begun, files)
         self._prune()

@@ -70,7 +70,7 @@ class RunFolder:
                 with run._told():
                     yield run
             except ValueError:
-                if ours and not run.has_results():
+                if ours and lease.ours() and not run.has_results():
                     shutil.rmtree(path)
                 raise
             finally:

@@ -32,7 +32,9 @@ def sft(config: SftConfig) -> RunFolder:
     """Fine-tune a reasoner; the model lies in the run folder's `model/`."""
     with ExitStack() as stack:
         run = stack.enter_context(RunFolder.begun(config.runs / config.name, config, resume=config.resume != "never"))
-        checkpoints = Checkpoints(run.checkpoints, keep=config.keep, keep_best=1, every=config.checkpoint_every)
+        checkpoints = Checkpoints(
+            run.checkpoints, keep=config.keep, keep_best=1, every=config.checkpoint_every, hold=run.hold
+        )
         checkpoint = checkpoints.chosen(config.resume, config.steps)
         images = Images(config)
         stack.enter_context(cluster())

@@ -45,9 +45,13 @@ def train(config: TrainConfig) -> RunFolder:
 
 
 def checkpoints_of(config: TrainConfig, run: RunFolder, clock: Clock | None = None) -> Checkpoints:
-    now = (clock or Clock()).now
     return Checkpoints(
-        run.checkpoints, keep=config.keep, keep_best=config.keep_best, every=config.checkpoint_every, now=now
+        run.checkpoints,
+        keep=config.keep,
+        keep_best=config.keep_best,
+        every=config.checkpoint_every,
+        now=(clock or Clock()).now,
+        hold=run.hold,
     )
 
 

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.checkpoints import Checkpoint, Checkpoints, RunState, export_run
+from cluster.lease import LeaseLost
 from learner.background import BackgroundWriter, FilePart
 from umrg.durable import Damaged, Disk
 from umrg.shuffling import Cursor
@@ -219,6 +220,26 @@ def test_by_number_time_does_not_count(tmp_path, every, due):
     clock = itertools.count(0, 10_000)
     checkpoints = Checkpoints(tmp_path, keep=1, keep_best=0, every=every, now=lambda: next(clock))
     assert [step for step in range(1, 5) if checkpoints.due(step)] == due
+
+
+def test_a_folder_that_is_anothers_by_now_is_left_alone(tmp_path):
+    lost: list[bool] = []
+
+    def hold():
+        if lost:
+            raise LeaseLost
+
+    save(tmp_path, 1)
+    checkpoints, learner = Checkpoints(tmp_path, keep=1, keep_best=0, hold=hold), Learner()
+    checkpoints.begin(RunState(step=2, cursor=Cursor(seed=0), metrics=0), "", learner)
+    lost.append(True)
+    with pytest.raises(LeaseLost):
+        checkpoints.finish(learner)
+    with pytest.raises(LeaseLost):
+        Checkpoints(tmp_path, keep=1, keep_best=0, hold=hold).begin(
+            RunState(step=3, cursor=Cursor(seed=0), metrics=0), "", learner
+        )
+    assert latest(tmp_path).state.step == 1
 
 
 def test_a_failed_write_is_an_error(tmp_path):
