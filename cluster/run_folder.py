@@ -100,13 +100,13 @@ class RunFolder:
     def _told(self) -> Iterator[None]:
         """The summary says how the run stands. What it said before it says again where a mistake of the user's ends the
         run before it has changed anything."""
-        before, done = self.read_json(SUMMARY) or {"status": "running"}, self._done()
+        before, done = self.read_json(SUMMARY) or {}, self._done()
         self.write_json(SUMMARY, {"status": "running"})
         try:
             with first_of_all(lambda: self._end("interrupted")), self.telling():
                 yield
         except ValueError:
-            if before["status"] != "running" and self._done() == done:
+            if before.get("status", "running") != "running" and self._done() == done:
                 self.write_json(SUMMARY, before)
             raise
         self.tell("ended")
