@@ -13,8 +13,12 @@ def connect() -> bool:
     if ray.is_initialized():
         return False
     terminate = signal.getsignal(signal.SIGTERM)
-    ray.init(logging_level="ERROR", log_to_driver=bool(os.environ.get("MEDREASONER_ACTOR_LOGS")))
-    # Ray puts a handler of its own there, which ends the process with nothing cleaned up.
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, terminate)
+    try:
+        ray.init(logging_level="ERROR", log_to_driver=bool(os.environ.get("MEDREASONER_ACTOR_LOGS")))
+    except SystemExit:
+        # From the handler that Ray puts there while it starts.
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, terminate)
     return True

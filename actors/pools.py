@@ -5,7 +5,7 @@ Every wait has a deadline and a name: an actor that died, raised or took too lon
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,16 +63,24 @@ def gather(calls: Mapping[str, Ref], *, seconds: float, doing: str) -> list[Any]
 
 
 def as_completed(
-    calls: Mapping[str, Ref], owners: Mapping[str, str], *, seconds: float, doing: str
+    calls: Mapping[str, Ref],
+    owners: Mapping[str, str],
+    *,
+    seconds: float,
+    doing: str,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[str, Any]]:
     """(key, result) of each call as it ends; the first that failed ends it all. owners: the name of the actor that each
-    was made to."""
+    was made to. meanwhile: called before each wait, which lasts a second at most."""
     deadline = time.monotonic() + seconds
     keys = {ref: key for key, ref in calls.items()}
     pending = list(keys)
     while pending:
-        ready, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+        meanwhile()
+        ready, pending = ray.wait(pending, num_returns=1, timeout=min(1.0, max(0.0, deadline - time.monotonic())))
         if not ready:
+            if time.monotonic() < deadline:
+                continue
             late = ", ".join(sorted({owners[keys[ref]] for ref in pending}))
             raise DeadlinePassed(f"{late} did not finish {doing} within {seconds:.0f} s")
         key = keys[ready[0]]
@@ -85,7 +93,7 @@ def _result(ref: Ref, name: str, doing: str) -> Any:
     except RayTaskError as error:
         if isinstance(error.cause, ValueError):
             raise ValueError(f"{name}, {doing}: {error.cause}") from error
-        raise ActorFailed(f"{name} failed while {doing}: {error.cause!r}") from error
+        raise ActorFailed(f"{name} failed while {doing}: {type(error.cause).__name__}: {error.cause}") from error
     except (RayActorError, GetTimeoutError) as error:
         raise ActorFailed(f"{name} died while {doing}: {str(error).strip().splitlines()[0]}") from error
 
@@ -100,10 +108,17 @@ class RolloutPool:
         return {name: actor.start.remote() for name, actor in self._actors.items()}
 
     def sample(
-        self, groups: Mapping[str, Ref], *, n: int, temperature: float, max_tokens: int, run_seed: int
+        self,
+        groups: Mapping[str, Ref],
+        *,
+        n: int,
+        temperature: float,
+        max_tokens: int,
+        run_seed: int,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> Iterator[tuple[str, GroupSamples]]:
         """(group id, its samples) of each group as it is sampled. groups: references of `Group`s by their ids; they are
-        dealt out in turn, and each engine batches what it has."""
+        dealt out in turn, and each engine batches what it has. meanwhile: as in `as_completed`."""
         actors = list(self._actors.items())
         calls, owners = {}, {}
         for i, (group, ref) in enumerate(groups.items()):
@@ -111,7 +126,7 @@ class RolloutPool:
             calls[group] = actor.sample.remote(
                 ref, n=n, temperature=temperature, max_tokens=max_tokens, run_seed=run_seed
             )
-        yield from as_completed(calls, owners, seconds=self._deadlines.step, doing="sampling")
+        yield from as_completed(calls, owners, seconds=self._deadlines.step, doing="sampling", meanwhile=meanwhile)
 
     def update_weights(self, version: int, buckets: Sequence[Ref]) -> list[str]:
         """Give every engine the weights of a version; the digests of what arrived."""

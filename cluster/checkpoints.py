@@ -11,19 +11,25 @@ moment, a run finds the one before or the new one.
 """
 
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, Self
 
 from pydantic import NonNegativeInt, ValidationError
 
+from cluster.config import Every
 from umrg.atomic import written_aside
 from umrg.config import Config
 from umrg.durable import MANIFEST, Damaged, Disk, FileRecord, manifest, manifest_digest, verify, write_durably
 from umrg.shuffling import Cursor
 
 LATEST, STATE = "latest", "state.json"
+
+PERIOD, WORTH = 600.0, 20.0
+"""By time, a checkpoint is due so many seconds after the last, or so many times what that one made training wait,
+whichever is longer."""
 
 
 class RunState(Config):
@@ -75,23 +81,46 @@ class _Begun:
 
 
 class Checkpoints:
-    """Of one run. keep: so many of the newest stay, and beside them the `keep_best` with the highest scores."""
+    """Of one run. keep: so many of the newest stay, and beside them the `keep_best` with the highest scores. every:
+    steps between two; 0 for none but the last; "auto" by time, which `now` tells in seconds. hold: called before
+    anything is changed; raises where the folder is another's by now."""
 
-    def __init__(self, folder: Path, *, keep: int, keep_best: int, disk: Disk | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        keep_best: int,
+        every: Every = "auto",
+        now: Callable[[], float] = time.monotonic,
+        hold: Callable[[], None] = lambda: None,
+        disk: Disk | None = None,
+    ) -> None:
         self._folder, self._keep, self._keep_best = folder.resolve(), keep, keep_best
-        self._disk = disk or Disk()
+        self._every, self._now, self._hold, self._disk = every, now, hold, disk or Disk()
+        self._last, self._cost = now(), 0.0
         self._begun: _Begun | None = None
         self.placed: Checkpoint | None = None
         """The one that was put in its place last."""
 
+    def due(self, step: int) -> bool:
+        """Whether one is to be written after a step, by number or by time."""
+        if self._every == "auto":
+            return self._now() - self._last >= max(PERIOD, WORTH * self._cost)
+        return self._every > 0 and step % self._every == 0
+
     def begin(self, state: RunState, config: str, learner: Learner) -> None:
         """Begin to write one, when the one before is in its place. config: the run's, as YAML."""
+        began = self._now()
         self.finish(learner)
+        self._hold()
         aside = _aside(self._path(state.step))
         self._disk.remove(aside)
         self._disk.make_folder(aside)
         learner.save(aside)
         self._begun = _Begun(state=state, config=config, aside=aside)
+        self._last = self._now()
+        self._cost = self._last - began
 
     def poll(self, learner: Learner) -> None:
         """Put what was begun in its place, if all of it is written. Raises what stopped the writing."""
@@ -154,6 +183,7 @@ class Checkpoints:
     def _place(self, learner: Learner, *, wait: bool) -> None:
         if self._begun is None or (files := learner.saved(wait=wait)) is None:
             return
+        self._hold()
         begun, self._begun = self._begun, None
         self._commit(begun, files)
         self._prune()
@@ -211,8 +241,12 @@ class Checkpoints:
 def export(checkpoint: Checkpoint, out: Path, *, part: str = "model") -> None:
     """Write a checkpoint's model as an ordinary Hugging Face folder, or its adapter as one of peft's, over one that is
     there."""
+    source = checkpoint.folder / part
     with written_aside(out) as aside:
-        shutil.copytree(checkpoint.folder / part, aside)
+        aside.mkdir()
+        for path in sorted(source.rglob("*")):
+            target = aside / path.relative_to(source)
+            target.mkdir() if path.is_dir() else shutil.copyfile(path, target)
 
 
 def export_run(run: Path, step: int | None, out: Path, *, adapter: bool = False) -> Checkpoint:

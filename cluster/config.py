@@ -1,14 +1,14 @@
 """Configuration: YAML plus `key=value`, checked before anything starts. Imports no torch."""
 
-import difflib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
-    BaseModel,
+    AfterValidator,
     BeforeValidator,
     Discriminator,
     Field,
@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from actors.config import DeadlineConfig, EndpointConfig, RolloutConfig, SegmenterConfig
+from cluster.faults import in_words
 from learner.config import LearnerConfig, ZeroConfig
 from rewards.config import RewardConfig
 from umrg.atomic import written_aside
@@ -30,6 +31,34 @@ from umrg.phantoms import MODALITIES
 from umrg.prompts import PromptSpec, ReasonerConfig
 
 C = TypeVar("C", bound=Config)
+
+
+def _is_every(value: Any) -> Any:
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise ValueError(
+            f"{value!r} is neither auto nor a number of steps; give one of them, 0 for the last step alone"
+        )
+    return value
+
+
+def _is_resume(value: Any) -> Any:
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise ValueError(f"{value!r} is neither auto nor never nor a checkpoint's folder; give one of them")
+    return value
+
+
+def _is_name(value: str) -> str:
+    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", value):
+        raise ValueError(f"{value!r} is no name for a folder; give letters, digits, dots and dashes")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_is_name)]
+
+Every = Annotated[Literal["auto"] | int, BeforeValidator(_is_every)]
+"""A number of steps, 0 for the last one alone, or "auto", by time."""
+
+Resume = Annotated[Literal["never", "auto"] | Path, BeforeValidator(_is_resume)]
 
 
 class PhantomConfig(Config):
@@ -91,13 +120,14 @@ class TrainConfig(ReasonerConfig):
     name: of the run; its folder is `runs/<name>`. expert: name or folder of the segmenter. batch: groups a step.
     steps: how many. refill: how often in a step groups whose answers are all worth the same are replaced by fresh ones.
     staleness: how many steps the rollouts' weights may lag behind. placement: whether actors are packed on few nodes
-    or spread over many. checkpoint_every: steps; 0 for none but the last. keep: newest checkpoints that stay, and
-    beside them `keep_best` with the highest greedy Dice, of those at whose step the model was evaluated.
+    or spread over many. checkpoint_every: steps between two checkpoints; 0 for none but the last; "auto" writes one
+    every ten minutes, less often where that makes training wait. keep: newest checkpoints that stay, and beside them
+    `keep_best` with the highest greedy Dice, of those at whose step the model was evaluated.
     resume: "auto" goes on from the newest checkpoint of a run folder that exists, "never" refuses such a folder; a
     checkpoint's folder goes on from that one, whether of this run, which then forgets what came after, or of another.
     """
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: Name
     expert: str
     data: RunDataConfig
     reward: RewardConfig
@@ -112,10 +142,10 @@ class TrainConfig(ReasonerConfig):
     steps: PositiveInt
     refill: NonNegativeInt = 0
     seed: NonNegativeInt = 0
-    checkpoint_every: NonNegativeInt = 0
+    checkpoint_every: Every = "auto"
     keep: PositiveInt = 2
     keep_best: NonNegativeInt = 1
-    resume: Literal["never", "auto"] | Path = "never"
+    resume: Resume = "never"
     runs: Path = Path("runs")
 
     @property
@@ -166,7 +196,7 @@ class EvaluateConfig(ReasonerConfig):
     them apart. limit: so many rows at most. batch: rows between two writes of results. gallery: rows in the report.
     """
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: Name
     model: ModelFolder | None = None  # type: ignore[assignment]
     endpoint: EndpointConfig | None = None
     expert: str
@@ -205,7 +235,7 @@ class SftConfig(ReasonerConfig):
     without a lower loss end the run; None for never. The others as in training.
     """
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: Name
     data: DataConfig
     learner: ZeroConfig
     deadlines: DeadlineConfig = DeadlineConfig()
@@ -216,9 +246,9 @@ class SftConfig(ReasonerConfig):
     validate_every: PositiveInt = 100
     patience: PositiveInt | None = None
     seed: NonNegativeInt = 0
-    checkpoint_every: NonNegativeInt = 0
+    checkpoint_every: Every = "auto"
     keep: PositiveInt = 1
-    resume: Literal["never", "auto"] | Path = "never"
+    resume: Resume = "never"
     runs: Path = Path("runs")
 
     @model_validator(mode="after")
@@ -245,7 +275,7 @@ def load_config(
         return schema.model_validate(tree)
     except ValidationError as error:
         where = "" if path is None else f"{path}: "
-        raise ValueError(where + "; ".join(_explain(schema, fault) for fault in error.errors())) from None
+        raise ValueError(where + "; ".join(in_words(schema, tree, error.errors()))) from None
 
 
 def config_text(config: Config) -> str:
@@ -289,30 +319,3 @@ def _set(tree: dict[str, Any], key: str, value: object) -> None:
         if not isinstance(tree, dict):
             raise ValueError(f"{key!r} cannot be set: {parent} holds a value, not keys")
     tree[last] = value
-
-
-def _explain(schema: type[BaseModel], fault: Any) -> str:
-    location = [str(part) for part in fault["loc"] if part not in ("files", "drawn")]  # pydantic's, not the user's
-    if fault["type"] != "extra_forbidden":
-        message = fault["msg"].removeprefix("Value error, ")
-        return f"{'.'.join(location)}: {message}" if location else message
-    known = _keys(schema, location[:-1])
-    near = difflib.get_close_matches(location[-1], known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(sorted(known))}"
-    return f"unknown key {'.'.join(location)!r}; {hint}"
-
-
-def _keys(schema: type[BaseModel], path: list[str]) -> list[str]:
-    schemas = [schema]
-    for part in path:
-        fields = [each.model_fields[part] for each in schemas if part in each.model_fields]
-        # A part that is no field is a place in a list.
-        schemas = [found for field in fields for found in _models(field.annotation)] or schemas
-    return [key for each in schemas for key in each.model_fields]
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The models that a field's type is, or may be."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [found for part in get_args(annotation) for found in _models(part)]

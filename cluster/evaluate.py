@@ -33,9 +33,9 @@ def run_evaluation(config: EvaluateConfig) -> RunFolder:
         if run.read_json("metrics.json"):
             raise ValueError(f"the evaluation {run.path} is finished; give another name=… or remove it")
         rows, seen = open_held_out(config, run), Seen.of_files(config.data.seen)
-        results = Results(run.path / "results.jsonl", n=config.n)
+        results = Results(run.path / "results.jsonl", n=config.n, hold=run.hold)
         if any(row.id not in results.rows for row in rows):
-            with cluster(), started(config) as workers:
+            with cluster(), started(config) as workers, run.telling():
                 answer(workers, rows, config, results)
         results.sort([row.id for row in rows])
         write_figures(run, rows, seen, results, config)

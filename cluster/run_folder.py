@@ -3,17 +3,23 @@
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import yaml
 
 from cluster.config import save_config
-from umrg.atomic import remove_leftovers, whole_lines, written_aside
+from cluster.interruption import first_of_all
+from cluster.lease import Lease, leased
+from umrg.atomic import named, remove_leftovers, whole_lines, written_aside
 from umrg.config import Config
+
+SUMMARY = "summary.json"
+Status = Literal["running", "ended", "interrupted", "failed"]
 
 _MAY_CHANGE = (
     *("resume", "checkpoint_every", "keep", "keep_best", "runs", "deadlines", "placement", "segmenter.actors"),
@@ -24,45 +30,59 @@ _MAY_CHANGE = (
 """What a run may go on with otherwise than it began: how it is computed, and how long."""
 
 
+_OF_A_BEGINNING = {"config.yaml", SUMMARY, "data/train.parquet", "data/eval.parquet", "results.jsonl"}
+_RAYS_CACHE = {"working_dir_files", "py_modules_files"}
+_telling = threading.Lock()
+
+
 @dataclass(frozen=True)
 class RunFolder:
-    """Where one run keeps what it leaves behind."""
+    """Where one run keeps what it leaves behind. lease: None where it is only read."""
 
     path: Path
+    lease: Lease | None = None
 
     @classmethod
     def create(cls, path: Path, config: Config) -> Self:
-        """Make the folder and save the resolved configuration. Raises ValueError where it exists."""
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            raise ValueError(f"the run folder {path} exists; give another name=… or remove it") from None
-        save_config(config, path / "config.yaml")
+        """Make the folder, with the resolved configuration and a summary that says that it runs. Raises ValueError
+        where one exists, but for one in which nothing was done yet."""
+        if path.exists() and not is_blank(path):
+            raise ValueError(f"the run folder {path} exists; give another name=… or remove it")
+        with written_aside(path) as aside:
+            aside.mkdir()
+            save_config(config, aside / "config.yaml")
+            cls(aside).write_json(SUMMARY, {"status": "running"})
         return cls(path)
 
     @classmethod
     @contextmanager
     def begun(cls, path: Path, config: Config, *, resume: bool) -> Iterator[Self]:
-        """`begin`; where a mistake of the user's ends the run before it has anything to show, a folder that was made
-        for it goes too, so that the corrected command finds the name free."""
-        ours = not path.exists()
-        run = cls.begin(path, config, resume=resume)
-        remove_leftovers(path)
-        try:
-            yield run
-        except ValueError:
-            if ours and not run.has_results():
-                shutil.rmtree(path)
-            raise
-        finally:
-            # An actor that was ended in the middle of a checkpoint may have written on after it was given up.
+        """`begin` under a lease, with a summary that says from the first second to the last how the run stands. Where
+        a mistake of the user's ends it before it has anything to show, a folder that was made for it goes too, so that
+        the corrected command finds the name free. Raises ValueError where another driver has the folder, which then
+        stays as it is."""
+        refuse_rays_cache(path)
+        with leased(path) as lease:
+            ours = not path.exists() or is_blank(path)
+            run = replace(cls.begin(path, config, resume=resume), lease=lease)
             remove_leftovers(path)
+            try:
+                with run._told():
+                    yield run
+            except ValueError:
+                if ours and lease.ours() and not run.has_results():
+                    shutil.rmtree(path)
+                raise
+            finally:
+                # An actor that was ended in the middle of a checkpoint may have written on after it was given up.
+                if lease.ours():
+                    remove_leftovers(path)
 
     @classmethod
     def begin(cls, path: Path, config: Config, *, resume: bool) -> Self:
         """Make the folder, or with `resume` take the one that is there. Raises ValueError where one is there and should
         not be, is no run's, or was made with another configuration."""
-        if not (resume and path.exists()):
+        if not (resume and path.exists() and not is_blank(path)):
             return cls.create(path, config)
         kept = yaml.safe_load((path / "config.yaml").read_text()) if (path / "config.yaml").is_file() else None
         if not isinstance(kept, dict):
@@ -75,6 +95,58 @@ class RunFolder:
             )
         save_config(config, path / "config.yaml")
         return cls(path)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """The summary says how the run stands. What it said before it says again where a mistake of the user's ends the
+        run before it has changed anything."""
+        before, done = self.read_json(SUMMARY) or {}, self._done()
+        self.write_json(SUMMARY, {"status": "running"})
+        try:
+            with first_of_all(lambda: self._end("interrupted")), self.telling():
+                yield
+        except ValueError:
+            if before.get("status", "running") != "running" and self._done() == done:
+                self.write_json(SUMMARY, before)
+            raise
+        self.tell("ended")
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """An error that ends what is done in here is told at once, before what stands around it is ended, which may
+        take long."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            self._end("interrupted")
+            raise
+        except BaseException as error:
+            self._end("failed", error=f"{type(error).__name__}: {error}")
+            raise
+
+    def tell(self, status: Status | None = None, **details: Any) -> None:
+        """Let the summary say how the run stands, and add details. It stays as it is where another driver has the
+        folder by now."""
+        with _telling:
+            if self.lease is None or self.lease.ours():
+                kept = self.read_json(SUMMARY) or {}
+                told = {"status": status or kept.get("status", "running")}
+                self._write_json(SUMMARY, {**kept, **details, **told})
+
+    def status(self) -> Status:
+        """What the summary says; "interrupted" where it says nothing."""
+        found: Status = (self.read_json(SUMMARY) or {}).get("status", "interrupted")
+        return found
+
+    def _end(self, status: Status, **details: Any) -> None:
+        # What comes after the end, while actors are shut down, changes nothing about it.
+        if self.status() == "running":
+            self.tell(status, **details)
+
+    def hold(self) -> None:
+        """Raises LeaseLost where another driver has the folder by now."""
+        if self.lease:
+            self.lease.hold()
 
     @property
     def checkpoints(self) -> Path:
@@ -94,11 +166,18 @@ class RunFolder:
 
     def has_results(self) -> bool:
         """Whether anything was sampled or learnt."""
-        return self.samples.exists() or any((self.path / f"{name}.jsonl").exists() for name in ("results", "metrics"))
+        return self.samples.exists() or any(self._done())
+
+    def _done(self) -> list[int]:
+        """Bytes of what grows with all that is done."""
+        files = [self.path / f"{name}.jsonl" for name in ("results", "metrics")]
+        return [file.stat().st_size if file.exists() else 0 for file in files]
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Add a line to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a") as file:
+        self.hold()
+        path = self.path / "metrics.jsonl"
+        with named(path), path.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -116,6 +195,7 @@ class RunFolder:
 
     def rewind(self, step: int, metrics: int) -> None:
         """Forget what was written after a step. metrics: bytes of metrics.jsonl by then."""
+        self.hold()
         path = self.path / "metrics.jsonl"
         if path.exists():
             os.truncate(path, min(metrics, path.stat().st_size))
@@ -129,13 +209,35 @@ class RunFolder:
         return json.loads(path.read_text()) if path.exists() else None
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        self.hold()
+        self._write_json(name, value)
+
+    def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
         with written_aside(self.path / name) as aside:
             aside.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def status_of(error: BaseException) -> str:
-    """What summary.json says of a run that an error ended."""
-    return "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}: {error}"
+def is_blank(path: Path) -> bool:
+    """Whether a folder is that of a run which ended before anything was sampled or learnt, and holds nothing else."""
+    if not (path / "config.yaml").is_file() or not (path / SUMMARY).is_file():
+        return False
+    files = [entry.relative_to(path) for entry in path.rglob("*") if not entry.is_dir()]
+    names = {file.as_posix() for file in files if not _passing(file)}
+    return names <= _OF_A_BEGINNING and not RunFolder(path).has_results()
+
+
+def _passing(path: Path) -> bool:
+    """Written anew by every run that begins, or left by one that was killed as it wrote."""
+    return path.parts[0] == "tensorboard" or any(part.startswith(".") and part.endswith(".part") for part in path.parts)
+
+
+def refuse_rays_cache(path: Path) -> None:
+    """Raises ValueError for a folder in the cache that Ray unpacks the packages of jobs into, and empties at will."""
+    if _RAYS_CACHE & set(path.resolve().parts):
+        raise ValueError(
+            f"the run folder {path} would lie in Ray's cache of packages ({path.resolve()}), from which it may vanish "
+            "at any time; give runs=/a/folder/that/all/nodes/share"
+        )
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from actors.pools import SupervisedPool
 from cluster.checkpoints import Checkpoint, Checkpoints, RunState, export
 from cluster.cli_frame import run_command
 from cluster.config import SftConfig, config_text, load_config
-from cluster.run_folder import RunFolder, status_of
+from cluster.run_folder import RunFolder
 from cluster.workers import cluster, started_supervised
 from umrg.dataset import Dataset
 from umrg.sample import Sample
@@ -33,20 +32,17 @@ def sft(config: SftConfig) -> RunFolder:
     """Fine-tune a reasoner; the model lies in the run folder's `model/`."""
     with ExitStack() as stack:
         run = stack.enter_context(RunFolder.begun(config.runs / config.name, config, resume=config.resume != "never"))
-        checkpoints = Checkpoints(run.checkpoints, keep=config.keep, keep_best=1)
+        checkpoints = Checkpoints(
+            run.checkpoints, keep=config.keep, keep_best=1, every=config.checkpoint_every, hold=run.hold
+        )
         checkpoint = checkpoints.chosen(config.resume, config.steps)
-        stack.push(partial(_note_failure, run))
         images = Images(config)
         stack.enter_context(cluster())
         print("starting the learner", flush=True)
         learner = stack.enter_context(started_supervised(config, run.path))
+        stack.enter_context(run.telling())
         Finetuning(config, run, checkpoints, learner, images).go(checkpoint)
     return run
-
-
-def _note_failure(run: RunFolder, _kind: object, error: BaseException | None, _trace: object) -> None:
-    if error is not None:
-        run.write_json("summary.json", {"status": status_of(error)})
 
 
 class Images:
@@ -105,10 +101,7 @@ class Finetuning:
         assert chosen is not None, "the last step has a checkpoint"
         export(chosen, self.run.model)
         seconds = {"sft": round(time.monotonic() - started, 2)}
-        self.run.write_json(
-            "summary.json",
-            {"status": "finished", "steps": self.step, "model_of_step": chosen.state.step, "seconds": seconds},
-        )
+        self.run.tell("ended", steps=self.step, model_of_step=chosen.state.step, seconds=seconds)
 
     def batches(self) -> Iterator[list[list[Sample]]]:
         """The images of each step that is still to be taken."""
@@ -131,7 +124,7 @@ class Finetuning:
             self.validations.append(line["validation_loss"])
         self.run.log(line)
         lowest = "validation_loss" in line and line["validation_loss"] == min(self.validations)
-        if lowest or self.due(self.config.checkpoint_every):
+        if lowest or self.checkpoints.due(self.step) or self.step == self.config.steps:
             score = -line["validation_loss"] if "validation_loss" in line else None
             state = RunState(step=self.step, cursor=self.cursor, metrics=self.run.metrics_position(), score=score)
             self.checkpoints.begin(state, config_text(self.config), self.learner)
@@ -140,8 +133,8 @@ class Finetuning:
         return line
 
     def due(self, every: int) -> bool:
-        """At every so-manieth step, and at the last; 0 for the last alone."""
-        return self.step == self.config.steps or (every > 0 and self.step % every == 0)
+        """At every so-manieth step, and at the last."""
+        return self.step == self.config.steps or self.step % every == 0
 
     def validate(self) -> float:
         """Mean negative log-likelihood of a token of the answers about the images that are held out, in nats."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from cluster.broadcast import Canary, broadcast
 from cluster.checkpoints import Checkpoint, Checkpoints, RunState, export
 from cluster.cli_frame import run_command
+from cluster.clock import Clock
 from cluster.config import TrainConfig, config_text, load_config
 from cluster.data import open_rows
 from cluster.display import Display
@@ -38,12 +39,20 @@ def train(config: TrainConfig) -> RunFolder:
         stack.enter_context(cluster())
         with display.waiting("starting actors"), journal.clock.phase("start"):
             workers = stack.enter_context(started(config, run.path))
+        stack.enter_context(run.telling())
         Training(config, run, workers, journal, display, rows, held_out).go(checkpoint)
     return run
 
 
-def checkpoints_of(config: TrainConfig, run: RunFolder) -> Checkpoints:
-    return Checkpoints(run.checkpoints, keep=config.keep, keep_best=config.keep_best)
+def checkpoints_of(config: TrainConfig, run: RunFolder, clock: Clock | None = None) -> Checkpoints:
+    return Checkpoints(
+        run.checkpoints,
+        keep=config.keep,
+        keep_best=config.keep_best,
+        every=config.checkpoint_every,
+        now=(clock or Clock()).now,
+        hold=run.hold,
+    )
 
 
 class Training:
@@ -61,7 +70,7 @@ class Training:
     ) -> None:
         self.config, self.run, self.workers = config, run, workers
         self.journal, self.display, self.rows, self.held_out = journal, display, rows, held_out
-        self.checkpoints = checkpoints_of(config, run)
+        self.checkpoints = checkpoints_of(config, run, journal.clock)
         self.canary = Canary(rows[0], config)
         self.draw = Draw(
             n=config.rollout.n,
@@ -112,7 +121,7 @@ class Training:
         for _ in range(self.config.refill + 1):
             fresh = self.groups(self.config.batch - len(kept), first=asked)
             asked += len(fresh)
-            experience = gain(self.workers, fresh, self.draw, self.journal.clock)
+            experience = gain(self.workers, fresh, self.draw, self.journal.clock, meanwhile=self.place_checkpoint)
             kept += [each for each in experience if not each.flat]
             flat = [each for each in experience if each.flat]
             if not flat:
@@ -149,13 +158,17 @@ class Training:
         """Begin to write a checkpoint of everything that the next step depends on, where one is due; put the one begun
         before in its place as soon as it is written."""
         with self.journal.clock.phase("checkpoint"):
-            if self.due(self.config.checkpoint_every) or self.step == self.config.steps:
+            if self.checkpoints.due(self.step) or self.step == self.config.steps:
                 state = RunState(
                     step=self.step, cursor=self.cursor, metrics=self.journal.position(), score=self.journal.score()
                 )
                 self.checkpoints.begin(state, config_text(self.config), self.workers.learner)
             else:
-                self.checkpoints.poll(self.workers.learner)
+                self.place_checkpoint()
+
+    def place_checkpoint(self) -> None:
+        """Put the checkpoint that was begun in its place, if it is written by now."""
+        self.checkpoints.poll(self.workers.learner)
 
     def resume(self, checkpoint: Checkpoint | None) -> None:
         """Go on from a checkpoint, if there is one; the rollouts then get its weights."""

@@ -1,11 +1,14 @@
-"""`medreasoner serve`: the application on this machine, until it is interrupted."""
+"""`medreasoner serve`: the application, until it is interrupted, on a cluster of its own or beside those of others."""
 
 import signal
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeInstanceDetails
 
 from actors.connection import connect
 from actors.experts.registry import find_expert
@@ -14,32 +17,88 @@ from serving.app import build_app
 from serving.config import ServeConfig
 
 HOST = "127.0.0.1"
+NAME = "medreasoner"
+PATHS = ("/v1/ground", "/healthz")
+"""Where the application answers."""
 
 
-def start(args: dict[str, Any], *, port: int) -> str:
-    """Start the service on the loopback interface; its address. Raises ValueError for a folder that is no model,
-    and for an expert that is not there."""
+class Service:
+    """The application on the cluster that is there, or on a local one. build: makes it of the arguments."""
+
+    def __init__(
+        self, args: dict[str, Any], *, port: int, build: Callable[[dict[str, Any]], serve.Application] = build_app
+    ) -> None:
+        self._args, self._port, self._build = args, port, build
+        self._connected = self._serve_is_ours = self._deployed = False
+
+    def start(self) -> str:
+        """Start the service; its address, on the loopback interface. Raises ValueError where another application is in
+        the way."""
+        self._connected = connect()
+        running = _get_global_client(raise_if_no_controller_running=False)
+        refuse_collision({name: app.route_prefix for name, app in applications().items()})
+        self._serve_is_ours = running is None
+        serve.start(http_options={"host": HOST, "port": self._port})
+        self._deployed = True
+        serve.run(self._build(self._args), name=NAME, route_prefix="/")
+        return self._address()
+
+    def stop(self) -> None:
+        """End the service and what was started for it, if it got that far; what others run goes on."""
+        if not ray.is_initialized():
+            return
+        others = applications().keys() - {NAME}
+        if self._serve_is_ours and not others:
+            serve.shutdown()
+        elif self._deployed:
+            serve.delete(NAME)
+        if self._connected:
+            ray.shutdown()
+
+    def _address(self) -> str:
+        options = _get_global_client().http_config
+        if options.port != self._port:
+            print(f"Serve runs on this cluster already, at port {options.port}; --port {self._port} is not heeded")
+        host = HOST if options.host in (None, "localhost", "0.0.0.0", "::") else options.host
+        return f"http://{host}:{options.port}"
+
+
+def applications() -> dict[str, Any]:
+    """What Serve runs on the cluster, by name."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return {}
+    found: dict[str, Any] = ServeInstanceDetails(**client.get_serve_details()).applications
+    return found
+
+
+def refuse_collision(running: dict[str, str | None]) -> None:
+    """Raises ValueError where one of the applications has our name, or answers where we would. running: their route
+    prefixes by name."""
+    if NAME in running:
+        raise ValueError(f"an application {NAME} runs on this cluster already; end it, or use another cluster")
+    for name, prefix in running.items():
+        if prefix is not None and any(f"{path}/".startswith(f"{prefix.rstrip('/')}/") for path in PATHS):
+            raise ValueError(
+                f"the application {name} of this cluster answers at {prefix}, where this one would; "
+                "give it another route prefix, or use another cluster"
+            )
+
+
+def check(args: dict[str, Any]) -> None:
+    """Raises ValueError for a folder that is no model, and for an expert that is not there."""
     config = ServeConfig.model_validate(args)
     load_prompter(config.model, config.spec())
     find_expert(config.expert, config.segmenter.checkpoint, config.segmenter.preprocess)
-    connect()
-    serve.start(http_options={"host": HOST, "port": port})
-    serve.run(build_app(args), name="medreasoner", route_prefix="/")
-    return f"http://{HOST}:{port}"
-
-
-def stop() -> None:
-    """End the service and what it runs on, if it got that far."""
-    if ray.is_initialized():
-        serve.shutdown()
-        ray.shutdown()
 
 
 def run(args: dict[str, Any], *, port: int) -> None:
     """Start, say where, and wait for Ctrl-C or SIGTERM; either ends the start too."""
+    check(args)
     ended = threading.Event()
+    service = Service(args, port=port)
     try:
-        address = start(args, port=port)
+        address = service.start()
         for sign in (signal.SIGINT, signal.SIGTERM):
             signal.signal(sign, lambda *_: ended.set())
         print(f"serving {args['model']} at {address}; try\n")
@@ -47,4 +106,4 @@ def run(args: dict[str, Any], *, port: int) -> None:
         while not ended.wait(1.0):
             pass
     finally:
-        stop()
+        service.stop()

@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from umrg.atomic import named
+
 MANIFEST = "manifest.json"
 
 
@@ -23,13 +25,15 @@ class Disk:
         path.mkdir(parents=True, exist_ok=True)
 
     def write(self, path: Path, data: bytes) -> None:
-        path.write_bytes(data)
+        with named(path):
+            path.write_bytes(data)
 
     def sync(self, path: Path) -> None:
         """Wait until a file, or a folder's list of names, is on the disk."""
         handle = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(handle)
+            with named(path):
+                os.fsync(handle)
         finally:
             os.close(handle)
 

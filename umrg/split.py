@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from umrg.atomic import named
 from umrg.dataset import Dataset, RowInfo, check_names, write_rows
 from umrg.names import category_matches, category_name, modality_family, modality_matches, modality_name
 from umrg.prompts import clean_query
@@ -108,7 +109,7 @@ def write_split(
     sides = {"train": split.train, "held_out": split.held_out}
     images: dict[str, set[bytes]] = {side: set() for side in sides}
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder, prefix=".split-") as aside:
+    with TemporaryDirectory(dir=folder, prefix=".split-") as aside, named(folder, Path(aside)):
         before = 0
         for side, rows in sides.items():
             copied = _copied(dataset, rows, images[side])

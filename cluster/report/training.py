@@ -15,18 +15,18 @@ CARDS = 36
 _TITLES = {"dice": "Dice", "iou": "box IoU", "pdice": "pDice", "well_formed": "well-formed"}
 
 
-def write_report(run: RunFolder, held_out: Sequence[Sample]) -> Path:
-    """Write `report/index.html`, from what lies in the run folder and the held-out rows."""
+def write_report(run: RunFolder, summary: Mapping[str, Any], held_out: Sequence[Sample]) -> Path:
+    """Write `report/index.html`, from what lies in the run folder, its summary and the held-out rows."""
     metrics = run.metrics()
     return write_page(
         run.report / "index.html",
         "training.html",
         name=run.path.name,
-        summary=run.read_json("summary.json"),
+        summary=summary,
         config=(run.path / "config.yaml").read_text(),
         titles=_TITLES,
         charts=all_charts(metrics),
-        seconds=run.read_json("summary.json")["seconds"],
+        seconds=summary["seconds"],
         cards=cards(run, held_out),
         count=len(held_out),
     )

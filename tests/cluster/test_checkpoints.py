@@ -6,12 +6,14 @@ import itertools
 import shutil
 import threading
 from functools import partial
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.checkpoints import Checkpoint, Checkpoints, RunState, export_run
+from cluster.lease import LeaseLost
 from learner.background import BackgroundWriter, FilePart
 from umrg.durable import Damaged, Disk
 from umrg.shuffling import Cursor
@@ -185,6 +187,61 @@ def test_it_is_written_while_training_goes_on(tmp_path):
     assert checkpoints.steps() == [1]
 
 
+class Timed(Learner):
+    """Copying its state takes so many seconds of a clock."""
+
+    def __init__(self, clock, seconds):
+        super().__init__()
+        self.clock, self.seconds = clock, seconds
+
+    def save(self, folder):
+        self.clock[0] += self.seconds
+        super().save(folder)
+
+
+@pytest.mark.parametrize(("cost", "period"), [(1, 600), (29, 600), (31, 620), (300, 6000)])
+def test_by_time_one_is_due_after_ten_minutes_or_twenty_times_what_the_last_cost(tmp_path, cost, period):
+    clock = [1000.0]
+    checkpoints = Checkpoints(tmp_path, keep=1, keep_best=0, now=lambda: clock[0])
+    clock[0] += 599
+    assert not checkpoints.due(1)
+    clock[0] += 1
+    assert checkpoints.due(2)
+    learner = Timed(clock, cost)
+    checkpoints.begin(RunState(step=2, cursor=Cursor(seed=0), metrics=0), "", learner)
+    clock[0] += period - 1
+    assert not checkpoints.due(3)
+    clock[0] += 1
+    assert checkpoints.due(4)
+
+
+@pytest.mark.parametrize(("every", "due"), [(0, []), (1, [1, 2, 3, 4]), (3, [3])])
+def test_by_number_time_does_not_count(tmp_path, every, due):
+    clock = itertools.count(0, 10_000)
+    checkpoints = Checkpoints(tmp_path, keep=1, keep_best=0, every=every, now=lambda: next(clock))
+    assert [step for step in range(1, 5) if checkpoints.due(step)] == due
+
+
+def test_a_folder_that_is_anothers_by_now_is_left_alone(tmp_path):
+    lost: list[bool] = []
+
+    def hold():
+        if lost:
+            raise LeaseLost
+
+    save(tmp_path, 1)
+    checkpoints, learner = Checkpoints(tmp_path, keep=1, keep_best=0, hold=hold), Learner()
+    checkpoints.begin(RunState(step=2, cursor=Cursor(seed=0), metrics=0), "", learner)
+    lost.append(True)
+    with pytest.raises(LeaseLost):
+        checkpoints.finish(learner)
+    with pytest.raises(LeaseLost):
+        Checkpoints(tmp_path, keep=1, keep_best=0, hold=hold).begin(
+            RunState(step=3, cursor=Cursor(seed=0), metrics=0), "", learner
+        )
+    assert latest(tmp_path).state.step == 1
+
+
 def test_a_failed_write_is_an_error(tmp_path):
     class Full(Disk):
         def write(self, path, data):
@@ -196,6 +253,8 @@ def test_a_failed_write_is_an_error(tmp_path):
     checkpoints.begin(RunState(step=2, cursor=Cursor(seed=0), metrics=0), "", learner)
     with pytest.raises(OSError, match="No space left"):
         checkpoints.finish(learner)
+    with pytest.raises(OSError, match=r"No space left.*'/dev/full'"):
+        Disk().write(Path("/dev/full"), b"x")
     assert latest(tmp_path).state.step == 1
 
 

@@ -1,13 +1,19 @@
 """The frame of the command line: help is quick, a mistake is one line, our faults keep their traceback."""
 
+import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from pydantic import BaseModel, ValidationError
 
-from cluster.cli_frame import one_line
+from cluster.cli import app
+from cluster.cli_frame import one_line, refusal, run_command
+from umrg.dataset_writer import write_rows
+from umrg.phantoms import rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,3 +105,82 @@ def test_every_fault_of_a_config_is_named() -> None:
         line = one_line(error)
     assert line.startswith("steps: ")
     assert "; lr: Field required" in line
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "rows.parquet"
+    write_rows(path, rows(6, seed=1, modalities=["CT"]))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    from tests.cluster.test_checkpoints import save
+
+    folder = tmp_path_factory.mktemp("run")
+    save(folder / "checkpoints", 10)
+    return str(folder)
+
+
+def outcome(*arguments: str) -> int:
+    """Exit code of a command in this process, whose signals stay as they are."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            run_command(lambda: app(arguments))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+WRITERS = {
+    "phantoms": ("data", "phantoms", "{out}/a.parquet", "--count", "2"),
+    "stats": ("data", "stats", "{data}", "--out", "{out}/a"),
+    "split": ("data", "split", "{data}", "--by", "category", "--out", "{out}/a"),
+    "check": ("data", "check", "{data}", "--out", "{out}/a"),
+    "clean": ("data", "check", "{data}", "--clean", "{out}/a.parquet"),
+    "export": ("export", "{run}", "--out", "{out}/a"),
+    "train": ("train", "configs/demo.yaml", "runs={out}/a"),
+    "sft": ("sft", "configs/tiny_reasoner_sft.yaml", "model=models/tiny-reasoner", "data.train={data}", "runs={out}/a"),
+    "evaluate": ("evaluate", "model=models/tiny-reasoner", "data.eval={data}", "expert=tiny", "name=x", "runs={out}/a"),
+}
+
+
+@pytest.mark.parametrize("command", WRITERS)
+@pytest.mark.parametrize(("out", "why"), [("/proc/x", "No such file"), ("{tmp}/file", "File exists|Not a directory")])
+def test_what_cannot_be_written_is_one_line(tmp_path, monkeypatch, capfd, data, run, command, out, why):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "file").touch()
+    out = out.format(tmp=tmp_path)
+    assert outcome(*(word.format(out=out, data=data, run=run) for word in WRITERS[command])) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    path, reason = line.removeprefix("error: ").split(": ")
+    assert path.startswith(out) and any(each in reason for each in why.split("|")) and "; " in reason
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.EACCES, "get the right to it"),
+        (errno.EPERM, "get the right to it"),
+        (errno.EROFS, "give a path that can be written to"),
+        (errno.ENOSPC, "make room there"),
+        (errno.EDQUOT, "make room there"),
+        (errno.ENAMETOOLONG, "give a shorter name"),
+        (errno.EISDIR, "a folder is in the way"),
+    ],
+)
+def test_what_a_user_can_mend_says_how(number, advice):
+    line = refusal(OSError(number, "", "/data/a\nb"))
+    assert line is not None and line.startswith(f"/data/a b: {os.strerror(number)}; ") and advice in line
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ConnectionRefusedError(errno.ECONNREFUSED, "refused"), OSError(errno.EIO, "", "/data/a"), TimeoutError("late")],
+)
+def test_what_a_user_cannot_mend_passes_through(error):
+    assert refusal(error) is None

@@ -1,8 +1,12 @@
 """Configuration: YAML, overrides, and errors that name the nearest right key."""
 
+from pathlib import Path
+from typing import Literal
+
 import pytest
 
 from cluster.config import SftConfig, load_config, save_config
+from umrg.config import Config
 
 CONFIG = """
 name: trial
@@ -27,6 +31,17 @@ def test_overrides_lie_over_the_file(config):
     assert loaded.seed == 3 and loaded.steps == 10
 
 
+@pytest.mark.parametrize(
+    ("override", "value"), [("resume=auto", "auto"), ("resume=a/b", Path("a/b")), ("checkpoint_every=0", 0)]
+)
+def test_a_key_may_be_of_several_kinds(config, tmp_path, override, value):
+    loaded = load_config(SftConfig, config, [override])
+    assert getattr(loaded, override.partition("=")[0]) == value
+    save_config(loaded, tmp_path / "again.yaml")
+    assert load_config(SftConfig, tmp_path / "again.yaml") == loaded
+    assert load_config(SftConfig, config).checkpoint_every == "auto"
+
+
 def test_the_resolved_config_is_read_again_as_it_was(config, tmp_path):
     loaded = load_config(SftConfig, config, ["seed=5"])
     save_config(loaded, tmp_path / "resolved.yaml")
@@ -42,7 +57,16 @@ def test_the_resolved_config_is_read_again_as_it_was(config, tmp_path):
         ("learner.lr=fast", "learner.lr: Input should be a valid number"),
         ("steps", "is not key=value"),
         ("name.of=x", "name holds a value"),
-        ("data.train=[]", "data.train"),
+        ("data.train=[]", "data.train: give at least one$"),
+        ("data.train={a: 1}", "data.train: give a list$"),
+        ("learner=3", "learner: give keys and values$"),
+        ("runs=3", "runs: give a path$"),
+        ("name=..", "name: '..' is no name for a folder"),
+        ("resume=True", r"[^;]*: resume: True is neither auto nor never nor a checkpoint's folder; give one of them$"),
+        ("resume=", "resume: None is neither"),
+        ("checkpoint_every=often", "[^;]*: checkpoint_every: 'often' is neither auto nor a number of steps; [^;]*$"),
+        ("checkpoint_every=-1", "-1 is neither"),
+        ("checkpoint_every=true", "True is neither"),
     ],
 )
 def test_mistakes_are_named(config, override, said):
@@ -64,6 +88,17 @@ def test_an_unknown_key_of_one_of_several_kinds_is_named_alike(demo_config):
         demo_config("data.train.seeed=3")
     with pytest.raises(ValueError, match=r"unknown key 'reward.preseet'; did you mean 'preset'\?"):
         demo_config("reward.preseet=mask")
+
+
+class Either(Config):
+    value: int | list[int] | Literal["none"]
+
+
+def test_a_value_of_no_possible_kind_is_one_fault():
+    with pytest.raises(
+        ValueError, match=r"^value: Input should be a valid integer[^;]* or give a list or [^;]*'none'$"
+    ):
+        load_config(Either, None, ["value=many"])
 
 
 def test_an_engine_over_several_gpus_asks_for_as_many(demo_config):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,17 +28,21 @@ SMALL = (
 MARK = "MEDREASONER_TEST_RUN"
 
 
-class Run:
-    """`python -m cluster.train` in a process group of its own, all of whose descendants carry a mark."""
+TRAIN = ("-m", "cluster.train")
 
-    def __init__(self, folder: Path, *overrides: str) -> None:
+
+class Run:
+    """`python -m cluster.train` in a process group of its own, all of whose descendants carry a mark. program: in its
+    place."""
+
+    def __init__(self, folder: Path, *overrides: str, program: Sequence[str] = TRAIN, output: str = "output") -> None:
         self.mark = uuid.uuid4().hex
         self.folder = folder / "runs" / "trial"
-        self.output = folder / "output.txt"
+        self.output = folder / f"{output}.txt"
         folder.mkdir(exist_ok=True)
         environment = {**os.environ, MARK: self.mark}
         environment.pop("RAY_ADDRESS", None)
-        command = (sys.executable, "-m", "cluster.train", "configs/demo.yaml", "name=trial", f"runs={folder / 'runs'}")
+        command = (sys.executable, *program, "configs/demo.yaml", "name=trial", f"runs={folder / 'runs'}")
         self.process = subprocess.Popen(
             [*command, *SMALL, *overrides],
             cwd=ROOT,
@@ -80,6 +84,7 @@ class Run:
 # First: a killed cluster's agent may hold on to the port that jobs are submitted to.
 @pytest.mark.slow
 def test_the_job_is_submitted_from_a_clean_checkout(ray_cluster, tmp_path):
+    """With a folder for runs; without one it would lie where Ray unpacked the checkout."""
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     checkout = tmp_path / "checkout"
@@ -87,23 +92,32 @@ def test_the_job_is_submitted_from_a_clean_checkout(ray_cluster, tmp_path):
     archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, capture_output=True, check=True).stdout
     subprocess.run(["tar", "-x"], cwd=checkout, input=archive, check=True)
     client = JobSubmissionClient(f"http://{ray_cluster}")
-    overrides = " ".join(f"'{override}'" for override in (*SMALL, "name=job", "steps=1", f"runs={tmp_path}"))
     deadline = time.monotonic() + 500
-    while True:
-        try:
-            job = client.submit_job(
-                entrypoint=f"{sys.executable} -m cluster.train configs/demo.yaml {overrides}",
-                runtime_env={"working_dir": str(checkout)},
-            )
-            break
-        except RuntimeError as error:  # the cluster's agent starts after the cluster
-            assert "No available agent" in str(error) and time.monotonic() < deadline
-            time.sleep(2)
-    while not (status := client.get_job_status(job)).is_terminal():
-        assert time.monotonic() < deadline, client.get_job_logs(job)
-        time.sleep(1)
-    assert status == JobStatus.SUCCEEDED, client.get_job_logs(job)
-    assert json.loads((tmp_path / "job" / "summary.json").read_text())["status"] == "finished"
+
+    def ended(*overrides: str) -> tuple[JobStatus, str]:
+        words = " ".join(f"'{override}'" for override in (*SMALL, "name=job", "steps=1", *overrides))
+        while True:
+            try:
+                job = client.submit_job(
+                    entrypoint=f"{sys.executable} -m cluster.train configs/demo.yaml {words}",
+                    runtime_env={"working_dir": str(checkout)},
+                )
+                break
+            except RuntimeError as error:  # the cluster's agent starts after the cluster
+                assert "No available agent" in str(error) and time.monotonic() < deadline
+                time.sleep(2)
+        while not (status := client.get_job_status(job)).is_terminal():
+            assert time.monotonic() < deadline, client.get_job_logs(job)
+            time.sleep(1)
+        return status, client.get_job_logs(job)
+
+    status, log = ended()
+    assert status == JobStatus.FAILED and "Traceback" not in log
+    assert "error: the run folder runs/job would lie in Ray's cache of packages" in log
+    assert "give runs=/a/folder/that/all/nodes/share" in log
+    status, log = ended(f"runs={tmp_path}")
+    assert status == JobStatus.SUCCEEDED, log
+    assert json.loads((tmp_path / "job" / "summary.json").read_text())["status"] == "ended"
 
 
 def line(text: str, seconds: float = 1.0) -> Callable[[Run], None]:
@@ -134,21 +148,29 @@ LEARNING = ("batch=16", "rollout.n=16", "learner.micro_batch_tokens=640")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("moment", "overrides"),
+    ("moment", "overrides", "sign"),
     [
-        pytest.param(line("reading data"), ("data.train.phantoms=4000",), id="data"),
-        pytest.param(line("starting actors"), (), id="start"),
-        pytest.param(line("evaluating before"), (), id="evaluate"),
-        pytest.param(line("step 1/"), (), id="sample"),
-        pytest.param(line("step 1/", 3.0), LEARNING, id="learn"),
-        pytest.param(file("checkpoints/.step-*"), ("checkpoint_every=1",), id="checkpoint"),
-        pytest.param(file("report/*"), ("steps=1", "evaluation.before=false"), id="report"),
+        pytest.param(line("reading data"), ("data.train.phantoms=4000",), signal.SIGTERM, id="data"),
+        pytest.param(line("starting actors", 0.3), (), signal.SIGTERM, id="cluster"),
+        pytest.param(line("starting actors", 12), (), signal.SIGTERM, id="start"),
+        pytest.param(line("evaluating before"), (), signal.SIGTERM, id="evaluate"),
+        pytest.param(line("step 1/"), (), signal.SIGINT, id="sample"),
+        pytest.param(line("step 1/", 3.0), LEARNING, signal.SIGTERM, id="learn"),
+        pytest.param(file("checkpoints/.step-*"), ("checkpoint_every=1",), signal.SIGTERM, id="checkpoint"),
+        pytest.param(file("model/*"), ("steps=1", "evaluation.before=false"), signal.SIGTERM, id="save"),
     ],
 )
-def test_ctrl_c_leaves_no_process_and_a_readable_folder(tmp_path, moment, overrides):
+def test_whoever_ends_a_run_leaves_no_process_and_a_readable_folder(tmp_path, moment, overrides, sign):
+    """The summary tells it at once: a job that Ray stops is killed three seconds after SIGTERM."""
     run = Run(tmp_path, *(overrides if "steps=1" in overrides else ("steps=200", *overrides)))
     moment(run)
-    os.killpg(run.process.pid, signal.SIGINT)
+    assert run.summary()["status"] == "running"
+    os.killpg(run.process.pid, sign)
+    signalled = time.monotonic()
+    while run.summary()["status"] == "running":
+        assert time.monotonic() - signalled < 3, "Ray would have killed the run by now"
+        time.sleep(0.02)
+    assert run.summary()["status"] == "interrupted"
     assert run.process.wait(timeout=90) == 130, run.output.read_text()
     run.assert_nothing_left()
     assert run.summary()["status"] == "interrupted"
@@ -161,13 +183,70 @@ def test_ctrl_c_leaves_no_process_and_a_readable_folder(tmp_path, moment, overri
 
 
 @pytest.mark.slow
-def test_a_crash_of_the_driver_leaves_no_process(tmp_path):
-    run = Run(tmp_path, "steps=200")
+def test_a_second_driver_is_refused_and_a_crash_of_the_first_leaves_no_process(tmp_path):
+    run = Run(tmp_path, "steps=200", "checkpoint_every=1")
     run.await_line("step 1/")
+    # So that nothing but the second could change the folder. It lives all the same.
+    run.process.send_signal(signal.SIGSTOP)
+    await_rest(run.folder)
+    before = contents(run.folder)
+    second = Run(tmp_path, "steps=200", "checkpoint_every=1", "resume=auto", output="second")
+    assert second.process.wait(timeout=120) == 2
+    said = second.output.read_text()
+    assert f"error: the run is held by process {run.process.pid} on " in said and "Traceback" not in said
+    assert contents(run.folder) == before
     run.process.kill()
     run.process.wait()
     run.assert_nothing_left()
     assert read_records(run.folder / "samples" / "step-000001.parquet")
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def await_rest(folder: Path) -> None:
+    """Until nobody writes: learners finish a checkpoint that was begun without their driver."""
+    deadline = time.monotonic() + 60
+    before = None
+    while before != (before := contents(folder)):
+        assert time.monotonic() < deadline
+        time.sleep(2)
+
+
+# Each step takes twelve minutes, as the run's clock has it.
+LONG_STEPS = """
+import sys, time
+from cluster import train
+from cluster.cli_frame import run_command
+from cluster.clock import Clock
+
+passed = [0.0]
+Clock.__init__.__defaults__ = (lambda: time.monotonic() + passed[0],)
+take_step = train.Training.take_step
+
+def take_long_step(self):
+    take_step(self)
+    passed[0] += 12 * 60
+
+train.Training.take_step = take_long_step
+run_command(lambda: train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_with_default_settings_a_killed_run_of_long_steps_goes_on_from_the_step_before(tmp_path):
+    run = Run(tmp_path, "steps=5", program=("-c", LONG_STEPS))
+    run.await_line("step 2/")
+    file("checkpoints/step-000002")(run)
+    run.process.kill()
+    run.process.wait()
+    run.assert_nothing_left()
+    assert run.summary()["status"] == "running"
+    again = Run(tmp_path, "steps=3", "resume=auto", program=("-c", LONG_STEPS))
+    assert again.process.wait(timeout=600) == 0, again.output.read_text()
+    assert "resumed after step 2" in again.output.read_text()
+    assert (again.summary()["status"], again.summary()["steps"]) == ("ended", 3)
 
 
 @pytest.mark.slow
@@ -214,7 +293,8 @@ def test_a_dead_actor_ends_the_run_by_its_name(tmp_path):
     assert run.process.wait(timeout=120) == 1
     assert "ActorFailed: rollout 0 died while" in run.output.read_text()
     run.assert_nothing_left()
-    assert str(run.summary()["status"]).startswith("failed: ActorFailed: rollout 0 died")
+    assert run.summary()["status"] == "failed"
+    assert str(run.summary()["error"]).startswith("ActorFailed: rollout 0 died")
 
 
 @pytest.mark.slow

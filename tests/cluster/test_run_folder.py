@@ -1,10 +1,19 @@
 """The run folder: made, taken up again, and gone where nothing came of it."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
+from cluster import lease
+from cluster.lease import LeaseLost, leased
 from cluster.run_folder import RunFolder
+from tests.conftest import ROOT
 from umrg.config import Config
 
 
@@ -35,6 +44,7 @@ def test_what_was_done_stays_whatever_ends_it(tmp_path):
 
 def test_what_a_killed_writer_left_aside_goes(tmp_path):
     run = RunFolder.create(tmp_path / "run", Small())
+    run.log({"step": 1})
     aside = run.checkpoints / ".step-000001.99.part"
     aside.mkdir(parents=True)
     (aside / "state.json").write_text("{")
@@ -45,7 +55,7 @@ def test_what_a_killed_writer_left_aside_goes(tmp_path):
 
 
 def test_a_folder_that_was_there_is_never_removed(tmp_path):
-    RunFolder.create(tmp_path / "run", Small())
+    RunFolder.create(tmp_path / "run", Small()).log({"step": 1})
     with pytest.raises(ValueError, match="no rows"), RunFolder.begun(tmp_path / "run", Small(), resume=True):
         raise ValueError("no rows")
     assert (tmp_path / "run" / "config.yaml").is_file()
@@ -61,7 +71,7 @@ def test_a_folder_that_is_no_runs_is_not_taken_up(tmp_path, content):
 
 
 def test_another_configuration_is_refused_by_its_keys(tmp_path):
-    RunFolder.create(tmp_path / "run", Small())
+    RunFolder.create(tmp_path / "run", Small()).log({"step": 1})
     RunFolder.begin(tmp_path / "run", Small(steps=9), resume=True)
     with pytest.raises(ValueError, match="was made with another lr"):
         RunFolder.begin(tmp_path / "run", Small(lr=0.2), resume=True)
@@ -87,3 +97,172 @@ def test_samples_of_later_steps_go_and_others_stay(tmp_path):
         (run.samples / f"{name}.parquet").touch()
     run.rewind(2, 0)
     assert sorted(path.stem for path in run.samples.iterdir()) == ["before-greedy", "step-000002", "step-000002-greedy"]
+
+
+def summary(path):
+    return json.loads((path / "summary.json").read_text())
+
+
+def test_the_summary_says_how_the_run_stands(tmp_path):
+    path = tmp_path / "run"
+    with RunFolder.begun(path, Small(), resume=False) as run:
+        assert summary(path) == {"status": "running"}
+        run.log({"step": 1})
+        run.tell(steps=1)
+        assert summary(path) == {"status": "running", "steps": 1}
+    assert summary(path) == {"status": "ended", "steps": 1}
+    with pytest.raises(RuntimeError), RunFolder.begun(path, Small(), resume=True) as run:
+        assert summary(path) == {"status": "running"}
+        run.tell(steps=2)
+        raise RuntimeError("rollout 0 died")
+    assert summary(path) == {"status": "failed", "steps": 2, "error": "RuntimeError: rollout 0 died"}
+    with pytest.raises(KeyboardInterrupt), RunFolder.begun(path, Small(), resume=True):
+        raise KeyboardInterrupt
+    assert summary(path) == {"status": "interrupted"}
+
+
+def test_an_error_is_told_before_what_stands_around_it_is_ended(tmp_path):
+    with pytest.raises(RuntimeError), RunFolder.begun(tmp_path / "run", Small(), resume=False) as run:
+        try:
+            with run.telling():
+                raise RuntimeError
+        finally:
+            assert summary(run.path)["status"] == "failed"
+
+
+def test_what_comes_after_the_end_does_not_change_it(tmp_path):
+    with pytest.raises(KeyboardInterrupt), RunFolder.begun(tmp_path / "run", Small(), resume=False) as run:
+        run.tell("ended", steps=3)
+        raise KeyboardInterrupt
+    assert summary(tmp_path / "run") == {"status": "ended", "steps": 3}
+
+
+def test_a_mistake_in_going_on_leaves_what_the_summary_said(tmp_path):
+    with RunFolder.begun(tmp_path / "run", Small(), resume=False) as run:
+        run.log({"step": 1})
+    with pytest.raises(ValueError, match="no such"), RunFolder.begun(tmp_path / "run", Small(), resume=True):
+        raise ValueError("no such checkpoint")
+    assert summary(tmp_path / "run")["status"] == "ended"
+    with pytest.raises(ValueError, match="row 3"), RunFolder.begun(tmp_path / "run", Small(), resume=True) as run:
+        run.log({"step": 2})
+        raise ValueError("row 3")
+    assert summary(tmp_path / "run") == {"status": "failed", "error": "ValueError: row 3"}
+
+
+# The main thread waits in a call that heeds no signals, as there are in Ray; Ray's own handler of SIGTERM is there too.
+STUBBORN = """
+import hashlib, signal, sys
+from pathlib import Path
+from cluster.run_folder import RunFolder
+from umrg.config import Config
+
+class Small(Config):
+    lr: float = 0.1
+
+with RunFolder.begun(Path(sys.argv[1]), Small(), resume=False):
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+    print("deaf", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)
+"""
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_an_interruption_is_told_at_once(tmp_path, sign):
+    command = [sys.executable, "-c", STUBBORN, str(tmp_path / "run")]
+    driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None and driver.stdout.readline() == "deaf\n"
+    driver.send_signal(sign)
+    deadline = time.monotonic() + 60
+    while summary(tmp_path / "run")["status"] == "running":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert summary(tmp_path / "run") == {"status": "interrupted"} and driver.poll() is None
+    driver.kill()
+    driver.wait()
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, TimeoutError, SystemExit])
+def test_a_run_in_which_nothing_was_done_is_begun_anew(tmp_path, end):
+    path = tmp_path / "run"
+    with pytest.raises(end), RunFolder.begun(path, Small(), resume=False):
+        (path / "data").mkdir()
+        (path / "data" / "eval.parquet").touch()
+        (path / "results.jsonl").touch()
+        (path / "tensorboard").mkdir()
+        (path / "tensorboard" / "events").touch()
+        (path / ".metrics.json.9.part").touch()
+        raise end
+    for resume in (False, True):
+        with pytest.raises(end), RunFolder.begun(path, Small(lr=0.2 + resume), resume=resume):
+            assert sorted(entry.name for entry in path.iterdir()) == ["config.yaml", "summary.json"]
+            raise end
+
+
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "samples/step-000001.parquet", "checkpoints/latest", "model/config.json"]
+)
+def test_a_run_in_which_anything_was_done_is_not(tmp_path, name):
+    path = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt), RunFolder.begun(path, Small(), resume=False):
+        raise KeyboardInterrupt
+    (path / name).parent.mkdir(exist_ok=True)
+    (path / name).touch()
+    with pytest.raises(ValueError, match="exists"), RunFolder.begun(path, Small(), resume=False):
+        pass
+    assert (path / name).exists()
+
+
+def contents(path):
+    return {entry: entry.read_bytes() for entry in path.rglob("*") if entry.is_file()}
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_second_driver_touches_nothing(tmp_path, monkeypatch, resume):
+    monkeypatch.setattr(lease, "PATIENCE", 0.0)
+    path = tmp_path / "run"
+    with RunFolder.begun(path, Small(), resume=False) as run:
+        run.log({"step": 1})
+        (path / "checkpoints" / ".step-000002.part").mkdir(parents=True)
+        (path / "checkpoints" / ".step-000002.part" / "state.json").write_text("{")
+        before = contents(path)
+        said = f"held by process {os.getpid()} on"
+        with pytest.raises(ValueError, match=said), RunFolder.begun(path, Small(steps=5), resume=resume):
+            pass
+        assert contents(path) == before
+        run.log({"step": 2})
+    assert summary(path)["status"] == "ended"
+
+
+def test_a_run_whose_lease_was_taken_writes_no_more(tmp_path):
+    path = tmp_path / "run"
+    with pytest.raises(LeaseLost), RunFolder.begun(path, Small(), resume=False) as run:
+        run.log({"step": 1})
+        (tmp_path / ".run.lease").unlink()
+        with leased(path):
+            (path / ".metrics.jsonl.1.part").touch()
+            before = contents(path)
+            for write in (lambda: run.log({}), lambda: run.rewind(0, 0), lambda: run.write_json("a", {})):
+                with pytest.raises(LeaseLost):
+                    write()
+            run.tell("failed")
+            run.hold()
+    assert contents(path).keys() - before.keys() == set()
+    assert summary(path)["status"] == "running"
+
+
+@pytest.mark.parametrize(
+    "cache",
+    ["session_1/runtime_resources/working_dir_files/_ray_pkg_0a1b", "elsewhere/working_dir_files/s3_bucket_code_zip"],
+)
+def test_rays_cache_of_packages_is_refused(tmp_path, monkeypatch, cache):
+    (tmp_path / cache).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / cache)
+    said = "would lie in Ray's cache of packages.*give runs=/a/folder/that/all/nodes/share"
+    os.symlink(tmp_path / cache, tmp_path / "link")
+    for runs in (Path("runs"), tmp_path / cache / "runs", tmp_path / "link" / "runs"):
+        with pytest.raises(ValueError, match=said), RunFolder.begun(runs / "demo", Small(), resume=False):
+            pass
+    assert list((tmp_path / cache).iterdir()) == []
+    os.symlink(tmp_path, "shared")
+    with RunFolder.begun(Path("shared") / "runs" / "demo", Small(), resume=False) as run:
+        assert run.path.resolve() == tmp_path / "runs" / "demo"

@@ -40,7 +40,8 @@ def test_training_lowers_the_loss_and_leaves_a_run_folder(ray_cluster, tmp_path,
     assert [step["step"] for step in metrics] == list(range(1, 9))
     # Few rows, seen again and again: they are learnt by heart.
     assert metrics[-1]["loss"] < metrics[0]["loss"]
-    assert json.loads((run.path / "summary.json").read_text())["steps"] == 8
+    summary = json.loads((run.path / "summary.json").read_text())
+    assert (summary["status"], summary["steps"]) == ("ended", 8)
     before, after = load_reasoner(ROOT / "models" / "tiny-reasoner"), load_reasoner(run.model)
     assert before.prompt == after.prompt
     changed = {

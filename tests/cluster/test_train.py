@@ -1,9 +1,12 @@
 """The training job on real components: vLLM, Ray, DeepSpeed, SAM, on the tiny models."""
 
 import json
+import os
 import re
+import signal
 import struct
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from ray.util.state import list_actors
 from safetensors.torch import load_file
 from tensorboardX.proto.event_pb2 import Event
 
+from actors.config import DeadlineConfig
 from actors.pools import DeadlinePassed
 from actors.weight_files import pack
 from cluster.broadcast import Canary, WeightsDiffer, broadcast
@@ -159,7 +163,8 @@ def test_without_the_cache_reset_the_canary_stops_the_run(ray_cluster, demo_conf
     with pytest.raises(WeightsDiffer, match="stale weights or caches"):
         train(config)
     summary = json.loads((tmp_path / "stale" / "summary.json").read_text())
-    assert summary["status"].startswith("failed: WeightsDiffer") and summary["before"]["greedy"]["n"] == 4
+    assert (summary["status"], summary["before"]["greedy"]["n"]) == ("failed", 4)
+    assert summary["error"].startswith("WeightsDiffer: after weights of version 1")
 
 
 def test_a_run_leaves_its_folder(finished):
@@ -172,7 +177,7 @@ def test_a_run_leaves_its_folder(finished):
         assert line["policy/lag"] == 0
         assert {"seconds/rollout", "seconds/score", "seconds/learn", "seconds/sync"} <= line.keys()
     summary = json.loads((run.path / "summary.json").read_text())
-    assert summary["status"] == "finished" and summary["steps"] == 3
+    assert summary["status"] == "ended" and summary["steps"] == 3
     for when in ("before", "after"):
         for kind in ("greedy", "sampled"):
             assert set(summary[when][kind]) == {"dice", "iou", "pdice", "well_formed", "n"}
@@ -275,6 +280,34 @@ def test_a_wait_for_room_says_what_is_missing(workers, demo_config, capsys):
         started(demo_config("learner.num_cpus=3", "deadlines.resources=1")),
     ):
         pass
+
+
+@pytest.fixture
+def without_room(workers, demo_config, tmp_path):
+    """A run that waits, because others hold what it needs."""
+    return demo_config(*SMALL, "learner.num_cpus=3", "deadlines.resources=60", f"runs={tmp_path}", "name=waiting")
+
+
+def test_a_wait_for_room_that_ends_does_not_block_the_corrected_command(without_room, tmp_path):
+    summary = tmp_path / "waiting" / "summary.json"
+    with pytest.raises(DeadlinePassed):
+        train(without_room.model_copy(update={"deadlines": DeadlineConfig(resources=1)}))
+    assert json.loads(summary.read_text())["status"] == "failed"
+    with pytest.raises(ValueError, match="there is no checkpoint"):
+        train(without_room.model_copy(update={"seed": 5, "resume": Path("nothing")}))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_wait_for_room_that_is_ended_says_so(without_room, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("builtins.print", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(without_room)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert json.loads((tmp_path / "waiting" / "summary.json").read_text())["status"] == "interrupted"
+    assert [path.name for path in tmp_path.iterdir()] == ["waiting"]
 
 
 def test_a_finished_run_is_not_begun_again(finished):

@@ -25,13 +25,11 @@ def samples(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(ray_cluster):
-    from ray import serve
+    from serving.run import Service
 
-    from serving.run import start
-
-    found = start({"model": str(TINY_REASONER)}, port=8123)
-    yield found
-    serve.shutdown()
+    service = Service({"model": str(TINY_REASONER)}, port=8123)
+    yield service.start()
+    service.stop()
 
 
 def post(address, image, query):

@@ -1,0 +1,63 @@
+"""The service beside those of others, on one cluster: with applications that only say their name."""
+
+import socket
+from typing import Any
+
+import httpx
+import pytest
+from ray import serve
+
+from serving.run import NAME, Service, applications, refuse_collision
+
+
+class Greeter:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    async def __call__(self, request) -> str:
+        return self.name
+
+
+def build(args):
+    deployment: Any = serve.deployment(Greeter, ray_actor_options={"num_cpus": 0})
+    return deployment.bind(args["name"])
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_what_others_serve_goes_on_when_ours_ends(ray_cluster, capsys):
+    """Whether theirs came after ours or was there before."""
+    first = Service({"name": "ours"}, port=free_port(), build=build)
+    address = first.start()
+    serve.run(build({"name": "theirs"}), name="theirs", route_prefix="/theirs")
+    assert httpx.get(address).text == "ours"
+    with pytest.raises(ValueError, match="an application medreasoner runs on this cluster already"):
+        Service({"name": "a second"}, port=free_port(), build=build).start()
+    first.stop()
+    assert httpx.get(f"{address}/theirs").text == "theirs" and httpx.get(address).status_code == 404
+    second = Service({"name": "ours again"}, port=1, build=build)
+    assert second.start() == address and f"already, at port {address.split(':')[-1]}" in capsys.readouterr().out
+    assert httpx.get(address).text == "ours again"
+    second.stop()
+    assert httpx.get(f"{address}/theirs").text == "theirs" and applications().keys() == {"theirs"}
+    serve.shutdown()
+    alone = Service({"name": "alone"}, port=free_port(), build=build)
+    alone.start()
+    alone.stop()
+    assert applications() == {}
+
+
+@pytest.mark.parametrize("prefix", ["/", "/v1", "/v1/", "/v1/ground", "/healthz"])
+def test_an_application_that_answers_where_ours_would_is_named(prefix):
+    with pytest.raises(ValueError, match=f"the application theirs of this cluster answers at {prefix}, where"):
+        refuse_collision({"theirs": prefix})
+
+
+def test_applications_elsewhere_are_no_obstacle():
+    refuse_collision({"a": "/v1/groundwork", "b": "/v2", "c": None, "d": "/v1/chat"})
+    with pytest.raises(ValueError, match=NAME):
+        refuse_collision({NAME: None})
