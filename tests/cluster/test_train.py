@@ -17,16 +17,21 @@ from ray.util.state import list_actors
 from safetensors.torch import load_file
 from tensorboardX.proto.event_pb2 import Event
 
-from actors.config import DeadlineConfig
-from actors.pools import DeadlinePassed
+from actors.config import DeadlineConfig, SegmenterConfig
+from actors.pools import DeadlinePassed, SegmenterPool, gather
+from actors.segmenter import Segmenter
 from actors.weight_files import pack
 from cluster.broadcast import Canary, WeightsDiffer, broadcast
 from cluster.checkpoints import export_run
 from cluster.clock import Clock
+from cluster.data import open_rows
+from cluster.display import Display
 from cluster.evaluation import evaluate, questions
 from cluster.experience import Draw, gain
+from cluster.journal import Journal
 from cluster.records import read_records
-from cluster.train import train
+from cluster.run_folder import RunFolder
+from cluster.train import Training, train
 from cluster.workers import started
 from learner.reasoner import load_prompter, load_reasoner
 from rewards.case import Case
@@ -321,15 +326,30 @@ def half_flat(case: Case) -> float:
     return 0.0 if int(case.reference.box[0]) % 2 == 0 else len(case.answer.text) % 7 / 7
 
 
-def test_groups_that_teach_nothing_are_replaced(ray_cluster, demo_config, tmp_path):
-    term = "reward={terms: [{name: tests.cluster.test_train:half_flat}]}"
-    short = ("evaluation.before=false", "evaluation.n=0", "evaluation.limit=1", "steps=1", f"runs={tmp_path}")
-    run = train(demo_config(*SMALL, *short, term, "refill=8", "name=refilled"))
-    (metrics,) = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
-    assert metrics["reward/flat_groups"] == 0 < metrics["reward/replaced_groups"]
-    records = read_records(run.samples / "step-000001.parquet")
-    kept = sorted({int(record["answer_id"].split("/")[-2]) for record in records})
-    assert len(kept) == 4 and kept[-1] > 3
+def test_groups_that_teach_nothing_are_replaced(workers, demo_config, tmp_path):
+    config = demo_config(
+        *SMALL, "reward={terms: [{name: tests.cluster.test_train:half_flat}]}", "refill=8", f"runs={tmp_path}"
+    )
+    spec = config.spec()
+    segmenter = (
+        ray.remote(Segmenter)
+        .options(num_cpus=0, num_gpus=0)
+        .remote(
+            "tiny",
+            SegmenterConfig(threads=1),
+            config.reward.scorer(think=spec.think),
+            frame=spec.frame,
+            think=spec.think,
+        )
+    )
+    own = replace(workers, segmenters=SegmenterPool({"segmenter 0": segmenter}, config.deadlines))
+    gather(own.segmenters.starting(), seconds=300, doing="starting")
+    with RunFolder.begun(tmp_path / "refilled", config, resume=False) as run, Journal(run, config) as journal:
+        training = Training(config, run, own, journal, Display(config), *open_rows(config, run))
+        kept, replaced = training.gather()
+    assert len(kept) == 4 and not any(each.flat for each in kept) and replaced > 0
+    indices = sorted(each.group.index for each in kept)
+    assert len(set(indices)) == 4 and indices[-1] > 3
 
 
 def test_a_run_goes_on_from_its_checkpoint(finished, ray_cluster):
