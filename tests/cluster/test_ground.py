@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from cluster.cli import main
+from umrg.images import decode_image, decode_mask, encode_png
 from umrg.phantoms import draw
-from umrg.sample import decode_image, decode_mask, encode_png
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from tests.conftest import TINY_REASONER
 from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
 from umrg.group import Group
+from umrg.images import encode_png
 from umrg.masks import decode_rle
 from umrg.phantoms import rows
-from umrg.sample import encode_png
 
 
 @pytest.fixture(scope="module")

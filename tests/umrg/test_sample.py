@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from umrg.frames import Size
-from umrg.sample import Sample, decode_image, decode_mask, encode_png
+from umrg.images import decode_image, decode_mask, encode_png
+from umrg.sample import Sample
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
@@ -62,7 +63,7 @@ def test_images_of_any_mode_become_rgb(mode: str) -> None:
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
 def test_an_image_of_more_than_eight_bits_is_refused_rather_than_clipped(dtype: type) -> None:
     deep = encoded(Image.fromarray(np.full((20, 30), 3000, dtype=dtype)), "TIFF")
-    with pytest.raises(ValueError, match="sample 'ct-7' has more than 8 bits a pixel; window it"):
+    with pytest.raises(ValueError, match=r"sample 'ct-7' has more than 8 bits a channel .*; window it"):
         sample(deep).image()
 
 
