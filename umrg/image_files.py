@@ -51,7 +51,17 @@ UNDECODABLE = (
     Image.DecompressionBombError,
 )
 
-_SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange width and height
+# What makes pixels upright that are stored in an orientation (EXIF 2.32, 4.6.4).
+TURNS: dict[object, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = (5, 6, 7, 8)  # these exchange width and height
 _REDUCED, _MASK = 1, 4  # bits of TIFF's NewSubfileType: not a picture of its own
 _OLD_REDUCED = 2  # the same in SubfileType
 
@@ -184,9 +194,9 @@ def _is_page(image: TiffImageFile, page: int) -> bool:
     try:
         image.seek(page)
         tags = image.tag_v2
+        new, old = tags.get(ExifTags.Base.NewSubfileType, 0), tags.get(ExifTags.Base.SubfileType, 0)
     finally:
         image.seek(0)
-    new, old = tags.get(ExifTags.Base.NewSubfileType, 0), tags.get(ExifTags.Base.SubfileType, 0)
     return not (new & (_REDUCED | _MASK) or old == _OLD_REDUCED)
 
 
@@ -247,22 +257,24 @@ def _depth_of_ppm(image: ImageFile.ImageFile) -> int:
     return int(args[1]).bit_length() if isinstance(args, tuple) and args[0] != "F" else 8
 
 
-def upright_size(image: ImageFile.ImageFile, encoded: bytes) -> tuple[int, int]:
-    """Width and height of an image that is not decoded, once it is turned as its orientation says."""
-    width, height = image.size
-    # Of a TIFF's own tag Pillow has taken account already.
-    counted = isinstance(image, TiffImageFile) and image.tag_v2.get(ExifTags.Base.Orientation) in _SIDEWAYS
-    return (height, width) if not counted and _orientation(image, encoded) in _SIDEWAYS else (width, height)
-
-
-def _orientation(image: ImageFile.ImageFile, encoded: bytes) -> object:
-    if image.format == "PNG" and _speaks_late(encoded):
-        image.load()
+def orientation(image: Image.Image) -> object:
+    """1 to 8, where the image says which way up it is stored. Of a PNG that is not decoded yet, what comes before its
+    pixels counts; of a TIFF that is, what Pillow has not taken account of already."""
     try:
         # PNG's own method would decode the pixels to see what comes after them.
         return Image.Image.getexif(image).get(ExifTags.Base.Orientation)
     except UNDECODABLE:
         return None
+
+
+def upright_size(image: ImageFile.ImageFile, encoded: bytes) -> tuple[int, int]:
+    """Width and height of an image that is not decoded, once it is turned as its orientation says."""
+    if image.format == "PNG" and _speaks_late(encoded):
+        image.load()
+    width, height = image.size
+    # Of a TIFF's own tag Pillow has taken account already.
+    counted = isinstance(image, TiffImageFile) and image.tag_v2.get(ExifTags.Base.Orientation) in _SIDEWAYS
+    return (height, width) if not counted and orientation(image) in _SIDEWAYS else (width, height)
 
 
 def _speaks_late(encoded: bytes) -> bool:

@@ -8,14 +8,13 @@ vLLM's own loader.
 """
 
 import io
-from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from umrg.frames import Size
-from umrg.image_files import UNDECODABLE, ImageRefused, depth, opened, upright_size
+from umrg.image_files import TURNS, ImageRefused, depth, opened, orientation, upright_size
 from umrg.windowing import Window, eight_bits
 
 _Layers = tuple[Image.Image, Image.Image | None]
@@ -82,11 +81,10 @@ def encode_png(pixels: NDArray[np.uint8] | NDArray[np.bool_]) -> bytes:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Decode and turn. An orientation that cannot be read is none."""
+    """Decode and turn."""
     image.load()
-    with suppress(*UNDECODABLE):
-        return ImageOps.exif_transpose(image)
-    return image
+    turn = TURNS.get(orientation(image))
+    return image if turn is None else image.transpose(turn)
 
 
 def _layers(image: Image.Image, window: Window | None = None) -> _Layers:

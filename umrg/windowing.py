@@ -1,5 +1,8 @@
 """Images of more than 8 bits a channel, made ones of 8 through a window of their values."""
 
+import math
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,11 +11,14 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from umrg.image_files import ImageRefused, depth
+from umrg.image_files import ImageRefused, opened
+
+# Values [H, W] or [H, W, 3], and alpha [H, W] in 8 bits where there is some.
+_Decoded = tuple[NDArray[Any], NDArray[np.uint8] | None]
 
 _WHITE_IS_ZERO = 0
-_RGB = 2
-_PREMULTIPLIED = 1
+# Pillow takes the high byte of values that are little-endian, big-endian, or as this machine has them.
+_OTHER_BYTE = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
 
 
 @dataclass(frozen=True)
@@ -64,21 +70,15 @@ class Window:
 
 def eight_bits(image: ImageFile.ImageFile, encoded: bytes, what: str, window: Window) -> Image.Image:
     """An image of more than 8 bits as L, LA, RGB or RGBA, not turned yet where Pillow leaves that to others: what says
-    its orientation goes along. Alpha is not windowed. Raises ImageRefused for colours that OpenCV does not read as they
-    are.
+    its orientation goes along. Alpha is not windowed. Raises ImageRefused for colours whose values are out of reach.
 
     image: `encoded`, open at the page that counts, not decoded.
     """
-    page, bits = image.tell(), depth(image, encoded)
-    if image.mode.startswith(("I", "F")):
-        levels, alpha = _gray(image, window)
-    else:
-        # Pillow gives a part of each value only, but does not let a damaged file pass, as OpenCV does.
-        image.load()
-        values = _colours(image, encoded, what, page)
-        levels = window.apply(values[..., 2::-1])
-        opaque = values.shape[2] == 3 or not image.has_transparency_data
-        alpha = None if opaque else (values[..., 3] >> (bits - 8)).astype(np.uint8)
+    gray = image.mode.startswith(("I", "F"))
+    values, alpha = _gray(image) if gray else _colours(image, encoded, what)
+    levels = window.apply(values)
+    if isinstance(image, TiffImageFile) and image.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == _WHITE_IS_ZERO:
+        levels = 255 - levels
     windowed = Image.fromarray(levels)
     if alpha is not None:
         windowed.putalpha(Image.fromarray(alpha))
@@ -86,49 +86,61 @@ def eight_bits(image: ImageFile.ImageFile, encoded: bytes, what: str, window: Wi
     return windowed
 
 
-def _gray(image: ImageFile.ImageFile, window: Window) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
-    """Levels and alpha [H, W]."""
+def _gray(image: ImageFile.ImageFile) -> _Decoded:
     args = image.tile[0].args if image.format == "PPM" else None
-    white_is_zero = (
-        isinstance(image, TiffImageFile) and image.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == _WHITE_IS_ZERO
-    )
     values = np.asarray(image)
-    if isinstance(args, tuple) and image.mode == "I":
+    if image.mode == "I" and isinstance(args, tuple):
         # Pillow has stretched them to 65535.
         values = np.rint(values * (float(args[1]) / 65535)).astype(np.int32)
-    levels = window.apply(values)
-    transparent = image.info.get("transparency")
-    alpha = np.where(values == transparent, 0, 255).astype(np.uint8) if isinstance(transparent, int) else None
-    return 255 - levels if white_is_zero else levels, alpha
+    return values, _keyed(image, values[..., None])
 
 
-def _colours(image: ImageFile.ImageFile, encoded: bytes, what: str, page: int) -> NDArray[np.uint16]:
-    """The values [H, W, 3 or 4], in OpenCV's order: blue, green, red, alpha."""
-    import cv2
-
-    known = image.mode in ("RGB", "RGBA") and (_plain(image) if isinstance(image, TiffImageFile) else page == 0)
-    values: Any = None
-    if known:
-        before = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-        try:
-            _, pages = cv2.imdecodemulti(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED, range=(page, page + 1))
-            values = pages[0] if pages else None
-        except cv2.error:
-            pass
-        finally:
-            cv2.utils.logging.setLogLevel(before)
-    if values is None or values.ndim != 3 or values.dtype != np.uint16:
+def _colours(image: ImageFile.ImageFile, encoded: bytes, what: str) -> _Decoded:
+    """Pillow hands out one byte of each value: the file is decoded for the high bytes, and again for the low ones."""
+    tiles = image.tile
+    if image.format == "PPM" and encoded.startswith(b"P6"):
+        return _ppm(image, encoded), None
+    modes = {_raw_mode(tile) for tile in tiles}
+    if modes == {"LA;16B"}:
+        # Pillow has no mode for it: its four bytes pass for red, green, blue and alpha.
+        decoded = _decoded_as(image, tiles, "RGBA")
+        values = decoded[..., 0].astype(np.uint16) << 8 | decoded[..., 1]
+        return values, decoded[..., 2]
+    kind, _, order = modes.pop().partition(";16") if len(modes) == 1 else ("", "", "")
+    if kind not in ("RGB", "RGBX", "RGBA") or order not in _OTHER_BYTE:
         raise ImageRefused(f"{what} has colours that cannot be windowed here; window it to 8 bits first")
-    colours: NDArray[np.uint16] = values
-    return colours
+    with opened(encoded, what, image.tell()) as again:
+        low = _decoded_as(again, again.tile, f"{kind};16{_OTHER_BYTE[order]}")
+    high = _decoded_as(image, tiles, f"{kind};16{order}")
+    values = high.astype(np.uint16) << 8 | low
+    alpha = high[..., 3] if kind == "RGBA" else _keyed(image, values)
+    return values[..., :3], alpha
 
 
-def _plain(image: TiffImageFile) -> bool:
-    """Whether a TIFF is of the kind that OpenCV reads as it stands: red, green and blue side by side, not yet
-    multiplied with alpha."""
-    tags = image.tag_v2
-    return (
-        tags.get(ExifTags.Base.PhotometricInterpretation) == _RGB
-        and tags.get(ExifTags.Base.PlanarConfiguration, 1) == 1
-        and _PREMULTIPLIED not in tags.get(ExifTags.Base.ExtraSamples, ())
-    )
+def _ppm(image: ImageFile.ImageFile, encoded: bytes) -> NDArray[np.uint16]:
+    """The values as they are: Pillow stretches them."""
+    start, shape = image.tile[0].offset, (image.height, image.width, 3)
+    image.load()
+    values = np.frombuffer(encoded, ">u2", math.prod(shape), start)
+    return values.astype(np.uint16).reshape(shape)
+
+
+def _raw_mode(tile: Any) -> str:
+    """How a tile's bytes make pixels: the decoder's first argument."""
+    return str(tile.args if isinstance(tile.args, str) else tile.args[0])
+
+
+def _decoded_as(image: ImageFile.ImageFile, tiles: Sequence[Any], raw_mode: str) -> NDArray[np.uint8]:
+    """The image's tiles, their bytes taken for those of another raw mode of the same width."""
+    image.tile = [
+        tile._replace(args=raw_mode if isinstance(tile.args, str) else (raw_mode, *tile.args[1:])) for tile in tiles
+    ]
+    return np.asarray(image)
+
+
+def _keyed(image: Image.Image, values: NDArray[Any]) -> NDArray[np.uint8] | None:
+    """Alpha [H, W] of values [H, W, C], where a PNG declares one colour to be transparent."""
+    if (colour := image.info.get("transparency")) is None:
+        return None
+    alpha: NDArray[np.uint8] = np.where((values == colour).all(axis=-1), 0, 255).astype(np.uint8)
+    return alpha
