@@ -10,6 +10,8 @@ from PIL import Image
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (20, 30, 3), dtype=np.uint8)
 DEEP = RNG.integers(0, 65536, (20, 30, 4), dtype=np.uint16)
+# Black and white, which a lossy encoder keeps apart.
+BLOCKS = np.kron(RNG.integers(0, 2, (3, 4, 1), dtype=np.uint8) * 255, np.ones((16, 16, 3), dtype=np.uint8))
 # Hidden, opaque, and 40 % opaque.
 COLOURS = np.array([[[200, 100, 50, 0], [200, 100, 50, 255], [200, 100, 50, 102]]], dtype=np.uint8)
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "F")

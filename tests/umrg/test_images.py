@@ -15,6 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from tests.encoded_images import (
+    BLOCKS,
     COLOURS,
     DEEP,
     MODES,
@@ -31,12 +32,6 @@ from tests.encoded_images import (
 from umrg.frames import Size
 from umrg.images import decode_image, decode_mask, image_size
 from umrg.windowing import Window
-
-# Blocks that a lossy encoder keeps apart.
-BLOCKS = np.kron(
-    np.random.default_rng(0).integers(0, 2, (3, 4, 1), dtype=np.uint8) * 255, np.ones((16, 16, 3), dtype=np.uint8)
-)
-
 
 # Orientation
 
