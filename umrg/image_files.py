@@ -141,7 +141,7 @@ def _not_opened(encoded: bytes) -> str:
     if not encoded:
         return "(the file is empty); write or download it again"
     if _kind(encoded):
-        return f"(damaged header); {_broken(encoded)}"
+        return f"(its header cannot be read); {_broken(encoded)}"
     for pattern, kind, advice in _OTHERS:
         if re.match(pattern, encoded, re.DOTALL | re.IGNORECASE):
             return f"({kind}); {advice}"

@@ -17,6 +17,7 @@ from umrg.image_files import ImageRefused, opened
 _Decoded = tuple[NDArray[Any], NDArray[np.uint8] | None]
 
 _WHITE_IS_ZERO = 0
+_SEPARATE = 2  # planes of one colour each
 # Pillow takes the high byte of values that are little-endian, big-endian, or as this machine has them.
 _OTHER_BYTE = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
 
@@ -107,8 +108,9 @@ def _colours(image: ImageFile.ImageFile, encoded: bytes, what: str) -> _Decoded:
         values = decoded[..., 0].astype(np.uint16) << 8 | decoded[..., 1]
         return values, decoded[..., 2]
     kind, _, order = modes.pop().partition(";16") if len(modes) == 1 else ("", "", "")
-    if kind not in ("RGB", "RGBX", "RGBA") or order not in _OTHER_BYTE:
-        raise ImageRefused(f"{what} has colours that cannot be windowed here; window it to 8 bits first")
+    planes = isinstance(image, TiffImageFile) and image.tag_v2.get(ExifTags.Base.PlanarConfiguration) == _SEPARATE
+    if planes or kind not in ("RGB", "RGBX", "RGBA") or order not in _OTHER_BYTE:
+        raise ImageRefused(f"{what} has values that cannot be windowed here; window it to 8 bits first")
     with opened(encoded, what, image.tell()) as again:
         low = _decoded_as(again, again.tile, f"{kind};16{_OTHER_BYTE[order]}")
     high = _decoded_as(image, tiles, f"{kind};16{order}")

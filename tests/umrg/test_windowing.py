@@ -104,10 +104,13 @@ def test_a_fourth_channel_that_is_not_alpha_is_left_out():
     assert np.array_equal(found, expected(DEEP[..., :3]))
 
 
-@pytest.mark.parametrize("more", [(338, 3, 1), (284, 3, 2)], ids=["premultiplied", "planes"])
-def test_colours_that_no_reader_gives_as_they_are_are_refused(more):
-    file = tiff(DEEP if more[0] == 338 else DEEP[..., :3], more)
-    with pytest.raises(ValueError, match="the image"):
+@pytest.mark.parametrize(
+    "file",
+    [tiff(DEEP, (338, 3, 1)), tiff(DEEP, photometric=5), tiff(DEEP[..., :3], (284, 3, 2))],
+    ids=["premultiplied", "cmyk", "planes"],
+)
+def test_values_that_are_out_of_reach_are_refused(file):
+    with pytest.raises(ValueError, match="the image has values that cannot be windowed here"):
         decode_image(file, "the image", window=WINDOW)
 
 
