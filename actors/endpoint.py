@@ -9,8 +9,8 @@ import openai
 from actors.config import EndpointConfig
 from umrg.frames import Frames, ResizeRule
 from umrg.group import Completion, Group, GroupSamples
+from umrg.images import encode_png
 from umrg.prompts import PromptSpec, prompt_text
-from umrg.sample import media_type
 
 _THOUGHTS = ("reasoning", "reasoning_content")
 """Where servers with a reasoning parser put the thoughts: vLLM now, vLLM before and others."""
@@ -86,7 +86,8 @@ class Endpoint:
 
     def _messages(self, group: Group) -> Any:
         sample = group.sample
-        image = f"data:{media_type(sample.image_bytes)};base64,{base64.b64encode(sample.image_bytes).decode('ascii')}"
+        # As it was decoded here, so that no decoder of the server's sees another picture than the one that is scored.
+        image = f"data:image/png;base64,{base64.b64encode(encode_png(sample.image())).decode('ascii')}"
         content = [
             {"type": "image_url", "image_url": {"url": image}},
             {"type": "text", "text": prompt_text(sample.query, self._spec)},

@@ -131,28 +131,39 @@ def serve(
 
 @app.command()
 def ground(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="PNG, JPEG or the like.")],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="PNG, JPEG, TIFF, WebP or the like.")],
     query: Annotated[str, typer.Argument(metavar="QUERY", help="What is asked about the image.")],
     model: Annotated[Path, typer.Option(help="Folder of the reasoner.")] = TINY_REASONER,
     expert: Annotated[str, typer.Option(help="Name or folder of the expert.")] = "tiny",
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights of a published expert, as `expert convert` wrote them.")
     ] = None,
+    window: Annotated[
+        str | None,
+        typer.Option(metavar="CENTRE,WIDTH", help="Values that become gray levels; for more than 8 bits a channel."),
+    ] = None,
+    frame: Annotated[int | None, typer.Option(help="Of a file with several pages; the first is 0.")] = None,
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for overlay, mask and JSON.")] = Path("."),
 ) -> None:
-    """Answer a query about one image: reasoning, box and points; overlay and mask are saved."""
+    """Answer a query about one image: reasoning, box and points; overlay and mask are saved. Exit code 1 where the
+    answer has no usable box and points."""
     with Console(stderr=True).status("grounding"):
-        from cluster.ground import ground_file
+        from cluster.ground import beginning, ground_file
+        from umrg.windowing import Window
 
-        found, files = ground_file(image, query, model=model, expert=expert, checkpoint=checkpoint, out=out)
-    answer = found.answer
-    typer.echo(f"reasoning  {answer.think or '(none)'}")
+        levels = None if window is None else Window.parse(window)
+        found, files = ground_file(
+            image, query, model=model, expert=expert, checkpoint=checkpoint, out=out, window=levels, frame=frame
+        )
+    answer, saved = found.answer, ", ".join(str(file) for file in files)
     if answer.box is None or answer.points is None:
-        typer.echo(f"no usable box and points in the answer: {found.completion!r}")
-    else:
-        typer.echo(f"box        {', '.join(f'{v:.0f}' for v in answer.box)}  (x1, y1, x2, y2 in pixels)")
-        typer.echo(f"points     {'; '.join(f'{x:.0f}, {y:.0f}' for x, y in answer.points)}  (x, y)")
-    typer.echo(f"saved      {', '.join(str(file) for file in files)}")
+        typer.echo(f"no usable box and points in the answer: {beginning(found.completion)}")
+        typer.echo(f"saved      {saved}")
+        raise typer.Exit(1)
+    typer.echo(f"reasoning  {answer.think or '(none)'}")
+    typer.echo(f"box        {', '.join(f'{v:.0f}' for v in answer.box)}  (x1, y1, x2, y2 in pixels)")
+    typer.echo(f"points     {'; '.join(f'{x:.0f}, {y:.0f}' for x, y in answer.points)}  (x, y)")
+    typer.echo(f"saved      {saved}")
 
 
 def main() -> None:

@@ -173,7 +173,7 @@ def phantoms(
 
 
 def _write_statistics(out: Path, dataset: Dataset, found: Any, figures: dict[str, object], tiles: int) -> None:
-    from umrg.sample import encode_png
+    from umrg.images import encode_png
     from umrg.statistics import occupancy_sheet, sample_sheet
 
     pictures = {
@@ -218,7 +218,7 @@ def _left_out(report: "Report") -> str:
 
 def _write_sheet(out: Path, sheet: Any) -> list[str]:
     """Write check.png where there is something to be seen; the names of all files in the folder."""
-    from umrg.sample import encode_png
+    from umrg.images import encode_png
 
     if sheet is None:
         # One of an earlier check would show what is no more.

@@ -14,11 +14,13 @@ from learner.reasoner import Reasoner, load_reasoner
 from umrg.answers import Answer, parse_answer
 from umrg.atomic import written_aside
 from umrg.config import model_folder
+from umrg.images import decode_image, encode_png
 from umrg.pictures import overlay
 from umrg.prompts import clean_query
-from umrg.sample import decode_image, encode_png
+from umrg.windowing import Window
 
 MAX_TOKENS = 2048
+_SHOWN = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,15 +70,46 @@ def ground(image: NDArray[np.uint8], query: str, reasoner: Reasoner, expert: Exp
 
 
 def ground_file(
-    path: Path, query: str, *, model: Path, expert: str, checkpoint: Path | None, out: Path
+    path: Path,
+    query: str,
+    *,
+    model: Path,
+    expert: str,
+    checkpoint: Path | None,
+    out: Path,
+    window: Window | None = None,
+    frame: int | None = None,
 ) -> tuple[Grounding, list[Path]]:
-    """Ground a query in an image file and save what comes out. Checks the input before a model is loaded."""
+    """Ground a query in an image file and save what comes out. Checks the input before a model is loaded.
+
+    window, frame: as `decode_image` takes them. Raises ValueError for what is no image, and for a folder that cannot be
+    written to.
+    """
     if not clean_query(query):
         raise ValueError("the query is empty; ask about something in the image")
-    try:
-        image = decode_image(path.read_bytes(), str(path))
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise ValueError(f"{path} is not a file; give the path of an image") from error
+    image = decode_image(_read(path), str(path), window=window, frame=frame)
     segmenter = load_expert(expert, checkpoint=checkpoint)
     found = ground(image, query, load_reasoner(model_folder(model)), segmenter)
-    return found, found.save(out, path.stem)
+    try:
+        return found, found.save(out, path.stem)
+    except OSError as error:
+        raise ValueError(
+            f"nothing can be saved in {out} ({error.strerror}); choose another folder with --out"
+        ) from error
+
+
+def beginning(completion: str) -> str:
+    """What a terminal shows of an answer that cannot be used: a looping one fills pages."""
+    if len(completion) <= _SHOWN:
+        return repr(completion)
+    return f"{completion[:_SHOWN]!r} … ({len(completion)} characters; all of them are in the JSON file)"
+
+
+def _read(path: Path) -> bytes:
+    try:
+        # A device or a pipe might never end.
+        if path.is_file():
+            return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); give the path of an image") from error
+    raise ValueError(f"{path} is not a file; give the path of an image")

@@ -9,7 +9,7 @@ import asyncio
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import FastAPI, Form, HTTPException, Request, UploadFile
+from fastapi import Depends, FastAPI, Form, HTTPException, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from numpy.typing import NDArray
@@ -23,9 +23,10 @@ from serving.config import ServeConfig
 from umrg.answers import Answer, parse_answer
 from umrg.config import located
 from umrg.frames import Size
+from umrg.images import decode_image
 from umrg.masks import encode_rle
 from umrg.prompts import clean_query
-from umrg.sample import decode_image
+from umrg.windowing import Window
 
 api = FastAPI(title="MedReasoner", description="Ask a medical image an implicit question.")
 
@@ -34,6 +35,13 @@ api = FastAPI(title="MedReasoner", description="Ask a medical image an implicit 
 async def _what_is_missing(_: Request, error: RequestValidationError) -> JSONResponse:
     faults = "; ".join(f"{fault['loc'][-1]}: {fault['msg']}" for fault in error.errors())
     return JSONResponse({"detail": f"{faults}; send a form with an image file and a query"}, status_code=422)
+
+
+async def _one_of_each(request: Request) -> None:
+    """Of two fields of one name the framework would take one, and not say which."""
+    names = [name for name, _ in (await request.form()).multi_items()]
+    if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise HTTPException(400, f"the form has more than one {' and '.join(repeated)}; send one of each")
 
 
 class Rle(BaseModel):
@@ -111,10 +119,16 @@ class Ingress:
         self._config, self._reasoner, self._segmenter = config, reasoner, segmenter
         self._think = config.spec().think
 
-    @api.post("/v1/ground")
-    async def ground(self, image: UploadFile, query: Annotated[str, Form()]) -> GroundResponse:
+    @api.post("/v1/ground", dependencies=[Depends(_one_of_each)])
+    async def ground(
+        self,
+        image: UploadFile,
+        query: Annotated[str, Form()],
+        window: Annotated[str | None, Form(description="CENTRE,WIDTH, for more than 8 bits a channel")] = None,
+        frame: Annotated[int | None, Form(description="of a file with several pages; the first is 0")] = None,
+    ) -> GroundResponse:
         """Ground a query in an image."""
-        pixels = self._decoded(await image.read(), image.filename or "the image")
+        pixels = self._decoded(await image.read(), image.filename or "the image", window, frame)
         if not clean_query(query):
             raise HTTPException(400, "the query is empty; ask about something in the image")
         try:
@@ -147,12 +161,13 @@ class Ingress:
             completion=completion,
         )
 
-    def _decoded(self, data: bytes, name: str) -> NDArray[np.uint8]:
+    def _decoded(self, data: bytes, name: str, window: str | None, frame: int | None) -> NDArray[np.uint8]:
         limit = self._config.max_image_mib
         if len(data) > limit << 20:
             raise HTTPException(413, f"{name} has {len(data) / 2**20:.1f} MiB; at most {limit} are taken")
         try:
-            return decode_image(data, name)
+            levels = None if window is None else Window.parse(window)
+            return decode_image(data, name, window=levels, frame=frame)
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
 

@@ -1,19 +1,14 @@
 """A sample: one row of a dataset in the released schema. Images stay encoded until somebody looks at them."""
 
-import io
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
 from umrg.frames import Box, PointPair, Size
-
-# What Pillow's decoders raise for damaged files.
-_UNDECODABLE = (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError)
+from umrg.images import decode_image, decode_mask, image_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +17,9 @@ class Sample:
 
     id: `extra_info.id`, unique in a dataset.
     query: the bare question, as the row has it.
-    image_bytes: the encoded image file (PNG, JPEG, ...).
+    image_bytes: the encoded image file (PNG, JPEG, ...), as `umrg.images` reads it.
     mask_bytes: encoded masks, one file a part, 0 background and 255 target; () where there is none.
-    box: reference box, XYXY with inclusive maximum, original pixels.
+    box: reference box, XYXY with inclusive maximum, original pixels: those of the image as it is decoded, upright.
     points: the two reference key points, XY, original pixels.
     supercategory, category, modality: normalised names; modality is "unknown" where the row has none.
     reasoning: reference reasoning for supervised training, where the row has it.
@@ -52,9 +47,8 @@ class Sample:
 
     @cached_property
     def size(self) -> Size:
-        """Extent of the image file, read from its header."""
-        with open_image(self.image_bytes, f"the image of {self.name}") as image:
-            return Size(*image.size)
+        """Extent of the image, upright, read from its file's header."""
+        return image_size(self.image_bytes, f"the image of {self.name}")
 
     def image(self) -> NDArray[np.uint8]:
         """The image, uint8 [H, W, 3] RGB. Raises ValueError where it cannot be decoded."""
@@ -93,48 +87,3 @@ class Sample:
                 )
             union |= mask
         return union
-
-
-def open_image(encoded: bytes, what: str) -> Image.Image:
-    """Open an encoded image without decoding its pixels; ValueError names `what` where it is no image."""
-    try:
-        return Image.open(io.BytesIO(encoded))
-    except _UNDECODABLE as error:
-        # Pillow's own message for it holds nothing but a memory address.
-        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(f"{what} cannot be decoded ({reason}); it must be a PNG, JPEG or the like") from error
-
-
-def media_type(encoded: bytes) -> str:
-    """The MIME type of an encoded image, such as image/png."""
-    with open_image(encoded, "an image") as image:
-        return Image.MIME.get(image.format or "", "application/octet-stream")
-
-
-def decode_image(encoded: bytes, what: str) -> NDArray[np.uint8]:
-    """Decode an image file to uint8 [H, W, 3] RGB; ValueError names `what` where it cannot be decoded, or has
-    more than 8 bits a channel, which a conversion would clip to white."""
-    with open_image(encoded, what) as image:
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(f"{what} has more than 8 bits a pixel; window it to 8 bits first")
-        try:
-            return np.asarray(image.convert("RGB"))
-        except _UNDECODABLE as error:
-            raise ValueError(f"{what} cannot be decoded ({error}); the file is damaged or cut short") from error
-
-
-def decode_mask(encoded: bytes, what: str) -> NDArray[np.bool_]:
-    """Decode a mask file to bool [H, W], true where it is 128 or more; ValueError names `what` where it cannot be."""
-    with open_image(encoded, what) as image:
-        try:
-            return np.asarray(image.convert("L")) >= 128
-        except _UNDECODABLE as error:
-            raise ValueError(f"{what} cannot be decoded ({error}); the file is damaged or cut short") from error
-
-
-def encode_png(pixels: NDArray[np.uint8] | NDArray[np.bool_]) -> bytes:
-    """Encode uint8 [H, W, 3], uint8 [H, W] or a mask (bool [H, W], written as 0/255) as PNG."""
-    array = pixels.astype(np.uint8) * 255 if pixels.dtype == np.bool_ else pixels
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, "PNG", compress_level=3)
-    return buffer.getvalue()

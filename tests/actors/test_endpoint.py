@@ -1,20 +1,26 @@
 """A reasoner behind an endpoint: what is asked of it, and what its answers' coordinates mean."""
 
 import asyncio
+import base64
+import io
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from actors.config import EndpointConfig
 from actors.endpoint import Endpoint
+from tests.encoded_images import encoded, turned
 from umrg.answers import format_answer, parse_answer
 from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
-from umrg.frames import Frame
+from umrg.frames import Frame, Size
 from umrg.group import Group
 from umrg.phantoms import rows
 from umrg.prompts import PromptSpec
@@ -31,7 +37,7 @@ class Server:
 
     def __init__(self, reply: Callable[[dict[str, Any]], tuple[dict[str, Any], str]] = plain) -> None:
         self.reply = reply
-        self.requests: list[dict[str, object]] = []
+        self.requests: list[dict[str, Any]] = []
         self.headers: list[str | None] = []
         server = self
 
@@ -101,6 +107,19 @@ def test_a_key_that_is_not_set_is_the_users_mistake(monkeypatch):
     config = EndpointConfig(url="http://127.0.0.1:9/v1", model="m", key_variable="MEDREASONER_TEST_KEY")
     with pytest.raises(ValueError, match="MEDREASONER_TEST_KEY is not set; export it"):
         config.key()
+
+
+def test_the_server_is_sent_the_picture_that_was_counted(server, sample):
+    colours = np.random.default_rng(0).integers(0, 256, (224, 112, 4), dtype=np.uint8)
+    other = replace(sample, image_bytes=encoded(colours, "PNG", exif=turned(6)))
+    samples = ask(Endpoint(EndpointConfig(url=server.url, model="m"), PromptSpec(), key=None), other, n=1)
+    (message,) = server.requests[0]["messages"]
+    kind, _, content = message["content"][0]["image_url"]["url"].partition(";base64,")
+    assert kind == "data:image/png"
+    with Image.open(io.BytesIO(base64.b64decode(content))) as sent:
+        assert (sent.mode, sent.size, dict(sent.getexif())) == ("RGB", (224, 112), {})
+        assert np.array_equal(np.asarray(sent), other.image())
+    assert samples.frames.original == Size(224, 112)
 
 
 def test_coordinates_are_in_the_frame_that_was_declared(server, sample):

@@ -18,7 +18,7 @@ from learner.reasoner import load_prompter
 from umrg import phantoms
 from umrg.checks import POINT_OFF_MASK
 from umrg.dataset import Dataset, write_rows
-from umrg.sample import encode_png
+from umrg.images import encode_png
 
 ROOT = Path(__file__).parents[2]
 TINY_REASONER = ROOT / "models" / "tiny-reasoner"

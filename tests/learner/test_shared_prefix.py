@@ -14,7 +14,8 @@ from learner.attention import Layout, Span, attend, use_shared_prefix
 from learner.reasoner import EncodedPrompt, Reasoner, load_reasoner
 from learner.sft import reference_branches
 from learner.shared_prefix import Branches, TokenScores, branch_scores, micro_batches, pack_groups
-from umrg.sample import Sample, encode_png
+from umrg.images import encode_png
+from umrg.sample import Sample
 
 pytestmark = pytest.mark.numeric
 

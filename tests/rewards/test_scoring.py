@@ -11,7 +11,8 @@ from rewards.presets import PRESETS
 from rewards.scoring import Scorer
 from umrg.answers import parse_answer
 from umrg.frames import Size
-from umrg.sample import Sample, encode_png
+from umrg.images import encode_png
+from umrg.sample import Sample
 
 PERFECT = parse_answer(
     '<think>It filters blood.</think><answer>{"bbox": [10, 20, 49, 59], "points_1": [20, 30], '

@@ -8,12 +8,13 @@ from cluster.clock import Clock
 from cluster.experience import Draw, gain
 from serving.app import build_app
 from tests.conftest import TINY_REASONER
+from tests.encoded_images import BLOCKS, DEEP, encoded, pages, turned
 from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
 from umrg.group import Group
+from umrg.images import encode_png
 from umrg.masks import decode_rle
 from umrg.phantoms import rows
-from umrg.sample import encode_png
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,9 @@ def test_bad_requests_are_told_what_to_change(address, samples):
     image = samples[0].image_bytes
     cases = [
         (b"not an image", "Where?", 400, "cannot be decoded"),
-        (b"", "Where?", 400, "cannot be decoded"),
+        (b"", "Where?", 400, "cannot be decoded (the file is empty)"),
+        (encoded(DEEP[..., 0], "PNG"), "Where?", 400, "more than 8 bits a channel"),
+        (pages("TIFF"), "Where?", 400, "has 3 pages"),
         (image[: len(image) // 2], "Where?", 400, "damaged or cut short"),
         (image, "   ", 400, "the query is empty"),
         (image, "<|image_pad|>", 400, "the query is empty"),
@@ -70,6 +73,35 @@ def test_bad_requests_are_told_what_to_change(address, samples):
     for content, query, status, message in cases:
         reply = post(address, content, query)
         assert (reply.status_code, message in reply.json()["detail"]) == (status, True), reply.text
+
+
+def test_a_window_and_a_frame_may_be_given(address):
+    deep, stacked = encoded(DEEP[..., 0], "PNG"), pages("TIFF")
+    cases: list[tuple[bytes, dict[str, str], int, str]] = [
+        (deep, {"window": "32768,65536"}, 200, ""),
+        (deep, {"window": "wide"}, 400, "the window 'wide' cannot be read; it must be CENTRE,WIDTH"),
+        (stacked, {"frame": "2"}, 200, ""),
+        (stacked, {"frame": "3"}, 400, "has 3 pages and no frame 3"),
+        (stacked, {"frame": "-1"}, 400, "frames are counted from 0 to 2"),
+        (stacked, {"frame": "last"}, 422, "frame: "),
+    ]
+    for content, fields, status, message in cases:
+        files = {"image": ("image", content)}
+        reply = httpx.post(f"{address}/v1/ground", files=files, data={"query": "Where?", **fields}, timeout=120)
+        assert reply.status_code == status, reply.text
+        assert (reply.json()["width"], reply.json()["height"]) == (30, 20) if status == 200 else message in reply.text
+
+
+def test_the_answers_frame_is_the_upright_image(address):
+    reply = post(address, encoded(BLOCKS, "PNG", exif=turned(6)), "Where?")
+    assert (reply.json()["width"], reply.json()["height"]) == (48, 64), reply.text
+
+
+def test_of_two_images_or_two_queries_none_is_taken(address, samples):
+    image, query = ("image", ("a.png", samples[0].image_bytes)), ("query", (None, "Where?"))
+    for fields, repeated in (([image, image, query], "image"), ([image, query, query], "query")):
+        reply = httpx.post(f"{address}/v1/ground", files=fields, timeout=120)
+        assert reply.status_code == 400 and f"more than one {repeated}" in reply.json()["detail"], reply.text
 
 
 def test_a_special_token_in_a_query_does_no_harm(address, samples):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from umrg import phantoms
 from umrg.dataset import Cursor, Dataset, batches, write_rows
-from umrg.sample import encode_png
+from umrg.images import encode_png
 
 # A busy machine is slow without being wrong.
 steady = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

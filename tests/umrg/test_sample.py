@@ -1,14 +1,15 @@
 """A sample's image and mask, and what is said of damaged ones."""
 
-import io
 import random
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.encoded_images import UPRIGHT, encoded, turned
 from umrg.frames import Size
-from umrg.sample import Sample, decode_image, decode_mask, encode_png
+from umrg.images import decode_image, decode_mask, encode_png
+from umrg.sample import Sample
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
@@ -17,6 +18,10 @@ def mask(*rows: int) -> np.ndarray:
     pixels = np.zeros((20, 30), dtype=np.bool_)
     pixels[list(rows)] = True
     return pixels
+
+
+def stored(pixels: np.ndarray, orientation: int) -> bytes:
+    return encoded(Image.fromarray(pixels), "PNG", exif=turned(orientation))
 
 
 def sample(image: bytes | None = None, *masks: bytes) -> Sample:
@@ -31,12 +36,6 @@ def sample(image: bytes | None = None, *masks: bytes) -> Sample:
         category="kidney",
         modality="ct",
     )
-
-
-def encoded(image: Image.Image, form: str) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form)
-    return buffer.getvalue()
 
 
 def test_an_image_is_read_as_it_was_written() -> None:
@@ -62,7 +61,7 @@ def test_images_of_any_mode_become_rgb(mode: str) -> None:
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
 def test_an_image_of_more_than_eight_bits_is_refused_rather_than_clipped(dtype: type) -> None:
     deep = encoded(Image.fromarray(np.full((20, 30), 3000, dtype=dtype)), "TIFF")
-    with pytest.raises(ValueError, match="sample 'ct-7' has more than 8 bits a pixel; window it"):
+    with pytest.raises(ValueError, match=r"sample 'ct-7' has more than 8 bits a channel .*; window it"):
         sample(deep).image()
 
 
@@ -115,3 +114,14 @@ def test_a_damaged_mask_is_named() -> None:
 def test_a_mask_of_another_size_is_refused() -> None:
     with pytest.raises(ValueError, match="mask of sample 'ct-7' is 20x30 px, its image 30x20"):
         sample(None, encode_png(mask(1).T)).mask()
+
+
+def test_image_and_mask_lie_upon_each_other_whichever_way_they_are_stored() -> None:
+    marked = np.zeros((20, 30), dtype=np.bool_)
+    marked[3:9, 12:29] = True
+    picture = np.where(marked[..., None], 200, 40).astype(np.uint8).repeat(3, axis=2)
+    for orientation, upright in UPRIGHT.items():
+        whole = sample(stored(picture, orientation), encode_png(upright(marked)))
+        assert whole.size == Size(*upright(marked).shape[::-1])
+        assert np.array_equal(whole.image()[..., 0] == 200, whole.mask())
+        assert np.array_equal(sample(stored(picture, orientation), stored(marked, orientation)).mask(), whole.mask())

@@ -6,7 +6,8 @@ import pytest
 
 from umrg import phantoms
 from umrg.dataset import Dataset, write_rows
-from umrg.sample import Sample, encode_png
+from umrg.images import encode_png
+from umrg.sample import Sample
 from umrg.statistics import Measurement, measure, occupancy_sheet, sample_sheet, spread, summary, survey
 
 

@@ -1,0 +1,290 @@
+"""Encoded image files, before a pixel is decoded: what they are, how deep, how many pictures, which way up.
+
+`opened` is the one place where Pillow is given bytes. What a user can do about a file that cannot be read is said here.
+"""
+
+import io
+import re
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
+
+# Readers of still pictures that decode in this process. Not here: what starts other programs or hands over to them
+# (EPS, WMF, HDF5, GRIB), what is a film, and what holds icons, layers or textures, of which no one is *the* picture.
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "TIFF",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "JPEG2000",
+    "AVIF",
+    "PPM",
+    "QOI",
+    "SGI",
+    "SUN",
+    "PCX",
+    "TGA",
+)
+
+# What Pillow's readers raise for damaged files.
+UNDECODABLE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+# What makes pixels upright that are stored in an orientation (EXIF 2.32, 4.6.4).
+TURNS: dict[object, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = (5, 6, 7, 8)  # these exchange width and height
+_REDUCED, _MASK = 1, 4  # bits of TIFF's NewSubfileType: not a picture of its own
+_OLD_REDUCED = 2  # the same in SubfileType
+
+_PREFIXES = {
+    "PNG": rb"\x89PNG",
+    "JPEG": rb"\xff\xd8\xff",
+    "TIFF": rb"II[*+]\x00|MM\x00[*+]",
+    "WebP": rb"RIFF....WEBP",
+    "GIF": rb"GIF8",
+    "BMP": rb"BM",
+    "JPEG 2000": rb"\xff\x4f\xff\x51|\x00\x00\x00\x0cjP  ",
+    "AVIF": rb"....ftypavi[fs]",
+}
+_AS_PICTURE = "save it as PNG, JPEG or TIFF"
+_AS_SLICE = "export the slice that is meant as PNG, windowed to 8 bits"
+# What people have under an image's name: pattern of the first bytes, what it is, what to do.
+_OTHERS = (
+    (rb"version https://git-lfs", "a Git LFS pointer, not the file itself", "fetch it with `git lfs pull`"),
+    (rb"(\xef\xbb\xbf)?\s*<(!doctype html|html)", "a web page", "download the image itself"),
+    (rb"(\xef\xbb\xbf)?\s*<(\?xml|svg|!--)", "an XML text, such as SVG", _AS_PICTURE),
+    (rb".{128}DICM|\x08\x00\x05\x00", "DICOM", _AS_SLICE),
+    (rb".{344}n[i+]1\x00", "NIfTI", _AS_SLICE),
+    (rb"NRRD", "NRRD", _AS_SLICE),
+    (rb"(ObjectType|NDims) *=", "MetaImage", _AS_SLICE),
+    (rb"\x89HDF", "HDF5", _AS_SLICE),
+    (rb"\x93NUMPY", "a NumPy array", _AS_SLICE),
+    (rb"\x1f\x8b", "gzip", f"unpack it, and if it is a volume, {_AS_SLICE}"),
+    (rb"PK\x03\x04", "a ZIP archive", "unpack it"),
+    (rb"....ftyp(hei|hev|mif1|msf1)", "HEIC", _AS_PICTURE),
+    (rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ", "a film", "save the frame that is meant as PNG"),
+    (rb"\xff\x0a|\x00\x00\x00\x0cJXL ", "JPEG XL", _AS_PICTURE),
+    (rb"%PDF", "PDF", _AS_PICTURE),
+    (rb"%!PS|\xc5\xd0\xd3\xc6", "PostScript", _AS_PICTURE),
+    (rb"8BPS", "Photoshop", _AS_PICTURE),
+    (rb"\x00\x00[\x01\x02]\x00", "an icon", _AS_PICTURE),
+)
+
+
+class ImageRefused(ValueError):
+    """A file that is no picture as it is needed here; the sentence says what to change."""
+
+
+@contextmanager
+def opened(encoded: bytes, what: str, frame: int | None = None) -> Iterator[ImageFile.ImageFile]:
+    """An encoded image, its pixels not decoded yet, and what is raised while it is read as ImageRefused.
+
+    what: names the image in messages. frame: which of the file's pages, counted from 0.
+    Raises ImageRefused for what is no image, is damaged, has more pixels than Pillow's limit, or has several pages of
+    which none is named. What Pillow warns of (text and profiles that it cannot read) does not matter to the pixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+                _choose_page(image, what, frame)
+                _check_pixels(image)
+                yield image
+    except ImageRefused:
+        raise
+    except Image.DecompressionBombError as error:
+        limit = f"has more than {Image.MAX_IMAGE_PIXELS} pixels"
+        raise ImageRefused(f"{what} {limit}; make it smaller, or crop the part that is meant") from error
+    except UnidentifiedImageError as error:
+        raise ImageRefused(f"{what} cannot be decoded {_not_opened(encoded)}") from error
+    except UNDECODABLE as error:
+        reason = str(error) or type(error).__name__
+        raise ImageRefused(f"{what} cannot be decoded ({reason}); {_broken(encoded)}") from error
+
+
+def _check_pixels(image: Image.Image) -> None:
+    if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError
+
+
+def _not_opened(encoded: bytes) -> str:
+    """What a file is that none of the readers takes, and what to do about it."""
+    if not encoded:
+        return "(the file is empty); write or download it again"
+    if _kind(encoded):
+        return f"(its header cannot be read); {_broken(encoded)}"
+    for pattern, kind, advice in _OTHERS:
+        if re.match(pattern, encoded, re.DOTALL | re.IGNORECASE):
+            return f"({kind}); {advice}"
+    return f"(unknown format); {_broken(encoded)}"
+
+
+def _kind(encoded: bytes) -> str | None:
+    """The format that a file says it has."""
+    return next((name for name, prefix in _PREFIXES.items() if re.match(prefix, encoded, re.DOTALL)), None)
+
+
+def _broken(encoded: bytes) -> str:
+    match _kind(encoded):
+        case None:
+            return "it must be a PNG, JPEG, TIFF, WebP or the like"
+        case "JPEG" | "TIFF" as kind:
+            # Lossless JPEG, or TIFF in floating point of another width than 32 bits, are kinds of their own.
+            return f"the {kind} is damaged or cut short, or of a kind that is not read here; save it as PNG"
+        case kind:
+            return f"the {kind} is damaged or cut short; write or download it again"
+
+
+def _choose_page(image: ImageFile.ImageFile, what: str, frame: int | None) -> None:
+    """Go to the page that is named, or see that there is no choice."""
+    count = int(getattr(image, "n_frames", 1))
+    if frame is None:
+        if count > 1 and _several(image, count):
+            raise ImageRefused(
+                f"{what} has {count} pages; save the one that is meant (`ground` and the service take a frame, counted "
+                "from 0)"
+            )
+    elif not 0 <= frame < count:
+        pages = "1 page" if count == 1 else f"{count} pages"
+        raise ImageRefused(f"{what} has {pages} and no frame {frame}; frames are counted from 0 to {count - 1}")
+    elif count > 1:
+        image.seek(frame)
+
+
+def _several(image: ImageFile.ImageFile, count: int) -> bool:
+    """Whether pages after the first are pictures of their own, rather than companions of it: a TIFF's smaller versions
+    and transparency masks; a phone's preview or gain map."""
+    if image.format == "MPO":
+        return any(_is_view(image, page) for page in range(1, count))
+    if isinstance(image, TiffImageFile):
+        return any(_is_page(image, page) for page in range(1, count))
+    return True
+
+
+def _is_page(image: TiffImageFile, page: int) -> bool:
+    try:
+        image.seek(page)
+        tags = image.tag_v2
+        new, old = tags.get(ExifTags.Base.NewSubfileType, 0), tags.get(ExifTags.Base.SubfileType, 0)
+    finally:
+        image.seek(0)
+    return not (new & (_REDUCED | _MASK) or old == _OLD_REDUCED)
+
+
+def _is_view(image: ImageFile.ImageFile, page: int) -> bool:
+    """Of an MPO (CIPA DC-007): a picture that is declared to be one of several, or says nothing and looks like one."""
+    kind: str = image.mpinfo[0xB002][page]["Attribute"]["MPType"]  # type: ignore[attr-defined]
+    first = (image.size, image.mode)
+    try:
+        image.seek(page)
+        alike = (image.size, image.mode) == first
+    finally:
+        image.seek(0)
+    return kind.startswith("Multi-Frame") or (kind == "Undefined" and alike)
+
+
+def depth(image: ImageFile.ImageFile, encoded: bytes) -> int:
+    """Bits a channel in the file. Pillow itself reduces colours of 16 bits to 8 without a word.
+
+    image: `encoded`, open at the page that counts, not decoded. Formats that are not named here know no more than 8.
+    """
+    match image.format:
+        case "PNG":
+            return encoded[encoded.index(b"IHDR") + 12]
+        case "TIFF":
+            assert isinstance(image, TiffImageFile)
+            return int(max(image.tag_v2.get(ExifTags.Base.BitsPerSample, (1,))))
+        case "SGI":
+            return 8 * encoded[3]
+        case "JPEG2000":
+            return _depth_of_jpeg2000(encoded)
+        case "AVIF":
+            return _depth_of_avif(encoded)
+        case "PPM":
+            return _depth_of_ppm(image)
+        case _:
+            return 8
+
+
+def _depth_of_jpeg2000(encoded: bytes) -> int:
+    """The codestream's SIZ segment: at 40 the number of components, then three bytes each (ISO 15444-1, A.5.1)."""
+    siz = encoded[encoded.index(b"\xff\x4f\xff\x51") :]
+    (count,) = struct.unpack_from(">H", siz, 40)
+    return max((ssiz & 0x7F) + 1 for ssiz in siz[42 : 42 + 3 * count : 3])
+
+
+def _depth_of_avif(encoded: bytes) -> int:
+    """The flags high_bitdepth and twelve_bit of the AV1 configuration box."""
+    flags = encoded[encoded.index(b"av1C") + 6]
+    return 8 if not flags & 0x40 else 12 if flags & 0x20 else 10
+
+
+def _depth_of_ppm(image: ImageFile.ImageFile) -> int:
+    if image.mode == "F":
+        return 32
+    if image.mode == "I":
+        return 16
+    args = image.tile[0].args
+    return int(args[1]).bit_length() if isinstance(args, tuple) and args[0] != "F" else 8
+
+
+def orientation(image: Image.Image) -> object:
+    """1 to 8, where the image says which way up it is stored. Of a PNG that is not decoded yet, what comes before its
+    pixels counts; of a TIFF that is, what Pillow has not taken account of already."""
+    try:
+        # PNG's own method would decode the pixels to see what comes after them.
+        return Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    except UNDECODABLE:
+        return None
+
+
+def upright_size(image: ImageFile.ImageFile, encoded: bytes) -> tuple[int, int]:
+    """Width and height of an image that is not decoded, once it is turned as its orientation says."""
+    if image.format == "PNG" and _speaks_late(encoded):
+        image.load()
+    width, height = image.size
+    # Of a TIFF's own tag Pillow has taken account already.
+    counted = isinstance(image, TiffImageFile) and image.tag_v2.get(ExifTags.Base.Orientation) in _SIDEWAYS
+    return (height, width) if not counted and orientation(image) in _SIDEWAYS else (width, height)
+
+
+def _speaks_late(encoded: bytes) -> bool:
+    """Whether a PNG has what may say its orientation after its pixels."""
+    texts = (b"Raw profile type exif", b"XML:com.adobe.xmp")
+    place, pixels = 8, False
+    while place + 8 <= len(encoded):
+        length, kind = struct.unpack_from(">I4s", encoded, place)
+        pixels = pixels or kind == b"IDAT"
+        if pixels and (kind == b"eXIf" or encoded.startswith(texts, place + 8)):
+            return True
+        place += 12 + length
+    return False

@@ -1,0 +1,106 @@
+"""The one way in which an image is decoded here, for datasets, models, experts, endpoints and services alike.
+
+    encoded file ──opened──► one page, not decoded ──load, turn──► upright ──window──► 8 bits ──composite──► RGB
+
+Orientation (EXIF, XMP or TIFF's tag) is applied, transparency lies on white, more than 8 bits a channel are refused or
+windowed, and of several pages one must be named. Where nothing is to be windowed or chosen, the pixels are those of
+vLLM's own loader.
+"""
+
+import io
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from umrg.frames import Size
+from umrg.image_files import TURNS, ImageRefused, depth, opened, orientation, upright_size
+from umrg.windowing import Window, eight_bits
+
+_Layers = tuple[Image.Image, Image.Image | None]
+
+
+def image_size(encoded: bytes, what: str) -> Size:
+    """Extent of an image as it is decoded, turned upright, from the file's header. Raises ValueError that names `what`
+    for what is no image, is damaged or has several pages."""
+    with opened(encoded, what) as image:
+        return Size(*upright_size(image, encoded))
+
+
+def decode_image(
+    encoded: bytes, what: str, *, window: Window | None = None, frame: int | None = None
+) -> NDArray[np.uint8]:
+    """Decode an image file to uint8 [H, W, 3] RGB: upright, and opaque on white.
+
+    window: makes 8 bits of more; the colours of an image that has no more are windowed as they are. frame: which of a
+    file's pages, counted from 0.
+    Raises ValueError that names `what` where the image cannot be decoded, has several pages of which none is named, or
+    has more than 8 bits a channel and no window is given: a conversion would clip it, or read it almost black.
+    """
+    with opened(encoded, what, frame) as image:
+        bits = depth(image, encoded)
+        if bits > 8 and window is None:
+            raise ImageRefused(
+                f"{what} has more than 8 bits a channel ({bits}); window it to 8 bits first (`ground` and the service "
+                "take a window: CENTRE,WIDTH)"
+            )
+        if window is None:
+            layers = _layers(_upright(image))
+        elif bits > 8:
+            layers = _layers(_upright(eight_bits(image, encoded, what, window)))
+        else:
+            layers = _layers(_upright(image), window)
+        return np.asarray(_composite(*layers, "white"))
+
+
+def decode_mask(encoded: bytes, what: str) -> NDArray[np.bool_]:
+    """Decode a mask file to bool [H, W], true where it is 128 or more: upright, and what is transparent is background,
+    as if it lay on black.
+
+    Raises ValueError that names `what` where the mask cannot be decoded, has several pages, or has colours of more than
+    8 bits; gray values of more than 8 bits are taken as they are.
+    """
+    with opened(encoded, what) as image:
+        deep = depth(image, encoded) > 8
+        if deep and image.mode in ("RGB", "RGBA", "CMYK"):
+            raise ImageRefused(f"{what} has colours of more than 8 bits; write it in gray, 0 and 255")
+        upright = _upright(image)
+        if deep:
+            return np.asarray(upright) >= 128
+        if upright.has_transparency_data:
+            upright = _composite(*_layers(upright), "black")
+        return np.asarray(upright.convert("L")) >= 128
+
+
+def encode_png(pixels: NDArray[np.uint8] | NDArray[np.bool_]) -> bytes:
+    """Encode uint8 [H, W, 3], uint8 [H, W] or a mask (bool [H, W], written as 0/255) as PNG."""
+    array = pixels.astype(np.uint8) * 255 if pixels.dtype == np.bool_ else pixels
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG", compress_level=3)
+    return buffer.getvalue()
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Decode and turn."""
+    image.load()
+    turn = TURNS.get(orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def _layers(image: Image.Image, window: Window | None = None) -> _Layers:
+    """RGB, and alpha where the image has some, of a decoded image of 8 bits."""
+    alpha = None
+    if image.has_transparency_data:
+        # Premultiplied gray has no direct way.
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        alpha = image.getchannel("A")
+    colours = image.convert("RGB")
+    return (colours if window is None else Image.fromarray(window.apply(np.asarray(colours)))), alpha
+
+
+def _composite(colours: Image.Image, alpha: Image.Image | None, background: str) -> Image.Image:
+    if alpha is None:
+        return colours
+    canvas = Image.new("RGB", colours.size, background)
+    canvas.paste(colours, mask=alpha)
+    return canvas

@@ -1,0 +1,148 @@
+"""Images of more than 8 bits a channel, made ones of 8 through a window of their values."""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+
+from umrg.image_files import ImageRefused, opened
+
+# Values [H, W] or [H, W, 3], and alpha [H, W] in 8 bits where there is some.
+_Decoded = tuple[NDArray[Any], NDArray[np.uint8] | None]
+
+_WHITE_IS_ZERO = 0
+_SEPARATE = 2  # planes of one colour each
+# Pillow takes the high byte of values that are little-endian, big-endian, or as this machine has them.
+_OTHER_BYTE = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which of a file's values become black and white, as DICOM's Window Center and Window Width say it.
+
+    centre, width: in the values that are stored in the file. Levels follow DICOM's LINEAR function for whole numbers,
+    and LINEAR_EXACT for floating point (PS3.3, C.11.2.1.2 and C.11.2.1.3): with 128 and 256, 8-bit values stay as they
+    are.
+    """
+
+    centre: float
+    width: float
+
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.centre) and np.isfinite(self.width) and self.width > 0):
+            raise ValueError(
+                f"the window {self.centre:g},{self.width:g} has no levels; CENTRE must be a number, WIDTH one above 0"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> "Window":
+        """Read "CENTRE,WIDTH". Raises ValueError for anything else."""
+        try:
+            centre, width = map(float, text.split(","))
+        except ValueError:
+            raise ValueError(
+                f"the window {text!r} cannot be read; it must be CENTRE,WIDTH in the image's own values, such as 40,400"
+            ) from None
+        return cls(centre, width)
+
+    def apply(self, values: NDArray[Any]) -> NDArray[np.uint8]:
+        """Levels from 0 to 255, of the same shape; what is no number becomes 0."""
+        if values.dtype in (np.uint8, np.uint16):
+            # A table takes an eighth of the memory that floating point would.
+            levels: NDArray[np.uint8] = self._levels(np.arange(1 << 8 * values.itemsize))[values]
+            return levels
+        return self._levels(values)
+
+    def _levels(self, values: NDArray[Any]) -> NDArray[np.uint8]:
+        whole = np.issubdtype(values.dtype, np.integer)
+        centre, width = (self.centre - 0.5, self.width - 1) if whole else (self.centre, self.width)
+        if width <= 0:
+            return np.where(values > centre, 255, 0).astype(np.uint8)
+        shares = (np.nan_to_num(values.astype(np.float64), nan=-np.inf) - centre) / width + 0.5
+        levels: NDArray[np.uint8] = np.rint(shares.clip(0, 1) * 255).astype(np.uint8)
+        return levels
+
+
+def eight_bits(image: ImageFile.ImageFile, encoded: bytes, what: str, window: Window) -> Image.Image:
+    """An image of more than 8 bits as L, LA, RGB or RGBA, not turned yet where Pillow leaves that to others: what says
+    its orientation goes along. Alpha is not windowed. Raises ImageRefused for colours whose values are out of reach.
+
+    image: `encoded`, open at the page that counts, not decoded.
+    """
+    gray = image.mode.startswith(("I", "F"))
+    values, alpha = _gray(image) if gray else _colours(image, encoded, what)
+    levels = window.apply(values)
+    if isinstance(image, TiffImageFile) and image.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == _WHITE_IS_ZERO:
+        levels = 255 - levels
+    windowed = Image.fromarray(levels)
+    if alpha is not None:
+        windowed.putalpha(Image.fromarray(alpha))
+    windowed.info = {name: value for name, value in image.info.items() if name != "transparency"}
+    return windowed
+
+
+def _gray(image: ImageFile.ImageFile) -> _Decoded:
+    args = image.tile[0].args if image.format == "PPM" else None
+    values = np.asarray(image)
+    if image.mode == "I" and isinstance(args, tuple):
+        # Pillow has stretched them to 65535.
+        values = np.rint(values * (float(args[1]) / 65535)).astype(np.int32)
+    return values, _keyed(image, values[..., None])
+
+
+def _colours(image: ImageFile.ImageFile, encoded: bytes, what: str) -> _Decoded:
+    """Pillow hands out one byte of each value: the file is decoded for the high bytes, and again for the low ones."""
+    tiles = image.tile
+    if image.format == "PPM" and encoded.startswith(b"P6"):
+        return _ppm(image, encoded), None
+    modes = {_raw_mode(tile) for tile in tiles}
+    if modes == {"LA;16B"}:
+        # Pillow has no mode for it: its four bytes pass for red, green, blue and alpha.
+        decoded = _decoded_as(image, tiles, "RGBA")
+        values = decoded[..., 0].astype(np.uint16) << 8 | decoded[..., 1]
+        return values, decoded[..., 2]
+    kind, _, order = modes.pop().partition(";16") if len(modes) == 1 else ("", "", "")
+    planes = isinstance(image, TiffImageFile) and image.tag_v2.get(ExifTags.Base.PlanarConfiguration) == _SEPARATE
+    if planes or kind not in ("RGB", "RGBX", "RGBA") or order not in _OTHER_BYTE:
+        raise ImageRefused(f"{what} has values that cannot be windowed here; window it to 8 bits first")
+    with opened(encoded, what, image.tell()) as again:
+        low = _decoded_as(again, again.tile, f"{kind};16{_OTHER_BYTE[order]}")
+    high = _decoded_as(image, tiles, f"{kind};16{order}")
+    values = high.astype(np.uint16) << 8 | low
+    alpha = high[..., 3] if kind == "RGBA" else _keyed(image, values)
+    return values[..., :3], alpha
+
+
+def _ppm(image: ImageFile.ImageFile, encoded: bytes) -> NDArray[np.uint16]:
+    """The values as they are: Pillow stretches them."""
+    start, shape = image.tile[0].offset, (image.height, image.width, 3)
+    image.load()
+    values = np.frombuffer(encoded, ">u2", math.prod(shape), start)
+    return values.astype(np.uint16).reshape(shape)
+
+
+def _raw_mode(tile: Any) -> str:
+    """How a tile's bytes make pixels: the decoder's first argument."""
+    return str(tile.args if isinstance(tile.args, str) else tile.args[0])
+
+
+def _decoded_as(image: ImageFile.ImageFile, tiles: Sequence[Any], raw_mode: str) -> NDArray[np.uint8]:
+    """The image's tiles, their bytes taken for those of another raw mode of the same width."""
+    image.tile = [
+        tile._replace(args=raw_mode if isinstance(tile.args, str) else (raw_mode, *tile.args[1:])) for tile in tiles
+    ]
+    return np.asarray(image)
+
+
+def _keyed(image: Image.Image, values: NDArray[Any]) -> NDArray[np.uint8] | None:
+    """Alpha [H, W] of values [H, W, C], where a PNG declares one colour to be transparent."""
+    if (colour := image.info.get("transparency")) is None:
+        return None
+    alpha: NDArray[np.uint8] = np.where((values == colour).all(axis=-1), 0, 255).astype(np.uint8)
+    return alpha
