@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from cluster.data_check import check_files, open_files
+from cluster.data_check import check_files
 from cluster.data_commands import data_app
 from cluster.data_judges import load_oracle, prompt_limits
 from learner.reasoner import load_prompter
 from umrg import phantoms
 from umrg.checks import POINT_OFF_MASK
-from umrg.dataset import Dataset, write_rows
+from umrg.dataset import Dataset, open_files, write_rows
 from umrg.sample import encode_png
 
 ROOT = Path(__file__).parents[2]

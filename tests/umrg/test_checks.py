@@ -26,6 +26,8 @@ FILE = Path("rows.parquet")
 Row = dict[str, Any]
 Mask = NDArray[np.bool_]
 
+QUESTION = "Which of these stores sugar?"
+
 # A busy machine is slow without being wrong.
 steady = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -66,6 +68,14 @@ def truth(box: object, points: object) -> Callable[[Row], None]:
 
 def ask(question: str) -> Callable[[Row], None]:
     return lambda row: row["prompt"][0].update(content=question)
+
+
+def say(*turns: tuple[str, str]) -> Callable[[Row], None]:
+    return lambda row: row.update(prompt=[{"role": role, "content": content} for role, content in turns])
+
+
+def reason(text: str) -> Callable[[Row], None]:
+    return lambda row: row["extra_info"].update(reasoning=text)
 
 
 def paint(**regions: tuple[slice, slice]) -> Callable[[Row], None]:
@@ -113,6 +123,18 @@ FAULTS: list[tuple[str, Callable[[Row], None], str]] = [
         ask("Which organ <|image_pad|> stores glycogen <image>?"),
         "holds <|image_pad|>, <image>, which",
     ),
+    ("schema", say(("assistant", "It is the liver.")), "no question, only turns of assistant"),
+    ("schema", say(("system", "You are careful."), ("user", "")), "only turns of system"),
+    ("unseen_turns", say(("system", "You are careful."), ("user", QUESTION)), "several turns (system, user)"),
+    ("unseen_turns", say(("user", "Which view?"), ("gpt", "Axial."), ("Human", QUESTION)), "(user, gpt, user)"),
+    ("unseen_turns", say(("user", QUESTION), ("assistant", "The large one.")), "several turns (user, assistant)"),
+    ("bad_reasoning", reason("<think>It is large.</think>"), "<think>, </think> in its"),
+    ("bad_reasoning", reason("Is it < Answer >this one?"), "< Answer > in its"),
+    ("bad_reasoning", reason("It is large.<|im_end|>"), "<|im_end|> in its"),
+    ("bad_reasoning", reason(" \n"), "a blank extra_info.reasoning"),
+    ("schema", lambda row: row["extra_info"].update(no_target="maybe"), "has the no_target 'maybe'; write true or"),
+    ("schema", lambda row: row["images"][0].update(bytes=None), "in its images and does not hold it"),
+    ("schema", lambda row: row["masks"].append({"bytes": None, "path": "b.png"}), "names 'b.png' in its masks"),
     ("unnamed", lambda row: row["extra_info"].update(category=None), "fill in extra_info.category"),
 ]
 
