@@ -10,6 +10,7 @@ meaning is plain, it is read.
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -261,11 +262,11 @@ def _array(values: list[Any], field: pa.Field) -> pa.Array:
 
 
 def _cast(column: pa.Array, field: pa.Field) -> pa.Array:
-    try:
-        return column.cast(field.type)
-    except pa.ArrowException:
-        # Arrow does not cast every list to every other.
-        return _array(column.to_pylist(), field)
+    # Arrow does not cast every type to its plain one, and makes broken lists of list views.
+    if "list_view" not in str(column.type):
+        with suppress(pa.ArrowException):
+            return column.cast(field.type)
+    return _array(column.to_pylist(), field)
 
 
 def plain_row(row: Mapping[str, Any]) -> Row:
