@@ -132,7 +132,6 @@ FAULTS: list[tuple[str, Callable[[Row], None], str]] = [
     ("bad_reasoning", reason("Is it < Answer >this one?"), "< Answer > in its"),
     ("bad_reasoning", reason("It is large.<|im_end|>"), "<|im_end|> in its"),
     ("bad_reasoning", reason(" \n"), "a blank extra_info.reasoning"),
-    ("schema", lambda row: row["extra_info"].update(no_target="maybe"), "has the no_target 'maybe'; write true or"),
     ("schema", lambda row: row["images"][0].update(bytes=None), "in its images and does not hold it"),
     ("schema", lambda row: row["masks"].append({"bytes": None, "path": "b.png"}), "names 'b.png' in its masks"),
     ("unnamed", lambda row: row["extra_info"].update(category=None), "fill in extra_info.category"),
@@ -160,6 +159,24 @@ def readable(row: Row, folder: Path) -> bool:
         return bool(sample.image().any() and sample.mask().any() and clean_query(sample.query))
     except ValueError:
         return False
+
+
+@pytest.mark.parametrize(
+    ("side", "said"),
+    [
+        (1, "1 px, 100 % of its image"),
+        (3, "1 px, 11 % of its"),
+        (100, "1 px, 0.01 % of its"),
+        (7000, "1 px, 0.000002 % of"),
+    ],
+)
+def test_shares_and_lengths_are_written_as_people_write_them(side: int, said: str) -> None:
+    mask = np.zeros((side, side), dtype=np.bool_)
+    mask[0, 0] = True
+    (finding,) = checks.check_shape(mask)
+    assert said in finding.message
+    (off,) = checks.check_tightness((0, 0, 2_345_678, 0), mask)
+    assert "[0, 0, 2345678, 0] is up to 2345678 px off" in off.message
 
 
 def test_a_row_of_a_damaged_file_is_named() -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import random
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -20,17 +21,17 @@ from hypothesis import strategies as st
 
 from umrg import phantoms
 from umrg.checks import CheckedRow, Seen, check_row
-from umrg.columns import plain_row, plain_type
+from umrg.columns import RELEASED_SCHEMA, plain_row, plain_type
 from umrg.dataset import Dataset, open_files, write_rows
+from umrg.dataset_writer import write_batches
 from umrg.row_groups import common_schema, copied, scan
 from umrg.rows import turns
-from umrg.sample import Sample
+from umrg.sample import Sample, encode_png
 
 # A busy machine is slow without being wrong.
 steady = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 
 Row = dict[str, Any]
-Change = Callable[[Row], object]
 
 BINARIES = (pa.binary(), pa.large_binary(), pa.binary_view())
 TEXTS = (pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string()))
@@ -63,7 +64,7 @@ def samples(path: Path) -> list[Sample]:
 
 def changed(**columns: Callable[[Any], Any]) -> list[Row]:
     """The rows, some columns as functions make them of the released ones."""
-    return [{name: columns.get(name, lambda value: value)(value) for name, value in row.items()} for row in deepcopy(ROWS)]
+    return [row | {name: make(row[name]) for name, make in columns.items()} for row in deepcopy(ROWS)]
 
 
 def checked(path: Path) -> list[CheckedRow]:
@@ -174,7 +175,7 @@ def write_as(path: Path, table: pa.Table, schema: pa.Schema) -> Path:
 
 
 @given(table=tables())
-@settings(steady, max_examples=150)
+@settings(steady, max_examples=60)
 def test_rows_mean_the_same_in_any_types_and_shapes(
     released: list[Sample], tmp_path: Path, table: tuple[pa.Table, pa.Schema]
 ) -> None:
@@ -190,3 +191,300 @@ def test_rows_mean_the_same_in_any_types_and_shapes(
 @steady
 def test_the_plain_type_is_the_same_however_it_is_spelt(kind: pa.DataType) -> None:
     assert plain_type(kind) in [field.type for field in pa.Table.from_pylist(ROWS).schema]
+
+
+def written(path: Path, rows: list[Row], **types: pa.DataType) -> Path:
+    """The rows in a file, some columns in types of their own."""
+    table = pa.Table.from_pylist(rows)
+    for name, kind in types.items():
+        table = table.set_column(table.schema.names.index(name), name, table.column(name).cast(kind))
+    pq.write_table(table, path)
+    return path
+
+
+def test_lists_of_a_fixed_size_mean_the_same(released: list[Sample], tmp_path: Path) -> None:
+    lists = ("images", "masks", "prompt")
+    table = pa.Table.from_pylist(ROWS)
+    fixed = [(f.name, pa.list_(f.type.value_type, 1) if f.name in lists else f.type) for f in table.schema]
+    assert samples(write_as(tmp_path / "rows.parquet", table, pa.schema(fixed))) == released
+
+
+def test_what_pandas_writes_means_the_same(released: list[Sample], tmp_path: Path) -> None:
+    frame = pd.DataFrame(ROWS)
+    frame["data_source"] = frame["data_source"].astype("category")
+    frame.to_parquet(tmp_path / "frame.parquet")
+    # Its columns are called `extra_info.id` and `reward_model.ground_truth`, and the missing id makes floats of all.
+    flat = pd.json_normalize(changed(extra_info=lambda extra: {**extra, "id": int(extra["id"])}))
+    flat.to_parquet(tmp_path / "flat.parquet")
+    flat.loc[len(flat)] = flat.loc[0]
+    flat["extra_info.id"] = [7, 8, 9, np.nan]
+    flat.to_parquet(tmp_path / "gap.parquet")
+    assert samples(tmp_path / "frame.parquet") == samples(tmp_path / "flat.parquet") == released
+    rows = checked(tmp_path / "gap.parquet")
+    assert [row.info and row.info.id for row in rows] == ["7", "8", "9", None]
+    assert "has no extra_info.id" in rows[3].findings[0].message
+
+
+def test_what_datasets_writes_means_the_same_and_datasets_reads_what_we_write(
+    released: list[Sample], tmp_path: Path
+) -> None:
+    whole = datasets.Dataset.from_list(ROWS)
+    whole.cast_column("images", datasets.Sequence(datasets.Image(decode=False))).to_parquet(tmp_path / "images.parquet")
+    # An older `Sequence` of a dict is a dict of lists.
+    lists = datasets.Dataset.from_list(
+        changed(images=SHAPES["images"]["dict of lists"], masks=SHAPES["masks"]["dict of lists"])
+    )
+    lists.to_parquet(tmp_path / "lists.parquet")
+    one = datasets.Dataset.from_list(changed(images=SHAPES["images"]["struct"]))
+    one.cast_column("images", datasets.Image(decode=False)).to_parquet(tmp_path / "one.parquet")
+    for name in ("images", "lists", "one"):
+        assert samples(tmp_path / f"{name}.parquet") == released
+    files = open_files(tmp_path / "one.parquet")
+    write_batches(
+        tmp_path / "ours.parquet", copied(files[0], [0, 2], common_schema(files)), schema=common_schema(files)
+    )
+    read = datasets.Dataset.from_parquet(str(tmp_path / "ours.parquet"), cache_dir=str(tmp_path / "cache"))
+    assert [row["images"] for row in read] == [ROWS[0]["images"], ROWS[2]["images"]]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("7.0", "7.0"),
+        (7.0, "7"),
+        (2**63 - 1, str(2**63 - 1)),
+        (7.5, "7.5"),
+        (Decimal("12.00"), "12"),
+        (b"a-7", "a-7"),
+        (float("nan"), None),
+        (None, None),
+    ],
+)
+def test_ids_are_texts_whatever_type_they_have(value: object, text: str | None) -> None:
+    assert plain_row({"extra_info": {"id": value}}) == {"extra_info": {"id": text}}
+
+
+@pytest.mark.parametrize(
+    ("values", "flag"),
+    [
+        (("False", "false", " no ", "NO", "0", "", 0, 0.0, False), False),
+        (("True", "TRUE", "yes", "1", 1, 1.0, True), True),
+        ((None, float("nan")), None),
+    ],
+)
+def test_flags_are_read_in_any_spelling(values: tuple[object, ...], flag: bool | None) -> None:
+    for value in values:
+        assert plain_row({"extra_info": {"no_target": value}}) == {"extra_info": {"no_target": flag}}
+
+
+@pytest.mark.parametrize("value", ["maybe", "nan", "2", "-1", 2, 0.5])
+def test_a_flag_that_is_neither_true_nor_false_is_refused(tmp_path: Path, value: object) -> None:
+    path = written(tmp_path / "rows.parquet", changed(extra_info=lambda extra: {**extra, "no_target": value}))
+    said = rf"has the no_target {value!r}; write true or false"
+    with pytest.raises(ValueError, match=rf"row 0 of .*rows\.parquet {said}"):
+        Dataset.open(path)
+    assert all(said in row.findings[0].message for row in checked(path))
+
+
+def test_a_false_flag_in_words_does_not_hide_an_empty_mask(tmp_path: Path) -> None:
+    empty = [{"bytes": encode_png(np.zeros((112, 112), dtype=np.bool_)), "path": None}]
+    rows = changed(extra_info=SHAPES["extra_info"]["flag as text"], masks=lambda _: empty)
+    found = checked(written(tmp_path / "rows.parquet", rows))
+    assert [row.usable for row in found] == [False, False, True]
+    assert [finding.check.name for finding in found[0].findings] == ["empty_mask"]
+
+
+def test_the_last_turn_of_the_user_is_the_question(tmp_path: Path) -> None:
+    said = [
+        ("system", "Be brief."),
+        ("User", "Which view?"),
+        ("assistant", "Axial."),
+        ("", "<image>"),
+        ("user", "Where?"),
+    ]
+    row = plain_row({"prompt": [{"role": role, "content": parts(text)} for role, text in said]})
+    assert [role for role, _ in turns(row)] == ["system", "user", "assistant", "user", "user"]
+    path = written(tmp_path / "rows.parquet", changed(prompt=lambda _: row["prompt"]))
+    assert {sample.query for sample in Dataset.open(path)} == {"Where?"}
+    assert all("unseen_turns" in [finding.check.name for finding in row.findings] for row in checked(path))
+
+
+REFUSED: list[tuple[dict[str, Callable[[Any], Any]], str]] = [
+    ({"images": lambda files: files[0]["path"]}, "has images of type string; images.bytes must be binary"),
+    (
+        {"images": lambda files: [list(files[0]["bytes"][:9])]},
+        "has images of type list<item: list<item: int64>>; ",
+    ),
+    (
+        {"masks": lambda files: [{"bytes": "iVBOR", "path": ""}]},
+        "has masks.bytes of type string; masks.bytes must",
+    ),
+    ({"masks": lambda files: [{"path": "a.png"}]}, "lacks masks.bytes; a dataset has the columns images.bytes, "),
+    (
+        {"prompt": lambda turns: [{"role": "user", "content": 7}]},
+        "has prompt.content of type int64; prompt.content",
+    ),
+    ({"prompt": lambda turns: 7}, "has prompt of type int64; prompt.content must be text"),
+    ({"prompt": lambda turns: [{"role": "user"}]}, "lacks prompt.content; "),
+    ({"reward_model": lambda model: {"style": "rule"}}, "lacks reward_model.ground_truth; "),
+    (
+        {"reward_model": lambda model: {"ground_truth": [1, 2]}},
+        "reward_model.ground_truth must be JSON text, or",
+    ),
+    ({"extra_info": json.dumps}, "has extra_info of type string; extra_info.id must be text or a number"),
+    (
+        {"extra_info": lambda extra: {**extra, "id": [7]}},
+        "has extra_info.id of type list<item: int64>; extra_in",
+    ),
+]
+
+
+@pytest.mark.parametrize(("columns", "message"), REFUSED)
+def test_columns_that_do_not_say_plainly_what_they_mean_are_refused_in_a_line(
+    tmp_path: Path, columns: dict[str, Callable[[Any], Any]], message: str
+) -> None:
+    path = written(tmp_path / "rows.parquet", changed(**columns))
+    with pytest.raises(ValueError) as refusal:
+        Dataset.open(path)
+    assert message in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_one_name_for_two_things_is_refused(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist(ROWS)
+    pq.write_table(table.append_column("extra_info.id", pa.array("abc")), tmp_path / "both.parquet")
+    with pytest.raises(ValueError, match=r"has the columns extra_info and extra_info\.id; keep one"):
+        Dataset.open(tmp_path / "both.parquet")
+    pq.write_table(table.append_column("ability", pa.array("abc")), tmp_path / "twice.parquet")
+    with pytest.raises(ValueError, match="has the columns ability and ability; keep one"):
+        Dataset.open(tmp_path / "twice.parquet")
+
+
+def test_columns_that_hold_nothing_are_faults_of_their_rows(tmp_path: Path) -> None:
+    rows = changed(images=lambda _: None, extra_info=lambda extra: {**extra, "reasoning": None})
+    found = checked(written(tmp_path / "rows.parquet", rows))
+    assert [row.findings[0].message for row in found] == ["the row has 0 images with bytes; it must have one"] * 3
+
+
+def test_a_file_without_rows_is_called_that(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS)[:0], tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match=r"rows\.parquet has no rows"):
+        Dataset.open(tmp_path / "rows.parquet")
+    (tmp_path / "nothing.parquet").touch()
+    with pytest.raises(ValueError, match=r"nothing\.parquet is empty; give the path of a parquet file"):
+        Dataset.open(tmp_path / "nothing.parquet")
+
+
+def test_files_of_several_kinds_are_one_dataset(released: list[Sample], tmp_path: Path) -> None:
+    """Columns that are not read here are copied, too, and so are other fields of those that are."""
+    struct = changed(images=SHAPES["images"]["struct"], data_source=lambda _: "a")[:1]
+    lists = changed(
+        images=SHAPES["images"]["dict of lists"],
+        reward_model=SHAPES["reward_model"]["object"],
+        extra_info=lambda extra: {**extra, "id": int(extra["id"]), "site": "B"},
+    )[1:]
+    written(tmp_path / "a.parquet", struct, data_source=pa.dictionary(pa.int8(), pa.string()))
+    written(tmp_path / "b.parquet", [{**row, "score": 0.5} for row in lists], data_source=pa.large_string())
+    both = Dataset.open([tmp_path / "a.parquet", tmp_path / "b.parquet"])
+    write_batches(tmp_path / "all.parquet", both.copied(range(3)), schema=both.schema)
+    assert samples(tmp_path / "all.parquet") == released
+    copy = pq.read_table(tmp_path / "all.parquet")
+    assert copy.column("data_source").to_pylist() == ["a", *[row["data_source"] for row in ROWS[1:]]]
+    assert copy.column("score").to_pylist() == [None, 0.5, 0.5]
+    assert [extra["site"] for extra in copy.column("extra_info").to_pylist()] == [None, "B", "B"]
+    assert copy.schema.field("images").type == RELEASED_SCHEMA.field("images").type
+
+
+KINDS = [pa.int64(), pa.float64(), pa.string(), pa.binary(), pa.bool_(), pa.null(), pa.date32(), pa.timestamp("s")]
+KINDS += [pa.decimal128(9, 2), pa.timestamp("ns", "UTC"), pa.float16(), pa.binary(4), pa.duration("s")]
+NAMES = [
+    "bytes",
+    "path",
+    "role",
+    "content",
+    "text",
+    "type",
+    "ground_truth",
+    "bbox_2d",
+    "id",
+    "category",
+    "supercategory",
+]
+VALUES = [0, 1, -1.5, float("nan"), 2**40, "", "x", "[{}]", "{}", b"\xff\x00", True, {}, [], None, [{"content": "?"}]]
+
+
+def junk_kinds() -> st.SearchStrategy[pa.DataType]:
+    return st.recursive(
+        st.sampled_from(KINDS),
+        lambda inner: st.one_of(
+            st.builds(pa.list_, inner),
+            st.builds(pa.map_, st.just(pa.string()), inner),
+            st.dictionaries(st.sampled_from(NAMES), inner, min_size=1, max_size=5).map(lambda d: pa.struct(d.items())),
+        ),
+        max_leaves=8,
+    )
+
+
+def junk_of(draw: st.DrawFn, kind: pa.DataType) -> Any:
+    """A value of a type; None for those whose values do not matter here."""
+    if draw(st.integers(0, 9)) == 0:
+        return None
+    if pa.types.is_struct(kind):
+        return {field.name: junk_of(draw, field.type) for field in kind}
+    if pa.types.is_list(kind):
+        return [junk_of(draw, kind.value_type) for _ in range(draw(st.integers(0, 3)))]
+    try:
+        return pa.scalar(draw(st.sampled_from(VALUES)), type=kind).as_py()
+    except (pa.ArrowException, OverflowError, TypeError, ValueError):
+        return None
+
+
+@st.composite
+def junk_tables(draw: st.DrawFn) -> pa.Table:
+    """The rows, one to all of their columns replaced by something of any type."""
+    table = pa.Table.from_pylist(ROWS)
+    for name in draw(st.sets(st.sampled_from(sorted(SHAPES)), min_size=1)):
+        kind = draw(junk_kinds())
+        array = pa.array([junk_of(draw, kind) for _ in ROWS], type=kind)
+        table = table.set_column(table.schema.names.index(name), name, array)
+    return table
+
+
+@given(table=junk_tables())
+@settings(steady, max_examples=150)
+def test_any_columns_whatever_give_rows_findings_or_one_line(tmp_path: Path, table: pa.Table) -> None:
+    pq.write_table(table, tmp_path / "rows.parquet")
+    try:
+        assert len(checked(tmp_path / "rows.parquet")) == 3
+    except ValueError as error:
+        assert "rows.parquet" in str(error) and "\n" not in str(error)
+        return
+    (file,) = open_files(tmp_path / "rows.parquet")
+    for read in (lambda: samples(file.path), lambda: list(copied(file, [0, 2], common_schema([file])))):
+        try:
+            read()
+        except ValueError as error:
+            assert "\n" not in str(error)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_file_with_bytes_changed_anywhere_gives_rows_findings_or_one_line(tmp_path: Path, seed: int) -> None:
+    whole, path = tmp_path / "whole.parquet", tmp_path / "rows.parquet"
+    write_rows(whole, ROWS, rows_per_group=2)
+    content, rng = whole.read_bytes(), random.Random(seed)
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    for _ in range(100):
+        changed = bytearray(content)
+        for _ in range(rng.choice([1, 1, 2, 8])):
+            changed[rng.randrange(rng.choice([0, footer]), len(content))] = rng.choice(
+                [0, 127, 255, rng.randrange(256)]
+            )
+        path.write_bytes(changed[: rng.choice([len(content)] * 9 + [rng.randrange(len(content))])])
+        try:
+            files = open_files(path)
+            usable = [row.row for row in checked(path) if row.usable]
+            schema = common_schema(files)
+            assert sum(batch.num_rows for batch in copied(files[0], usable, schema)) == len(usable)
+            samples(path)
+        except ValueError as error:
+            assert "rows.parquet" in str(error) and "\n" not in str(error)

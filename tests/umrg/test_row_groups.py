@@ -1,6 +1,6 @@
 """Files that are damaged in places are read in all others."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from umrg.row_groups import Damage, RowFile, common_schema, scan
+from umrg.columns import RELEASED_SCHEMA
+from umrg.dataset_writer import write_batches
+from umrg.row_groups import Damage, RowFile, RowGroups, common_schema, copied, scan
 
 
 def written(path: Path, texts: list[bytes], rows_per_group: int) -> Path:
@@ -61,3 +63,81 @@ def test_files_whose_columns_contradict_have_no_common_schema(tmp_path: Path) ->
     assert common_schema(files[1:]).names == ["a", "b"]
     with pytest.raises(ValueError, match=r"a\.parquet.*b\.parquet are of different types"):
         common_schema(files)
+
+
+def test_a_footer_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.parquet", [b"a"] * 77, rows_per_group=77)
+    content = path.read_bytes()
+    # The rows of the file, as a zigzag number; those of its row group come later.
+    at = content.index(b"\x9a\x01", content.index(b"number", len(content) // 2))
+    path.write_bytes(content[:at] + b"\x9c\x01" + content[at + 2 :])
+    with pytest.raises(ValueError, match="damaged footer"):
+        RowFile.open(path)
+
+
+@pytest.fixture
+def pool() -> Iterator[pa.MemoryPool]:
+    """What Arrow takes while a test runs, apart from what others took before."""
+    former, own = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+    pa.set_memory_pool(own)
+    yield own
+    pa.set_memory_pool(former)
+
+
+IMAGE = bytes(1 << 20)
+
+
+def repeated(path: Path, rows: int) -> RowFile:
+    """A row group that repeats one image of a MiB: a few bytes in the file, a MiB for each row that is read."""
+    images = [[{"bytes": IMAGE, "path": "a.png"}]] * rows
+    prompts = [[{"role": "user", "content": f"{i}"}] for i in range(rows)]
+    pq.write_table(pa.table({"images": images, "prompt": prompts}), path, row_group_size=rows)
+    assert pq.read_metadata(path).row_group(0).total_byte_size < 3 * len(IMAGE)
+    return RowFile.open(path)
+
+
+@pytest.mark.parametrize("budget", [1, 30 << 20, 1 << 30])
+def test_rows_that_share_an_image_in_the_file_take_no_more_memory_than_they_may(
+    pool: pa.MemoryPool, tmp_path: Path, budget: int
+) -> None:
+    file = repeated(tmp_path / "rows.parquet", rows=120)
+    before = pool.max_memory()
+    groups = RowGroups(budget)
+    for row in (0, 1, 60, 119, 3):
+        read = groups.row(file, row)
+        assert (len(read["images"][0]["bytes"]), read["prompt"][0]["content"]) == (len(IMAGE), str(row))
+    # Beside what is kept, the batch at hand and the one in the making.
+    assert pool.max_memory() - before < min(budget, 120 * len(IMAGE)) + 40 * len(IMAGE)
+
+
+def test_rows_that_share_an_image_in_the_file_are_checked_and_copied_a_few_at_a_time(
+    pool: pa.MemoryPool, tmp_path: Path
+) -> None:
+    file = repeated(tmp_path / "rows.parquet", rows=200)
+    before = pool.max_memory()
+    assert asked(scan(file)) == [(i, str(i)) for i in range(200)]
+    assert pool.max_memory() - before < 40 * len(IMAGE)
+    write_batches(
+        tmp_path / "copy.parquet", copied(file, range(200), common_schema([file])), schema=common_schema([file])
+    )
+    assert pool.max_memory() - before < 180 * len(IMAGE)
+    assert pq.read_metadata(tmp_path / "copy.parquet").num_rows == 200
+
+
+def test_rows_larger_than_usual_are_read_one_at_a_time(tmp_path: Path) -> None:
+    large = pa.table({"images": [[{"bytes": bytes(40 << 20)}]] * 3})
+    pq.write_table(large, tmp_path / "rows.parquet")
+    assert [batch.num_rows for batch in RowFile.open(tmp_path / "rows.parquet").batches(0)] == [1, 1, 1]
+
+
+def test_nothing_after_the_last_row_wanted_is_read(tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.parquet", [b"row %02d " % i * 40000 for i in range(50)], rows_per_group=50)
+    content = path.read_bytes()
+    start = content.index(b"row 40 row 40") - 20
+    path.write_bytes(content[:start] + b"\xff" * 400_000 + content[start + 400_000 :])
+    file = RowFile.open(path)
+    schema = common_schema([file])
+    assert schema.field("prompt").type == RELEASED_SCHEMA.field("prompt").type
+    assert sum(batch.num_rows for batch in copied(file, [0, 3, 17], schema)) == 3
+    with pytest.raises(ValueError, match="cannot be copied: its row group, rows 0 to 49, is damaged"):
+        list(copied(file, [0, 49], schema))
