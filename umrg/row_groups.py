@@ -57,12 +57,10 @@ class RowFile:
     ) -> Iterator[pa.RecordBatch]:
         """The rows of a row group, a few at a time: up to `most` or, where the first row is large, as many as fit into
         32 MiB. How large rows are is not known before one is read: an image that repeats is stored once."""
-        first = next(self._batches(group, columns, 1), None)
-        size = max(1, first.get_total_buffer_size()) if first else 1
-        return self._batches(group, columns, min(most, max(1, _STREAMED_BYTES // size)))
-
-    def _batches(self, group: int, columns: Sequence[str] | None, rows: int) -> Iterator[pa.RecordBatch]:
         file = pq.ParquetFile(self.path, metadata=self.metadata, pre_buffer=False, buffer_size=1 << 20)
+        first = next(file.iter_batches(1, row_groups=[group], columns=columns), None)
+        size = max(1, first.get_total_buffer_size()) if first else 1
+        rows = min(most, max(1, _STREAMED_BYTES // size))
         batches: Iterator[pa.RecordBatch] = file.iter_batches(rows, row_groups=[group], columns=columns)
         return batches
 
