@@ -2,7 +2,6 @@
 
 import base64
 import json
-import random
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -392,99 +391,3 @@ def test_files_of_several_kinds_are_one_dataset(released: list[Sample], tmp_path
     assert copy.column("score").to_pylist() == [None, 0.5, 0.5]
     assert [extra["site"] for extra in copy.column("extra_info").to_pylist()] == [None, "B", "B"]
     assert copy.schema.field("images").type == RELEASED_SCHEMA.field("images").type
-
-
-KINDS = [pa.int64(), pa.float64(), pa.string(), pa.binary(), pa.bool_(), pa.null(), pa.date32(), pa.timestamp("s")]
-KINDS += [pa.decimal128(9, 2), pa.timestamp("ns", "UTC"), pa.float16(), pa.binary(4), pa.duration("s")]
-NAMES = [
-    "bytes",
-    "path",
-    "role",
-    "content",
-    "text",
-    "type",
-    "ground_truth",
-    "bbox_2d",
-    "id",
-    "category",
-    "supercategory",
-]
-VALUES = [0, 1, -1.5, float("nan"), 2**40, "", "x", "[{}]", "{}", b"\xff\x00", True, {}, [], None, [{"content": "?"}]]
-
-
-def junk_kinds() -> st.SearchStrategy[pa.DataType]:
-    return st.recursive(
-        st.sampled_from(KINDS),
-        lambda inner: st.one_of(
-            st.builds(pa.list_, inner),
-            st.builds(pa.map_, st.just(pa.string()), inner),
-            st.dictionaries(st.sampled_from(NAMES), inner, min_size=1, max_size=5).map(lambda d: pa.struct(d.items())),
-        ),
-        max_leaves=8,
-    )
-
-
-def junk_of(draw: st.DrawFn, kind: pa.DataType) -> Any:
-    """A value of a type; None for those whose values do not matter here."""
-    if draw(st.integers(0, 9)) == 0:
-        return None
-    if pa.types.is_struct(kind):
-        return {field.name: junk_of(draw, field.type) for field in kind}
-    if pa.types.is_list(kind):
-        return [junk_of(draw, kind.value_type) for _ in range(draw(st.integers(0, 3)))]
-    try:
-        return pa.scalar(draw(st.sampled_from(VALUES)), type=kind).as_py()
-    except (pa.ArrowException, OverflowError, TypeError, ValueError):
-        return None
-
-
-@st.composite
-def junk_tables(draw: st.DrawFn) -> pa.Table:
-    """The rows, one to all of their columns replaced by something of any type."""
-    table = pa.Table.from_pylist(ROWS)
-    for name in draw(st.sets(st.sampled_from(sorted(SHAPES)), min_size=1)):
-        kind = draw(junk_kinds())
-        array = pa.array([junk_of(draw, kind) for _ in ROWS], type=kind)
-        table = table.set_column(table.schema.names.index(name), name, array)
-    return table
-
-
-@given(table=junk_tables())
-@settings(steady, max_examples=150)
-def test_any_columns_whatever_give_rows_findings_or_one_line(tmp_path: Path, table: pa.Table) -> None:
-    pq.write_table(table, tmp_path / "rows.parquet")
-    try:
-        assert len(checked(tmp_path / "rows.parquet")) == 3
-    except ValueError as error:
-        assert "rows.parquet" in str(error) and "\n" not in str(error)
-        return
-    (file,) = open_files(tmp_path / "rows.parquet")
-    for read in (lambda: samples(file.path), lambda: list(copied(file, [0, 2], common_schema([file])))):
-        try:
-            read()
-        except ValueError as error:
-            assert "\n" not in str(error)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_a_file_with_bytes_changed_anywhere_gives_rows_findings_or_one_line(tmp_path: Path, seed: int) -> None:
-    whole, path = tmp_path / "whole.parquet", tmp_path / "rows.parquet"
-    write_rows(whole, ROWS, rows_per_group=2)
-    content, rng = whole.read_bytes(), random.Random(seed)
-    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
-    for _ in range(100):
-        changed = bytearray(content)
-        for _ in range(rng.choice([1, 1, 2, 8])):
-            changed[rng.randrange(rng.choice([0, footer]), len(content))] = rng.choice(
-                [0, 127, 255, rng.randrange(256)]
-            )
-        path.write_bytes(changed[: rng.choice([len(content)] * 9 + [rng.randrange(len(content))])])
-        try:
-            files = open_files(path)
-            usable = [row.row for row in checked(path) if row.usable]
-            schema = common_schema(files)
-            assert sum(batch.num_rows for batch in copied(files[0], usable, schema)) == len(usable)
-            samples(path)
-        except ValueError as error:
-            assert "rows.parquet" in str(error) and "\n" not in str(error)
