@@ -1,11 +1,11 @@
-"""`medreasoner data check`: the rows of some files through all checks, in one pass.
+"""`medreasoner data check`: the rows of some files through all checks, in one pass; what is sound is copied in another.
 
 files ──scan──► row ──check_row──► CheckedRow ──judges──► Report, check.csv
-                 └────────── where it has no error ─────► cleaned parquet
+   └──copied──► where a row has no error ──► cleaned parquet
 """
 
 import csv
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,11 +24,9 @@ from umrg.checks import (
     Seen,
     check_row,
 )
-from umrg.dataset import distinct_paths
-from umrg.dataset_writer import write_rows
+from umrg.dataset_writer import write_batches
 from umrg.pictures import Picture, Tile, contact_sheet, overlay
-from umrg.row_groups import Damage, Row, RowFile, common_schema, scan
-from umrg.rows import check_columns
+from umrg.row_groups import RowFile, common_schema, copied, scan
 from umrg.sample import Sample
 
 COLUMNS = ("row", "file", "id", "check", "severity", "message")
@@ -73,14 +71,6 @@ class Report:
             self.worst[check] = ranked[:_WORST]
 
 
-def open_files(paths: Sequence[Path]) -> list[RowFile]:
-    """The files to check. Raises ValueError for one that is missing, not parquet or without the columns needed."""
-    files = [RowFile.open(path) for path in distinct_paths(paths)]
-    for file in files:
-        check_columns(file)
-    return files
-
-
 def check_files(
     files: Sequence[RowFile],
     *,
@@ -91,39 +81,36 @@ def check_files(
 ) -> Report:
     """Check every row, a few in memory at a time; a row that cannot be read is a finding.
 
-    table: CSV file for a line a finding (`COLUMNS`). clean: parquet file for the rows without an error, as they are.
+    table: CSV file for a line a finding (`COLUMNS`). clean: parquet file for the rows without an error, in the released
+    schema, with all their columns.
     `progress` is told the number of rows done. Raises ValueError where `clean` is one of the files.
     """
     if clean is not None and clean.resolve() in {file.path.resolve() for file in files}:
         raise ValueError(f"{clean} is one of the files to check; give the cleaned rows another name")
+    schema = None if clean is None else common_schema(files)
     report = Report()
+    usable: dict[Path, list[int]] = {file.path: [] for file in files}
     with _lines(table) as write:
-        usable = _usable_rows(files, judges, report, write, progress)
-        if clean is None:
-            deque(usable, maxlen=0)
-        else:
-            write_rows(clean, usable, schema=common_schema(files))
+        for checked in _checked(files, judges):
+            report.add(checked)
+            write(checked)
+            progress(report.rows)
+            if checked.usable:
+                usable[checked.file].append(checked.row)
+        if clean is not None:
+            batches = (batch for file in files for batch in copied(file, usable[file.path], schema))
+            write_batches(clean, batches, schema=schema)
     return report
 
 
-def _usable_rows(
-    files: Sequence[RowFile],
-    judges: Sequence[Judge],
-    report: Report,
-    write: Callable[[CheckedRow], None],
-    progress: Callable[[int], object],
-) -> Iterator[Row]:
+def _checked(files: Sequence[RowFile], judges: Sequence[Judge]) -> Iterator[CheckedRow]:
     seen = Seen()
     for file in files:
         for number, row in scan(file):
             checked = check_row(row, file.path, number, seen)
             for judge in judges:
                 checked = replace(checked, findings=[*checked.findings, *judge(checked)])
-            report.add(checked)
-            write(checked)
-            progress(report.rows)
-            if checked.usable and not isinstance(row, Damage):
-                yield row
+            yield checked
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from actors.config import RolloutConfig
 from umrg.atomic import written_aside
-from umrg.dataset import Dataset, write_rows
+from umrg.dataset import Dataset, open_files, write_rows
 from umrg.split import SplitBy, plan_split, write_split
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def check(
 
     Exit code 0 where no row has an error, 1 where one has.
     """
-    from cluster.data_check import check_files, open_files, worst_sheet
+    from cluster.data_check import check_files, worst_sheet
 
     sources = open_files(files)
     judges: list[Judge] = []
@@ -110,7 +110,7 @@ def check(
         from cluster.data_judges import load_oracle
 
         judges.append(oracle := load_oracle(expert))
-    with _progress("checking", sum(source.metadata.num_rows for source in sources)) as progress:
+    with _progress("checking", sum(source.rows for source in sources)) as progress:
         table = None if out is None else out / "check.csv"
         report = check_files(sources, judges=judges, table=table, clean=clean, progress=progress)
     _print_report(report)

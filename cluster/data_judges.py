@@ -50,10 +50,14 @@ class PromptLimits:
             return
         model = self._prompter.frames(own).model
         scale = model.long_side / own.long_side
-        width, height = (scale * (sample.box[i + 2] - sample.box[i] + 1) for i in (0, 1))
+        # A box that ends on the image's far edge is a pixel wider than the image.
+        width, height = (
+            min(side, round(scale * (sample.box[i + 2] - sample.box[i] + 1)))
+            for i, side in enumerate((model.width, model.height))
+        )
         message = (
             f"the image of {own.width}x{own.height} px becomes {model.width}x{model.height} for the model, its target "
-            f"{width:.0f}x{height:.0f}; crop it, or raise the processor's longest_edge"
+            f"{width}x{height}; crop it, or raise the processor's longest_edge"
         )
         yield Finding(check=IMAGE_SHRUNK, message=message, degree=1 / scale)
 

@@ -21,6 +21,7 @@ from cluster.config import SftConfig, config_text, load_config
 from cluster.run_folder import RunFolder
 from cluster.workers import cluster, started_supervised
 from umrg.dataset import Dataset
+from umrg.rows import reasoning_fault
 from umrg.sample import Sample
 from umrg.shuffling import Cursor, batches
 
@@ -55,6 +56,8 @@ class Images:
             category=config.data.category,
             modality=config.data.modality,
         )
+        if config.spec().think:
+            _refuse_unteachable(self._dataset)
         images = self._dataset.rows_by_image()
         held_out = round(config.validation * len(images))
         if config.validation and not 0 < held_out < len(images):
@@ -72,6 +75,12 @@ class Images:
         for sample in self._dataset.samples([row for rows in images for row in rows]):
             together.setdefault(sample.image_bytes, []).append(sample)
         return list(together.values())
+
+
+def _refuse_unteachable(dataset: Dataset) -> None:
+    for info, reasoning in dataset.reasonings():
+        if fault := reasoning_fault(reasoning):
+            raise ValueError(f"row {info.row} ({info.id!r}) of {info.file} has {fault}")
 
 
 class Finetuning:

@@ -12,6 +12,7 @@ from learner.update_report import SftReport
 from learner.zero import ZeroRank
 from umrg.answers import format_answer
 from umrg.frames import Frame, Frames
+from umrg.rows import reasoning_fault
 from umrg.sample import Sample
 
 Image = Sequence[Sample]
@@ -107,6 +108,7 @@ def _reference_answer(reasoner: Reasoner, sample: Sample, frames: Frames) -> str
 
 
 def _reasoning(sample: Sample) -> str:
-    if not sample.reasoning:
-        raise ValueError(f"sample {sample.id!r} has no extra_info.reasoning to learn from; set think=false or add it")
+    if fault := reasoning_fault(sample.reasoning):
+        raise ValueError(f"{sample.name} has {fault}")
+    assert sample.reasoning is not None
     return sample.reasoning

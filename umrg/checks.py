@@ -16,12 +16,22 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import label
 
+from umrg.columns import Row
 from umrg.frames import Box, Point, PointPair
 from umrg.keypoints import reference_points, tight_box
 from umrg.names import UNKNOWN, names_outright
 from umrg.prompts import clean_query, special_tokens
-from umrg.row_groups import Damage, Row
-from umrg.rows import RowInfo, box_fault, point_fault, read_info, read_sample
+from umrg.row_groups import Damage
+from umrg.rows import (
+    RowInfo,
+    box_fault,
+    coordinates,
+    point_fault,
+    read_info,
+    read_sample,
+    reasoning_fault,
+    turns,
+)
 from umrg.sample import Sample
 
 TINY_PIXELS = 16
@@ -73,6 +83,8 @@ DUPLICATED_IMAGE = _warning(
 SHARED_MASK = _warning("shared_mask", "the same mask stands for another category of the image")
 NAMES_CATEGORY = _warning("names_category", "the question names its category, so it is not implicit")
 SPECIAL_TOKENS = _warning("special_tokens", "the question holds literal special tokens")
+UNSEEN_TURNS = _warning("unseen_turns", "the prompt holds more than one question, of which a model sees the last alone")
+BAD_REASONING = _warning("bad_reasoning", "the reasoning is blank or holds tags or control tokens: not for `sft`")
 UNNAMED = _warning("unnamed", "category or super-category is missing")
 IMAGE_SHRUNK = _warning("image_shrunk", "the model's processor makes the image smaller")
 LOW_CEILING = _warning("low_ceiling", "the expert fails even with the reference box and points")
@@ -95,6 +107,8 @@ CHECKS = (
     SHARED_MASK,
     NAMES_CATEGORY,
     SPECIAL_TOKENS,
+    UNSEEN_TURNS,
+    BAD_REASONING,
     UNNAMED,
     IMAGE_SHRUNK,
     LOW_CEILING,
@@ -204,7 +218,7 @@ def check_row(row: Row | Damage, file: Path, number: int, seen: Seen) -> Checked
         return _found(checked, DAMAGED_ROW, f"the row cannot be read: {row.reason}; write the file again")
     try:
         info = read_info(row, file, number, "the row")
-        checked = replace(checked, info=info, findings=[*seen.check_id(info), *check_words(info)])
+        checked = replace(checked, info=info, findings=[*seen.check_id(info), *check_words(info), *check_texts(row)])
         # The table names the file; the sentences need not.
         sample = replace(read_sample(row, info, "the row"), source="")
     except ValueError as error:
@@ -243,6 +257,21 @@ def check_words(info: RowInfo) -> Iterator[Finding]:
             yield Finding(check=UNNAMED, message=f"the row has no {name}; fill in extra_info.{name}")
 
 
+def check_texts(row: Row) -> Iterator[Finding]:
+    """What else the row says: turns beside the question, and reasoning."""
+    *others, last = [role for role, _ in turns(row)]
+    if others or last != "user":
+        said = ", ".join(role for role, _ in turns(row))
+        message = (
+            f"the prompt has several turns ({said}); a model is asked the user's last turn alone: put into it what has "
+            "to be known, and remove the others"
+        )
+        yield Finding(check=UNSEEN_TURNS, message=message, degree=len(others))
+    reasoning = row["extra_info"].get("reasoning")
+    if isinstance(reasoning, str) and (fault := reasoning_fault(reasoning)):
+        yield Finding(check=BAD_REASONING, message=f"the row has {fault}")
+
+
 def check_reference(sample: Sample) -> Iterator[Finding]:
     """Box and points against the image. The image's header must be readable."""
     if fault := box_fault(sample.box, sample.size):
@@ -268,7 +297,7 @@ def check_shape(mask: NDArray[np.bool_]) -> Iterator[Finding]:
     area = int(np.count_nonzero(mask))
     if area < max(TINY_PIXELS, TINY_SHARE * mask.size):
         message = (
-            f"the mask has {area} px, {100 * area / mask.size:.2g} % of its image; see whether the whole target is "
+            f"the mask has {area} px, {_percent(area / mask.size)} of its image; see whether the whole target is "
             "marked, or crop the image"
         )
         yield Finding(check=TINY_MASK, message=message, degree=-area)
@@ -291,8 +320,8 @@ def check_tightness(box: Box, mask: NDArray[np.bool_]) -> Iterator[Finding]:
     off = max(abs(edge - best) for edge, best in zip(box, tight, strict=True))
     if off > max(1.0, LOOSE_SHARE * max(mask.shape)):
         message = (
-            f"the box {_numbers(box)} is up to {off:.4g} px off the mask's tight box {_numbers(tight)}; take that, or "
-            "mend the mask"
+            f"the box {coordinates(box)} is up to {_pixels(off)} off the mask's tight box {coordinates(tight)}; take "
+            "that, or mend the mask"
         )
         yield Finding(check=LOOSE_BOX, message=message, degree=off / max(mask.shape))
 
@@ -301,8 +330,8 @@ def check_points(points: PointPair, mask: NDArray[np.bool_]) -> Iterator[Finding
     """Points against a mask that is not empty. A point lies on the nearest pixel."""
     for point in points:
         if off := _distance(point, mask):
-            better = " and ".join(map(_numbers, reference_points(mask)))
-            message = f"the point {_numbers(point)} lies {off:.4g} px off the mask; its key points are {better}"
+            better = " and ".join(map(coordinates, reference_points(mask)))
+            message = f"the point {coordinates(point)} lies {_pixels(off)} off the mask; its key points are {better}"
             yield Finding(check=POINT_OFF_MASK, message=message, degree=off / max(mask.shape))
 
 
@@ -329,5 +358,11 @@ def _digest(content: bytes) -> bytes:
     return hashlib.sha256(content).digest()
 
 
-def _numbers(values: Box | Point) -> str:
-    return "[" + ", ".join(f"{value:g}" for value in values) + "]"
+def _pixels(length: float) -> str:
+    return f"{length:.1f}".removesuffix(".0") + " px"
+
+
+def _percent(share: float) -> str:
+    """With two significant digits and no exponent, as people write it."""
+    digits = np.format_float_positional(100 * share, precision=2, fractional=False, trim="-")
+    return f"{digits} %"

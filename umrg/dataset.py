@@ -1,24 +1,24 @@
 """Datasets in the released schema: parquet files read lazily, image by image.
 
 Opening reads ids, names and queries of all rows, without touching a byte of an image; `dataset[i]` then reads
-the row group that holds the row, and checks the row.
+the row group that holds the row, and checks the row. Which columns are understood, `umrg.columns` says.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from difflib import get_close_matches
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from umrg.columns import INFO_LEAVES, Row, check_columns
 from umrg.dataset_writer import write_rows
 from umrg.names import category_matches, modality_matches
-from umrg.row_groups import Row, RowFile, RowGroups, common_schema
+from umrg.row_groups import Damage, RowFile, RowGroups, common_schema, copied, scan
 from umrg.rows import (
     RowInfo,
     box_fault,
-    check_columns,
-    light_columns,
     parse_ground_truth,
     point_fault,
     read_info,
@@ -53,11 +53,11 @@ class Dataset:
         """Open files, and keep the rows that pass every filter.
 
         A filter is one name or several, in any spelling; a modality's family ("MRI") matches all sequences.
-        memory: bytes of row groups that are kept; a row group larger than that is streamed.
+        memory: bytes of decoded row groups that are kept; a row group larger than that is streamed.
         Raises ValueError for a file that is missing, not parquet or without the columns needed, for an id
-        that occurs twice, and where no row passes.
+        that occurs twice, and where there is no row, or none passes.
         """
-        files = [RowFile.open(path) for path in distinct_paths(paths)]
+        files = open_files(paths)
         infos = [info for file in files for info in _read_infos(file)]
         _refuse_duplicates(infos)
         filters = (
@@ -98,6 +98,14 @@ class Dataset:
     def infos(self) -> Sequence[RowInfo]:
         return self._infos
 
+    def reasonings(self) -> Iterator[tuple[RowInfo, str | None]]:
+        """Each row with its reasoning, without reading an image."""
+        infos = {(info.file, info.row): info for info in self._infos}
+        for file in self._files.values():
+            for number, row in _light_rows(file, {"extra_info.id", "extra_info.reasoning"}):
+                if info := infos.get((file.path, number)):
+                    yield info, row["extra_info"].get("reasoning")
+
     def rows_by_image(self) -> list[list[int]]:
         """Rows that name the same image file, together; a row without one stands alone."""
         groups: dict[tuple[Path, str | int], list[int]] = {}
@@ -106,14 +114,20 @@ class Dataset:
         return list(groups.values())
 
     def row(self, index: int) -> Row:
-        """The row as it is in its file, unchecked."""
+        """The row's columns that are read here, unchecked. Raises ValueError where the file is damaged."""
         info = self.info(index)
         return self._groups.row(self._files[info.file], info.row)
 
     @property
     def schema(self) -> pa.Schema:
-        """An arrow schema that holds the rows of all files. Raises ValueError where they contradict."""
+        """The schema that the rows of all files have once they are written. Raises ValueError where they contradict."""
         return common_schema(list(self._files.values()))
+
+    def copied(self, rows: Sequence[int]) -> Iterator[pa.RecordBatch]:
+        """These rows, in rising order, with all their columns, in the dataset's schema."""
+        schema = self.schema
+        for path, infos in groupby(map(self.info, rows), key=lambda info: info.file):
+            yield from copied(self._files[path], [info.row for info in infos], schema)
 
 
 def check_names(
@@ -128,7 +142,18 @@ def check_names(
             raise ValueError(f"no row has the {field} {name!r}; {hint}there is: {_listed(known)}")
 
 
-def distinct_paths(paths: Path | str | Sequence[Path | str]) -> list[Path]:
+def open_files(paths: Path | str | Sequence[Path | str]) -> list[RowFile]:
+    """The files, each once. Raises ValueError for one that is missing, not parquet or without the columns needed, for
+    none, and where all are without rows."""
+    files = [RowFile.open(path) for path in _distinct(paths)]
+    for file in files:
+        check_columns(file.schema, file.path)
+    if not any(file.rows for file in files):
+        raise ValueError(f"{_listed(file.path for file in files)} has no rows; give a file with some")
+    return files
+
+
+def _distinct(paths: Path | str | Sequence[Path | str]) -> list[Path]:
     """The paths, each once. Raises ValueError for none."""
     several = [paths] if isinstance(paths, (Path, str)) else paths
     if not several:
@@ -158,9 +183,15 @@ def _refuse_duplicates(infos: Sequence[RowInfo]) -> None:
 
 
 def _read_infos(file: RowFile) -> Iterator[RowInfo]:
-    check_columns(file)
-    for number, row in enumerate(file.reader().read(columns=light_columns(file)).to_pylist()):
+    for number, row in _light_rows(file, INFO_LEAVES):
         yield read_info(row, file.path, number, f"row {number} of {file.path}")
+
+
+def _light_rows(file: RowFile, leaves: Collection[str]) -> Iterator[tuple[int, Row]]:
+    for number, row in scan(file, leaves):
+        if isinstance(row, Damage):
+            raise ValueError(f"row {number} of {file.path} cannot be read: {row.reason}; write the file again")
+        yield number, row
 
 
 def _sound_sample(row: Row, info: RowInfo) -> Sample:

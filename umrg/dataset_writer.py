@@ -8,25 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from umrg.atomic import written_aside
-from umrg.row_groups import Row
+from umrg.columns import RELEASED_SCHEMA, Row
 
-_FILE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-_TEXTS = ("id", "supercategory", "category", "modality", "reasoning", "phrasing", "split")
-
-RELEASED_SCHEMA = pa.schema(
-    [
-        ("data_source", pa.string()),
-        ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
-        ("images", pa.list_(_FILE)),
-        ("masks", pa.list_(_FILE)),
-        ("ability", pa.string()),
-        ("reward_model", pa.struct([("ground_truth", pa.string()), ("style", pa.string())])),
-        (
-            "extra_info",
-            pa.struct([*((name, pa.string()) for name in _TEXTS), ("index", pa.int64()), ("no_target", pa.bool_())]),
-        ),
-    ]
-)
+_GROUP_ROWS = 64
+_GROUP_BYTES = 64 << 20
 
 
 def write_rows(
@@ -34,7 +19,7 @@ def write_rows(
     rows: Iterable[Row],
     *,
     schema: pa.Schema = RELEASED_SCHEMA,
-    rows_per_group: int = 64,
+    rows_per_group: int = _GROUP_ROWS,
     progress: Callable[[int], object] = lambda written: None,
 ) -> int:
     """Write rows to a parquet file, one row group in memory at a time; returns how many.
@@ -51,6 +36,38 @@ def write_rows(
             written += len(group)
             progress(written)
     return written
+
+
+def write_batches(
+    path: Path,
+    batches: Iterable[pa.RecordBatch],
+    *,
+    schema: pa.Schema,
+    progress: Callable[[int], object] = lambda written: None,
+) -> int:
+    """Write batches of one schema to a parquet file, aside, as `write_rows` does; returns how many rows. A row group
+    has up to 64 rows, and fewer where they are large."""
+    written = 0
+    with written_aside(path) as aside, pq.ParquetWriter(aside, schema, compression="zstd") as writer:
+        for group in _batched(batches):
+            table = pa.Table.from_batches(group, schema=schema)
+            writer.write_table(table, row_group_size=table.num_rows)
+            written += table.num_rows
+            progress(written)
+    return written
+
+
+def _batched(batches: Iterable[pa.RecordBatch]) -> Iterator[list[pa.RecordBatch]]:
+    group: list[pa.RecordBatch] = []
+    rows = size = 0
+    for batch in batches:
+        group.append(batch)
+        rows, size = rows + batch.num_rows, size + batch.get_total_buffer_size()
+        if rows >= _GROUP_ROWS or size >= _GROUP_BYTES:
+            yield group
+            group, rows, size = [], 0, 0
+    if group:
+        yield group
 
 
 def _groups(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:

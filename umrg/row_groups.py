@@ -1,53 +1,100 @@
-"""Random access to rows of parquet files whose row groups may be larger than memory should hold."""
+"""Rows of parquet files whose row groups may be larger than memory should hold: in order, at random, or copied."""
 
+import os.path
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-Row = dict[str, Any]
+from umrg.columns import Row, leaf_columns, plain_row, read_columns, released_batch, released_columns
+
 _STREAMED_ROWS = 8
+_STREAMED_BYTES = 32 << 20
+# Without images.
+_LIGHT_ROWS = 1024
+_UNREADABLE = (pa.ArrowException, OSError)
+_NO_ROWS = pa.record_batch({})
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowFile:
-    """A parquet file's path and footer."""
+    """A parquet file's path, footer and arrow schema."""
 
     path: Path
     metadata: pq.FileMetaData = field(repr=False)
+    schema: pa.Schema = field(repr=False)
 
     @classmethod
     def open(cls, path: Path) -> "RowFile":
         """Read the footer. Raises ValueError for a missing file, a folder, or a file that is not parquet."""
         try:
-            return cls(path=path, metadata=pq.read_metadata(path))
+            metadata = pq.read_metadata(path)
+            schema = pq.ParquetFile(path, metadata=metadata).schema_arrow
         except FileNotFoundError as error:
             raise ValueError(f"{path} does not exist; give the path of a parquet file") from error
-        except (pa.ArrowInvalid, OSError) as error:
-            what = "a folder" if path.is_dir() else "not a readable parquet file"
-            raise ValueError(f"{path} is {what}; give the path of a parquet file") from error
+        except (*_UNREADABLE, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is {_kind_of(path)}; give the path of a parquet file") from error
+        if not _counts_agree(metadata):
+            raise ValueError(f"{path} has a damaged footer: its numbers of rows contradict; write the file again")
+        return cls(path=path, metadata=metadata, schema=schema)
 
-    def reader(self) -> pq.ParquetFile:
-        return pq.ParquetFile(self.path, metadata=self.metadata, pre_buffer=False, buffer_size=1 << 20)
+    @property
+    def rows(self) -> int:
+        return int(self.metadata.num_rows)
+
+    def paths(self, leaves: Collection[str]) -> list[str]:
+        """What parquet calls the leaf columns of these names."""
+        schema = self.metadata.schema
+        named = zip(leaf_columns(self.schema), range(len(schema)), strict=True)
+        return [schema.column(i).path for leaf, i in named if leaf in leaves]
+
+    def batches(
+        self, group: int, columns: Sequence[str] | None = None, most: int = _STREAMED_ROWS
+    ) -> Iterator[pa.RecordBatch]:
+        """The rows of a row group, a few at a time: up to `most` or, where the first row is large, as many as fit into
+        32 MiB. How large rows are is not known before one is read: an image that repeats is stored once."""
+        file = pq.ParquetFile(self.path, metadata=self.metadata, pre_buffer=False, buffer_size=1 << 20)
+        first = next(file.iter_batches(1, row_groups=[group], columns=columns), None)
+        size = max(1, first.get_total_buffer_size()) if first else 1
+        rows = min(most, max(1, _STREAMED_BYTES // size))
+        batches: Iterator[pa.RecordBatch] = file.iter_batches(rows, row_groups=[group], columns=columns)
+        return batches
+
+    def groups(self) -> Iterator[range]:
+        """The rows of each row group."""
+        first = 0
+        for group in range(self.metadata.num_row_groups):
+            yield range(first, first := first + self.metadata.row_group(group).num_rows)
 
     def locate(self, row: int) -> tuple[int, int]:
         """(row group, row within it) of a row of the file."""
-        first = 0
-        for group in range(self.metadata.num_row_groups):
-            rows = self.metadata.row_group(group).num_rows
-            if row < first + rows:
-                return group, row - first
-            first += rows
+        for group, rows in enumerate(self.groups()):
+            if row in rows:
+                return group, row - rows.start
         raise IndexError(row)
 
 
+def _kind_of(path: Path) -> str:
+    if os.path.isdir(path):
+        return "a folder"
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
+        return "empty"
+    return "not a readable parquet file"
+
+
+def _counts_agree(metadata: pq.FileMetaData) -> bool:
+    # Of damaged column chunks even the footer's entries cannot be asked: pyarrow would end the process.
+    counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    return min(counts, default=0) >= 0 and sum(counts) == metadata.num_rows
+
+
 def common_schema(files: Sequence[RowFile]) -> pa.Schema:
-    """An arrow schema that holds the rows of all files. Raises ValueError where they contradict."""
-    schemas = [file.metadata.schema.to_arrow_schema().remove_metadata() for file in files]
+    """The schema that the rows of all files have once they are written. Raises ValueError where they contradict."""
+    schemas = [released_columns(file.schema) for file in files]
     try:
         return pa.unify_schemas(schemas, promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
@@ -62,44 +109,87 @@ class Damage:
     reason: str
 
 
-def scan(file: RowFile) -> Iterator[tuple[int, Row | Damage]]:
+def scan(file: RowFile, leaves: Collection[str] | None = None) -> Iterator[tuple[int, Row | Damage]]:
     """Every row of a file with its number, in order, a few in memory at a time.
 
-    Where a row group's bytes are damaged, its rows from there on are given as `Damage`, and so is a row whose text
-    is not UTF-8; the others are read.
+    leaves: the leaf columns to read, without which all are. Where a row group's bytes are damaged, its rows from there
+    on are given as `Damage`, and so is a row whose text is not UTF-8; the others are read.
     """
-    first = 0
-    for group in range(file.metadata.num_row_groups):
-        done, end = first, first + file.metadata.row_group(group).num_rows
+    columns, most = (None, _STREAMED_ROWS) if leaves is None else (file.paths(leaves), _LIGHT_ROWS)
+    for group, rows in enumerate(file.groups()):
+        done, damage = rows.start, _damaged(rows, "it ends early")
         try:
-            for batch in file.reader().iter_batches(_STREAMED_ROWS, row_groups=[group]):
-                for offset in range(batch.num_rows):
-                    yield done, _row_or_damage(batch, offset)
+            for batch in file.batches(group, columns, most):
+                for row in _rows(batch):
+                    yield done, row
                     done += 1
-        except (pa.ArrowException, OSError) as error:
-            damage = Damage(reason=f"its row group, rows {first} to {end - 1}, is damaged ({_short(error)})")
-            yield from ((number, damage) for number in range(done, end))
-        first = end
+        except _UNREADABLE as error:
+            damage = _damaged(rows, error)
+        yield from ((number, damage) for number in range(done, rows.stop))
 
 
-def _row_or_damage(rows: pa.RecordBatch, offset: int) -> Row | Damage:
+def _rows(batch: pa.RecordBatch) -> list[Row | Damage]:
+    read = batch.select(read_columns(batch.schema))
     try:
-        return _python_row(rows, offset)
+        return [plain_row(row) for row in read.to_pylist()]
+    except (ValueError, OverflowError):
+        return [_row_or_damage(read.slice(offset, 1)) for offset in range(read.num_rows)]
+
+
+def _row_or_damage(row: pa.RecordBatch) -> Row | Damage:
+    """The row of a batch that has one; none where the file ends before it."""
+    if not row.num_rows:
+        return Damage(reason="its row group ends before it")
+    try:
+        return plain_row(row.to_pylist()[0])
     except UnicodeDecodeError as error:
         return Damage(reason=f"a text in it is not UTF-8 ({error.reason} at byte {error.start})")
+    except (ValueError, OverflowError) as error:
+        return Damage(reason=f"a value in it has no plain form ({_short(error)})")
 
 
-def _short(error: Exception) -> str:
+def _damaged(rows: range, error: object) -> Damage:
+    return Damage(reason=f"its row group, rows {rows.start} to {rows.stop - 1}, is damaged ({_short(error)})")
+
+
+def _short(error: object) -> str:
     return " ".join(str(error).split())[:200]
 
 
+def copied(file: RowFile, rows: Sequence[int], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """These rows of a file, in rising order, all their columns, a few in memory at a time, in a schema as
+    `common_schema` gives it. Raises ValueError where they are damaged."""
+    for group, inside in enumerate(file.groups()):
+        wanted = [row - inside.start for row in rows[bisect_left(rows, inside.start) : bisect_left(rows, inside.stop)]]
+        try:
+            yield from _copied(file, group, wanted, schema) if wanted else ()
+        except _UNREADABLE as error:
+            raise ValueError(f"{file.path} cannot be copied: {_damaged(inside, error).reason}") from error
+
+
+def _copied(file: RowFile, group: int, wanted: Sequence[int], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    first = 0
+    for batch in file.batches(group):
+        end = first + batch.num_rows
+        here = [row - first for row in wanted[bisect_left(wanted, first) : bisect_left(wanted, end)]]
+        if len(here) == batch.num_rows:
+            yield released_batch(batch, schema)
+        else:
+            yield from (released_batch(batch.slice(row, 1), schema) for row in here)
+        first = end
+        if first > wanted[-1]:
+            # What comes after may be damaged.
+            return
+
+
 class RowGroups:
-    """Reads single rows. The row groups used last are kept while together they fit in `budget` bytes; one
+    """Reads single rows. The row groups used last are kept while together they fit in `budget` bytes, decoded; one
     that is larger by itself is streamed a few rows at a time, which is quick in rising order of rows only."""
 
     def __init__(self, budget: int) -> None:
         self._budget = budget
-        self._kept: OrderedDict[tuple[Path, int], pa.Table] = OrderedDict()
+        self._kept: OrderedDict[tuple[Path, int], _Kept] = OrderedDict()
+        self._large: set[tuple[Path, int]] = set()
         self._stream: _Stream | None = None
 
     def __getstate__(self) -> int:
@@ -109,27 +199,61 @@ class RowGroups:
         RowGroups.__init__(self, budget)
 
     def row(self, file: RowFile, row: int) -> Row:
-        """One row with all its columns; `row` counts from the file's start."""
+        """One row's columns that are read here; `row` counts from the file's start. Raises ValueError where it is
+        damaged."""
         group, offset = file.locate(row)
-        if file.metadata.row_group(group).total_byte_size > self._budget:
-            return self._streamed(file, group, offset)
-        return _python_row(self._table(file, group), offset)
+        try:
+            found = _row_or_damage(self._batch(file, group, offset))
+        except _UNREADABLE as error:
+            found = Damage(reason=f"its row group is damaged ({_short(error)})")
+        if isinstance(found, Damage):
+            raise ValueError(f"row {row} of {file.path} cannot be read: {found.reason}; write the file again")
+        return found
 
-    def _table(self, file: RowFile, group: int) -> pa.Table:
+    def _batch(self, file: RowFile, group: int, offset: int) -> pa.RecordBatch:
         key = (file.path, group)
+        if key not in self._kept and key not in self._large:
+            self._keep(file, group)
         if key in self._kept:
             self._kept.move_to_end(key)
-            return self._kept[key]
-        table = file.reader().read_row_group(group)
-        self._kept[key] = table
-        while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > self._budget:
-            self._kept.popitem(last=False)
-        return table
-
-    def _streamed(self, file: RowFile, group: int, offset: int) -> Row:
-        if self._stream is None or not self._stream.can_reach(file.path, group, offset):
+            return self._kept[key].row(offset)
+        if self._stream is None or not self._stream.can_reach(key, offset):
             self._stream = _Stream(file, group)
         return self._stream.row(offset)
+
+    def _keep(self, file: RowFile, group: int) -> None:
+        """Read a row group, or find out that it is too large. Others make room for it."""
+        kept = _Kept()
+        for batch in file.batches(group, read_columns(file.schema)):
+            kept.add(batch)
+            if kept.size > self._budget:
+                self._large.add((file.path, group))
+                return
+            while sum(other.size for other in self._kept.values()) + kept.size > self._budget:
+                self._kept.popitem(last=False)
+        self._kept[file.path, group] = kept
+
+
+class _Kept:
+    """A row group in memory. size: in bytes."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._starts: list[int] = []
+        self._batches: list[pa.RecordBatch] = []
+        self._rows = 0
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        self._starts.append(self._rows)
+        self._batches.append(batch)
+        self._rows += batch.num_rows
+        self.size += batch.get_total_buffer_size()
+
+    def row(self, offset: int) -> pa.RecordBatch:
+        if offset >= self._rows:
+            return _NO_ROWS
+        at = bisect_right(self._starts, offset) - 1
+        return self._batches[at].slice(offset - self._starts[at], 1)
 
 
 class _Stream:
@@ -137,20 +261,15 @@ class _Stream:
 
     def __init__(self, file: RowFile, group: int) -> None:
         self._key = (file.path, group)
-        self._batches: Iterator[pa.RecordBatch] = file.reader().iter_batches(_STREAMED_ROWS, row_groups=[group])
+        self._batches = file.batches(group, read_columns(file.schema))
         self._first = 0
-        self._batch = next(self._batches)
+        self._batch = next(self._batches, _NO_ROWS)
 
-    def can_reach(self, path: Path, group: int, offset: int) -> bool:
-        return self._key == (path, group) and offset >= self._first
+    def can_reach(self, key: tuple[Path, int], offset: int) -> bool:
+        return self._key == key and offset >= self._first
 
-    def row(self, offset: int) -> Row:
-        while offset >= self._first + self._batch.num_rows:
+    def row(self, offset: int) -> pa.RecordBatch:
+        while self._batch.num_rows and offset >= self._first + self._batch.num_rows:
             self._first += self._batch.num_rows
-            self._batch = next(self._batches)
-        return _python_row(self._batch, offset - self._first)
-
-
-def _python_row(rows: pa.Table | pa.RecordBatch, offset: int) -> Row:
-    (row,) = rows.slice(offset, 1).to_pylist()
-    return dict(row)
+            self._batch = next(self._batches, _NO_ROWS)
+        return self._batch.slice(min(offset - self._first, self._batch.num_rows), 1)

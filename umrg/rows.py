@@ -1,32 +1,24 @@
-"""One row of the released schema: which columns it has, and how it becomes a sample.
+"""One row of the released schema, and how it becomes a sample.
 
 `where` names a row at the head of an error's sentence, such as "row 3 of train.parquet".
 """
 
 import json
-from collections.abc import Iterator
+import re
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
-
+from umrg.columns import Row
 from umrg.frames import Box, Point, PointPair, Size
 from umrg.names import category_name, modality_name
-from umrg.row_groups import Row, RowFile
+from umrg.prompts import special_tokens
 from umrg.sample import Sample
 
-_REQUIRED = (
-    "images.bytes",
-    "masks.bytes",
-    "prompt.content",
-    "reward_model.ground_truth",
-    "extra_info.id",
-    "extra_info.supercategory",
-    "extra_info.category",
-)
-_BINARY = ("images.bytes", "masks.bytes")
-_OPTIONAL = ("extra_info.modality", "extra_info.phrasing")
 _NAMED = ("id", "supercategory", "category", "modality", "reasoning")
+_ASKING = ("user", "human", "")
+_TAG = re.compile(r"<\s*/?\s*(?:think|answer)\s*>", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,105 +41,105 @@ class RowInfo:
     row: int
 
 
-def check_columns(file: RowFile) -> None:
-    """Raise ValueError, naming them, where a file lacks columns that it needs or encoded images are not binary."""
-    types = dict(_leaves(file.metadata.schema.to_arrow_schema()))
-    missing = [name for name in _REQUIRED if name not in types]
-    if missing:
-        raise ValueError(
-            f"{file.path} lacks {', '.join(missing)}; a dataset has the columns {', '.join(_REQUIRED)} "
-            "(a dot leads into a struct or a list of structs)"
-        )
-    for name in _BINARY:
-        if not (pa.types.is_binary(types[name]) or pa.types.is_large_binary(types[name])):
-            raise ValueError(f"{file.path} has {name} of type {types[name]}; it must be binary (the encoded file)")
-
-
-def light_columns(file: RowFile) -> list[str]:
-    """The columns that a `RowInfo` is made of: none of the encoded images."""
-    schema = file.metadata.schema
-    types = dict(_leaves(schema.to_arrow_schema()))
-    paths = [schema.column(i).path for i in range(len(schema))]
-    return [
-        "prompt",
-        *(path for path in paths if path.startswith("images.") and path.endswith(".path")),
-        *(name for name in (*_REQUIRED, *_OPTIONAL) if name.startswith("extra_info.") and name in types),
-    ]
-
-
-def _leaves(schema: pa.Schema) -> Iterator[tuple[str, pa.DataType]]:
-    """Names of the leaf columns, lists passed through: `images: list<struct<bytes>>` gives "images.bytes"."""
-    pending = [(field.name, field.type) for field in schema]
-    for name, kind in pending:
-        if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-            pending.append((name, kind.value_type))
-        elif pa.types.is_struct(kind):
-            pending += [(f"{name}.{field.name}", field.type) for field in kind]
-        else:
-            yield name, kind
-
-
 def read_info(row: Row, file: Path, number: int, where: str) -> RowInfo:
-    """What a row says without its images. Raises ValueError for a row without id or question."""
+    """What a row says without its images. Raises ValueError for a row without id or question, or with a flag that is
+    neither true nor false."""
     extra = row["extra_info"] or {}
-    if extra.get("id") in (None, ""):
+    if not isinstance(extra.get("id"), str) or not extra["id"]:
         raise ValueError(f"{where} has no extra_info.id; give each row one of its own")
+    if extra.get("no_target") not in (None, True, False):
+        raise ValueError(f"{where} has the no_target {extra['no_target']!r}; write true or false")
     return RowInfo(
-        id=str(extra["id"]),
-        query=_query(row, where),
-        supercategory=category_name(extra["supercategory"]),
-        category=category_name(extra["category"]),
+        id=extra["id"],
+        # Rows that ask the same share the text.
+        query=sys.intern(_query(row, where)),
+        supercategory=category_name(extra.get("supercategory")),
+        category=category_name(extra.get("category")),
         modality=modality_name(extra.get("modality")),
         phrasing=extra.get("phrasing"),
-        image=next((image.get("path") or "" for image in row.get("images") or () if image), ""),
+        image=next((path for image in row.get("images") or () if isinstance(path := image.get("path"), str)), ""),
         file=file,
         row=number,
     )
 
 
+def turns(row: Row) -> list[tuple[str, str]]:
+    """Role and text of the messages of a row's prompt that have a text. A message without a role is a user's."""
+    messages = [(str(message.get("role") or "").casefold(), message["content"]) for message in row["prompt"] or ()]
+    return [("user" if role in _ASKING else role, text) for role, text in messages if isinstance(text, str) and text]
+
+
 def _query(row: Row, where: str) -> str:
-    messages = [message for message in row["prompt"] or () if message and message["content"]]
-    user = [message for message in messages if message.get("role", "user") == "user"] or messages
-    if not user:
+    said = turns(row)
+    asked = [text for role, text in said if role == "user"]
+    if said and not asked:
+        roles = ", ".join(sorted({role for role, _ in said}))
+        raise ValueError(f"{where} has no question, only turns of {roles}; its prompt needs a message of the user")
+    if not asked:
         raise ValueError(f"{where} has no question; its prompt needs a message with content")
-    return str(user[0]["content"])
+    # What a model would be answering.
+    return asked[-1]
 
 
 def read_sample(row: Row, info: RowInfo, where: str) -> Sample:
     """The row as a sample, its images still encoded. Raises ValueError for a row without an image, a mask, or a box
     and points; where those lie is not looked at."""
-    images = [image["bytes"] for image in row["images"] or () if image and image["bytes"]]
+    images = _encoded(row, "images", where)
     if len(images) != 1:
         raise ValueError(f"{where} has {len(images)} images with bytes; it must have one")
-    masks = tuple(mask["bytes"] for mask in row["masks"] or () if mask and mask["bytes"])
+    masks = _encoded(row, "masks", where)
     if not masks:
         raise ValueError(f"{where} has an image without mask; add one to its `masks` or leave the row out")
     box, points = parse_ground_truth((row["reward_model"] or {}).get("ground_truth"), where)
     extra = row["extra_info"]
+    reasoning = extra.get("reasoning")
     return Sample(
         id=info.id,
         query=info.query,
         image_bytes=images[0],
-        mask_bytes=masks,
+        mask_bytes=tuple(masks),
         box=box,
         points=points,
         supercategory=info.supercategory,
         category=info.category,
         modality=info.modality,
-        reasoning=extra.get("reasoning"),
+        reasoning=reasoning if isinstance(reasoning, str) and reasoning.strip() else None,
         extra={name: value for name, value in extra.items() if name not in _NAMED},
         source=str(info.file),
     )
 
 
-def parse_ground_truth(text: object, where: str) -> tuple[Box, PointPair]:
-    """Box and points of a row's `reward_model.ground_truth`, JSON text or the object itself. Raises ValueError that
-    names `where` they are missing."""
-    try:
-        truth = json.loads(text) if isinstance(text, str) else text
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} has a ground_truth that is not JSON ({error})") from error
-    fields = truth if isinstance(truth, dict) else {}
+def _encoded(row: Row, column: str, where: str) -> list[bytes]:
+    """The encoded files of `images` or `masks`. Raises ValueError for one of which the row has the name alone."""
+    files = row[column] or ()
+    for file in files:
+        if file.get("path") and not file.get("bytes"):
+            raise ValueError(
+                f"{where} names {file['path']!r} in its {column} and does not hold it; write the content of the file "
+                f"into {column}.bytes"
+            )
+    return [file["bytes"] for file in files if file.get("bytes")]
+
+
+def reasoning_fault(reasoning: str | None) -> str | None:
+    """What keeps a reasoning from being taught, as the end of a sentence about its row: there is none, or it holds tags
+    or control tokens, which would end or begin a part of the answer where it stands."""
+    if reasoning is None or not reasoning.strip():
+        what = "no" if reasoning is None else "a blank"
+        return f"{what} extra_info.reasoning to learn from; set think=false or add it"
+    if tokens := list(dict.fromkeys([*_TAG.findall(reasoning), *special_tokens(reasoning)])):
+        listed = ", ".join(tokens[:5])
+        return f"{listed} in its extra_info.reasoning; leave the words alone there, tags are written around them"
+    return None
+
+
+def parse_ground_truth(truth: object, where: str) -> tuple[Box, PointPair]:
+    """Box and points of a row's `reward_model.ground_truth`, an object or its JSON text. Raises ValueError that names
+    `where` they are missing."""
+    fields = _loaded(truth, where)
+    if "ground_truth" in fields and "bbox_2d" not in fields:
+        # The text of a whole `reward_model`.
+        fields = _loaded(fields["ground_truth"], where)
     box = _numbers(fields.get("bbox_2d"), 4)
     pair = fields.get("point_2d")
     points = [_numbers(point, 2) for point in pair] if isinstance(pair, list) else []
@@ -159,6 +151,16 @@ def parse_ground_truth(text: object, where: str) -> tuple[Box, PointPair]:
     first: Point = (points[0][0], points[0][1])
     second: Point = (points[1][0], points[1][1])
     return (box[0], box[1], box[2], box[3]), (first, second)
+
+
+def _loaded(truth: object, where: str) -> Mapping[str, object]:
+    if truth is None or truth == "":
+        raise ValueError(f"{where} has no ground_truth; it must hold bbox_2d and point_2d")
+    try:
+        loaded = json.loads(truth) if isinstance(truth, str) else truth
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} has a ground_truth that is not JSON ({error})") from error
+    return loaded if isinstance(loaded, Mapping) else {}
 
 
 def _numbers(value: object, count: int) -> list[float] | None:
@@ -173,12 +175,11 @@ def _numbers(value: object, count: int) -> list[float] | None:
 def box_fault(box: Box, size: Size) -> str | None:
     """What is wrong with a box XYXY in an image of this size, in original pixels: inverted, or outside the image."""
     x1, y1, x2, y2 = box
-    text = "[" + ", ".join(f"{v:g}" for v in box) + "]"
     if x1 > x2 or y1 > y2:
-        return f"the inverted box {text}; it must be x1, y1, x2, y2 with x1 <= x2 and y1 <= y2"
+        return f"the inverted box {coordinates(box)}; it must be x1, y1, x2, y2 with x1 <= x2 and y1 <= y2"
     # Up to the full width: some annotators write the edge's coordinate instead of the last pixel's.
     if x1 < 0 or y1 < 0 or x2 > size.width or y2 > size.height:
-        return f"the box {text} outside its image of {size.width}x{size.height} px"
+        return f"the box {coordinates(box)} outside its image of {size.width}x{size.height} px"
     return None
 
 
@@ -187,4 +188,9 @@ def point_fault(point: Point, size: Size) -> str | None:
     x, y = point
     if 0 <= x <= size.width and 0 <= y <= size.height:
         return None
-    return f"the point [{x:g}, {y:g}] outside its image of {size.width}x{size.height} px"
+    return f"the point {coordinates(point)} outside its image of {size.width}x{size.height} px"
+
+
+def coordinates(values: Box | Point) -> str:
+    """A box or a point as people write it: `[3, 4.25]`, large numbers in full."""
+    return "[" + ", ".join(f"{value:.4f}".rstrip("0").rstrip(".") for value in values) + "]"

@@ -6,16 +6,18 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import pyarrow as pa
 
 from umrg.atomic import named
-from umrg.dataset import Dataset, RowInfo, check_names, write_rows
+from umrg.dataset import Dataset, RowInfo, check_names
+from umrg.dataset_writer import write_batches
 from umrg.names import category_matches, category_name, modality_family, modality_matches, modality_name
 from umrg.prompts import clean_query
-from umrg.row_groups import Row
 
 _PARQUETS = ("train.parquet", "held_out.parquet")
 
@@ -99,8 +101,8 @@ def write_split(
 ) -> dict[str, object]:
     """Write train.parquet, held_out.parquet and split.json; returns what split.json says.
 
-    Rows are copied as they are, all columns included. `images_on_both_sides` counts images that occur in
-    both files (with different questions), which matters where a model could have learned the image itself.
+    Rows are copied with all columns, in the dataset's schema. `images_on_both_sides` counts images that occur in both
+    files (with different questions), which matters where a model could have learned the image itself.
     `progress` is told the number of rows written. The three files appear together, when complete.
     Raises ValueError where one of them would replace a file of the dataset.
     """
@@ -113,7 +115,7 @@ def write_split(
         before = 0
         for side, rows in sides.items():
             copied = _copied(dataset, rows, images[side])
-            write_rows(
+            write_batches(
                 Path(aside) / f"{side}.parquet",
                 copied,
                 schema=schema,
@@ -144,12 +146,11 @@ def _counting_on(progress: Callable[[int], object], before: int) -> Callable[[in
     return lambda written: progress(before + written)
 
 
-def _copied(dataset: Dataset, rows: Sequence[int], images: set[bytes]) -> Iterator[Row]:
-    for i in rows:
-        row = dataset.row(i)
-        for image in row["images"] or ():
+def _copied(dataset: Dataset, rows: Sequence[int], images: set[bytes]) -> Iterator[pa.RecordBatch]:
+    for batch in dataset.copied(rows):
+        for image in filter(None, chain.from_iterable(filter(None, batch.column("images").to_pylist()))):
             images.add(hashlib.sha256(image["bytes"] or b"").digest())
-        yield row
+        yield batch
 
 
 def _held_queries(infos: Sequence[RowInfo], share: float, rng: np.random.Generator) -> set[str]:

@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from cluster.data_check import check_files, open_files
+from cluster.data_check import check_files
 from cluster.data_commands import data_app
 from cluster.data_judges import load_oracle, prompt_limits
 from learner.reasoner import load_prompter
 from umrg import phantoms
 from umrg.checks import POINT_OFF_MASK
-from umrg.dataset import Dataset, write_rows
+from umrg.dataset import Dataset, open_files, write_rows
 from umrg.images import encode_png
 
 ROOT = Path(__file__).parents[2]
@@ -84,8 +85,8 @@ def test_a_cleaned_file_reads_keeps_every_column_and_passes(rows: list[Row], tmp
     assert run(file, "--clean", clean).exit_code == 1
     assert run(clean).exit_code == 0
     dataset = Dataset.open(clean)
-    assert dataset.row(0) == {**rows[1], "extra_info": {**rows[1]["extra_info"], "split": None, "index": None,
-                                                         "no_target": None}}  # fmt: skip
+    missing = dict.fromkeys(("split", "index", "no_target"))
+    assert pq.read_table(clean).to_pylist()[0] == {**rows[1], "extra_info": {**missing, **rows[1]["extra_info"]}}
     assert [info.id for info in dataset.infos] == [rows[i]["extra_info"]["id"] for i in range(40) if i not in (0, 9)]
     for sample in dataset:
         assert sample.image().shape == (112, 112, 3) and sample.mask().any()
@@ -205,6 +206,11 @@ def test_images_that_the_model_cannot_take_as_they_are_are_found(rows: list[Row]
     assert found_by(judge, with_image(rows[0], 840, 840), tmp_path) == []
     ((name, message),) = found_by(judge, with_image(rows[0], 2000, 1000), tmp_path)
     assert name == "image_shrunk" and "of 2000x1000 px becomes 1400x700 for the model, its target 1400x700" in message
+    # Its box ends on the far edge, as some annotators write it.
+    wide = with_image(rows[0], 2000, 1000)
+    wide["reward_model"]["ground_truth"] = json.dumps({"bbox_2d": [0, 0, 2000, 1000], "point_2d": [[9, 9], [99, 99]]})
+    ((name, message),) = found_by(judge, wide, tmp_path)
+    assert "its target 1400x700;" in message
     ((name, message),) = found_by(judge, with_image(rows[0], 1020, 5), tmp_path)
     assert name == "over_limit" and "aspect ratio over 200" in message
 

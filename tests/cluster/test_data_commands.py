@@ -9,7 +9,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from cluster.data_commands import data_app
-from umrg.dataset import Dataset
+from umrg.dataset import Dataset, write_rows
 
 ROOT = Path(__file__).parents[2]
 REAL = ROOT.parent / "shared" / "data" / "umrg_real_sample.parquet"
@@ -87,15 +87,20 @@ def test_split_writes_both_sides_and_says_what_was_held_out(file: Path, tmp_path
         (["check", "FILE", "--out", "out", "--model", "."], "is not a model folder"),
         (["check", "FILE", "--out", "out", "--expert", "tinny"], "the nearest expert is 'tiny'"),
         (["split", "FILE", "--by", "category", "--hold-out", "livr", "--out", "out"], "did you mean 'liver'"),
+        (["check", "EMPTY", "--out", "out"], "empty.parquet has no rows; give a file with some"),
+        (["stats", "EMPTY", "--out", "out"], "empty.parquet has no rows"),
+        (["split", "EMPTY", "--by", "category", "--out", "out"], "empty.parquet has no rows"),
         (["phantoms", "out", "--count", "3", "--modality", "sonar"], "sonar"),
     ],
 )
 def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
     file: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
+    empty = file.with_name("empty.parquet")
+    write_rows(empty, [])
     command = [sys.executable, "-m", "cluster.cli", "data", *arguments]
     done = subprocess.run(
-        [str(file) if word == "FILE" else word for word in command],
+        [str({"FILE": file, "EMPTY": empty}.get(word, word)) for word in command],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,

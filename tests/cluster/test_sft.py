@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cluster.config import SftConfig, load_config
-from cluster.sft import out_of_patience, sft
+from cluster.sft import Images, out_of_patience, sft
 from learner.reasoner import load_reasoner
 from tests.ranks import STEADY, assert_moved_alike
 from umrg.dataset_writer import write_rows
@@ -111,10 +111,28 @@ def test_a_run_folder_that_exists_is_kept(tmp_path, phantoms):
         sft(config(tmp_path, phantoms, "steps=1"))
 
 
-def test_rows_without_reasoning_are_refused_by_name(ray_cluster, tmp_path):
-    bare: list[Any] = list(rows(2, seed=1))
-    for row in bare:
-        row["extra_info"].pop("reasoning")
-    write_rows(tmp_path / "bare.parquet", bare)
-    with pytest.raises(ValueError, match=r"has no extra_info\.reasoning"):
-        sft(config(tmp_path, tmp_path / "bare.parquet", "steps=1"))
+@pytest.mark.parametrize(
+    ("reasoning", "said"),
+    [
+        (None, "no extra_info.reasoning to learn from; set think=false or add it"),
+        (" ", "a blank extra_info.reasoning to learn from"),
+        ("<think>The oval.</think>", "<think>, </think> in its extra_info.reasoning; leave the words alone there"),
+        ("The oval.<|im_end|>", "<|im_end|> in its extra_info.reasoning"),
+    ],
+)
+def test_reasoning_that_cannot_be_taught_is_refused_by_row_before_anything_starts(tmp_path, reasoning, said):
+    some: list[Any] = list(rows(3, seed=1))
+    some[1]["extra_info"]["reasoning"] = reasoning
+    write_rows(tmp_path / "rows.parquet", some)
+    with pytest.raises(ValueError) as refusal:
+        sft(config(tmp_path, tmp_path / "rows.parquet", "steps=1", "think=true"))
+    assert f"row 1 ('{some[1]['extra_info']['id']}') of {tmp_path}/rows.parquet has {said}" in str(refusal.value)
+    assert not (tmp_path / "trial").exists()
+
+
+def test_reasoning_that_is_not_taught_may_be_anything(tmp_path):
+    some: list[Any] = list(rows(2, seed=1))
+    some[1]["extra_info"]["reasoning"] = "<think>"
+    write_rows(tmp_path / "rows.parquet", some)
+    images = Images(config(tmp_path, tmp_path / "rows.parquet", "steps=1", "think=false"))
+    assert sum(map(len, images.learnt)) == 2

@@ -78,7 +78,7 @@ def test_a_reference_may_be_the_object_itself(truth: object) -> None:
         (line(completion=3), "line 2 must be an object with the text `completion`"),
         (line(ground_truth="{}"), "line 2 has a ground_truth without a usable bbox_2d"),
         (line(ground_truth={"bbox_2d": [1, 2, 3, 4]}), "line 2 has a ground_truth without a usable bbox_2d"),
-        (line(ground_truth=None), "line 2 has a ground_truth without a usable bbox_2d"),
+        (line(ground_truth=None), "line 2 has no ground_truth"),
         (line(ground_truth="no"), "line 2 has a ground_truth that is not JSON"),
         (line(ground_truth=TRUTH.replace("300, 300", "300, 30")), "line 2 has an inverted bbox_2d"),
     ],

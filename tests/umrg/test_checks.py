@@ -26,6 +26,8 @@ FILE = Path("rows.parquet")
 Row = dict[str, Any]
 Mask = NDArray[np.bool_]
 
+QUESTION = "Which of these stores sugar?"
+
 # A busy machine is slow without being wrong.
 steady = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -66,6 +68,14 @@ def truth(box: object, points: object) -> Callable[[Row], None]:
 
 def ask(question: str) -> Callable[[Row], None]:
     return lambda row: row["prompt"][0].update(content=question)
+
+
+def say(*turns: tuple[str, str]) -> Callable[[Row], None]:
+    return lambda row: row.update(prompt=[{"role": role, "content": content} for role, content in turns])
+
+
+def reason(text: str) -> Callable[[Row], None]:
+    return lambda row: row["extra_info"].update(reasoning=text)
 
 
 def paint(**regions: tuple[slice, slice]) -> Callable[[Row], None]:
@@ -113,6 +123,17 @@ FAULTS: list[tuple[str, Callable[[Row], None], str]] = [
         ask("Which organ <|image_pad|> stores glycogen <image>?"),
         "holds <|image_pad|>, <image>, which",
     ),
+    ("schema", say(("assistant", "It is the liver.")), "no question, only turns of assistant"),
+    ("schema", say(("system", "You are careful."), ("user", "")), "only turns of system"),
+    ("unseen_turns", say(("system", "You are careful."), ("user", QUESTION)), "several turns (system, user)"),
+    ("unseen_turns", say(("user", "Which view?"), ("gpt", "Axial."), ("Human", QUESTION)), "(user, gpt, user)"),
+    ("unseen_turns", say(("user", QUESTION), ("assistant", "The large one.")), "several turns (user, assistant)"),
+    ("bad_reasoning", reason("<think>It is large.</think>"), "<think>, </think> in its"),
+    ("bad_reasoning", reason("Is it < Answer >this one?"), "< Answer > in its"),
+    ("bad_reasoning", reason("It is large.<|im_end|>"), "<|im_end|> in its"),
+    ("bad_reasoning", reason(" \n"), "a blank extra_info.reasoning"),
+    ("schema", lambda row: row["images"][0].update(bytes=None), "in its images and does not hold it"),
+    ("schema", lambda row: row["masks"].append({"bytes": None, "path": "b.png"}), "names 'b.png' in its masks"),
     ("unnamed", lambda row: row["extra_info"].update(category=None), "fill in extra_info.category"),
 ]
 
@@ -138,6 +159,24 @@ def readable(row: Row, folder: Path) -> bool:
         return bool(sample.image().any() and sample.mask().any() and clean_query(sample.query))
     except ValueError:
         return False
+
+
+@pytest.mark.parametrize(
+    ("side", "said"),
+    [
+        (1, "1 px, 100 % of its image"),
+        (3, "1 px, 11 % of its"),
+        (100, "1 px, 0.01 % of its"),
+        (7000, "1 px, 0.000002 % of"),
+    ],
+)
+def test_shares_and_lengths_are_written_as_people_write_them(side: int, said: str) -> None:
+    mask = np.zeros((side, side), dtype=np.bool_)
+    mask[0, 0] = True
+    (finding,) = checks.check_shape(mask)
+    assert said in finding.message
+    (off,) = checks.check_tightness((0, 0, 2_345_678, 0), mask)
+    assert "[0, 0, 2345678, 0] is up to 2345678 px off" in off.message
 
 
 def test_a_row_of_a_damaged_file_is_named() -> None:
