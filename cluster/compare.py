@@ -27,7 +27,7 @@ def compare(first: Path, second: Path, out: Path | None = None) -> Path:
     before, after = ({row: [records[row]] for row in shared} for records in answers)
     differences = compare_records(before, after, GREEDY)
     Console().print(_table((first.name, second.name), differences, len(shared)))
-    config = EvaluateConfig.model_validate(yaml.safe_load((second / "config.yaml").read_text()))
+    config = EvaluateConfig.model_validate(yaml.safe_load((second / "config.yaml").read_bytes()))
     rows = [sample for sample in open_held_out(config, RunFolder(second)) if sample.id in before]
     path = out or second / "report" / f"compared-with-{first.name}.html"
     return write_comparison_report(path, (first.name, second.name), differences, rows, answers)

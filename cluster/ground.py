@@ -13,9 +13,8 @@ from actors.segmenter import draw_masks
 from learner.reasoner import Reasoner, load_reasoner
 from umrg.answers import Answer, parse_answer
 from umrg.atomic import written_aside
-from umrg.config import model_folder
 from umrg.pictures import overlay
-from umrg.prompts import clean_query
+from umrg.prompts import ReasonerConfig, clean_query
 from umrg.sample import decode_image, encode_png
 
 MAX_TOKENS = 2048
@@ -68,7 +67,7 @@ def ground(image: NDArray[np.uint8], query: str, reasoner: Reasoner, expert: Exp
 
 
 def ground_file(
-    path: Path, query: str, *, model: Path, expert: str, checkpoint: Path | None, out: Path
+    path: Path, query: str, *, model: Path, prompt: str | None, expert: str, checkpoint: Path | None, out: Path
 ) -> tuple[Grounding, list[Path]]:
     """Ground a query in an image file and save what comes out. Checks the input before a model is loaded."""
     if not clean_query(query):
@@ -77,6 +76,7 @@ def ground_file(
         image = decode_image(path.read_bytes(), str(path))
     except (FileNotFoundError, IsADirectoryError) as error:
         raise ValueError(f"{path} is not a file; give the path of an image") from error
+    asked = ReasonerConfig(model=model, prompt=prompt)
     segmenter = load_expert(expert, checkpoint=checkpoint)
-    found = ground(image, query, load_reasoner(model_folder(model)), segmenter)
+    found = ground(image, query, load_reasoner(asked.model, asked.spec()), segmenter)
     return found, found.save(out, path.stem)

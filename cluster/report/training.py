@@ -23,7 +23,7 @@ def write_report(run: RunFolder, held_out: Sequence[Sample]) -> Path:
         "training.html",
         name=run.path.name,
         summary=run.read_json("summary.json"),
-        config=(run.path / "config.yaml").read_text(),
+        config=(run.path / "config.yaml").read_text(encoding="utf-8"),
         titles=_TITLES,
         charts=all_charts(metrics),
         seconds=run.read_json("summary.json")["seconds"],
