@@ -241,7 +241,9 @@ def _loading(folder: Path) -> Iterator[None]:
     transformers.utils.logging.disable_progress_bar()
     try:
         yield
-    except (OSError, ValueError, RuntimeError, StrictDataclassError, SafetensorError, TemplateError) as error:
+    except TemplateError as error:
+        raise ValueError(f"{folder} cannot be loaded as a reasoner: its chat template fails: {error}") from error
+    except (OSError, ValueError, RuntimeError, StrictDataclassError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ValueError(f"{folder} cannot be loaded as a reasoner: {reason}") from error
     except (LookupError, TypeError, AttributeError) as error:

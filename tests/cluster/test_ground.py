@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cluster.cli import main
+from cluster.cli import TINY_REASONER, main
+from learner.reasoner import Reasoner, load_prompter
 from umrg.phantoms import draw
 from umrg.sample import decode_image, decode_mask, encode_png
 
@@ -41,6 +42,16 @@ def test_an_answer_is_printed_and_its_pictures_are_saved(monkeypatch, capsys, tm
     assert (overlay != np.asarray(Image.open(image))).any()
 
 
+def test_a_question_is_asked_in_the_words_of_a_template(monkeypatch, tmp_path, image):
+    asked = []
+    monkeypatch.setattr(Reasoner, "generate", lambda reasoner, prompts, **_: asked.extend(prompts) or ["no answer"])
+    (tmp_path / "own.txt").write_text("Bitte: {query}")
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, "ground", str(image), "Which organ?", "--prompt", "own.txt", "--out", "out")
+    (prompt,) = asked
+    assert "Bitte: Which organ?" in load_prompter(TINY_REASONER).processor.tokenizer.decode(prompt.token_ids)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -48,6 +59,11 @@ def test_an_answer_is_printed_and_its_pictures_are_saved(monkeypatch, capsys, tm
         (["text.png", "What?"], "cannot be decoded"),
         (["IMAGE", "<|image_pad|>"], "the query is empty"),
         (["IMAGE", "What?", "--model", "."], "is not a model folder"),
+        (["IMAGE", "What?", "--prompt", "fulll"], "prompt: there is no file 'fulll'; did you mean 'full'?"),
+        (
+            ["IMAGE", "What?", "--prompt", "text.png"],
+            "text.png: a template has {query} exactly once, and this has it no",
+        ),
         (["IMAGE", "What?", "--expert", "tinny"], "the nearest expert is 'tiny'"),
         (["IMAGE", "What?", "--expert", "sam_vit_b"], "needs its weights"),
     ],

@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from cluster.config import load_config
 from cluster.run_folder import RunFolder
 from umrg.config import Config
+from umrg.prompts import ReasonerConfig
 
 
 class Small(Config):
@@ -87,3 +89,34 @@ def test_samples_of_later_steps_go_and_others_stay(tmp_path):
         (run.samples / f"{name}.parquet").touch()
     run.rewind(2, 0)
     assert sorted(path.stem for path in run.samples.iterdir()) == ["before-greedy", "step-000002", "step-000002-greedy"]
+
+
+TEMPLATE = """Où est-ce ? {query} 例 "x": {a: 1}
+
+\t# kein Kommentar: - [1]
+'zuletzt'"""
+
+
+def test_a_run_goes_on_without_the_file_of_its_prompt(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.txt").write_text(TEMPLATE, encoding="utf-8")
+    config = load_config(ReasonerConfig, None, ["model=m", "prompt=own.txt"])
+    run = RunFolder.create(tmp_path / "run", config)
+    (tmp_path / "own.txt").rename(tmp_path / "moved.txt")
+    assert "Où est-ce ?" in (run.path / "config.yaml").read_text(encoding="utf-8")
+    again = load_config(ReasonerConfig, run.path / "config.yaml")
+    assert again == config and again.prompt == TEMPLATE
+    for given in (again, load_config(ReasonerConfig, None, ["model=m", "prompt=moved.txt"])):
+        RunFolder.begin(run.path, given, resume=True)
+    with pytest.raises(ValueError, match=r"there is no file 'own\.txt'"):
+        load_config(ReasonerConfig, None, ["model=m", "prompt=own.txt"])
+
+
+@pytest.mark.parametrize("prompt", ["full", "compact", None, "other"])
+def test_a_run_does_not_go_on_with_another_prompt(tmp_path, prompt):
+    (tmp_path / "own.txt").write_text(TEMPLATE, encoding="utf-8")
+    (tmp_path / "other.txt").write_text(TEMPLATE + ".", encoding="utf-8")
+    asked = {"model": "m", "prompt": str(tmp_path / "other.txt") if prompt == "other" else prompt}
+    RunFolder.create(tmp_path / "run", ReasonerConfig(model="m", prompt=str(tmp_path / "own.txt")))
+    with pytest.raises(ValueError, match="was made with another prompt"):
+        RunFolder.begin(tmp_path / "run", ReasonerConfig(**asked), resume=True)

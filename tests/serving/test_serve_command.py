@@ -84,3 +84,16 @@ def test_a_wrong_expert_is_one_line_before_anything_starts(tmp_path, arguments, 
     assert server.wait(timeout=120) == 2
     assert message in (tmp_path / "log").read_text()
     assert len((tmp_path / "log").read_text().strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--prompt", "fulll"], "error: prompt: there is no file 'fulll'; did you mean 'full'?"),
+        (["--prompt", "configs"], "error: prompt: configs is a folder"),
+    ],
+)
+def test_a_prompt_that_is_none_is_one_line(arguments, said):
+    ended = subprocess.run([*SERVE, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(said) and len(ended.stderr.splitlines()) == 1

@@ -279,3 +279,8 @@ def test_a_damaged_config_is_named_where_there_is_no_spec(tmp_path: Path, conten
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=rf"config\.json .*{said}"):
         PromptSpec.of_model(tmp_path)
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs" / "prompts").iterdir()))
+def test_the_templates_that_come_with_the_project_can_be_asked(path: Path) -> None:
+    assert QUERY in asked_by(str(chosen_prompt(path)))
