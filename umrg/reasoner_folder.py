@@ -75,6 +75,8 @@ def _instead(folder: Path) -> str:
         return "it is a file"
     if (folder / "adapter_config.json").exists():
         return "no config.json, but an adapter's: it has to be merged into its base model first"
+    if (folder / "config.yaml").exists():
+        return "no config.json: a run that has left no model yet; one of its checkpoints may have one"
     return "no config.json"
 
 

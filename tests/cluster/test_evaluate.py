@@ -18,7 +18,7 @@ from actors.engine_environment import engine_environment
 from cluster.compare import compare
 from cluster.config import EvaluateConfig, load_config
 from cluster.data import open_held_out
-from cluster.evaluate import answer, run_evaluation, write_figures
+from cluster.evaluate import answer, run_evaluation, settings, write_figures
 from cluster.figures import Seen
 from cluster.results import Results, read_results
 from cluster.run_folder import RunFolder

@@ -12,6 +12,8 @@ import time
 
 import pytest
 
+from cluster.cli_frame import one_line
+from serving.run import start
 from tests.conftest import ROOT, TINY_REASONER
 
 SERVE = (sys.executable, "-m", "cluster.cli", "serve", str(TINY_REASONER))
@@ -86,14 +88,7 @@ def test_a_wrong_expert_is_one_line_before_anything_starts(tmp_path, arguments, 
     assert len((tmp_path / "log").read_text().strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--prompt", "fulll"], "error: prompt: there is no file 'fulll'; did you mean 'full'?"),
-        (["--prompt", "configs"], "error: prompt: configs is a folder"),
-    ],
-)
-def test_a_prompt_that_is_none_is_one_line(arguments, said):
-    ended = subprocess.run([*SERVE, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ended.returncode == 2
-    assert ended.stderr.startswith(said) and len(ended.stderr.splitlines()) == 1
+def test_a_prompt_that_is_none_is_named_before_anything_starts():
+    with pytest.raises(ValueError, match="prompt") as caught:
+        start({"model": TINY_REASONER, "prompt": "fulll"}, port=0)
+    assert one_line(caught.value) == "prompt: there is no file 'fulll'; did you mean 'full'?"

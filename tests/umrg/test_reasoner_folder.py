@@ -99,6 +99,7 @@ def test_a_folder_with_all_that_is_needed_passes(folder: Path, change: Change) -
 BROKEN: list[tuple[Change, str]] = [
     (drop("config.json"), "is not a model folder (no config.json)"),
     (both(drop("config.json"), put("adapter_config.json", "{}")), "an adapter's: it has to be merged"),
+    (both(drop("config.json"), put("config.yaml", "{}")), "a run that has left no model yet"),
     (put("config.json", "{"), "config.json is damaged JSON"),
     (put("config.json", "[1]"), "config.json must hold keys and values, not a list"),
     (put("config.json", ""), "config.json is an empty file"),
