@@ -53,6 +53,18 @@ def test_what_is_no_file_is_said(tmp_path: Path) -> None:
         first_bytes(tmp_path / "pipe")
 
 
+def test_what_may_not_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("secret")
+
+    def refuse(path: Path, mode: str) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    # Whoever runs the tests as root may read everything.
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ValueError, match="file cannot be read: Permission denied"):
+        first_bytes(tmp_path / "file")
+
+
 def test_a_header_tells_shapes_and_metadata(tmp_path: Path) -> None:
     sizes = {"a": (2, 3), "empty": (0, 4), "s": ()}
     tensors = {name: np.zeros(size, dtype=np.float32) for name, size in sizes.items()}
