@@ -16,6 +16,8 @@ from cluster.expert_commands import expert_app
 
 TINY_REASONER = Path(__file__).parents[1] / "models" / "tiny-reasoner"
 
+Prompt = Annotated[str | None, typer.Option(help="full, compact or a template's file, in place of the model's own.")]
+
 app = typer.Typer(
     help="Train, evaluate and serve models that reason about a medical image and ground the answer in it.",
     no_args_is_help=True,
@@ -82,6 +84,7 @@ def evaluate(
         list[str] | None, typer.Argument(metavar="[CONFIG] [key=value]...", help="YAML file, and keys laid over it.")
     ] = None,
     model: Annotated[Path | None, typer.Option(help="Folder of the reasoner, a run, or a checkpoint.")] = None,
+    prompt: Prompt = None,
     data: Annotated[list[Path] | None, typer.Option(help="Rows to answer; may be given several times.")] = None,
     expert: Annotated[str | None, typer.Option(help="Name or folder of the expert.")] = None,
     name: Annotated[str | None, typer.Option(help="Of the run; its folder is runs/NAME.")] = None,
@@ -93,7 +96,7 @@ def evaluate(
     from cluster.evaluate import main as run_evaluate
 
     options = {"model": model, "data.eval": data, "expert": expert, "name": name, "n": n, "limit": limit}
-    run_evaluate(config or [], {**options, "data.seen": seen})
+    run_evaluate(config or [], {**options, "prompt": prompt, "data.seen": seen})
 
 
 @app.command()
@@ -115,6 +118,7 @@ def serve(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights of a published expert, as `expert convert` wrote them.")
     ] = None,
+    prompt: Prompt = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="One GPU, shared by reasoner and expert.")] = False,
     port: Annotated[int, typer.Option(help="Of the loopback interface.")] = 8000,
 ) -> None:
@@ -122,7 +126,7 @@ def serve(
     from serving.run import run
 
     segmenter: dict[str, object] = {"num_cpus": 0.1, "checkpoint": checkpoint}
-    args: dict[str, object] = {"model": model, "expert": expert, "segmenter": segmenter}
+    args: dict[str, object] = {"model": model, "prompt": prompt, "expert": expert, "segmenter": segmenter}
     if gpu:
         segmenter["num_gpus"] = 0.2
         args["rollout"] = {"num_cpus": 0.5, "num_gpus": 0.8, "dtype": "bfloat16"}
@@ -134,6 +138,7 @@ def ground(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="PNG, JPEG, TIFF, WebP or the like.")],
     query: Annotated[str, typer.Argument(metavar="QUERY", help="What is asked about the image.")],
     model: Annotated[Path, typer.Option(help="Folder of the reasoner.")] = TINY_REASONER,
+    prompt: Prompt = None,
     expert: Annotated[str, typer.Option(help="Name or folder of the expert.")] = "tiny",
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights of a published expert, as `expert convert` wrote them.")
@@ -153,7 +158,15 @@ def ground(
 
         levels = None if window is None else Window.parse(window)
         found, files = ground_file(
-            image, query, model=model, expert=expert, checkpoint=checkpoint, out=out, window=levels, frame=frame
+            image,
+            query,
+            model=model,
+            prompt=prompt,
+            expert=expert,
+            checkpoint=checkpoint,
+            out=out,
+            window=levels,
+            frame=frame,
         )
     answer, saved = found.answer, ", ".join(str(file) for file in files)
     if answer.box is None or answer.points is None:

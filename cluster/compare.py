@@ -30,7 +30,7 @@ def compare(first: Path, second: Path, out: Path | None = None) -> Path:
     console.print(_table(names, differences, len(shared)))
     if note := _lenience(names, (before, after)):
         console.print(note)
-    config = EvaluateConfig.model_validate(yaml.safe_load((second / "config.yaml").read_text()))
+    config = EvaluateConfig.model_validate(yaml.safe_load((second / "config.yaml").read_bytes()))
     rows = [sample for sample in open_held_out(config, RunFolder(second)) if sample.id in before]
     path = out or second / "report" / f"compared-with-{first.name}.html"
     return write_comparison_report(path, names, differences, rows, answers, note=note)

@@ -280,20 +280,20 @@ def load_config(
 
 def config_text(config: Config) -> str:
     """The resolved configuration as YAML."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML."""
     with written_aside(path) as aside:
-        aside.write_text(config_text(config))
+        aside.write_text(config_text(config), encoding="utf-8")
 
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"there is no config file {path}")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
+        tree = yaml.safe_load(path.read_bytes()) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):

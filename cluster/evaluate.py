@@ -98,7 +98,7 @@ def settings(config: EvaluateConfig) -> dict[str, Any]:
         "model": str(config.model) if config.model else f"{config.endpoint.model} at {config.endpoint.url}",  # type: ignore[union-attr]
         "expert": config.expert,
         "preprocess": config.segmenter.preprocess,
-        "prompt": spec.style.value,
+        "prompt": spec.name,
         "think": spec.think,
         "frame": spec.frame.value,
         "answers": config.answers,

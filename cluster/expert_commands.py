@@ -17,13 +17,14 @@ def _expert() -> None:
 
 @expert_app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="Official checkpoint (.pth), as downloaded.")],
+    source: Annotated[Path, typer.Argument(help="Checkpoint (.pth), as downloaded or as your own training wrote it.")],
     name: Annotated[str, typer.Option(help=f"One of {', '.join(PUBLISHED_EXPERTS)}.")],
     out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+    key: Annotated[str | None, typer.Option(help="Of the weights, where the file holds several models.")] = None,
 ) -> None:
-    """Turn an official checkpoint into safetensors, once."""
+    """Turn a checkpoint into safetensors, once."""
     # torch takes seconds to import, and `--help` should not
     from actors.experts.convert import convert_checkpoint
 
-    digest = convert_checkpoint(source, out, name=name)
+    digest = convert_checkpoint(source, out, name=name, key=key, say=typer.echo)
     typer.echo(f"{out}: {name}, weights sha256 {digest}")

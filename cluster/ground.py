@@ -13,10 +13,9 @@ from actors.segmenter import draw_masks
 from learner.reasoner import Reasoner, load_reasoner
 from umrg.answers import Answer, parse_answer
 from umrg.atomic import written_aside
-from umrg.config import model_folder
 from umrg.images import decode_image, encode_png
 from umrg.pictures import overlay
-from umrg.prompts import clean_query
+from umrg.prompts import ReasonerConfig, clean_query
 from umrg.windowing import Window
 
 MAX_TOKENS = 2048
@@ -74,6 +73,7 @@ def ground_file(
     query: str,
     *,
     model: Path,
+    prompt: str | None,
     expert: str,
     checkpoint: Path | None,
     out: Path,
@@ -82,20 +82,16 @@ def ground_file(
 ) -> tuple[Grounding, list[Path]]:
     """Ground a query in an image file and save what comes out. Checks the input before a model is loaded.
 
-    window, frame: as `decode_image` takes them. Raises ValueError for what is no image, and for a folder that cannot be
-    written to.
+    prompt: in which words it asks (`ReasonerConfig`). window, frame: as `decode_image` takes them. Raises ValueError
+    for what is no image, and OSError for a folder that cannot be written to.
     """
     if not clean_query(query):
         raise ValueError("the query is empty; ask about something in the image")
     image = decode_image(_read(path), str(path), window=window, frame=frame)
+    asked = ReasonerConfig(model=model, prompt=prompt)
     segmenter = load_expert(expert, checkpoint=checkpoint)
-    found = ground(image, query, load_reasoner(model_folder(model)), segmenter)
-    try:
-        return found, found.save(out, path.stem)
-    except OSError as error:
-        raise ValueError(
-            f"nothing can be saved in {out} ({error.strerror}); choose another folder with --out"
-        ) from error
+    found = ground(image, query, load_reasoner(asked.model, asked.spec()), segmenter)
+    return found, found.save(out, path.stem)
 
 
 def beginning(completion: str) -> str:

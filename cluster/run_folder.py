@@ -84,7 +84,7 @@ class RunFolder:
         not be, is no run's, or was made with another configuration."""
         if not (resume and path.exists() and not is_blank(path)):
             return cls.create(path, config)
-        kept = yaml.safe_load((path / "config.yaml").read_text()) if (path / "config.yaml").is_file() else None
+        kept = yaml.safe_load((path / "config.yaml").read_bytes()) if (path / "config.yaml").is_file() else None
         if not isinstance(kept, dict):
             raise ValueError(f"{path} is not a run's folder (no config.yaml); give another name=… or remove it")
         given, was = _flat(config.model_dump(mode="json")), _flat(kept)

@@ -23,6 +23,7 @@ from cluster.config import EvaluateConfig, SftConfig, TrainConfig
 from cluster.placement import Bundle, Node, bundles, shortage
 from rewards.scoring import Scorer
 from umrg.config import located
+from umrg.reasoner_folder import check_reasoner_folder
 
 Job = TrainConfig | EvaluateConfig
 
@@ -83,7 +84,9 @@ def started_supervised(config: SftConfig, run: Path) -> Iterator[SupervisedPool]
 
 @contextmanager
 def _seated(config: Job | SftConfig, run: Path | None) -> Iterator[dict[str, Any]]:
-    """A job's actors by name, not yet started; gone at the end."""
+    """A job's actors by name, not yet started; gone at the end. Raises ValueError where they would find no model."""
+    if config.model is not None:
+        check_reasoner_folder(config.model)
     wanted = bundles(config)
     if missing := shortage(wanted, cluster_nodes()):
         raise ValueError(f"{missing}; ask for fewer actors or less of each, or add nodes")

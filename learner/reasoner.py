@@ -13,16 +13,26 @@ import numpy as np
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    Qwen2_5_VLProcessor,
+    Qwen2VLProcessor,
+    Qwen3VLProcessor,
+)
 from transformers.core_model_loading import revert_weight_conversion
 
 from umrg.answers import TAGS
 from umrg.frames import Frames, ResizeRule, Size
 from umrg.prompts import PromptSpec, prompt_messages
+from umrg.reasoner_folder import check_reasoner_folder
 
-ARCHITECTURES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+_PROCESSORS = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}
+"""By architecture, as vLLM loads them: whatever class a folder's files name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,25 +227,25 @@ class Reasoner(Prompter):
 
 
 def load_prompter(folder: Path, spec: PromptSpec | None = None) -> Prompter:
-    """Load the processor of a folder of one of `ARCHITECTURES`. spec: how it is asked; None as the folder says.
+    """Load the processor of a Qwen-VL folder. spec: how it is asked; None as the folder says.
 
-    Raises ValueError where the folder is not one, or its processor does not fit its model.
+    Raises ValueError where the folder is none, where files that its model needs are not there or not whole, and where
+    its processor does not fit its model.
     """
     with _loading(folder):
-        return prompter_of(*_config_and_processor(folder), spec or PromptSpec.of_model(folder))
+        return _prompter(folder, spec)
 
 
 def load_reasoner(
     folder: Path, spec: PromptSpec | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Reasoner:
-    """Load a folder of one of `ARCHITECTURES`. Raises ValueError as `load_prompter` does, and where weights are
-    missing."""
+    """Load a Qwen-VL folder. Raises ValueError as `load_prompter` does, and where weights are missing."""
     with _loading(folder):
-        config, processor = _config_and_processor(folder)
+        prompter = _prompter(folder, spec)
         model, loading = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
         if missing := sorted(loading["missing_keys"]):
             raise ValueError(f"its weights lack {missing[0]}")
-        return with_model(prompter_of(config, processor, spec or PromptSpec.of_model(folder)), model.to(device).eval())
+        return with_model(prompter, model.to(device).eval())
 
 
 def prompter_of(config: Any, processor: Any, prompt: PromptSpec) -> Prompter:
@@ -260,35 +270,61 @@ def with_model(prompter: Prompter, model: Any) -> Reasoner:
 @contextmanager
 def _loading(folder: Path) -> Iterator[None]:
     """Whatever a folder that is no reasoner makes transformers say becomes one ValueError."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is not a model folder (no config.json); give a Hugging Face folder")
+    check_reasoner_folder(folder)
     transformers.utils.logging.disable_progress_bar()
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
+    except TemplateError as error:
+        raise ValueError(f"{folder} cannot be loaded as a reasoner: its chat template fails: {error}") from error
+    except (OSError, ValueError, RuntimeError, StrictDataclassError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ValueError(f"{folder} cannot be loaded as a reasoner: {reason}") from error
+    except (LookupError, TypeError, AttributeError) as error:
+        # Of JSON that is sound and says other things than the library expects.
+        reason = f"transformers cannot read its files ({type(error).__name__}: {error})"
+        raise ValueError(f"{folder} cannot be loaded as a reasoner: {' '.join(reason.split())}") from error
 
 
-def _config_and_processor(folder: Path) -> tuple[Any, Any]:
+def _prompter(folder: Path, spec: PromptSpec | None) -> Prompter:
     config = AutoConfig.from_pretrained(folder)
-    processor = AutoProcessor.from_pretrained(folder)
-    if config.model_type not in ARCHITECTURES:
-        raise ValueError(f"its architecture is {config.model_type}; supported are {', '.join(ARCHITECTURES)}")
+    processor = _PROCESSORS[config.model_type].from_pretrained(folder)
     _check_processor(config, processor)
-    return config, processor
+    _check_resize(config.vision_config, processor.image_processor)
+    prompter = prompter_of(config, processor, spec or PromptSpec.of_model(folder))
+    if processor.tokenizer.eos_token_id is None:
+        raise ValueError("its tokenizer_config.json names no eos_token, which ends an answer")
+    if processor.chat_template is None:
+        raise ValueError("it has no chat_template.jinja (nor chat_template in tokenizer_config.json); copy its base's")
+    if prompter.chat_text("?").count(processor.image_token) != 1:
+        raise ValueError(f"its chat template makes no place for one image ({processor.image_token})")
+    return prompter
 
 
 def _check_processor(config: Any, processor: Any) -> None:
     vocabulary = len(processor.tokenizer)
     if vocabulary > config.text_config.vocab_size:
         raise ValueError(f"the tokenizer has {vocabulary} tokens, the model {config.text_config.vocab_size}")
-    vision = config.vision_config
-    expected = (vision.patch_size, vision.spatial_merge_size)
-    found = (processor.image_processor.patch_size, processor.image_processor.merge_size)
-    if found != expected:
-        raise ValueError(f"the processor cuts patches of {found} (size, merge), the model expects {expected}")
     if processor.image_token_id != config.image_token_id:
         raise ValueError(
             f"the image token is {processor.image_token_id} in the processor, {config.image_token_id} here"
         )
+
+
+def _check_resize(vision: Any, images: Any) -> None:
+    """Raise ValueError where an image processor does not resize by `ResizeRule`, in transformers and in vLLM alike."""
+    expected = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+    found = (images.patch_size, images.merge_size, images.temporal_patch_size)
+    if found != expected:
+        raise ValueError(f"the processor cuts patches of {found} (size, merge, temporal), the model expects {expected}")
+    if not images.do_resize:
+        raise ValueError("its image processor has do_resize false, and images come in any size; set it to true")
+    size = dict(images.size)
+    if size.keys() != {"shortest_edge", "longest_edge"}:
+        edges = {"shortest_edge": size.get("min_pixels", "LEAST"), "longest_edge": size.get("max_pixels", "MOST")}
+        raise ValueError(
+            f"its image processor has size {json.dumps(size)}, by which transformers resizes nothing; write the least "
+            f'and the largest area, in pixels: "size": {json.dumps(edges)}'
+        )
+    least, most = size["shortest_edge"], size["longest_edge"]
+    if not (isinstance(least, int) and isinstance(most, int) and 0 < least <= most):
+        raise ValueError(f"its image processor has size {json.dumps(size)}; both are whole numbers, the least first")

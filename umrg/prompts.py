@@ -1,16 +1,20 @@
 """The prompt, built in one place for rollout, learner, evaluation and serving."""
 
+import difflib
+import hashlib
 import json
 import re
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError
 
 from umrg.atomic import written_aside
 from umrg.config import Config, ModelFolder
+from umrg.foreign_files import first_bytes
 from umrg.frames import Frame
+from umrg.reasoner_folder import read_object
 
 _SPECIAL = re.compile(r"<\|[^<>|]*\|>|<(?:image|video)>")
 
@@ -80,16 +84,83 @@ class PromptStyle(StrEnum):
     COMPACT = "compact"
 
 
+QUERY, ANSWER = "{query}", "{answer}"
+"""The places in a template: the question, and how to answer."""
+
+_LONGEST_TEMPLATE = 1 << 20
+_SAID_WORDS = 8
+
+
+def _style(value: object) -> PromptStyle | str:
+    """A style by its name, or a template by its text. Raises ValueError for what is neither."""
+    if isinstance(value, str) and value in list(PromptStyle):
+        return PromptStyle(value)
+    if isinstance(value, str) and QUERY in value:
+        return _sound_template(value)
+    raise ValueError(f"must be full, compact, or a template's text with {QUERY} in it")
+
+
+def _sound_template(text: str) -> str:
+    for place, least in ((QUERY, 1), (ANSWER, 0)):
+        if not least <= (count := text.count(place)) <= 1:
+            wanted = "exactly once" if least else "at most once"
+            raise ValueError(f"a template has {place} {wanted}, and this has it {count or 'no'} times")
+    # With a place filled: what would become a token with the query in it is one too.
+    if found := special_tokens(text.replace(QUERY, "x").replace(ANSWER, "x")):
+        named = ", ".join(dict.fromkeys(found))
+        raise ValueError(f"a template has no special tokens, and this has {named}; remove them")
+    return text
+
+
+def read_template(path: Path) -> str:
+    """The template in a text file, without the white space around it. Raises ValueError where there is none."""
+    start = first_bytes(path, _LONGEST_TEMPLATE)
+    if len(start) == _LONGEST_TEMPLATE or b"\0" in start:
+        raise ValueError(f"{path} is no text of a prompt's length in UTF-8; give a template")
+    try:
+        # Editors on Windows begin a file with a mark, and end its lines in two characters.
+        text = start.decode("utf-8-sig").replace("\r\n", "\n").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8; save it as that") from error
+    if not text:
+        raise ValueError(f"{path} is empty; a template says what is asked, with {QUERY} where the question goes")
+    try:
+        return _sound_template(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def chosen_prompt(value: object) -> PromptStyle | str | None:
+    """What `prompt` of a configuration or a command line chooses: a style by its name, a template by its text or by the
+    file that holds it. None for the model folder's own. Raises ValueError for what is none of these."""
+    if value is None:
+        return None
+    if isinstance(value, str) and (value in list(PromptStyle) or QUERY in value):
+        return _style(value)
+    if not isinstance(value, (str, Path)):
+        raise ValueError(f"{value!r} is no prompt; give full, compact, or a text file with {QUERY} in it")
+    try:
+        there = Path(value).exists()
+    except (OSError, ValueError):  # too long for a path, or with a character that none has
+        there = False
+    if there:
+        return read_template(Path(value))
+    near = difflib.get_close_matches(str(value).lower(), list(PromptStyle), n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"give full, compact, or a text file with {QUERY} in it"
+    raise ValueError(f"there is no file {str(value)[:80]!r}; {hint}")
+
+
 class PromptSpec(BaseModel):
     """How a reasoner is asked and in which frame it answers.
 
-    A model folder of ours keeps it as `prompt.json`; a folder without one is asked in full, with thinking, and
-    answers in model pixels, as Qwen2.5-VL does.
+    style: one of ours, or a template's text, with `{query}` where the question goes and, where it has that place,
+    `{answer}` for how to answer. A model folder of ours keeps all this as `prompt.json`; a folder without one is asked
+    in full, with thinking, and answers in model pixels, as Qwen2.5-VL does.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    style: PromptStyle = PromptStyle.FULL
+    style: Annotated[PromptStyle | str, PlainValidator(_style)] = PromptStyle.FULL
     think: bool = True
     frame: Frame = Frame.MODEL
 
@@ -104,34 +175,49 @@ class PromptSpec(BaseModel):
             return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise ValueError(f"{path} is not a prompt spec: {where} {first['msg']}") from error
+            what = " ".join((*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")))
+            raise ValueError(f"{path} is not a prompt spec: {what}") from error
 
-    def but(self, *, style: PromptStyle | None = None, think: bool | None = None, frame: Frame | None = None) -> Self:
+    @property
+    def name(self) -> str:
+        """The style's name, or of a template its digest and first words."""
+        if isinstance(self.style, PromptStyle):
+            return self.style.value
+        words = self.style.split()
+        digest = hashlib.sha256(self.style.encode()).hexdigest()
+        more = " …" if len(words) > _SAID_WORDS else ""
+        return f"template {digest[:12]}: {' '.join(words[:_SAID_WORDS])}{more}"
+
+    def but(
+        self, *, style: PromptStyle | str | None = None, think: bool | None = None, frame: Frame | None = None
+    ) -> Self:
         """The same, asked otherwise; None leaves a part as it is."""
         changes = {"style": style, "think": think, "frame": frame}
         return self.model_copy(update={name: value for name, value in changes.items() if value is not None})
 
     def save(self, folder: Path) -> None:
         with written_aside(folder / "prompt.json") as aside:
-            aside.write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
+            text = json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False)
+            aside.write_text(text + "\n", encoding="utf-8")
 
 
 def _frame_of(folder: Path) -> Frame:
     path = folder / "config.json"
-    kind = json.loads(path.read_text()).get("model_type", "") if path.is_file() else ""
-    return Frame.RELATIVE if kind.startswith("qwen3_vl") else Frame.MODEL
+    kind = read_object(path).get("model_type", "") if path.is_file() else ""
+    return Frame.RELATIVE if str(kind).startswith("qwen3_vl") else Frame.MODEL
 
 
 class ReasonerConfig(Config):
     """Which reasoner is asked, and how.
 
     model: a Qwen-VL folder, or a run or a checkpoint that holds one. prompt, think, frame: asked otherwise than the
-    folder's prompt.json says: in another style, with or without reasoning, in other coordinates.
+    folder's prompt.json says: in another style, with or without reasoning, in other coordinates. prompt is `full`,
+    `compact`, a file that holds a template, or a template's text, which is what it becomes: a run goes on without the
+    file.
     """
 
     model: ModelFolder
-    prompt: PromptStyle | None = None
+    prompt: Annotated[PromptStyle | str | None, PlainValidator(chosen_prompt)] = None
     think: bool | None = None
     frame: Frame | None = None
 
@@ -154,11 +240,21 @@ def prompt_text(query: str, spec: PromptSpec) -> str:
     query = clean_query(query)
     if spec.style is PromptStyle.COMPACT:
         return query
+    # The query goes in by concatenation: its braces mean nothing.
+    if spec.style is PromptStyle.FULL:
+        before, after = _TASK.split(QUERY)
+        return before + query + after + (_GUIDE if spec.think else "") + _answer_form(spec)
+    filled = {QUERY: query, ANSWER: _answer_form(spec).strip()}
+    parts = re.split(f"({re.escape(QUERY)}|{re.escape(ANSWER)})", spec.style)
+    # A query's end and the template's next characters could make a token together.
+    return _without_special_tokens("".join(filled.get(part, part) for part in parts))
+
+
+def _answer_form(spec: PromptSpec) -> str:
+    """What is to be written, with the frame of the coordinates and an example."""
     example = f"<think>reasoning</think>{_EXAMPLE}" if spec.think else _EXAMPLE
-    guide, form = (_GUIDE, _FORMAT_THINK) if spec.think else ("", _FORMAT_ANSWER)
-    # The query goes in last, by concatenation: its braces mean nothing.
-    before, after = _TASK.split("{query}")
-    return before + query + after + guide + form + _RULES.format(unit=_UNITS[spec.frame], example=example)
+    form = _FORMAT_THINK if spec.think else _FORMAT_ANSWER
+    return form + _RULES.format(unit=_UNITS[spec.frame], example=example)
 
 
 def special_tokens(query: str) -> list[str]:
@@ -168,7 +264,11 @@ def special_tokens(query: str) -> list[str]:
 
 def clean_query(query: str) -> str:
     """The query without special tokens, and with its white space folded."""
+    return " ".join(_without_special_tokens(query).split())
+
+
+def _without_special_tokens(text: str) -> str:
     previous = None
-    while previous != query:
-        previous, query = query, _SPECIAL.sub(" ", query)
-    return " ".join(query.split())
+    while previous != text:
+        previous, text = text, _SPECIAL.sub(" ", text)
+    return text

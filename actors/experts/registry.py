@@ -37,8 +37,7 @@ def find_expert(name: str, checkpoint: Path | None, preprocess: Preprocess) -> t
     other shapes."""
     given = Path(name)
     if name not in EXPERT_NAMES and given.is_file():
-        _, metadata = read_header(given)
-        name, checkpoint = metadata.get("name", name), given
+        name, checkpoint = read_header(given).metadata.get("name", name), given
     folder = TINY_FOLDER if name == "tiny" else given
     if name in PUBLISHED_EXPERTS:
         config, weights = PUBLISHED_EXPERTS[name].config, checkpoint or _missing_checkpoint(name)

@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from umrg.atomic import written_aside
+from umrg.safetensors_header import Header
+from umrg.safetensors_header import read_header as read_any
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -42,25 +44,31 @@ def check_shapes(found: Shapes, expected: Shapes, *, source: Path, name: str) ->
             raise ValueError(f"{source} is not {name}: it has a tensor {tensor}, which {name} has not")
 
 
-def read_header(path: Path) -> tuple[Shapes, dict[str, str]]:
-    """Shapes and metadata of a safetensors file. ValueError where it is none."""
+def read_header(path: Path) -> Header:
+    """Shapes and metadata of a safetensors file. ValueError where it is none, or cut short."""
+    if not path.exists():
+        raise ValueError(f"there is no checkpoint {path}; give the path of a safetensors file")
     try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            return shapes, file.metadata() or {}
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no checkpoint {path}; give the path of a safetensors file") from error
-    except (SafetensorError, IsADirectoryError) as error:
+        return read_any(path)
+    except ValueError as error:
         raise ValueError(
-            f"{path} is not a safetensors file; `medreasoner expert convert` makes one of an official .pth"
+            f"{error}; an expert's weights are a safetensors file, as `medreasoner expert convert` makes one of a .pth"
         ) from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. ValueError where it is none, or damaged."""
+    read_any(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} has a damaged header; download it again") from error
 
 
 def load_into(model: torch.nn.Module, path: Path, *, name: str) -> None:
     """Load a safetensors file into a model of exactly its shapes; ValueError names the first difference."""
-    shapes, _ = read_header(path)
-    check_shapes(shapes, shapes_of(model.state_dict()), source=path, name=name)
-    model.load_state_dict(load_file(path))
+    check_shapes(read_header(path).shapes, shapes_of(model.state_dict()), source=path, name=name)
+    model.load_state_dict(read_tensors(path))
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path, *, metadata: dict[str, str]) -> None:

@@ -32,7 +32,7 @@ def write_page(path: Path, template: str, **content: Any) -> Path:
     """Render a template of this folder to a file."""
     page = _TEMPLATES.get_template(template).render(**content)
     with written_aside(path) as aside:
-        aside.write_text(page)
+        aside.write_text(page, encoding="utf-8")
     return path
 
 

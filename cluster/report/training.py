@@ -23,7 +23,7 @@ def write_report(run: RunFolder, summary: Mapping[str, Any], held_out: Sequence[
         "training.html",
         name=run.path.name,
         summary=summary,
-        config=(run.path / "config.yaml").read_text(),
+        config=(run.path / "config.yaml").read_text(encoding="utf-8"),
         titles=_TITLES,
         charts=all_charts(metrics),
         seconds=summary["seconds"],

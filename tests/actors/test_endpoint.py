@@ -102,6 +102,13 @@ def test_a_request_leaves_nothing_to_the_servers_defaults(server, sample, monkey
     assert server.headers == ["Bearer secret"]
 
 
+def test_an_endpoint_is_asked_in_the_words_of_a_template(server, sample):
+    spec = PromptSpec(style="Wo? {query} {a: 1}")
+    ask(Endpoint(EndpointConfig(url=server.url, model="m"), spec, key=None), sample, n=1)
+    _, text = server.requests[0]["messages"][0]["content"]
+    assert text == {"type": "text", "text": f"Wo? {sample.query} {{a: 1}}"}
+
+
 def test_a_key_that_is_not_set_is_the_users_mistake(monkeypatch):
     monkeypatch.delenv("MEDREASONER_TEST_KEY", raising=False)
     config = EndpointConfig(url="http://127.0.0.1:9/v1", model="m", key_variable="MEDREASONER_TEST_KEY")

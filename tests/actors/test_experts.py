@@ -1,6 +1,5 @@
 """Segmentation experts: equal to segment-anything's own predictor, strict about prompts and checkpoints."""
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -9,19 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.torch import save_file
 from segment_anything import SamPredictor
 from segment_anything.utils.transforms import ResizeLongestSide
-from typer.testing import CliRunner
 
-from actors.experts.config import PUBLISHED_EXPERTS, VIT_B, PublishedExpert, SamConfig, config_json
-from actors.experts.convert import convert_checkpoint
+from actors.experts.config import PUBLISHED_EXPERTS, VIT_B, SamConfig, config_json
 from actors.experts.protocol import Decoded, Embedding
 from actors.experts.registry import load_expert
 from actors.experts.sam import SamExpert, build_sam, content_size
 from actors.experts.weights import shapes_of
-from cluster.expert_commands import expert_app
 from umrg.frames import Size, rescale
 
 pytestmark = pytest.mark.numeric
@@ -180,72 +174,6 @@ def test_enlarging_image_and_prompt_together_changes_nothing(
         rescale(factor * points, large, content_size(large, 1024)),
         atol=1e-9,
     )
-
-
-@pytest.fixture
-def small_official(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A .pth of a published expert, shrunk to a size that takes no time."""
-    small = PublishedExpert(config=SMALL, checkpoint="small.pth", source="https://example.org")
-    monkeypatch.setitem(PUBLISHED_EXPERTS, "sam_vit_b", small)
-    torch.manual_seed(0)
-    torch.save(build_sam(SMALL).state_dict(), tmp_path / "small.pth")
-    return tmp_path / "small.pth"
-
-
-def test_a_converted_checkpoint_keeps_weights_and_provenance(small_official: Path, tmp_path: Path) -> None:
-    target = tmp_path / "new" / "small.safetensors"
-    digest = convert_checkpoint(small_official, target, name="sam_vit_b")
-    with safe_open(target, framework="pt") as file:
-        metadata = file.metadata()
-    assert metadata["source_sha256"] == hashlib.sha256(small_official.read_bytes()).hexdigest()
-    assert metadata["weights_sha256"] == digest
-    assert [path.name for path in target.parent.iterdir()] == ["small.safetensors"]
-    by_name, by_file = load_expert("sam_vit_b", checkpoint=target), load_expert(str(target))
-    assert by_name.digest() == by_file.digest() == digest == small_expert().digest()
-    assert by_file.name == "sam_vit_b"
-
-
-def test_the_convert_command_writes_and_prints_the_digest(small_official: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out.safetensors"
-    arguments = ["convert", str(small_official), "--name", "sam_vit_b", "--out", str(out)]
-    outcome = CliRunner().invoke(expert_app, arguments)
-    assert outcome.exit_code == 0, outcome.output
-    assert load_expert("sam_vit_b", checkpoint=out).digest() in outcome.output.replace("\n", "")
-
-
-def test_a_checkpoint_of_the_wrong_shape_names_the_first_differing_tensor(small_official: Path, tmp_path: Path) -> None:
-    weights = torch.load(small_official, weights_only=True)
-    weights["image_encoder.patch_embed.proj.weight"] = torch.zeros(32, 3, 8, 8)
-    weights["mask_decoder.iou_token.weight"] = torch.zeros(1, 32)
-    torch.save(weights, small_official)
-    save_file(weights, tmp_path / "wrong.safetensors")
-    message = r"patch_embed\.proj\.weight is \[32, 3, 8, 8\] there, \[16, 3, 8, 8\] in sam_vit_b"
-    with pytest.raises(ValueError, match=message):
-        convert_checkpoint(small_official, tmp_path / "out.safetensors", name="sam_vit_b")
-    assert not (tmp_path / "out.safetensors").exists()
-    with pytest.raises(ValueError, match=message):
-        load_expert("sam_vit_b", checkpoint=tmp_path / "wrong.safetensors")
-
-
-def test_missing_and_foreign_tensors_are_named(small_official: Path, tmp_path: Path) -> None:
-    weights = torch.load(small_official, weights_only=True)
-    missing = {name: value for name, value in weights.items() if name != "mask_decoder.iou_token.weight"}
-    save_file(missing, tmp_path / "missing.safetensors")
-    with pytest.raises(ValueError, match=r"has no tensor mask_decoder\.iou_token\.weight"):
-        load_expert("sam_vit_b", checkpoint=tmp_path / "missing.safetensors")
-    save_file({**weights, "adapter": torch.zeros(1)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(ValueError, match="a tensor adapter"):
-        load_expert("sam_vit_b", checkpoint=tmp_path / "foreign.safetensors")
-
-
-def test_pickles_with_code_are_not_read(tmp_path: Path) -> None:
-    torch.save({"weights": Path}, tmp_path / "code.pth")
-    (tmp_path / "text.pth").write_text("<html>not found</html>")
-    torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "nested.pth")
-    refusals = {"code": "plain tensors", "text": "plain tensors", "nested": "table of tensors"}
-    for file, message in refusals.items():
-        with pytest.raises(ValueError, match=message):
-            convert_checkpoint(tmp_path / f"{file}.pth", tmp_path / "out.safetensors", name="sam_vit_b")
 
 
 def test_what_is_asked_for_wrongly_is_answered_with_what_to_do(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from typing import Any
 
 import httpx
 import pytest
@@ -18,7 +20,7 @@ from actors.engine_environment import engine_environment
 from cluster.compare import compare
 from cluster.config import EvaluateConfig, load_config
 from cluster.data import open_held_out
-from cluster.evaluate import answer, run_evaluation, write_figures
+from cluster.evaluate import answer, run_evaluation, settings, write_figures
 from cluster.evaluation import SEED, questions
 from cluster.figures import Seen
 from cluster.results import Results, read_results
@@ -116,6 +118,13 @@ def test_two_evaluations_are_compared_with_a_page(whole, tmp_path, capsys):
 def test_what_is_evaluated_must_be_said(data, tmp_path, overrides, message):
     with pytest.raises(ValueError, match=message):
         configured(data, tmp_path, "x", *overrides)
+
+
+def test_what_was_measured_says_in_which_words_it_was_asked():
+    given: dict[str, Any] = {"name": "e", "expert": "tiny", "data": {"eval": "rows.parquet"}, "frame": "model"}
+    given["endpoint"] = {"url": "http://127.0.0.1:9/v1", "model": "m"}
+    said = [settings(EvaluateConfig(**given, prompt=prompt))["prompt"] for prompt in (None, "compact", "Wo? {query}")]
+    assert said[:2] == ["full", "compact"] and re.fullmatch(r"template [0-9a-f]{12}: Wo\? \{query\}", said[2])
 
 
 def test_a_run_or_a_checkpoint_stands_for_its_model(data, tmp_path):

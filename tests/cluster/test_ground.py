@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cluster.cli import main
-from learner.reasoner import Reasoner
+from cluster.cli import TINY_REASONER, main
+from learner.reasoner import Reasoner, load_prompter
 from tests.encoded_images import BLOCKS, DEEP, encoded, pages, stack, turned
 from umrg.images import decode_image, decode_mask, encode_png
 from umrg.phantoms import draw
@@ -44,6 +44,21 @@ def test_an_answer_is_printed_and_its_pictures_are_saved(monkeypatch, capsys, tm
     assert (overlay != np.asarray(Image.open(image))).any()
 
 
+def test_a_question_is_asked_in_the_words_of_a_template(monkeypatch, tmp_path, image):
+    asked = []
+
+    def generate(reasoner, prompts, **_):
+        asked.extend(prompts)
+        return ["no answer"]
+
+    monkeypatch.setattr(Reasoner, "generate", generate)
+    (tmp_path / "own.txt").write_text("Bitte: {query}")
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, "ground", str(image), "Which organ?", "--prompt", "own.txt", "--out", "out")
+    (prompt,) = asked
+    assert "Bitte: Which organ?" in load_prompter(TINY_REASONER).processor.tokenizer.decode(prompt.token_ids)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -62,6 +77,11 @@ def test_an_answer_is_printed_and_its_pictures_are_saved(monkeypatch, capsys, tm
         (["n" * 300, "What?"], "cannot be read (File name too long)"),
         (["IMAGE", "<|image_pad|>"], "the query is empty"),
         (["IMAGE", "What?", "--model", "."], "is not a model folder"),
+        (["IMAGE", "What?", "--prompt", "fulll"], "prompt: there is no file 'fulll'; did you mean 'full'?"),
+        (
+            ["IMAGE", "What?", "--prompt", "text.png"],
+            "text.png: a template has {query} exactly once, and this has it no",
+        ),
         (["IMAGE", "What?", "--expert", "tinny"], "the nearest expert is 'tiny'"),
         (["IMAGE", "What?", "--expert", "sam_vit_b"], "needs its weights"),
     ],
@@ -91,7 +111,7 @@ def test_a_file_that_may_not_be_read_is_one_line(monkeypatch, capsys, image):
 def test_a_folder_that_cannot_be_written_to_is_one_line(monkeypatch, capsys, image):
     assert run(monkeypatch, "ground", str(image), "What?", "--out", "/proc/nowhere") == 2
     error = capsys.readouterr().err.strip()
-    assert "nothing can be saved in /proc/nowhere" in error and len(error.splitlines()) == 1
+    assert "error: /proc/nowhere: No such file or directory; give a path" in error and len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from cluster import lease
+from cluster.config import load_config
 from cluster.lease import LeaseLost, leased
 from cluster.run_folder import RunFolder
 from tests.conftest import ROOT
 from umrg.config import Config
+from umrg.prompts import ReasonerConfig
 
 
 class Small(Config):
@@ -266,3 +268,36 @@ def test_rays_cache_of_packages_is_refused(tmp_path, monkeypatch, cache):
     os.symlink(tmp_path, "shared")
     with RunFolder.begun(Path("shared") / "runs" / "demo", Small(), resume=False) as run:
         assert run.path.resolve() == tmp_path / "runs" / "demo"
+
+
+TEMPLATE = """Où est-ce ? {query} 例 "x": {a: 1}
+
+\t# kein Kommentar: - [1]
+'zuletzt'"""
+
+
+def test_a_run_goes_on_without_the_file_of_its_prompt(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.txt").write_text(TEMPLATE, encoding="utf-8")
+    config = load_config(ReasonerConfig, None, ["model=m", "prompt=own.txt"])
+    run = RunFolder.create(tmp_path / "run", config)
+    run.log({"step": 1})
+    (tmp_path / "own.txt").rename(tmp_path / "moved.txt")
+    assert "Où est-ce ?" in (run.path / "config.yaml").read_text(encoding="utf-8")
+    again = load_config(ReasonerConfig, run.path / "config.yaml")
+    assert again == config and again.prompt == TEMPLATE
+    for given in (again, load_config(ReasonerConfig, None, ["model=m", "prompt=moved.txt"])):
+        RunFolder.begin(run.path, given, resume=True)
+    with pytest.raises(ValueError, match=r"there is no file 'own\.txt'"):
+        load_config(ReasonerConfig, None, ["model=m", "prompt=own.txt"])
+
+
+@pytest.mark.parametrize("prompt", ["full", "compact", None, "other"])
+def test_a_run_does_not_go_on_with_another_prompt(tmp_path, prompt):
+    (tmp_path / "own.txt").write_text(TEMPLATE, encoding="utf-8")
+    (tmp_path / "other.txt").write_text(TEMPLATE + ".", encoding="utf-8")
+    asked = {"model": "m", "prompt": str(tmp_path / "other.txt") if prompt == "other" else prompt}
+    kept = ReasonerConfig.model_validate({"model": "m", "prompt": str(tmp_path / "own.txt")})
+    RunFolder.create(tmp_path / "run", kept).log({"step": 1})
+    with pytest.raises(ValueError, match="was made with another prompt"):
+        RunFolder.begin(tmp_path / "run", ReasonerConfig.model_validate(asked), resume=True)

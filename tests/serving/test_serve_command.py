@@ -12,6 +12,8 @@ import time
 
 import pytest
 
+from cluster.cli_frame import one_line
+from serving.run import check
 from tests.conftest import ROOT, TINY_REASONER
 
 SERVE = (sys.executable, "-m", "cluster.cli", "serve", str(TINY_REASONER))
@@ -84,3 +86,9 @@ def test_a_wrong_expert_is_one_line_before_anything_starts(tmp_path, arguments, 
     assert server.wait(timeout=120) == 2
     assert message in (tmp_path / "log").read_text()
     assert len((tmp_path / "log").read_text().strip().splitlines()) == 1
+
+
+def test_a_prompt_that_is_none_is_named_before_anything_starts():
+    with pytest.raises(ValueError, match="prompt") as caught:
+        check({"model": TINY_REASONER, "prompt": "fulll"})
+    assert one_line(caught.value) == "prompt: there is no file 'fulll'; did you mean 'full'?"

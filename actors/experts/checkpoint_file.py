@@ -1,0 +1,68 @@
+"""A checkpoint's file, read without running a byte of it, or what is wrong with it as it is."""
+
+import pickle
+import re
+import struct
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+
+from actors.experts.weights import read_tensors
+from umrg.foreign_files import first_bytes, what_it_is
+
+_DAMAGED = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError, struct.error)
+"""What torch's unpickler says of bytes that are not what was written; it unpickles nothing but tables and tensors."""
+
+
+def read_checkpoint(source: Path) -> object:
+    """What `torch.save` or safetensors put into a file. Raises ValueError, which says what it is, where it is no
+    checkpoint, is damaged, or holds what cannot be loaded without running code."""
+    start = first_bytes(source)
+    if start.startswith(b"PK\x03\x04"):
+        _check_archive(source)
+    elif start[8:9] == b"{":
+        return read_tensors(source)
+    elif kind := what_it_is(source):
+        raise ValueError(f"{source} is {kind}; a checkpoint is a .pth or .safetensors file")
+    try:
+        with warnings.catch_warnings():
+            # Of older pickle protocols: what matters is whether the weights are there.
+            warnings.simplefilter("ignore")
+            return torch.load(source, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{source} {_refused(str(error))}") from error
+    except OSError as error:
+        raise ValueError(f"{source} cannot be read: {error.strerror}") from error
+    except _DAMAGED as error:
+        raise ValueError(f"{source} is no PyTorch checkpoint, or a damaged one; download it again") from error
+
+
+def _check_archive(source: Path) -> None:
+    """Raise ValueError where a zip archive is not what `torch.save` writes."""
+    try:
+        with zipfile.ZipFile(source) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, *_DAMAGED) as error:
+        raise ValueError(f"{source} is cut short or damaged; download it again") from error
+    parts = {name.partition("/")[2] for name in names}
+    if "constants.pkl" in parts:
+        raise ValueError(
+            f"{source} is a TorchScript archive, which holds code; save the weights alone, where it was made, with "
+            "`torch.save(torch.jit.load(FILE).state_dict(), NEW)`"
+        )
+    if "data.pkl" not in parts:
+        raise ValueError(f"{source} is a zip archive and no PyTorch checkpoint; unpack it, and give the file in it")
+
+
+def _refused(error: str) -> str:
+    """What the unpickler would not read, in words."""
+    # Its message goes on with advice to load the file all the same.
+    names = sorted(set(re.findall(r"GLOBAL ([\w.]+)", error)))
+    if not names:
+        return "is no PyTorch checkpoint, or a damaged one; download it again"
+    return (
+        f"holds Python objects ({', '.join(names)}), and whoever loads such runs code from the file; save the weights "
+        "alone, where it was made, with `torch.save(model.state_dict(), NEW)`"
+    )
