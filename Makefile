@@ -2,13 +2,15 @@
 # make demo    the main job, small: GRPO on phantoms; leaves runs/demo/report/index.html; sets up first
 # make test    what must pass before a change goes in; sets up first
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint lint-types lint-rest test test-slow clean
+.PHONY: help setup demo lint lint-types lint-rest test test-slow fuzz clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 # cpu or gpu: which extra of pyproject.toml, and which file of constraints/, is installed
 EXTRA ?= cpu
 # URL of a package index with CPU builds of torch, where the default index has none (see torch's install page)
 TORCH_INDEX ?=
+# of `make fuzz`
+SEED ?= 0
 # overrides of configs/demo.yaml, such as "name=demo2 seed=1"
 DEMO ?=
 
@@ -69,6 +71,10 @@ test: lint ## lint, then every test that is not slow
 
 test-slow: setup ## the slow tests: engines and training
 	$(PYTEST) -m slow
+
+fuzz: setup ## damaged files and texts at random, and the property tests with examples of their own choice
+	$(BIN)/python -m tests.fuzz --count 3000 --seed $(SEED)
+	MEDREASONER_HYPOTHESIS=fuzz $(PYTEST) -m "not slow" tests/umrg tests/rewards
 
 clean: ## remove .venv and every cache
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
