@@ -14,6 +14,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from actors.connection import connect
 from actors.endpoint import Endpoint
 from actors.engine_environment import engine_environment
+from actors.experts.registry import find_expert
 from actors.learner_rank import LearnerRank
 from actors.pools import DeadlinePassed, LearnerPool, RolloutPool, Seat, SegmenterPool, SupervisedPool, gather
 from actors.rollout import Rollout
@@ -84,9 +85,12 @@ def started_supervised(config: SftConfig, run: Path) -> Iterator[SupervisedPool]
 
 @contextmanager
 def _seated(config: Job | SftConfig, run: Path | None) -> Iterator[dict[str, Any]]:
-    """A job's actors by name, not yet started; gone at the end. Raises ValueError where they would find no model."""
+    """A job's actors by name, not yet started; gone at the end. Raises ValueError where they would find no model or no
+    expert."""
     if config.model is not None:
         check_reasoner_folder(config.model)
+    if not isinstance(config, SftConfig):
+        find_expert(config.expert, config.segmenter.checkpoint, config.segmenter.preprocess)
     wanted = bundles(config)
     if missing := shortage(wanted, cluster_nodes()):
         raise ValueError(f"{missing}; ask for fewer actors or less of each, or add nodes")
