@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
+from pydantic import ValidationError
 
 from cluster.config import save_config
 from cluster.interruption import first_of_all
@@ -87,7 +88,7 @@ class RunFolder:
         kept = yaml.safe_load((path / "config.yaml").read_bytes()) if (path / "config.yaml").is_file() else None
         if not isinstance(kept, dict):
             raise ValueError(f"{path} is not a run's folder (no config.yaml); give another name=… or remove it")
-        given, was = _flat(config.model_dump(mode="json")), _flat(kept)
+        given, was = _flat(config.model_dump(mode="json")), _as_read_now(type(config), kept)
         changed = sorted(key for key in given if not _may_change(key) and was.get(key) != given[key])
         if changed:
             raise ValueError(
@@ -238,6 +239,14 @@ def refuse_rays_cache(path: Path) -> None:
             f"the run folder {path} would lie in Ray's cache of packages ({path.resolve()}), from which it may vanish "
             "at any time; give runs=/a/folder/that/all/nodes/share"
         )
+
+
+def _as_read_now(schema: type[Config], kept: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's configuration by dotted key. Keys that are younger than the run have their defaults in it."""
+    try:
+        return _flat(schema.model_validate(kept).model_dump(mode="json"))
+    except ValidationError:
+        return _flat(kept)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

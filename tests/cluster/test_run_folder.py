@@ -270,6 +270,15 @@ def test_rays_cache_of_packages_is_refused(tmp_path, monkeypatch, cache):
         assert run.path.resolve() == tmp_path / "runs" / "demo"
 
 
+def test_keys_that_are_younger_than_a_run_had_their_defaults(tmp_path):
+    run = RunFolder.create(tmp_path / "run", Small())
+    run.log({"step": 1})
+    (run.path / "config.yaml").write_text("{}")
+    RunFolder.begin(run.path, Small(), resume=True)
+    with pytest.raises(ValueError, match="made with another lr"):
+        RunFolder.begin(run.path, Small(lr=0.5), resume=True)
+
+
 TEMPLATE = """Où est-ce ? {query} 例 "x": {a: 1}
 
 \t# kein Kommentar: - [1]
