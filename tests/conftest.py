@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 TINY_REASONER = ROOT / "models" / "tiny-reasoner"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items):
     """What uses the one cluster runs in one process, beside the process of everything else."""
     for item in items:

@@ -172,15 +172,17 @@ with RunFolder.begun(Path(sys.argv[1]), Small(), resume=False):
 def test_an_interruption_is_told_at_once(tmp_path, sign):
     command = [sys.executable, "-c", STUBBORN, str(tmp_path / "run")]
     driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert driver.stdout is not None and driver.stdout.readline() == "deaf\n"
-    driver.send_signal(sign)
-    deadline = time.monotonic() + 60
-    while summary(tmp_path / "run")["status"] == "running":
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    assert summary(tmp_path / "run") == {"status": "interrupted"} and driver.poll() is None
-    driver.kill()
-    driver.wait()
+    try:
+        assert driver.stdout is not None and driver.stdout.readline() == "deaf\n"
+        driver.send_signal(sign)
+        deadline = time.monotonic() + 60
+        while summary(tmp_path / "run")["status"] == "running":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert summary(tmp_path / "run") == {"status": "interrupted"} and driver.poll() is None
+    finally:
+        driver.kill()
+        driver.wait()
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt, TimeoutError, SystemExit])
