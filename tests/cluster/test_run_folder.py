@@ -171,7 +171,14 @@ with RunFolder.begun(Path(sys.argv[1]), Small(), resume=False):
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
 def test_an_interruption_is_told_at_once(tmp_path, sign):
     command = [sys.executable, "-c", STUBBORN, str(tmp_path / "run")]
-    driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    driver = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell that starts the tests in the background lets everything that they start ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         assert driver.stdout is not None and driver.stdout.readline() == "deaf\n"
         driver.send_signal(sign)
