@@ -2,7 +2,7 @@
 # make demo    the main job, small: GRPO on phantoms; leaves runs/demo/report/index.html; sets up first
 # make test    what must pass before a change goes in; sets up first
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint lint-types lint-rest test test-slow fuzz clean
+.PHONY: help setup demo lint lint-types lint-rest test test-cluster test-rest test-slow slow-cluster slow-rest fuzz clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 # cpu or gpu: which extra of pyproject.toml, and which file of constraints/, is installed
@@ -63,18 +63,30 @@ lint-rest:
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
 
-# Two processes: one for everything on the one Ray cluster, one for the rest.
-PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --durations 20
+# In two processes: what uses Ray, on one cluster, and everything else.
+PYTEST := $(BIN)/pytest --durations 20 -m
 
 test: lint ## lint, then every test that is not slow
-	$(PYTEST) -m "not slow"
+	@$(MAKE) --no-print-directory -j2 test-cluster test-rest
+
+test-cluster:
+	$(PYTEST) "not slow and cluster"
+
+test-rest:
+	$(PYTEST) "not slow and not cluster"
 
 test-slow: setup ## the slow tests: engines and training
-	$(PYTEST) -m slow
+	@$(MAKE) --no-print-directory -j2 slow-cluster slow-rest
+
+slow-cluster:
+	$(PYTEST) "slow and cluster"
+
+slow-rest:
+	$(PYTEST) "slow and not cluster"
 
 fuzz: setup ## damaged files and texts at random, and the property tests with examples of their own choice
 	$(BIN)/python -m tests.fuzz --count 3000 --seed $(SEED)
-	MEDREASONER_HYPOTHESIS=fuzz $(PYTEST) -m "not slow" tests/umrg tests/rewards
+	MEDREASONER_HYPOTHESIS=fuzz $(PYTEST) "not slow" tests/umrg tests/rewards
 
 clean: ## remove .venv and every cache
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -24,12 +24,12 @@ ROOT = Path(__file__).parents[1]
 TINY_REASONER = ROOT / "models" / "tiny-reasoner"
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
+@pytest.hookimpl(tryfirst=True)  # before marks are selected by
 def pytest_collection_modifyitems(items):
-    """What uses the one cluster runs in one process, beside the process of everything else."""
+    """What uses the one cluster runs in one process, beside the process of everything else (see the Makefile)."""
     for item in items:
         if "ray_cluster" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("cluster"))
+            item.add_marker(pytest.mark.cluster)
 
 
 @pytest.fixture(scope="session")

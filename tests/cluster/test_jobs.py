@@ -27,6 +27,8 @@ SMALL = (
 )
 MARK = "MEDREASONER_TEST_RUN"
 
+pytestmark = pytest.mark.cluster
+
 
 TRAIN = ("-m", "cluster.train")
 

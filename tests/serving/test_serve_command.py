@@ -47,6 +47,7 @@ def free_port():
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_the_readmes_curl_is_answered_and_ctrl_c_ends_the_service(tmp_path):
     (curl,) = re.findall(r"^curl .*/v1/ground$", (ROOT / "README.md").read_text(), re.MULTILINE)
     port = free_port()
@@ -64,6 +65,7 @@ def test_the_readmes_curl_is_answered_and_ctrl_c_ends_the_service(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_ctrl_c_ends_the_start_too(tmp_path):
     server = started(tmp_path / "log", "--port", free_port())
     time.sleep(12)
