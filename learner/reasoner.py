@@ -17,6 +17,7 @@ from jinja2 import TemplateError
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -285,8 +286,21 @@ def _loading(folder: Path) -> Iterator[None]:
         raise ValueError(f"{folder} cannot be loaded as a reasoner: {' '.join(reason.split())}") from error
 
 
+def _check_tokenizer(file: Path) -> None:
+    """Raise ValueError where a file of sound JSON is no tokenizer."""
+    try:
+        if file.exists():
+            Tokenizer.from_file(str(file))
+    except Exception as error:
+        # The library has no class of its own for it.
+        if type(error) is not Exception:
+            raise
+        raise ValueError(f"tokenizer.json is not a tokenizer's ({error}); copy that of its base model") from error
+
+
 def _prompter(folder: Path, spec: PromptSpec | None) -> Prompter:
     config = AutoConfig.from_pretrained(folder)
+    _check_tokenizer(folder / "tokenizer.json")
     processor = _PROCESSORS[config.model_type].from_pretrained(folder)
     _check_processor(config, processor)
     _check_resize(config.vision_config, processor.image_processor)

@@ -166,6 +166,13 @@ def test_another_architecture_is_refused(tmp_path):
         load_reasoner(tmp_path)
 
 
+def test_a_tokenizer_that_is_none_is_refused(tmp_path):
+    shutil.copytree(TINY, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text('{"version": "1.0", "model": {}}')
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer's"):
+        load_prompter(tmp_path / "model")
+
+
 def test_a_processor_that_does_not_fit_is_refused(tmp_path):
     folder = _copy(tmp_path)
     config = json.loads((folder / "config.json").read_text())
