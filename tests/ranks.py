@@ -57,26 +57,18 @@ class Seat:
         return Call
 
 
+def seated(hosts, ranks, kind, *arguments, **options):
+    """Ranks of a kind by name, in the place of those that ran before."""
+    made = hosts(ranks)
+    ray.get([host.become.remote(kind, *arguments, rank=rank, **options) for rank, host in enumerate(made)])
+    return {f"learner {rank}": Seat(host) for rank, host in enumerate(made)}
+
+
 def running(hosts, *, steps=3, kind=LearnerRank, **changes):
-    """Started ranks, in the place of those that ran before; `steps` are those of the whole run."""
+    """Started ranks that learn by GRPO; `steps` are those of the whole run."""
     config = LearnerConfig.model_validate({"lr": 1e-4, "micro_batch_tokens": 1000, "threads": 1, **changes})
-    ranks = hosts(config.ranks)
-    ray.get(
-        [
-            host.become.remote(
-                kind,
-                TINY_REASONER,
-                config,
-                rank=rank,
-                updates=steps,
-                longest=128,
-                temperature=1.0,
-                seed=0,
-                spec=PromptSpec.of_model(TINY_REASONER),
-            )
-            for rank, host in enumerate(ranks)
-        ]
-    )
-    pool = LearnerPool({f"learner {rank}": Seat(host) for rank, host in enumerate(ranks)}, DeadlineConfig())
+    spec = PromptSpec.of_model(TINY_REASONER)
+    options = {"updates": steps, "longest": 128, "temperature": 1.0, "seed": 0, "spec": spec}
+    pool = LearnerPool(seated(hosts, config.ranks, kind, TINY_REASONER, config, **options), DeadlineConfig())
     gather(pool.starting(), seconds=300, doing="starting")
     return pool

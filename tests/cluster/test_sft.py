@@ -7,10 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from actors.pools import SupervisedPool, gather
+from actors.sft_rank import SupervisedRank
+from cluster.checkpoints import Checkpoints
 from cluster.config import SftConfig, load_config
-from cluster.sft import Images, out_of_patience, sft
+from cluster.run_folder import RunFolder
+from cluster.sft import Finetuning, Images, out_of_patience, sft
 from learner.reasoner import load_reasoner
-from tests.ranks import STEADY, assert_moved_alike
+from tests.ranks import STEADY, assert_moved_alike, seated
 from umrg.dataset_writer import write_rows
 from umrg.phantoms import rows
 
@@ -34,6 +38,19 @@ def config(tmp_path: Path, data: Path, *overrides: str) -> SftConfig:
     )
 
 
+def finetuned(hosts, config):
+    """As `sft`, on ranks in processes that run already."""
+    with RunFolder.begun(config.runs / config.name, config, resume=config.resume != "never") as run:
+        checkpoints = Checkpoints(run.checkpoints, keep=config.keep, keep_best=1, every=config.checkpoint_every)
+        options = {"updates": config.steps, "seed": config.seed, "spec": config.spec(), "run": run.path}
+        ranks = seated(hosts, config.learner.ranks, SupervisedRank, config.model, config.learner, **options)
+        learner = SupervisedPool(ranks, config.deadlines)
+        gather(learner.starting(), seconds=300, doing="starting")
+        chosen = checkpoints.chosen(config.resume, config.steps)
+        Finetuning(config, run, checkpoints, learner, Images(config)).go(chosen)
+    return run
+
+
 def test_training_lowers_the_loss_and_leaves_a_run_folder(ray_cluster, tmp_path, phantoms):
     run = sft(config(tmp_path, phantoms, "steps=8"))
     metrics = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
@@ -51,32 +68,32 @@ def test_training_lowers_the_loss_and_leaves_a_run_folder(ray_cluster, tmp_path,
     assert all(changed.values()), [name for name, moved in changed.items() if not moved]
 
 
-def test_ranks_and_stages_learn_alike(ray_cluster, tmp_path, phantoms):
+def test_ranks_and_stages_learn_alike(hosts, tmp_path, phantoms):
     """Of five images, one rank has three and the other two; a small budget splits them into several rows."""
     steady = ("steps=2", "batch=5", f"learner.lr={STEADY['lr']}", "learner.eps=1", "learner.vector_lr=null")
-    alone = sft(config(tmp_path, phantoms, *steady, "name=alone"))
+    alone = finetuned(hosts, config(tmp_path, phantoms, *steady, "name=alone"))
     ranks = ("learner.ranks=2", "learner.num_cpus=0.5", "learner.zero_stage=2", "learner.micro_batch_tokens=400")
-    together = sft(config(tmp_path, phantoms, *steady, "name=together", *ranks))
+    together = finetuned(hosts, config(tmp_path, phantoms, *steady, "name=together", *ranks))
     first, second = (load_reasoner(run.model).model.state_dict() for run in (alone, together))
     assert_moved_alike(second, first)
     losses = [[step["loss"] for step in run.metrics()] for run in (alone, together)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
-def test_a_resumed_run_ends_as_one_that_was_not_interrupted(ray_cluster, tmp_path, phantoms):
+def test_a_resumed_run_ends_as_one_that_was_not_interrupted(hosts, tmp_path, phantoms):
     settings = ("steps=4", "validation=0.25", "validate_every=2", "learner.schedule=constant", "keep=9")
-    whole = sft(config(tmp_path, phantoms, *settings, "name=whole"))
-    sft(config(tmp_path, phantoms, *settings, "name=halves", "steps=2"))
-    halves = sft(config(tmp_path, phantoms, *settings, "name=halves", "resume=auto"))
+    whole = finetuned(hosts, config(tmp_path, phantoms, *settings, "name=whole"))
+    finetuned(hosts, config(tmp_path, phantoms, *settings, "name=halves", "steps=2"))
+    halves = finetuned(hosts, config(tmp_path, phantoms, *settings, "name=halves", "resume=auto"))
     assert whole.metrics() == halves.metrics() and len(whole.metrics()) == 4
     files = [run.model / "model.safetensors" for run in (whole, halves)]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_a_run_stops_where_what_is_held_out_gets_no_likelier_and_leaves_the_best(ray_cluster, tmp_path, phantoms):
+def test_a_run_stops_where_what_is_held_out_gets_no_likelier_and_leaves_the_best(hosts, tmp_path, phantoms):
     """So large a learning rate makes things worse."""
     settings = ("steps=50", "validation=0.25", "validate_every=1", "patience=2", "learner.lr=0.05")
-    run = sft(config(tmp_path, phantoms, *settings))
+    run = finetuned(hosts, config(tmp_path, phantoms, *settings))
     validations = [step["validation_loss"] for step in run.metrics()]
     best = validations.index(min(validations))
     assert len(validations) == best + 3 < 50

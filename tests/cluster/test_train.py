@@ -226,12 +226,16 @@ def shortfall(reasoner, prompt, answer):
     return (logits.max(1).values - logits.gather(1, answer[:, None])[:, 0]).max()
 
 
-def test_the_final_model_answers_alike_in_vllm(finished, ray_cluster, demo_config):
+def test_the_final_model_answers_alike_in_vllm(finished, workers):
+    """In the engine that runs already, with the weights of the run's folder."""
     run, _ = finished
     rows = list(Dataset.open(run.path / "data" / "eval.parquet"))
     evaluated = {record["sample_id"]: record for record in read_records(run.samples / "after-greedy.parquet")}
-    with started(demo_config(f"model={run.model}")) as own:
-        again = evaluate(own, questions(rows), n=0, temperature=1.0, max_tokens=128)
+    try:
+        workers.rollouts.update_weights(3, [ray.put((run.model / "model.safetensors").read_bytes())])
+        again = evaluate(workers, questions(rows), n=0, temperature=1.0, max_tokens=128)
+    finally:
+        broadcast(workers, version=0)
     for each in again.greedy:
         assert each.samples.completions[0].text == evaluated[each.group.sample.id]["completion"]
 
