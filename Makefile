@@ -2,7 +2,7 @@
 # make demo    the main job, small: GRPO on phantoms; leaves runs/demo/report/index.html; sets up first
 # make test    what must pass before a change goes in; sets up first
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint lint-types lint-rest test test-cluster test-rest test-slow slow-cluster slow-rest fuzz clean
+.PHONY: help setup demo lint lint-types lint-rest test test-cluster test-rest test-slow slow-cluster slow-rest chaos fuzz clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 # cpu or gpu: which extra of pyproject.toml, and which file of constraints/, is installed
@@ -79,10 +79,13 @@ test-slow: setup ## the slow tests: engines and training
 	@$(MAKE) --no-print-directory -j2 slow-cluster slow-rest
 
 slow-cluster:
-	$(PYTEST) "slow and cluster"
+	$(PYTEST) "slow and cluster and not chaos"
 
 slow-rest:
 	$(PYTEST) "slow and not cluster"
+
+chaos: setup ## what of the slow tests would not fit into half an hour
+	$(PYTEST) chaos
 
 fuzz: setup ## damaged files and texts at random, and the property tests with examples of their own choice
 	$(BIN)/python -m tests.fuzz --count 3000 --seed $(SEED)
