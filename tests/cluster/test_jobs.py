@@ -56,7 +56,7 @@ class Run:
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
-    def await_line(self, text: str, seconds: float = 300) -> None:
+    def await_line(self, text: str, seconds: float = 600) -> None:
         deadline = time.monotonic() + seconds
         while text not in self.output.read_text():
             assert self.process.poll() is None, self.output.read_text()
@@ -136,7 +136,7 @@ def file(pattern: str) -> Callable[[Run], None]:
     """As soon as there is such a file in the run folder."""
 
     def wait(run: Run) -> None:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 600
         while not any(run.folder.glob(pattern)):
             assert run.process.poll() is None and time.monotonic() < deadline, run.output.read_text()
             time.sleep(0.01)
