@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from bench.machine import processor
 from learner.attention import use_shared_prefix
 from learner.reasoner import EncodedImage, EncodedPrompt
 from learner.shared_prefix import Branches, branch_scores, pack_groups
@@ -134,7 +135,7 @@ def main() -> None:
     figures = {
         "shape": args.shape,
         "layers": args.layers,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "samples_per_s": {"shared": N / shared_s, "padded": N / plain_s},
         "ratio": plain_s / shared_s,
         "memory_gib": {"shared": shared_gib, "padded": plain_gib},

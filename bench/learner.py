@@ -28,6 +28,8 @@ from typing import Any
 
 import numpy as np
 
+from bench.machine import processor
+
 MODEL = Path(__file__).parents[1] / "models" / "tiny-reasoner"
 KL, LR = 0.04, 1e-6
 
@@ -356,6 +358,7 @@ def main() -> None:
         share = row["tflops"] / peak["tflops"]
         print(f"{row['prompt']:8}{row['answer']:8}{row['n']:4}{row['shared_s']:10.2f}{row['ratio']:18.2f}{share:12.0%}")
     figures = {
+        "processor": processor(),
         "learner_ratio_trl": theirs["seconds"] / mine["seconds"],
         "step_ratio_trl": whole[1]["seconds"] / whole[0]["seconds"],
         "memory_ratio_trl": mine["memory_mib"] / theirs["memory_mib"],
@@ -364,6 +367,7 @@ def main() -> None:
         "utilisation": table[0]["tflops"] / peak["tflops"],
         "sweep": table,
     }
+    print(f"\n{figures['processor']}")
     print(json.dumps(figures))
 
 

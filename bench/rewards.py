@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.machine import processor
 from rewards.case import Reference
 from rewards.scoring import Scorer
 from umrg.answers import format_answer
@@ -178,11 +179,13 @@ def main() -> None:
         )
     )
     figures = {
+        "processor": processor(),
         "completions_per_s": round(rate),
         "completions_per_s_ratio": round(rate / plain_rate, 2),
         "dice16_ms": round(dice, 3),
         "dice16_ratio": round(plain / dice, 2),
     }
+    print(figures["processor"])
     print(json.dumps(figures))
 
 
