@@ -49,7 +49,18 @@ def test_the_numeric_tests_hold_on_another_processor(name):
     """Each setting must change the last bits of a known result: one that this machine ignores would test nothing."""
     processor = PROCESSORS[name]
     assert known_results(**processor) != known_results()
-    command = [sys.executable, "-m", "pytest", "-m", "numeric and not slow", "-q", "-W", "ignore", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "numeric and not slow",
+        "-q",
+        "-W",
+        "ignore",
+        "-p",
+        "no:cacheprovider",
+    ]
     if processor.get("ATEN_CPU_CAPABILITY") == "default":
         # vLLM's engine dies where torch has no vectors.
         command += ["--ignore", "tests/cluster/test_train.py"]
