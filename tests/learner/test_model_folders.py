@@ -148,7 +148,7 @@ def replaced(folder: Path, name: str, text: str) -> None:
         (lambda f: replaced(f, "chat_template.jinja", "{{ messages[0].nothing.at_all }}"), "chat template fails"),
         (lambda f: edited(f, "tokenizer_config.json", eos_token=None), "names no eos_token"),
         (lambda f: edited(f, "tokenizer_config.json", eos_token=5), "transformers cannot read its files"),
-        (lambda f: replaced(f, "tokenizer.json", "{}"), "transformers cannot read its files"),
+        (lambda f: replaced(f, "tokenizer.json", "{}"), "tokenizer.json is not a tokenizer's"),
         (lambda f: edited(f, "config.json", text_config={"hidden_size": "wide"}), "hidden_size"),
         (lambda f: edited(f, "config.json", text_config=5), "text_config"),
         (lambda f: edited(f, "config.json", image_token_id=7), "the image token is 1018 in the processor, 7 here"),
