@@ -65,6 +65,7 @@ class Service:
 
 def applications() -> dict[str, Any]:
     """What Serve runs on the cluster, by name."""
+    # `serve.status`, which is public, has neither their routes nor Serve's port.
     client = _get_global_client(raise_if_no_controller_running=False)
     if client is None:
         return {}

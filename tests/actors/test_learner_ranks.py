@@ -82,7 +82,7 @@ def trained(groups, hosts, steps=3, **changes):
 
 def test_an_update_moves_every_parameter_and_reports(groups, hosts):
     (report,), weights = trained(groups, hosts, steps=1)
-    assert report.engine_gap < 1e-4 and report.updates == 1 and report.clipped == 0
+    assert report.engine_gap < 1e-5 and report.updates == 1 and report.clipped == 0
     assert report.tokens == sum(len(c.token_ids) for _, samples in groups for c in samples.completions)
     assert report.grad_norm > 0 and report.lr == 1e-4
     before = dict(load_reasoner(TINY_REASONER).model.named_parameters())
@@ -94,6 +94,12 @@ def test_an_update_moves_every_parameter_and_reports(groups, hosts):
 def plain(groups, hosts):
     """Reports and weights after three steps of one rank without ZeRO."""
     return trained(groups, hosts, **STEADY, zero_stage=0)
+
+
+def test_deepspeed_compiles_nothing_at_the_start(hosts):
+    """Its switch for that is no documented one: an upgrade that drops it must not go unseen."""
+    running(hosts)
+    assert ray.get(hosts(1)[0].reduction.remote()) is None
 
 
 def test_two_ranks_of_zero_2_match_one(groups, hosts, plain):
@@ -118,7 +124,7 @@ def test_every_stage_and_number_of_ranks_agree(groups, hosts, plain, stage, rank
 def test_later_mini_batches_remember_what_sampled(groups, hosts):
     """Two updates a step: by the second the policy has moved; what sampled is still compared with the engine."""
     (report,), _ = trained(groups, hosts, steps=1, mini_batch=2)
-    assert report.updates == 2 and report.engine_gap < 1e-4
+    assert report.updates == 2 and report.engine_gap < 1e-5
 
 
 def test_a_divergence_from_the_reference_is_zero_at_first_and_grows(groups, hosts):
@@ -227,7 +233,7 @@ def test_adapters_learn_alone_and_come_out_merged_and_by_themselves(groups, host
     pool.save(tmp_path)
     pool.saved(wait=True)
     merged = weights_of(pool)
-    assert first.engine_gap < 1e-4
+    assert first.engine_gap < 1e-5
     base = load_reasoner(TINY_REASONER)
     before = dict(base.model.named_parameters())
     assert all(torch.equal(untouched[name], tensor) for name, tensor in before.items())

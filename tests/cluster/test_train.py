@@ -76,9 +76,7 @@ def test_a_rollout_is_the_same_whichever_actor_draws_it_and_however_it_is_batche
     draw = Draw(n=4, temperature=1.0, max_tokens=96, run_seed=7)
     together = gain(workers, groups, draw, Clock())
     (alone,) = gain(workers, groups[3:4], draw, Clock())
-    for one, another in zip(alone.samples.completions, together[3].samples.completions, strict=True):
-        assert one.token_ids == another.token_ids
-        assert one.logprobs == pytest.approx(another.logprobs, abs=1e-3)
+    assert alone.samples == together[3].samples
     texts = {completion.text for completion in together[0].samples.completions}
     assert len(texts) > 1, "four answers at temperature 1 should differ"
 
@@ -137,26 +135,26 @@ def test_answers_are_scored_by_form_geometry_and_mask(workers, samples):
 
 @pytest.mark.numeric
 def test_the_learners_log_probs_are_the_engines_after_updates(workers, hosts, demo_config, samples):
-    """After two real updates, every token of a new group, to 1e-3."""
+    """After two real updates, every token of a new group, to 1e-4."""
     own = replace(workers, learner=running(hosts, steps=2, lr=3e-4, freeze=["vision_tower", "merger"]))
     canary = Canary(samples[0], demo_config())
     try:
-        assert canary.check(own) < 1e-4
+        assert canary.check(own) < 1e-5
         for step in range(2):
             groups = [Group(run="t", step=step, index=i, sample=sample) for i, sample in enumerate(samples[:3])]
             taken = gain(own, groups, Draw(n=4, temperature=1.0, max_tokens=96, run_seed=7), Clock())
             report = own.learner.update(
                 [each.ref for each in taken], [each.samples for each in taken], [each.rewards for each in taken]
             )
-            assert report.engine_gap < 1e-4
+            assert report.engine_gap < 1e-5
             broadcast(own, version=step + 1)
-            assert canary.check(own) < 1e-4
+            assert canary.check(own) < 1e-5
         group = Group(run="t", step=2, index=0, sample=samples[4])
         (new,) = gain(own, [group], Draw(n=3, temperature=1.0, max_tokens=96, run_seed=8), Clock())
         for completion in new.samples.completions:
             assert completion.policy_version == 2
             expected = own.learner.logprobs(group.sample, completion.token_ids)
-            assert np.abs(np.subtract(completion.logprobs, expected)).max() < 1e-3
+            assert np.abs(np.subtract(completion.logprobs, expected)).max() < 1e-4
     finally:
         broadcast(workers, version=0)
 
