@@ -219,12 +219,20 @@ def _wrapped(text: str, font: Any, width: float, lines: int) -> str:
         count = next((n for n in range(len(words), 1, -1) if font.getlength(" ".join(words[:n])) <= width), 1)
         done.append(" ".join(words[:count]))
         words = words[count:]
-    if done and (words or font.getlength(done[-1]) > width):
-        last = done[-1]
-        while last and font.getlength(last + "…") > width:
-            last = last[:-1]
-        done[-1] = last.rstrip(" ,;") + "…"
-    return "\n".join(done)
+    if words and done:
+        # Something follows that has no place.
+        done[-1] = done[-1].rstrip(" ,;") + "…"
+    return "\n".join(_cut(line, font, width) for line in done)
+
+
+def _cut(line: str, font: Any, width: float) -> str:
+    """The line as far as it fits, with an ellipsis where it does not: a path is one long word."""
+    if font.getlength(line) <= width:
+        return line
+    kept = line.removesuffix("…")
+    while kept and font.getlength(kept + "…") > width:
+        kept = kept[:-1]
+    return kept.rstrip(" ,;") + "…"
 
 
 @cache

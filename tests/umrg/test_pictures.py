@@ -106,3 +106,15 @@ def test_a_heat_map_is_bright_where_the_density_is_highest() -> None:
     assert picture.shape == (100, 100)
     assert picture[30, 70] > 2 * picture[80, 20]
     assert (heat_map(np.zeros((4, 4)), 8) == heat_map(np.zeros((4, 4)), 8)[0, 0]).all()
+
+
+def test_a_long_word_stays_under_its_picture():
+    """A path in a caption, on a line that others follow."""
+    picture = np.zeros((40, 40, 3), dtype=np.uint8)
+    beside = Tile(picture=picture, title="b", text="words " * 40)
+    long, short = (
+        contact_sheet([Tile(picture=picture, title="a", text=f"of {text} and more"), beside], 2)
+        for text in ("/" + 40 * "folder/", "short")
+    )
+    half = long.shape[1] // 2
+    assert (long[:, half:] == short[:, half:]).all() and (long != short).any()
