@@ -39,6 +39,11 @@ def first_bytes(path: Path, count: int = _LOOK) -> bytes:
 def what_it_is(path: Path) -> str | None:
     """A phrase that goes on from "the file is …", with what to do where it is no sound file at all; None where the
     bytes tell nothing. Raises ValueError as `first_bytes` does."""
+    return what_it_is_but_text(path) or _text(first_bytes(path))
+
+
+def what_it_is_but_text(path: Path) -> str | None:
+    """As `what_it_is`, where a text may be in its place."""
     start = first_bytes(path)
     if not start:
         return "an empty file; download it again"
@@ -51,7 +56,7 @@ def what_it_is(path: Path) -> str | None:
     for magic, kind in _BINARY.items():
         if start.startswith(magic):
             return kind
-    return _text(start)
+    return None
 
 
 def _text(start: bytes) -> str | None:

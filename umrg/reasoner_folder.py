@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from umrg.foreign_files import first_bytes, what_it_is
+from umrg.foreign_files import first_bytes, what_it_is, what_it_is_but_text
 from umrg.safetensors_header import read_header
 
 ARCHITECTURES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
@@ -41,7 +41,7 @@ def check_reasoner_folder(folder: Path) -> None:
             if (folder / name).exists():
                 read_object(folder / name)
         for name in _TEXTS:
-            if (folder / name).exists() and (what := what_it_is(folder / name)) and "text" not in what:
+            if (folder / name).exists() and (what := what_it_is_but_text(folder / name)):
                 raise ValueError(f"{folder / name} is {what}")
         _check_tokenizer(folder)
         _check_processor(folder)

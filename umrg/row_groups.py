@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from umrg.columns import Row, leaf_columns, plain_row, read_columns, released_batch, released_columns
+from umrg.foreign_files import what_it_is_but_text
 
 _STREAMED_ROWS = 8
 _STREAMED_BYTES = 32 << 20
@@ -83,7 +84,7 @@ def _kind_of(path: Path) -> str:
         return "a folder"
     if os.path.isfile(path) and os.path.getsize(path) == 0:
         return "empty"
-    return "not a readable parquet file"
+    return what_it_is_but_text(path) or "not a readable parquet file"
 
 
 def _counts_agree(metadata: pq.FileMetaData) -> bool:

@@ -152,6 +152,9 @@ def test_files_that_are_no_dataset_are_refused(tmp_path: Path) -> None:
         Dataset.open(tmp_path / "gone.parquet")
     with pytest.raises(ValueError, match=r"text\.parquet is not a readable parquet file"):
         Dataset.open(tmp_path / "text.parquet")
+    (tmp_path / "pointer.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
+    with pytest.raises(ValueError, match=r"pointer\.parquet is a Git LFS pointer"):
+        Dataset.open(tmp_path / "pointer.parquet")
     with pytest.raises(ValueError, match="is a folder"):
         Dataset.open(tmp_path)
     with pytest.raises(ValueError, match=r"lacks masks\.bytes, .*extra_info\.category; "):
