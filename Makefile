@@ -45,7 +45,7 @@ $(STAMP): pyproject.toml $(wildcard constraints/*.txt)
 # fail beside CPU torch, and nothing here hears or films.
 	@for package in torchaudio torchcodec; do \
 		$(BIN)/python -c "import $$package" 2>/dev/null || $(BIN)/pip -q uninstall -y $$package; done
-	@$(BIN)/python -m cluster.torchvision_shim
+	@$(BIN)/python -m cluster.commands.torchvision_shim
 	@touch $@
 	@echo "ready: $(BIN)/medreasoner doctor"
 

@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from actors.experts.protocol import Preprocess
 from umrg.config import Config, located
+from umrg.group import SamplingParams
 
 
 class RolloutConfig(Config):
@@ -44,6 +45,22 @@ class RolloutConfig(Config):
                 "or tensor_parallel to 1"
             )
         return self
+
+    def sampling(self, *, seed: int) -> SamplingParams:
+        """How a run with this seed samples."""
+        return SamplingParams(n=self.n, temperature=self.temperature, max_tokens=self.max_tokens, seed=seed)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Environment variables that a process must have before it imports vLLM."""
+        return {
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+            "VLLM_CPU_KVCACHE_SPACE": str(self.cpu_cache_gib),
+            # Left alone, vLLM pins its threads to core ids and keeps one core for itself.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        }
 
 
 class EndpointConfig(Config):

@@ -8,7 +8,7 @@ import openai
 
 from actors.config import EndpointConfig
 from umrg.frames import Frames, ResizeRule
-from umrg.group import Completion, Group, GroupSamples
+from umrg.group import Completion, Group, GroupSamples, SamplingParams
 from umrg.images import encode_png
 from umrg.prompts import PromptSpec, prompt_text
 
@@ -30,7 +30,7 @@ class Endpoint:
         self._client = openai.AsyncOpenAI(
             base_url=config.url, api_key=key or "none", timeout=config.timeout, max_retries=config.retries
         )
-        self._seats = asyncio.Semaphore(config.concurrency)
+        self._concurrency = asyncio.Semaphore(config.concurrency)
 
     async def start(self) -> None:
         """See that the endpoint answers and has the model. Raises ValueError where it does not."""
@@ -43,17 +43,18 @@ class Endpoint:
                 f"the endpoint {self._config.url} has no model {self._config.model!r}; it has {', '.join(names)}"
             )
 
-    async def sample(self, group: Group, *, n: int, temperature: float, max_tokens: int, run_seed: int) -> GroupSamples:
-        """n answers to a group's prompt. Raises EndpointFailed."""
-        async with self._seats:
+    async def sample(self, group: Group, sampling: SamplingParams) -> GroupSamples:
+        """The completions of a group's prompt. Raises EndpointFailed."""
+        asked = group.seeded(sampling)
+        async with self._concurrency:
             try:
                 reply = await self._client.chat.completions.create(
                     model=self._config.model,
                     messages=self._messages(group),
-                    n=n,
-                    temperature=temperature,
-                    max_tokens=max_tokens,
-                    seed=group.seed(run_seed, 0),
+                    n=asked.n,
+                    temperature=asked.temperature,
+                    max_tokens=asked.max_tokens,
+                    seed=asked.seed,
                     # A server's own defaults, taken from the model's folder, may be others.
                     top_p=1.0,
                     presence_penalty=0.0,
@@ -62,11 +63,10 @@ class Endpoint:
                 )
             except openai.OpenAIError as error:
                 raise EndpointFailed(f"{self._config.url} on {group.sample.name}: {error}") from error
-        if len(reply.choices) != n:
-            raise EndpointFailed(f"{self._config.url} gave {len(reply.choices)} answers of {n} asked for")
+        if len(reply.choices) != asked.n:
+            raise EndpointFailed(f"{self._config.url} gave {len(reply.choices)} answers of {asked.n} asked for")
         size = group.sample.size
         return GroupSamples(
-            group=group.id,
             prompt_ids=(),
             frames=Frames(original=size, model=self._resize.model_size(size)),
             completions=tuple(

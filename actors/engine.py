@@ -3,52 +3,30 @@
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import vllm
 from numpy.typing import NDArray
 from PIL import Image
-from vllm import AsyncEngineArgs, SamplingParams
 from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from actors import leash
+from actors import orphan_guard
 from actors.config import RolloutConfig
-from learner.reasoner import Prompter
+from reasoner.prompter import Prompter
 from umrg.frames import Size
-from umrg.group import Completion
+from umrg.group import Completion, GroupSamples, SamplingParams
 
 _HOST_MEMORY = Path("/dev/shm")
 _FORBIDDEN = -100.0  # vLLM's lowest logit bias: e^-100 is no probability in any precision
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How answers are drawn. n: how many. temperature: 0 for the greedy answer. seed: of the first; vLLM draws answer
-    i with seed + i."""
-
-    n: int
-    temperature: float
-    max_tokens: int
-    seed: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generated:
-    """prompt_ids: of the prompt, image placeholders expanded. cached: how many of them the answer that ended last found
-    in the prefix cache. completions: n answers."""
-
-    prompt_ids: tuple[int, ...]
-    cached: int
-    completions: tuple[Completion, ...]
-
-
 class Engine:
-    """Make it with `Engine.start`, in a process whose environment has `actors.engine_environment`."""
+    """Make it with `Engine.start`, in a process that has `RolloutConfig.environment`."""
 
     def __init__(self, llm: AsyncLLM, prompter: Prompter, config: RolloutConfig) -> None:
         self.prompter = prompter
@@ -58,10 +36,10 @@ class Engine:
     @classmethod
     async def start(cls, model: Path, prompter: Prompter, config: RolloutConfig) -> "Engine":
         """Load a model folder; its weights are version 0."""
-        leash.hold()
+        orphan_guard.own()
         prompt_limit = config.max_prompt_tokens
         llm = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(
+            vllm.AsyncEngineArgs(
                 model=str(model),
                 dtype=config.dtype,
                 seed=0,
@@ -87,12 +65,13 @@ class Engine:
         await llm.update_weight_version("0")
         return cls(llm, prompter, config)
 
-    async def generate(self, image: NDArray[np.uint8], query: str, sampling: Sampling) -> Generated:
-        """Answer a query about an image uint8 [H, W, 3]; all n answers of it at once. Raises ValueError for a prompt
-        over `max_prompt_tokens`."""
-        self._check_length(query, Size(image.shape[1], image.shape[0]))
+    async def generate(self, image: NDArray[np.uint8], query: str, sampling: SamplingParams) -> GroupSamples:
+        """Answer a query about an image uint8 [H, W, 3], with all n completions at once; vLLM samples completion i with
+        seed + i. Raises ValueError for a prompt over `max_prompt_tokens`."""
+        size = Size(image.shape[1], image.shape[0])
+        self._check_length(query, size)
         self._requests += 1
-        parameters = SamplingParams(
+        parameters = vllm.SamplingParams(
             n=sampling.n,
             temperature=sampling.temperature,
             max_tokens=sampling.max_tokens,
@@ -111,10 +90,11 @@ class Engine:
             final = output
         assert final is not None and len(final.outputs) == sampling.n, "vLLM left answers out"
         outputs = sorted(final.outputs, key=lambda output: output.index)
-        return Generated(
+        return GroupSamples(
             prompt_ids=tuple(final.prompt_token_ids),
-            cached=int(final.num_cached_tokens or 0),
+            frames=self.prompter.frames(size),
             completions=tuple(self._completion(output) for output in outputs),
+            cached=int(final.num_cached_tokens or 0),
         )
 
     async def update_weights(self, buckets: Iterable[bytes], version: int) -> str:

@@ -1,51 +1,106 @@
-"""The learner actor: one ZeRO rank that learns by GRPO, in a process of its own."""
+"""The learner's actors: one ZeRO rank in a process of its own, which learns by GRPO or from reference answers."""
 
+import os
+import socket
 from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ray
 
 from actors.weight_files import WeightsDigest, pack
-from actors.zero_actor import ZeroActor
-from learner.config import LearnerConfig
-from learner.update_report import UpdateReport
-from umrg.group import Group, GroupSamples
-from umrg.prompts import PromptSpec
+from learner.config import LearnerConfig, LearnerTask, ZeroConfig
+from learner.update_report import SftReport, UpdateReport
+from rewards.scored import ScoredGroup
+from umrg.group import Group
 from umrg.sample import Sample
+
+if TYPE_CHECKING:
+    from learner.checkpoint import Records
+    from learner.grpo import GrpoRank
+    from learner.sft import SftRank
+    from learner.zero import ZeroRank
+
+
+class ZeroActor:
+    """One ZeRO rank. `start` must have returned on every rank before anything else is called, and what is a collective
+    must be called on every rank. rank: which of `config.ranks`."""
+
+    def __init__(self, config: ZeroConfig, task: LearnerTask, *, rank: int) -> None:
+        self._config, self._task, self._rank = config, task, rank
+        self._zero: ZeroRank | None = None
+
+    def address(self) -> tuple[str, int]:
+        """Where the ranks may meet: this host and a free port of it."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
+
+    def start(self, host: str, port: int, seconds: float) -> None:
+        """Meet the other ranks and load the model; each collective may last `seconds`. Raises ValueError where the
+        run's folder is not to be seen from here, or the model cannot be loaded."""
+        run, config = self._task.run, self._config
+        if run is not None and not run.is_dir():
+            raise ValueError(
+                f"the run's folder {run} is not on this node ({ray.util.get_node_ip_address()}); give runs=… on "
+                "storage that all nodes share"
+            )
+        on_gpu = config.num_gpus > 0
+        os.environ.update(
+            RANK=str(self._rank),
+            WORLD_SIZE=str(config.ranks),
+            LOCAL_RANK="0",  # Ray shows each actor its own GPUs only
+            MASTER_ADDR=host,
+            MASTER_PORT=str(port),
+        )
+        import deepspeed
+        import torch
+
+        from actors.threads import share_cores
+        from learner.checkpoint import RankCheckpoints
+        from learner.zero import ZeroRank
+
+        share_cores(config.threads, config.ranks)
+        torch.manual_seed(self._task.seed)
+        # DeepSpeed would compile a reduction of its own at each machine's first start, for that very processor. gloo
+        # reduces as well, and needs no compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(
+            dist_backend="nccl" if on_gpu else "gloo", timeout=timedelta(seconds=seconds), verbose=False
+        )
+        self._zero = ZeroRank(config, self._task, device="cuda" if on_gpu else "cpu")
+        self._checkpoints = RankCheckpoints(self._zero)
+
+    def save(self, folder: Path) -> None:
+        """Copy optimizer, model and random state, and begin to write them; all ranks."""
+        self._checkpoints.begin(folder)
+
+    def saved(self, seconds: float) -> "Records | None":
+        """Once, the files that `save` wrote; None where this rank still writes after so many seconds."""
+        return self._checkpoints.written(seconds)
+
+    def load(self, folder: Path) -> None:
+        """Go on from what `save` wrote; all ranks."""
+        self._checkpoints.load(folder)
+
+    def running(self) -> "ZeroRank":
+        """The rank, once it is started."""
+        assert self._zero is not None, "the learner was not started"
+        return self._zero
+
 
 if TYPE_CHECKING:
     from learner.grpo import GrpoRank
 
 
 class LearnerRank(ZeroActor):
-    """As `ZeroActor`. longest: tokens that an answer may have."""
+    """A rank that learns by GRPO."""
 
-    def __init__(
-        self,
-        model: Path,
-        config: LearnerConfig,
-        *,
-        rank: int,
-        updates: int,
-        longest: int,
-        temperature: float,
-        seed: int,
-        spec: PromptSpec,
-        run: Path | None = None,
-    ) -> None:
-        super().__init__(
-            model,
-            config,
-            rank=rank,
-            updates=updates,
-            seed=seed,
-            spec=spec,
-            temperature=temperature,
-            entropy_learns=config.objective.entropy > 0,
-            run=run,
-        )
-        self._config, self._longest = config, longest
+    def __init__(self, config: LearnerConfig, task: LearnerTask, *, rank: int) -> None:
+        super().__init__(config, task, rank=rank)
+        self._grpo_config = config
         self._grpo: GrpoRank | None = None
 
     def start(self, host: str, port: int, seconds: float) -> None:
@@ -53,30 +108,12 @@ class LearnerRank(ZeroActor):
         super().start(host, port, seconds)
         from learner.grpo import GrpoRank
 
-        self._grpo = GrpoRank(self.running(), self._config, self._model, longest=self._longest)
+        self._grpo = GrpoRank(self.running(), self._grpo_config)
 
-    def update(
-        self,
-        groups: Sequence["ray.ObjectRef[Group]"],
-        samples: Sequence[GroupSamples],
-        rewards: Sequence[Sequence[float]],
-    ) -> UpdateReport:
-        """Learn from a step's groups, given by reference; all ranks."""
-        from learner.scored_group import ScoredGroup
-
+    def update(self, groups: Sequence[tuple["ray.ObjectRef[Group]", "ray.ObjectRef[ScoredGroup]"]]) -> UpdateReport:
+        """Learn from a step's groups, of which this rank fetches its own; all ranks."""
         assert self._grpo is not None, "the learner was not started"
-        return self._grpo.update(
-            [
-                ScoredGroup(
-                    id=group.id,
-                    sample=group.sample,
-                    prompt_ids=sampled.prompt_ids,
-                    completions=sampled.completions,
-                    rewards=tuple(values),
-                )
-                for group, sampled, values in zip(ray.get(list(groups)), samples, rewards, strict=True)
-            ]
-        )
+        return self._grpo.update(len(groups), lambda i: fetched(*groups[i]))
 
     def weights(self) -> tuple[str, list["ray.ObjectRef[bytes]"]]:
         """Digest of the weights, and buckets of them as safetensors bytes; all ranks, though only the first gives."""
@@ -87,15 +124,38 @@ class LearnerRank(ZeroActor):
                 buckets.append(ray.put(pack(tensors)))
         return digest.hexdigest(), buckets
 
-    def logprobs(self, sample: Sample, token_ids: Sequence[int]) -> list[float]:
-        """Log-probs of an answer's tokens to a sample's query; all ranks."""
+    def logprobs(self, group: Group, token_ids: Sequence[int]) -> list[float]:
+        """Log-probs of a completion's tokens to a group's prompt; all ranks."""
         import torch
 
         from learner.shared_prefix import Branches
 
-        zero = self.running()
+        zero, sample = self.running(), group.sample
         prompt = zero.reasoner.encode(sample.query, zero.reasoner.encode_image(sample.image()))
         with torch.no_grad():
             scores = zero.scores([Branches(prefix=prompt, branches=[torch.tensor(token_ids)])])
         values: list[float] = scores.logprobs.tolist()
         return values
+
+
+class SupervisedRank(ZeroActor):
+    """Every method is called on all ranks, with all images, each given as the samples that ask about it."""
+
+    def update(self, images: Sequence[Sequence[Sample]]) -> SftReport:
+        """Make the reference answers likelier, by one update."""
+        return self._sft().update(images)
+
+    def loss(self, images: Sequence[Sequence[Sample]]) -> tuple[float, int]:
+        """Negative log-likelihood of the reference answers, and of how many tokens it is the sum."""
+        return self._sft().loss(images)
+
+    def _sft(self) -> "SftRank":
+        from learner.sft import SftRank
+
+        return SftRank(self.running())
+
+
+def fetched(group: "ray.ObjectRef[Group]", scored: "ray.ObjectRef[ScoredGroup]") -> ScoredGroup:
+    """A scored group out of the object store, with the row's image joined to it again."""
+    found: ScoredGroup = ray.get(scored)
+    return replace(found, group=ray.get(group))

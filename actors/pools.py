@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
@@ -16,9 +16,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.config import DeadlineConfig
 from learner.update_report import SftReport, UpdateReport
-from rewards.scored import ScoredAnswer
+from rewards.scored import Measured, ScoredGroup
 from umrg.durable import FileRecord
-from umrg.group import GroupSamples
+from umrg.group import Group, GroupSamples, SamplingParams
 from umrg.sample import Sample
 
 Ref = Any
@@ -34,8 +34,21 @@ class DeadlinePassed(TimeoutError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seat:
-    """Where one actor sits: its name, the bundle of the run's placement group, and what it takes of that."""
+class GroupRefs:
+    """A group in Ray's object store, where its image lies once for all who look at it. group: of a `Group` without its
+    row's masks. masks: of these masks' files, which only segmenters look at."""
+
+    group: Ref
+    masks: Ref
+
+    @classmethod
+    def put(cls, group: Group) -> Self:
+        return cls(group=ray.put(group.without_masks()), masks=ray.put(group.sample.mask_bytes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where one actor is placed: its name, its bundle of the run's placement group, and what it takes of that."""
 
     name: str
     group: Any
@@ -109,36 +122,30 @@ class RolloutPool:
 
     def sample(
         self,
-        groups: Mapping[str, Ref],
+        groups: Mapping[str, GroupRefs],
+        sampling: SamplingParams,
         *,
-        n: int,
-        temperature: float,
-        max_tokens: int,
-        run_seed: int,
         meanwhile: Callable[[], None] = lambda: None,
-    ) -> Iterator[tuple[str, GroupSamples]]:
-        """(group id, its samples) of each group as it is sampled. groups: references of `Group`s by their ids; they are
+    ) -> Iterator[tuple[str, Ref]]:
+        """(group id, reference of its `GroupSamples`) of each group as it is sampled. groups: by their ids; they are
         dealt out in turn, and each engine batches what it has. meanwhile: as in `as_completed`."""
         actors = list(self._actors.items())
         calls, owners = {}, {}
-        for i, (group, ref) in enumerate(groups.items()):
-            owners[group], actor = actors[i % len(actors)]
-            calls[group] = actor.sample.remote(
-                ref, n=n, temperature=temperature, max_tokens=max_tokens, run_seed=run_seed
-            )
-        yield from as_completed(calls, owners, seconds=self._deadlines.step, doing="sampling", meanwhile=meanwhile)
+        for i, (id, refs) in enumerate(groups.items()):
+            owners[id], actor = actors[i % len(actors)]
+            calls[id] = actor.sample.remote(refs.group, sampling)
+        doing = "sampling"
+        for id, _ in as_completed(calls, owners, seconds=self._deadlines.step, doing=doing, meanwhile=meanwhile):
+            yield id, calls[id]
 
     def update_weights(self, version: int, buckets: Sequence[Ref]) -> list[str]:
         """Give every engine the weights of a version; the digests of what arrived."""
         calls = {name: actor.update_weights.remote(version, *buckets) for name, actor in self._actors.items()}
         return gather(calls, seconds=self._deadlines.step, doing="taking new weights")
 
-    def canary(self, group: Ref, *, temperature: float, max_tokens: int) -> list[GroupSamples]:
-        """Every engine's own answer to one group."""
-        calls = {
-            name: actor.sample.remote(group, n=1, temperature=temperature, max_tokens=max_tokens, run_seed=0)
-            for name, actor in self._actors.items()
-        }
+    def canary(self, group: Ref, sampling: SamplingParams) -> list[GroupSamples]:
+        """Every engine's own completions of one group."""
+        calls = {name: actor.sample.remote(group, sampling) for name, actor in self._actors.items()}
         return gather(calls, seconds=self._deadlines.step, doing="answering the canary")
 
     def stop(self) -> None:
@@ -162,14 +169,15 @@ class SegmenterPool:
         calls = {name: actor.digest.remote() for name, actor in self._actors.items()}
         return gather(calls, seconds=self._deadlines.step, doing="hashing its expert")
 
-    def score(self, group: Ref, samples: GroupSamples, *, thorough: bool = False) -> tuple[str, Ref]:
-        """Start to score a group: the actor whose turn it is, and the reference of what it will make."""
+    def score(self, group: GroupRefs, samples: Ref, measured: Measured) -> tuple[str, Ref]:
+        """Start to score a group: the actor whose turn it is, and the reference of the `ScoredGroup` that it will make.
+        samples: of the group's `GroupSamples`."""
         names = list(self._actors)
         name = names[self._turn % len(names)]
         self._turn += 1
-        return name, self._actors[name].score.remote(group, samples, thorough=thorough)
+        return name, self._actors[name].score.remote(group.group, group.masks, samples, measured)
 
-    def collect(self, calls: Mapping[str, tuple[str, Ref]]) -> dict[str, tuple[ScoredAnswer, ...]]:
+    def collect(self, calls: Mapping[str, tuple[str, Ref]]) -> dict[str, ScoredGroup]:
         """What `score` started, by group id."""
         refs = {group: ref for group, (_, ref) in calls.items()}
         owners = {group: name for group, (name, _) in calls.items()}
@@ -224,11 +232,10 @@ class RankPool:
 class LearnerPool(RankPool):
     """The ranks that learn by GRPO."""
 
-    def update(
-        self, groups: Sequence[Ref], samples: Sequence[GroupSamples], rewards: Sequence[Sequence[float]]
-    ) -> UpdateReport:
-        """One step of updates; the report is the same on every rank."""
-        report: UpdateReport = self._all("update", "updating", groups, samples, rewards)[0]
+    def update(self, groups: Sequence[tuple[Ref, Ref]]) -> UpdateReport:
+        """One step of updates from references of each `Group` and its `ScoredGroup`, of which every rank fetches its
+        own; the report is the same on every rank."""
+        report: UpdateReport = self._all("update", "updating", list(groups))[0]
         return report
 
     def weights(self) -> tuple[str, list[Ref]]:
@@ -236,9 +243,9 @@ class LearnerPool(RankPool):
         digest, buckets = self._all("weights", "giving out weights")[0]
         return digest, buckets
 
-    def logprobs(self, sample: Sample, token_ids: Sequence[int]) -> list[float]:
-        """Log-probs of an answer's tokens."""
-        values: list[float] = self._all("logprobs", "scoring the canary", sample, token_ids)[0]
+    def logprobs(self, group: Ref, token_ids: Sequence[int]) -> list[float]:
+        """Log-probs of a completion's tokens. group: reference of its `Group`."""
+        values: list[float] = self._all("logprobs", "scoring the canary", group, token_ids)[0]
         return values
 
 

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 from actors.config import RolloutConfig
 from actors.threads import share_cores
-from learner.reasoner import load_prompter
-from umrg.group import Group, GroupSamples
+from reasoner.prompter import load_prompter
+from umrg.group import Group, GroupSamples, SamplingParams
 from umrg.prompts import PromptSpec
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Rollout:
-    """Runs in a process of its own, whose environment has `engine_environment`. `start` must have returned before
+    """Runs in a process of its own, that has `RolloutConfig.environment`. `start` must have returned before
     anything else is called."""
 
     def __init__(self, model: Path, config: RolloutConfig, spec: PromptSpec) -> None:
@@ -29,24 +29,14 @@ class Rollout:
 
         self._engine = await Engine.start(self._model, prompter, self._config)
 
-    async def sample(self, group: Group, *, n: int, temperature: float, max_tokens: int, run_seed: int) -> GroupSamples:
-        """n answers to a group's prompt. The group's seed makes them the same whichever actor draws them. Raises
+    async def sample(self, group: Group, sampling: SamplingParams) -> GroupSamples:
+        """The completions of a group's prompt; its own seed makes them the same whichever actor samples them. Raises
         ValueError, with the row's name, for a prompt that is too long."""
-        from actors.engine import Sampling
-
-        sampling = Sampling(n=n, temperature=temperature, max_tokens=max_tokens, seed=group.seed(run_seed, 0))
-        engine = self._running()
+        sample = group.sample
         try:
-            generated = await engine.generate(group.sample.image(), group.sample.query, sampling)
+            return await self._running().generate(sample.image(), sample.query, group.seeded(sampling))
         except ValueError as error:
-            raise ValueError(f"{group.sample.name}: {error}") from error
-        return GroupSamples(
-            group=group.id,
-            prompt_ids=generated.prompt_ids,
-            frames=engine.prompter.frames(group.sample.size),
-            completions=generated.completions,
-            cached=generated.cached,
-        )
+            raise ValueError(f"{sample.name}: {error}") from error
 
     async def update_weights(self, version: int, *buckets: bytes) -> str:
         """Take weights of a version; digest of the tensors that arrived."""

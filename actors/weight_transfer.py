@@ -20,7 +20,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from actors import leash
+from actors import orphan_guard
 from actors.weight_files import WeightsDigest, unpack
 
 BACKEND = "medreasoner-host"
@@ -85,4 +85,4 @@ class WorkerExtension:
 if BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(BACKEND, HostWeightTransferEngine)
 
-leash.follow()
+orphan_guard.follow()

@@ -19,8 +19,8 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from bench.machine import processor
 from learner.attention import use_shared_prefix
-from learner.reasoner import EncodedImage, EncodedPrompt
-from learner.shared_prefix import Branches, branch_scores, pack_groups
+from learner.shared_prefix import Branches, branch_scores, pack
+from reasoner.prompter import EncodedImage, EncodedPrompt
 from umrg.frames import Frames, Size
 
 SIDE, TEXT, N, LENGTH = 840, 700, 16, 256
@@ -75,7 +75,7 @@ def group(model: Any) -> Branches:
 
 
 def shared(model: Any, branches: Branches, device: str) -> None:
-    branch_scores(model, pack_groups([branches], model).to(device)).logprobs.sum().backward()
+    branch_scores(model, pack([branches], model).to(device)).logprobs.sum().backward()
 
 
 def padded(model: Any, branches: Branches, device: str, batch: int) -> None:

@@ -36,7 +36,7 @@ KL, LR = 0.04, 1e-6
 
 def recorded(groups: int, words: int, n: int, length: int) -> list[dict[str, Any]]:
     """Groups with images, questions and random answers; what an answer is worth hangs on its tokens."""
-    from umrg.phantoms import rows
+    from phantoms import rows
 
     rng = np.random.default_rng(0)
     found = []
@@ -96,10 +96,10 @@ def our_whole_step(work: list[dict[str, Any]], steps: int) -> dict[str, float]:
     from dataclasses import replace
 
     from actors.connection import connect
-    from cluster.broadcast import broadcast
-    from cluster.clock import Clock
     from cluster.config import TrainConfig, load_config
-    from cluster.experience import Draw, gain
+    from cluster.evaluation import Draw, gain
+    from cluster.journal import Clock
+    from cluster.weight_sync import broadcast
     from cluster.workers import started
     from umrg.dataset import Dataset
     from umrg.dataset_writer import write_rows
@@ -137,7 +137,7 @@ def our_whole_step(work: list[dict[str, Any]], steps: int) -> dict[str, float]:
 
 def scored_groups(reasoner: Any, work: list[dict[str, Any]]) -> list[Any]:
     """The recorded groups as the learner takes them."""
-    from learner.scored_group import ScoredGroup
+    from learner.encoding import ScoredGroup
     from umrg.dataset import Dataset
     from umrg.dataset_writer import write_rows
     from umrg.group import Completion
@@ -174,7 +174,7 @@ def trl(work: list[dict[str, Any]], steps: int, generate: bool = False) -> dict[
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from learner.reasoner import load_reasoner
+    from reasoner.model import load_reasoner
 
     reasoner = load_reasoner(MODEL)
     groups = scored_groups(reasoner, work)
@@ -274,8 +274,8 @@ def sweep(shapes: list[tuple[int, int, int]]) -> list[dict[str, float]]:
     import torch
 
     from learner.attention import use_shared_prefix
-    from learner.reasoner import load_reasoner
-    from learner.shared_prefix import Branches, branch_scores, pack_groups
+    from learner.shared_prefix import Branches, branch_scores, pack
+    from reasoner.model import load_reasoner
 
     reasoner = load_reasoner(MODEL)
     shared = load_reasoner(MODEL).model
@@ -289,7 +289,7 @@ def sweep(shapes: list[tuple[int, int, int]]) -> list[dict[str, float]]:
         ids = torch.stack([torch.cat([prompt.token_ids, branch]) for branch in branches])
 
         def forward_shared(together: Branches = together) -> None:
-            branch_scores(shared, pack_groups([together], shared)).logprobs.sum().backward()
+            branch_scores(shared, pack([together], shared)).logprobs.sum().backward()
 
         def forward_padded(ids: torch.Tensor = ids, prompt: Any = prompt, length: int = length, n: int = n) -> None:
             logits = reasoner.model(

@@ -1,18 +1,21 @@
-"""The command line: `medreasoner …`, which is `python -m cluster.cli …`.
+"""The command line: `medreasoner …`, which is `python -m cluster.cli …`, and how every command of the project ends.
 
 A command imports what it runs inside its body: torch, Ray and vLLM take seconds, and `--help` should not.
-How a user's mistake is shown stands in `cluster.cli_frame`.
 """
 
+import errno
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 
-from cluster.cli_frame import run_command
-from cluster.data_commands import data_app
-from cluster.expert_commands import expert_app
+from cluster.commands.data import data_app
+from cluster.commands.expert import expert_app
 
 TINY_REASONER = Path(__file__).parents[1] / "models" / "tiny-reasoner"
 
@@ -33,7 +36,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Check versions, libraries and this machine; say how to mend what is not right."""
-    from cluster.doctor import run_doctor
+    from cluster.commands.doctor import run_doctor
 
     raise typer.Exit(run_doctor(as_json=as_json))
 
@@ -106,7 +109,7 @@ def compare(
     out: Annotated[Path | None, typer.Option(dir_okay=False, help="HTML file to write.")] = None,
 ) -> None:
     """Compare two evaluations row by row: differences with intervals, and a page of what changed most."""
-    from cluster.compare import compare as run_compare
+    from cluster.comparison import compare as run_compare
 
     typer.echo(f"saved      {run_compare(first, second, out)}")
 
@@ -153,7 +156,7 @@ def ground(
     """Answer a query about one image: reasoning, box and points; overlay and mask are saved. Exit code 1 where the
     answer has no usable box and points."""
     with Console(stderr=True).status("grounding"):
-        from cluster.ground import beginning, ground_file
+        from serving.grounder import beginning, ground_file
         from umrg.windowing import Window
 
         levels = None if window is None else Window.parse(window)
@@ -177,6 +180,62 @@ def ground(
     typer.echo(f"box        {', '.join(f'{v:.0f}' for v in answer.box)}  (x1, y1, x2, y2 in pixels)")
     typer.echo(f"points     {'; '.join(f'{x:.0f}, {y:.0f}' for x, y in answer.points)}  (x, y)")
     typer.echo(f"saved      {saved}")
+
+
+_REFUSALS = {
+    errno.EACCES: "get the right to it, or give another path",
+    errno.EPERM: "get the right to it, or give another path",
+    errno.EROFS: "give a path that can be written to",
+    errno.ENOSPC: "make room there, or give a path on another disk",
+    errno.EDQUOT: "make room there, or give a path on another disk",
+    errno.EFBIG: "give a path on another disk",
+    errno.ENOENT: "give a path that is there or, to write, one that can be made",
+    errno.ENOTDIR: "a part of it is a file; give another path",
+    errno.EISDIR: "a folder is in the way of the file; give another path, or remove it",
+    errno.EEXIST: "something is in the way; give another path, or remove it",
+    errno.ENOTEMPTY: "something is in the way; give another path, or remove it",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "its links lead in a circle; give another path",
+}
+"""What the file system refuses and a user can mend, and how."""
+
+
+def one_line(error: ValueError) -> str:
+    """The error as one line; of a ValidationError each fault as `place: message`."""
+    if isinstance(error, ValidationError):
+        faults = (
+            (".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")) for fault in error.errors()
+        )
+        return "; ".join(f"{place}: {message}" if place else message for place, message in faults)
+    return " ".join(str(error).split())
+
+
+def refusal(error: OSError) -> str | None:
+    """What the file system refused, as one line: the path, the reason, what to do. None where it is no such error."""
+    if error.filename is None or error.errno not in _REFUSALS:
+        return None
+    return " ".join(f"{error.filename}: {os.strerror(error.errno)}; {_REFUSALS[error.errno]}".split())
+
+
+def run_command(command: Callable[[], object]) -> None:
+    """Run `command`; a ValueError, or a file that the file system refuses, becomes the line `error: …` on stderr, and
+    SystemExit(2).
+
+    With MEDREASONER_TRACEBACK=1 in the environment it is raised as it is. Ctrl-C and SIGTERM end it alike, with
+    SystemExit(130) once everything is cleaned up. Everything else is a fault of ours and passes through.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        command()
+    except KeyboardInterrupt:
+        typer.secho("interrupted", fg=typer.colors.YELLOW, err=True)
+        raise SystemExit(130) from None
+    except (ValueError, OSError) as error:
+        line = one_line(error) if isinstance(error, ValueError) else refusal(error)
+        if line is None or os.environ.get("MEDREASONER_TRACEBACK") == "1":
+            raise
+        typer.secho(f"error: {line}", fg=typer.colors.RED, err=True)
+        raise SystemExit(2) from None
 
 
 def main() -> None:

@@ -24,10 +24,11 @@ from pydantic import (
 from actors.config import DeadlineConfig, EndpointConfig, RolloutConfig, SegmenterConfig
 from cluster.faults import in_words
 from learner.config import LearnerConfig, ZeroConfig
+from phantoms import MODALITIES
 from rewards.config import RewardConfig
 from umrg.atomic import written_aside
 from umrg.config import Config, ModelFolder
-from umrg.phantoms import MODALITIES
+from umrg.group import SamplingParams
 from umrg.prompts import PromptSpec, ReasonerConfig
 
 C = TypeVar("C", bound=Config)
@@ -114,11 +115,23 @@ class EvaluationConfig(Config):
     before: bool = True
 
 
-class TrainConfig(ReasonerConfig):
+class RunConfig(ReasonerConfig):
+    """What all runs share."""
+
+    name: Name
+    """Of the run."""
+    runs: Path = Path("runs")
+    """Folder of all runs, on storage that all nodes share; the run's own is `runs/<name>`."""
+    placement: Literal["pack", "spread"] = "pack"
+    """Whether actors are packed on few nodes or spread over many."""
+    deadlines: DeadlineConfig = DeadlineConfig()
+
+
+class TrainConfig(RunConfig):
     """GRPO: `medreasoner train CONFIG`.
 
     name: of the run; its folder is `runs/<name>`. expert: name or folder of the segmenter. batch: groups a step.
-    steps: how many. refill: how often in a step groups whose answers are all worth the same are replaced by fresh ones.
+    steps: how many. dynamic_sampling_retries: how often in a step zero-variance groups give way to fresh ones.
     staleness: how many steps the rollouts' weights may lag behind. placement: whether actors are packed on few nodes
     or spread over many. checkpoint_every: steps between two checkpoints; 0 for none but the last; "auto" writes one
     every ten minutes, less often where that makes training wait. keep: newest checkpoints that stay, and beside them
@@ -127,7 +140,6 @@ class TrainConfig(ReasonerConfig):
     checkpoint's folder goes on from that one, whether of this run, which then forgets what came after, or of another.
     """
 
-    name: Name
     expert: str
     data: RunDataConfig
     reward: RewardConfig
@@ -135,18 +147,15 @@ class TrainConfig(ReasonerConfig):
     segmenter: SegmenterConfig = SegmenterConfig()
     learner: LearnerConfig
     evaluation: EvaluationConfig = EvaluationConfig()
-    deadlines: DeadlineConfig = DeadlineConfig()
-    placement: Literal["pack", "spread"] = "pack"
     staleness: NonNegativeInt = 0
     batch: PositiveInt = 16
     steps: PositiveInt
-    refill: NonNegativeInt = 0
+    dynamic_sampling_retries: NonNegativeInt = 0
     seed: NonNegativeInt = 0
     checkpoint_every: Every = "auto"
     keep: PositiveInt = 2
     keep_best: NonNegativeInt = 1
     resume: Resume = "never"
-    runs: Path = Path("runs")
 
     @property
     def updates(self) -> int:
@@ -187,7 +196,7 @@ class EvaluationDataConfig(Config):
     seen: Annotated[list[Path], BeforeValidator(_as_list)] = Field(default_factory=list)
 
 
-class EvaluateConfig(ReasonerConfig):
+class EvaluateConfig(RunConfig):
     """An evaluation: `medreasoner evaluate`.
 
     name: of the run; its folder is `runs/<name>`. endpoint: asked in the model's place; `frame` must then say what its
@@ -196,7 +205,6 @@ class EvaluateConfig(ReasonerConfig):
     them apart. limit: so many rows at most. batch: rows between two writes of results. gallery: rows in the report.
     """
 
-    name: Name
     model: ModelFolder | None = None  # type: ignore[assignment]
     endpoint: EndpointConfig | None = None
     expert: str
@@ -209,9 +217,6 @@ class EvaluateConfig(ReasonerConfig):
     gallery: PositiveInt = 500
     rollout: RolloutConfig = RolloutConfig()
     segmenter: SegmenterConfig = SegmenterConfig()
-    deadlines: DeadlineConfig = DeadlineConfig()
-    placement: Literal["pack", "spread"] = "pack"
-    runs: Path = Path("runs")
 
     @model_validator(mode="after")
     def _one_reasoner(self) -> Self:
@@ -221,12 +226,16 @@ class EvaluateConfig(ReasonerConfig):
             raise ValueError("say what the endpoint's coordinates are: frame=model, original or relative")
         return self
 
+    def sampling(self) -> SamplingParams:
+        """How rows are answered, besides greedily."""
+        return SamplingParams(n=self.n, temperature=self.temperature, max_tokens=self.rollout.max_tokens)
+
     def spec(self) -> PromptSpec:
         folder = PromptSpec() if self.model is None else PromptSpec.of_model(self.model)
         return folder.but(style=self.prompt, think=self.think, frame=self.frame)
 
 
-class SftConfig(ReasonerConfig):
+class SftConfig(RunConfig):
     """Supervised fine-tuning: `medreasoner sft CONFIG`.
 
     name: of the run; its folder is `runs/<name>`. batch: images a step, each with all rows that ask about it. steps:
@@ -235,11 +244,8 @@ class SftConfig(ReasonerConfig):
     without a lower loss end the run; None for never. The others as in training.
     """
 
-    name: Name
     data: DataConfig
     learner: ZeroConfig
-    deadlines: DeadlineConfig = DeadlineConfig()
-    placement: Literal["pack", "spread"] = "pack"
     batch: PositiveInt = 16
     steps: PositiveInt
     validation: float = Field(default=0.0, ge=0, lt=1)
@@ -249,7 +255,6 @@ class SftConfig(ReasonerConfig):
     checkpoint_every: Every = "auto"
     keep: PositiveInt = 1
     resume: Resume = "never"
-    runs: Path = Path("runs")
 
     @model_validator(mode="after")
     def _stops_by_something(self) -> Self:

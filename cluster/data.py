@@ -5,9 +5,9 @@ from pathlib import Path
 
 from cluster.config import EvaluateConfig, PhantomConfig, TrainConfig
 from cluster.run_folder import RunFolder
+from phantoms import rows
 from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
-from umrg.phantoms import rows
 from umrg.sample import Sample
 
 

@@ -13,16 +13,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cluster.cli_frame import run_command
+from cluster.cli import run_command
 from cluster.config import EvaluateConfig, load_config
 from cluster.data import open_held_out
 from cluster.evaluation import evaluate, questions
 from cluster.figures import Seen, as_malformed, comma_separated, markdown, row_figures, summarise
-from cluster.records import as_results
+from cluster.records import Results, as_results
 from cluster.report import write_evaluation_report
-from cluster.results import Results
 from cluster.run_folder import RunFolder
-from cluster.workers import Workers, cluster, started
+from cluster.workers import ActorSpec, Workers, cluster, endpoints, rollouts, segmenters, started
+from rewards.scoring import Scorer
 from umrg.atomic import written_aside
 from umrg.sample import Sample
 
@@ -35,11 +35,23 @@ def run_evaluation(config: EvaluateConfig) -> RunFolder:
         rows, seen = open_held_out(config, run), Seen.of_files(config.data.seen)
         results = Results(run.path / "results.jsonl", n=config.n, hold=run.hold)
         if any(row.id not in results.rows for row in rows):
-            with cluster(), started(config) as workers, run.telling():
+            with cluster(), started(actors(config), config) as workers, run.telling():
                 answer(workers, rows, config, results)
         results.sort([row.id for row in rows])
         write_figures(run, rows, seen, results, config)
     return run
+
+
+def actors(config: EvaluateConfig) -> list[ActorSpec]:
+    """The actors of an evaluation: rollouts, or what asks an endpoint in their place, and segmenters."""
+    spec = config.spec()
+    scorer, lenient = Scorer.of_preset("mask"), config.answers == "lenient"
+    if config.endpoint is not None:
+        answering = endpoints(config.endpoint, config.rollout, spec)
+    else:
+        assert config.model is not None
+        answering = rollouts(config.model, config.rollout, spec)
+    return [*answering, *segmenters(config.expert, config.segmenter, scorer, spec, lenient=lenient)]
 
 
 def answer(workers: Workers, rows: Sequence[Sample], config: EvaluateConfig, results: Results) -> None:
@@ -48,14 +60,7 @@ def answer(workers: Workers, rows: Sequence[Sample], config: EvaluateConfig, res
     with _progress(len(rows), done=len(rows) - len(left)) as advance:
         for start in range(0, len(left), config.batch):
             batch = left[start : start + config.batch]
-            found = evaluate(
-                workers,
-                batch,
-                n=config.n,
-                temperature=config.temperature,
-                max_tokens=config.rollout.max_tokens,
-                thorough=True,
-            )
+            found = evaluate(workers, batch, config.sampling(), "ablations")
             results.add([*as_results(found.greedy, "greedy"), *as_results(found.sampled, "sampled")])
             advance(len(batch))
     workers.check_expert()

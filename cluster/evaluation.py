@@ -1,14 +1,15 @@
-"""One function that evaluates a model: before and after a run, on the way, and by itself."""
+"""Groups collected, that is sampled and scored: those of a training step, and those of an evaluation."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from cluster.clock import Clock
-from cluster.experience import Draw, Experience, gain
+from actors.pools import GroupRefs, Ref
 from cluster.workers import Workers
-from umrg.group import Group
+from rewards.scored import Measured, ScoredGroup
+from umrg.group import Group, SamplingParams
 from umrg.sample import Sample
 
 SEED = 20_000_003
@@ -18,11 +19,45 @@ FIGURES = ("dice", "iou", "pdice", "well_formed")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """greedy: one answer a row. sampled: n answers a row, none where n is 0."""
+class Collected:
+    """A scored group, and where it lies in Ray's object store for the learner's ranks."""
 
-    greedy: Sequence[Experience]
-    sampled: Sequence[Experience]
+    scored: ScoredGroup
+    refs: tuple[Ref, Ref]
+    """Of its `Group`, with the image, and of the `ScoredGroup`."""
+
+
+def collect(
+    workers: Workers,
+    groups: Sequence[Group],
+    sampling: SamplingParams,
+    measured: Measured,
+    *,
+    phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
+    meanwhile: Callable[[], None] = lambda: None,
+) -> list[Collected]:
+    """Sample and score groups; a group is scored while others are still being sampled.
+
+    phase: times the phases "rollout" and "score". meanwhile: called now and then while groups are sampled, when the
+    learner has nothing to do."""
+    refs = {group.id: GroupRefs.put(group) for group in groups}
+    scoring = {}
+    with phase("rollout"):
+        for id, samples in workers.rollouts.sample(refs, sampling, meanwhile=meanwhile):
+            scoring[id] = workers.segmenters.score(refs[id], samples, measured)
+    with phase("score"):
+        scored = workers.segmenters.collect(scoring)
+    return [Collected(scored=scored[group.id], refs=(refs[group.id].group, scoring[group.id][1])) for group in groups]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Held-out rows, answered and scored."""
+
+    greedy: Sequence[ScoredGroup]
+    """One answer a row."""
+    sampled: Sequence[ScoredGroup]
+    """n answers a row; none where n is 0."""
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Mean figures of the greedy and of the sampled answers; n counts rows."""
@@ -30,15 +65,15 @@ class Evaluation:
         return {name: figures(part) for name, part in parts.items() if part}
 
 
-def figures(experience: Sequence[Experience]) -> dict[str, float]:
+def figures(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     """Means over rows of means over each row's answers."""
-    means = {name: float(np.mean(row_means(experience, name))) for name in FIGURES}
-    return {**means, "n": len(experience)}
+    means = {name: float(np.mean(row_means(groups, name))) for name in FIGURES}
+    return {**means, "n": len(groups)}
 
 
-def row_means(experience: Sequence[Experience], metric: str) -> list[float]:
+def row_means(groups: Sequence[ScoredGroup], metric: str) -> list[float]:
     """Mean of a metric over each row's answers."""
-    return [float(np.mean([answer.metrics[metric] for answer in each.scored])) for each in experience]
+    return [float(np.mean([answer.metrics[metric] for answer in group.answers])) for group in groups]
 
 
 def questions(rows: Sequence[Sample]) -> list[Group]:
@@ -47,14 +82,13 @@ def questions(rows: Sequence[Sample]) -> list[Group]:
 
 
 def evaluate(
-    workers: Workers, groups: Sequence[Group], *, n: int, temperature: float, max_tokens: int, thorough: bool = False
+    workers: Workers, groups: Sequence[Group], sampling: SamplingParams, measured: Measured = "masks"
 ) -> Evaluation:
-    """Answer held-out rows greedily and, where n > 0, n times at a temperature. thorough: with the metrics for
-    which the expert runs more than once an answer."""
-    clock = Clock()
-    greedy = Draw(n=1, temperature=0.0, max_tokens=max_tokens, run_seed=SEED)
-    sampled = Draw(n=n, temperature=temperature, max_tokens=max_tokens, run_seed=SEED)
+    """Answer held-out rows greedily and, where `sampling.n` is above 0, n times at its temperature. Its seed is not
+    heeded, but `SEED`."""
+    sampled = replace(sampling, seed=SEED)
+    greedy = replace(sampled, n=1, temperature=0.0)
     return Evaluation(
-        greedy=gain(workers, groups, greedy, clock, thorough=thorough),
-        sampled=gain(workers, groups, sampled, clock, thorough=thorough) if n else (),
+        greedy=[each.scored for each in collect(workers, groups, greedy, measured)],
+        sampled=[each.scored for each in collect(workers, groups, sampled, measured)] if sampling.n else (),
     )

@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.results import Record
+from cluster.records import Record
 from umrg.dataset import Dataset
 from umrg.masks import decode_rle
 from umrg.metrics import box_iou, mask_dice

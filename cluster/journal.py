@@ -1,22 +1,95 @@
-"""What a run writes down as it goes: metrics, samples, evaluations, and in the end summary and report."""
+"""What a run writes down as it goes: seconds by phase, peak memory, metrics, samples, evaluations, and in the end
+summary and report."""
 
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import distributions, version
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import psutil
 from tensorboardX import SummaryWriter
 
-from cluster.clock import Clock
 from cluster.comparison import compare_run
 from cluster.config import TrainConfig
 from cluster.evaluation import FIGURES, Evaluation
-from cluster.experience import Experience
-from cluster.memory import MemoryWatch
 from cluster.records import write_records
 from cluster.run_folder import RunFolder
 from learner.update_report import UpdateReport
+from rewards.scored import ScoredGroup
 from umrg.sample import Sample
+
+
+class Clock:
+    """Adds up the seconds of each phase: of the whole run, and since the last `lap`. now: seconds since any moment."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self.now = now
+        self.total: dict[str, float] = {}
+        self._lap: dict[str, float] = {}
+        self._lap_start = now()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase; phases are not nested."""
+        start = self.now()
+        try:
+            yield
+        finally:
+            seconds = self.now() - start
+            for sums in (self.total, self._lap):
+                sums[name] = sums.get(name, 0.0) + seconds
+
+    def lap(self) -> dict[str, float]:
+        """Seconds of each phase since the last lap, and "step", of all that passed."""
+        now = self.now()
+        seconds = {**self._lap, "step": now - self._lap_start}
+        self._lap, self._lap_start = {}, now
+        return seconds
+
+
+_EVERY = 3.0
+
+
+class MemoryWatch:
+    """Samples the memory of this process and all its descendants, a local Ray cluster's actors among them. Shared pages
+    count once (proportional set size, where the kernel tells it). peak: bytes."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory-watch", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._thread.join(timeout=10)
+
+    def _watch(self) -> None:
+        me = psutil.Process()
+        while not self._ended.wait(_EVERY):
+            with contextlib.suppress(psutil.Error):
+                self.peak = max(self.peak, sum(map(_size, [me, *me.children(recursive=True)])))
+
+
+def _size(process: psutil.Process) -> int:
+    try:
+        for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) << 10
+        return 0
+    except OSError:
+        with contextlib.suppress(psutil.Error):
+            return int(process.memory_info().rss)
+        return 0
+
 
 PACKAGES = ("torch", "transformers", "deepspeed", "ray", "segment-anything")
 
@@ -43,21 +116,28 @@ class Journal:
             self._run.tell(**self.summary())
 
     def step(
-        self, step: int, experience: list[Experience], report: UpdateReport, *, canary_gap: float, replaced: int
+        self,
+        step: int,
+        groups: Sequence[ScoredGroup],
+        report: UpdateReport,
+        *,
+        canary_gap: float,
+        resampled: int,
     ) -> dict[str, float]:
-        """Write down a step; its metrics by name. replaced: groups without spread that others were sampled for."""
+        """Write down a step; its metrics by name. resampled: zero-variance groups in whose place others were
+        sampled."""
         self._steps = step
         metrics = {
-            **sample_metrics(experience, step),
+            **sample_metrics(groups, step),
             **{f"learner/{name}": value for name, value in asdict(report).items()},
             "learner/canary_gap": canary_gap,
-            "reward/replaced_groups": float(replaced),
+            "reward/resampled_groups": float(resampled),
             **{f"seconds/{name}": seconds for name, seconds in self.clock.lap().items()},
         }
         self._run.log({"step": step, **{name: round(value, 6) for name, value in metrics.items()}})
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
-        write_records(self._run.samples / f"step-{step:06d}.parquet", experience)
+        write_records(self._run.samples / f"step-{step:06d}.parquet", groups)
         return metrics
 
     def has_evaluation(self, name: str) -> bool:
@@ -115,17 +195,19 @@ class Journal:
         }
 
 
-def sample_metrics(experience: list[Experience], step: int) -> dict[str, float]:
-    """Means over a step's answers of reward, its parts and the metrics, and what is worth watching about groups.
+def sample_metrics(groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:
+    """Means over a step's answers of reward, its parts and the metrics, and statistics of its groups.
 
-    reward/spread: mean over groups of the rewards' standard deviation. reward/flat_groups: share of groups without
-    any, which teach nothing. rollout/cached: share of prompts' tokens that an answer found in the engine's prefix
-    cache; what fills no block of it is not kept. policy/lag: mean of how many versions behind the answers' weights
-    were.
+    reward/std: mean over groups of the rewards' standard deviation within the group.
+    reward/zero_variance_groups: share of groups without any, whose advantages are 0.
+    answers/nll: mean over answers of the negative log-likelihood of a token, in nats.
+    rollout/prefix_cache_hits: share of prompts' tokens that a completion found in the engine's prefix cache, which
+    keeps whole blocks only.
+    policy/lag: mean of how many versions behind the completions' weights were.
     """
-    answers = [answer for each in experience for answer in each.scored]
-    completions = [completion for each in experience for completion in each.samples.completions]
-    spreads = [float(np.std(each.rewards)) for each in experience]
+    answers = [answer for group in groups for answer in group.answers]
+    completions = [completion for group in groups for completion in group.samples.completions]
+    deviations = [float(np.std(group.rewards)) for group in groups]
     metrics = {"reward/total": _mean(answer.reward.total for answer in answers)}
     for part in answers[0].reward.parts:
         metrics[f"reward/{part}"] = _mean(answer.reward.parts[part] for answer in answers)
@@ -133,12 +215,12 @@ def sample_metrics(experience: list[Experience], step: int) -> dict[str, float]:
         metrics[f"answers/{name}"] = _mean(answer.metrics[name] for answer in answers)
     return {
         **metrics,
-        "reward/spread": _mean(spreads),
-        "reward/flat_groups": _mean(spread < 1e-9 for spread in spreads),
+        "reward/std": _mean(deviations),
+        "reward/zero_variance_groups": _mean(deviation < 1e-9 for deviation in deviations),
         "answers/tokens": _mean(len(completion.token_ids) for completion in completions),
         "answers/finished": _mean(completion.finished for completion in completions),
-        "answers/surprise": _mean(-np.mean(completion.logprobs) for completion in completions),
-        "rollout/cached": _mean(each.samples.cached / len(each.samples.prompt_ids) for each in experience),
+        "answers/nll": _mean(-np.mean(completion.logprobs) for completion in completions),
+        "rollout/prefix_cache_hits": _mean(group.samples.cached / len(group.samples.prompt_ids) for group in groups),
         "policy/lag": _mean(step - 1 - completion.policy_version for completion in completions),
     }
 

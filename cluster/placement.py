@@ -1,14 +1,11 @@
 """Where a run's actors sit: arithmetic apart from Ray, so that a table can test it.
 
-TrainConfig ──bundles──► one Bundle an actor ──shortage(nodes)──► what is missing, in words
+a role's configuration ──bundles──► one Bundle an actor ──shortage(nodes)──► what is missing, in words
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from actors.config import RolloutConfig, SegmenterConfig
-from cluster.config import EvaluateConfig, SftConfig, TrainConfig
-from learner.config import ZeroConfig
+from typing import Protocol
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +28,16 @@ class Bundle:
         return {name: amount for name, amount in wanted.items() if amount > 0} or {"CPU": 0.001}
 
 
+class Resources(Protocol):
+    """The part of a role's configuration that says what each of its actors takes, as Ray counts it."""
+
+    @property
+    def num_cpus(self) -> float: ...
+
+    @property
+    def num_gpus(self) -> float: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Node:
     """What a machine of the cluster has, or has left."""
@@ -39,20 +46,9 @@ class Node:
     gpus: float
 
 
-def bundles(config: TrainConfig | EvaluateConfig | SftConfig) -> list[Bundle]:
-    """One bundle an actor: the learner's ranks, the hardest to place, then rollouts, then segmenters."""
-    found = [] if isinstance(config, EvaluateConfig) else _bundles("learner", config.learner.ranks, config.learner)
-    if isinstance(config, SftConfig):
-        return found
-    return [
-        *found,
-        *_bundles("rollout", config.rollout.actors, config.rollout),
-        *_bundles("segmenter", config.segmenter.actors, config.segmenter),
-    ]
-
-
-def _bundles(role: str, count: int, part: ZeroConfig | RolloutConfig | SegmenterConfig) -> list[Bundle]:
-    return [Bundle(role=role, index=i, cpus=part.num_cpus, gpus=part.num_gpus) for i in range(count)]
+def bundles(role: str, count: int, each: Resources) -> list[Bundle]:
+    """One bundle an actor of a role."""
+    return [Bundle(role=role, index=i, cpus=each.num_cpus, gpus=each.num_gpus) for i in range(count)]
 
 
 def shortage(wanted: Sequence[Bundle], nodes: Sequence[Node]) -> str | None:

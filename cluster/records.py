@@ -1,22 +1,25 @@
-"""Sample records: one row an answer, the same for training, evaluation and whoever looks at them."""
+"""Sample records: one an answer, the same for training, evaluation and whoever looks at them; and the files that hold
+them, `samples/*.parquet` of a training run and `results.jsonl` of an evaluation."""
 
-from collections.abc import Iterable, Iterator
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.experience import Experience
-from umrg.atomic import written_aside
+from rewards.scored import ScoredGroup
+from umrg.atomic import named, whole_lines, written_aside
 
 
-def records(experience: Iterable[Experience]) -> Iterator[dict[str, Any]]:
+def records(groups: Iterable[ScoredGroup]) -> Iterator[dict[str, Any]]:
     """Rows of plain values. Boxes and points in original pixels; mask as COCO run-length encoding. The image stays in
     its dataset, under `sample_id`."""
-    for each in experience:
+    for each in groups:
         sample = each.group.sample
-        for i, (completion, scored) in enumerate(zip(each.samples.completions, each.scored, strict=True)):
+        for i, (completion, scored) in enumerate(zip(each.samples.completions, each.answers, strict=True)):
             yield {
                 "answer_id": each.group.answer_id(i),
                 "step": each.group.step,
@@ -44,17 +47,66 @@ def records(experience: Iterable[Experience]) -> Iterator[dict[str, Any]]:
             }
 
 
-def as_results(experience: Iterable[Experience], kind: str) -> list[dict[str, Any]]:
+def as_results(groups: Iterable[ScoredGroup], kind: str) -> list[dict[str, Any]]:
     """Records of one kind of answers, "greedy" or "sampled", as an evaluation's results.jsonl has them."""
-    return [{"kind": kind, **record} for record in records(experience)]
+    return [{"kind": kind, **record} for record in records(groups)]
 
 
-def write_records(path: Path, experience: Iterable[Experience]) -> None:
+def write_records(path: Path, groups: Iterable[ScoredGroup]) -> None:
     """Write records as parquet."""
     with written_aside(path) as aside:
-        pq.write_table(pa.Table.from_pylist(list(records(experience))), aside)
+        pq.write_table(pa.Table.from_pylist(list(records(groups))), aside)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    return rows
+
+
+Record = Mapping[str, Any]
+
+
+class Results:
+    """The records in a file. A row is done when its greedy answer and all n sampled ones are there. hold: raises where
+    the run's folder is another's by now; called before anything is added."""
+
+    def __init__(self, path: Path, *, n: int, hold: Callable[[], None] = lambda: None) -> None:
+        self._path, self._n, self._hold = path, n, hold
+        self.rows: dict[str, list[Record]] = {}
+        for record in whole_lines(path):
+            self.rows.setdefault(record["sample_id"], []).append(record)
+        self.rows = {row: records for row, records in self.rows.items() if len(records) == 1 + n}
+        self._write(self.rows)
+
+    def add(self, records: Iterable[Record]) -> None:
+        """Keep the records of some rows, all their answers at once; they are on disk when this returns."""
+        self._hold()
+        lines = []
+        for record in records:
+            self.rows.setdefault(record["sample_id"], []).append(record)
+            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        with named(self._path), self._path.open("a") as file:
+            file.write("".join(lines))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def sort(self, order: Sequence[str]) -> None:
+        """Bring the file into the order of the rows' ids, however it came about."""
+        self.rows = {row: self.rows[row] for row in order}
+        self._write(self.rows)
+
+    def _write(self, rows: Mapping[str, Sequence[Record]]) -> None:
+        self._hold()
+        with written_aside(self._path) as aside, aside.open("w") as file:
+            for records in rows.values():
+                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def read_results(path: Path) -> dict[str, list[Record]]:
+    """The records of a results.jsonl by row. Raises ValueError where there is none."""
+    if not path.is_file():
+        raise ValueError(f"there is no {path}; give the folder of an evaluation")
+    rows: dict[str, list[Record]] = {}
+    for record in whole_lines(path):
+        rows.setdefault(record["sample_id"], []).append(record)
     return rows

@@ -14,12 +14,14 @@ from pathlib import Path
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from actors.learner_rank import SupervisedRank
 from actors.pools import SupervisedPool
 from cluster.checkpoints import Checkpoint, Checkpoints, RunState, export
-from cluster.cli_frame import run_command
+from cluster.cli import run_command
 from cluster.config import SftConfig, config_text, load_config
 from cluster.run_folder import RunFolder
-from cluster.workers import cluster, started_supervised
+from cluster.workers import ActorSpec, cluster, ranks, started_supervised
+from learner.config import LearnerTask
 from umrg.dataset import Dataset
 from umrg.rows import reasoning_fault
 from umrg.sample import Sample
@@ -40,10 +42,16 @@ def sft(config: SftConfig) -> RunFolder:
         images = Images(config)
         stack.enter_context(cluster())
         print("starting the learner", flush=True)
-        learner = stack.enter_context(started_supervised(config, run.path))
+        learner = stack.enter_context(started_supervised(actors(config, run.path), config))
         stack.enter_context(run.telling())
         Finetuning(config, run, checkpoints, learner, images).go(checkpoint)
     return run
+
+
+def actors(config: SftConfig, run: Path) -> list[ActorSpec]:
+    """The actors of a supervised run: its ranks."""
+    task = LearnerTask(model=config.model, spec=config.spec(), updates=config.steps, seed=config.seed, run=run)
+    return ranks(SupervisedRank, config.learner, task)
 
 
 class Images:

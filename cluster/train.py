@@ -7,20 +7,21 @@ rows ──Group──► rollouts ──GroupSamples──► segmenters ──
 
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
-from cluster.broadcast import Canary, broadcast
+from actors.learner_rank import LearnerRank
 from cluster.checkpoints import Checkpoint, Checkpoints, RunState, export
-from cluster.cli_frame import run_command
-from cluster.clock import Clock
+from cluster.cli import run_command
 from cluster.config import TrainConfig, config_text, load_config
 from cluster.data import open_rows
 from cluster.display import Display
-from cluster.evaluation import evaluate, questions
-from cluster.experience import Draw, Experience, gain
-from cluster.journal import Journal
+from cluster.evaluation import Collected, collect, evaluate, questions
+from cluster.journal import Clock, Journal
 from cluster.run_folder import RunFolder
-from cluster.workers import Workers, cluster, started
+from cluster.weight_sync import Canary, sync_weights
+from cluster.workers import ActorSpec, Workers, cluster, ranks, rollouts, segmenters, started
+from learner.config import LearnerTask
 from umrg.dataset import Dataset
 from umrg.group import Group
 from umrg.sample import Sample
@@ -38,10 +39,30 @@ def train(config: TrainConfig) -> RunFolder:
             rows, held_out = open_rows(config, run)
         stack.enter_context(cluster())
         with display.waiting("starting actors"), journal.clock.phase("start"):
-            workers = stack.enter_context(started(config, run.path))
+            workers = stack.enter_context(started(actors(config, run.path), config))
         stack.enter_context(run.telling())
         Training(config, run, workers, journal, display, rows, held_out).go(checkpoint)
     return run
+
+
+def actors(config: TrainConfig, run: Path | None = None) -> list[ActorSpec]:
+    """The actors of a training run: the learner's ranks, the hardest to place, then rollouts, then segmenters. run: its
+    folder; None where no checkpoint is written."""
+    spec = config.spec()
+    task = LearnerTask(
+        model=config.model,
+        spec=spec,
+        updates=config.updates,
+        seed=config.seed,
+        temperature=config.rollout.temperature,
+        max_tokens=config.rollout.max_tokens,
+        run=run,
+    )
+    return [
+        *ranks(LearnerRank, config.learner, task),
+        *rollouts(config.model, config.rollout, spec),
+        *segmenters(config.expert, config.segmenter, config.reward.scorer(think=spec.think), spec),
+    ]
 
 
 def checkpoints_of(config: TrainConfig, run: RunFolder, clock: Clock | None = None) -> Checkpoints:
@@ -72,12 +93,7 @@ class Training:
         self.journal, self.display, self.rows, self.held_out = journal, display, rows, held_out
         self.checkpoints = checkpoints_of(config, run, journal.clock)
         self.canary = Canary(rows[0], config)
-        self.draw = Draw(
-            n=config.rollout.n,
-            temperature=config.rollout.temperature,
-            max_tokens=config.rollout.max_tokens,
-            run_seed=config.seed,
-        )
+        self.sampling = config.rollout.sampling(seed=config.seed)
         self.cursor = Cursor(seed=config.seed)
         self.step = 0
 
@@ -99,35 +115,39 @@ class Training:
     def take_step(self) -> None:
         """Sample, score, learn, hand on."""
         clock = self.journal.clock
-        experience, replaced = self.gather()
+        groups, resampled = self.collect()
         with clock.phase("learn"):
-            report = self.workers.learner.update(
-                [each.ref for each in experience],
-                [each.samples for each in experience],
-                [each.rewards for each in experience],
-            )
+            report = self.workers.learner.update([group.refs for group in groups])
         self.step += 1
         with clock.phase("sync"):
-            broadcast(self.workers, version=self.step)
+            sync_weights(self.workers, version=self.step)
             gap = self.canary.check(self.workers)
-        metrics = self.journal.step(self.step, experience, report, canary_gap=gap, replaced=replaced)
+        scored = [group.scored for group in groups]
+        metrics = self.journal.step(self.step, scored, report, canary_gap=gap, resampled=resampled)
         self.display.step(self.step, metrics)
 
-    def gather(self) -> tuple[list[Experience], int]:
-        """A step's experience, and how many groups were replaced: those whose answers are all worth the same, by fresh
-        ones, `refill` times at most (dynamic sampling: DAPO, arXiv:2503.14476)."""
-        kept: list[Experience] = []
+    def collect(self) -> tuple[list[Collected], int]:
+        """A step's groups, sampled and scored, and how many zero-variance groups gave way to fresh ones
+        (dynamic sampling: DAPO, Yu et al. 2025, arXiv:2503.14476)."""
+        kept: list[Collected] = []
         asked = 0
-        for _ in range(self.config.refill + 1):
+        for _ in range(self.config.dynamic_sampling_retries + 1):
             fresh = self.groups(self.config.batch - len(kept), first=asked)
             asked += len(fresh)
-            experience = gain(self.workers, fresh, self.draw, self.journal.clock, meanwhile=self.place_checkpoint)
-            kept += [each for each in experience if not each.flat]
-            flat = [each for each in experience if each.flat]
-            if not flat:
+            collected = collect(
+                self.workers,
+                fresh,
+                self.sampling,
+                "reward",
+                phase=self.journal.clock.phase,
+                meanwhile=self.place_checkpoint,
+            )
+            kept += [group for group in collected if not group.scored.zero_variance]
+            zero_variance = [group for group in collected if group.scored.zero_variance]
+            if not zero_variance:
                 break
-        # What no refill made up for is kept as it is, so that every step has as many groups.
-        kept += flat[: self.config.batch - len(kept)]
+        # What no retry made up for is kept as it is, so that every step has as many groups.
+        kept += zero_variance[: self.config.batch - len(kept)]
         return kept, asked - len(kept)
 
     def groups(self, count: int, first: int) -> list[Group]:
@@ -144,9 +164,7 @@ class Training:
             evaluation = evaluate(
                 self.workers,
                 questions(self.held_out),
-                n=self.config.evaluation.n,
-                temperature=self.config.rollout.temperature,
-                max_tokens=self.config.rollout.max_tokens,
+                replace(self.sampling, n=self.config.evaluation.n),
             )
         self.journal.evaluation(name, self.step, evaluation)
         self.display.evaluation(name, evaluation.summary())
@@ -178,7 +196,7 @@ class Training:
             self.step, self.cursor = checkpoint.state.step, checkpoint.state.cursor
             if checkpoint.folder.parent == self.run.checkpoints.resolve():
                 position = checkpoint.state.metrics
-            broadcast(self.workers, version=self.step)
+            sync_weights(self.workers, version=self.step)
             self.display.resumed(self.step)
         self.journal.rewind(self.step, position)
         self.checkpoints.rewind(self.step)

@@ -1,9 +1,14 @@
-"""The actors of a run: started together, and gone when the run ends, however it ends."""
+"""The actors of a run: listed by its job, started together, and gone when the run ends, however it ends.
+
+A job lists its actors with `rollouts`, `segmenters` and `ranks`:
+
+    [*ranks(LearnerRank, config.learner, task), *rollouts(…), *segmenters(…)] ──started──► Workers
+"""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +16,102 @@ import ray
 from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from actors.config import EndpointConfig, RolloutConfig, SegmenterConfig
 from actors.connection import connect
 from actors.endpoint import Endpoint
-from actors.engine_environment import engine_environment
 from actors.experts.registry import find_expert
-from actors.learner_rank import LearnerRank
-from actors.pools import DeadlinePassed, LearnerPool, RolloutPool, Seat, SegmenterPool, SupervisedPool, gather
+from actors.learner_rank import ZeroActor
+from actors.pools import DeadlinePassed, LearnerPool, Placement, RolloutPool, SegmenterPool, SupervisedPool, gather
 from actors.rollout import Rollout
 from actors.segmenter import Segmenter
-from actors.sft_rank import SupervisedRank
-from cluster.config import EvaluateConfig, SftConfig, TrainConfig
+from cluster.config import RunConfig
 from cluster.placement import Bundle, Node, bundles, shortage
+from learner.config import LearnerTask, ZeroConfig
 from rewards.scoring import Scorer
 from umrg.config import located
+from umrg.prompts import PromptSpec
 from umrg.reasoner_folder import check_reasoner_folder
 
-Job = TrainConfig | EvaluateConfig
+
+@dataclass(frozen=True, kw_only=True)
+class ActorSpec:
+    """One actor of a job."""
+
+    bundle: Bundle
+    """Its role and index, and the CPUs and GPUs that it takes."""
+    kind: type
+    """The actor's class."""
+    arguments: Mapping[str, Any]
+    """Of its constructor, by name."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables that its process has from the start."""
+
+
+def rollouts(model: Path, config: RolloutConfig, spec: PromptSpec) -> list[ActorSpec]:
+    """Rollout actors with a model's folder. Raises ValueError where that cannot be loaded."""
+    check_reasoner_folder(model)
+    arguments = {"model": located(model), "config": config, "spec": spec}
+    return [
+        ActorSpec(bundle=bundle, kind=Rollout, arguments=arguments, environment=config.environment)
+        for bundle in bundles("rollout", config.actors, config)
+    ]
+
+
+def endpoints(endpoint: EndpointConfig, config: RolloutConfig, spec: PromptSpec) -> list[ActorSpec]:
+    """Actors that ask an endpoint, in the place of rollouts."""
+    arguments = {"config": endpoint, "spec": spec, "key": endpoint.key()}
+    return [
+        ActorSpec(bundle=bundle, kind=Endpoint, arguments=arguments, environment=config.environment)
+        for bundle in bundles("rollout", config.actors, config)
+    ]
+
+
+def segmenters(
+    expert: str, config: SegmenterConfig, scorer: Scorer, spec: PromptSpec, *, lenient: bool = False
+) -> list[ActorSpec]:
+    """Segmenter actors. lenient: foreign forms of answers are taken too. Raises ValueError where there is no such
+    expert."""
+    find_expert(expert, config.checkpoint, config.preprocess)
+    arguments = {
+        "expert": located(expert),
+        "config": config.located(),
+        "scorer": scorer,
+        "frame": spec.frame,
+        "think": spec.think,
+        "lenient": lenient,
+    }
+    return [
+        ActorSpec(bundle=bundle, kind=Segmenter, arguments=arguments)
+        for bundle in bundles("segmenter", config.actors, config)
+    ]
+
+
+def ranks(kind: type[ZeroActor], config: ZeroConfig, task: LearnerTask) -> list[ActorSpec]:
+    """The learner's ranks. Raises ValueError where the task's model cannot be loaded."""
+    check_reasoner_folder(task.model)
+    environment = {"DS_ACCELERATOR": "cuda" if config.num_gpus > 0 else "cpu"}
+    here = task.located()
+    return [
+        ActorSpec(
+            bundle=bundle,
+            kind=kind,
+            arguments={"config": config, "task": here, "rank": bundle.index},
+            environment=environment,
+        )
+        for bundle in bundles("learner", config.ranks, config)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """rollouts sample, segmenters score, the learner learns; it has no ranks where a model is only evaluated.
-    expert_digest: of the frozen expert's weights."""
+    """The pools of a run that trains or evaluates."""
 
     rollouts: RolloutPool
     segmenters: SegmenterPool
     learner: LearnerPool
+    """Without ranks where a model is only evaluated."""
     expert_digest: str
+    """Of the frozen expert's weights."""
 
     def check_expert(self) -> None:
         """The expert is what it was at the start."""
@@ -57,13 +131,13 @@ def cluster() -> Iterator[None]:
 
 
 @contextmanager
-def started(config: Job, run: Path | None = None) -> Iterator[Workers]:
-    """Start all actors of a job, in one placement group. run: the folder that the learner's ranks write checkpoints to.
-    Raises ValueError where the cluster is too small for them, and where they cannot load what they are to."""
-    with _seated(config, run) as actors:
-        rollouts = RolloutPool(_of("rollout", actors), config.deadlines)
-        segmenters = SegmenterPool(_of("segmenter", actors), config.deadlines)
-        learner = LearnerPool(_of("learner", actors), config.deadlines)
+def started(actors: Sequence[ActorSpec], config: RunConfig) -> Iterator[Workers]:
+    """Start the actors that a job lists, in one placement group. Raises ValueError where the cluster is too small for
+    them, and where they cannot load what they are to."""
+    with _placed(actors, config) as handles:
+        rollouts = RolloutPool(_of("rollout", handles), config.deadlines)
+        segmenters = SegmenterPool(_of("segmenter", handles), config.deadlines)
+        learner = LearnerPool(_of("learner", handles), config.deadlines)
         try:
             calls = {**rollouts.starting(), **segmenters.starting(), **learner.starting()}
             results = dict(zip(calls, gather(calls, seconds=config.deadlines.start, doing="starting"), strict=True))
@@ -75,36 +149,31 @@ def started(config: Job, run: Path | None = None) -> Iterator[Workers]:
 
 
 @contextmanager
-def started_supervised(config: SftConfig, run: Path) -> Iterator[SupervisedPool]:
+def started_supervised(actors: Sequence[ActorSpec], config: RunConfig) -> Iterator[SupervisedPool]:
     """Start the ranks of a supervised run, as `started` does."""
-    with _seated(config, run) as actors:
-        pool = SupervisedPool(actors, config.deadlines)
+    with _placed(actors, config) as handles:
+        pool = SupervisedPool(handles, config.deadlines)
         gather(pool.starting(), seconds=config.deadlines.start, doing="starting")
         yield pool
 
 
 @contextmanager
-def _seated(config: Job | SftConfig, run: Path | None) -> Iterator[dict[str, Any]]:
-    """A job's actors by name, not yet started; gone at the end. Raises ValueError where they would find no model or no
-    expert."""
-    if config.model is not None:
-        check_reasoner_folder(config.model)
-    if not isinstance(config, SftConfig):
-        find_expert(config.expert, config.segmenter.checkpoint, config.segmenter.preprocess)
-    wanted = bundles(config)
+def _placed(actors: Sequence[ActorSpec], config: RunConfig) -> Iterator[dict[str, Any]]:
+    """Actors by name, not yet started; gone at the end."""
+    wanted = [actor.bundle for actor in actors]
     if missing := shortage(wanted, cluster_nodes()):
         raise ValueError(f"{missing}; ask for fewer actors or less of each, or add nodes")
     group = placement_group([bundle.resources for bundle in wanted], strategy=config.placement.upper())
-    actors: dict[str, Any] = {}
+    handles: dict[str, Any] = {}
     try:
-        _await_room(group, config, wanted)
-        seats = [_seat(group, i, bundle, config) for i, bundle in enumerate(wanted)]
-        for bundle, seat in zip(wanted, seats, strict=True):
-            actors[bundle.name] = _make(bundle, seat, config, run)
-        yield actors
+        _await_room(group, config.deadlines.resources, wanted)
+        for i, actor in enumerate(actors):
+            options = _placement(group, i, actor).options()
+            handles[actor.bundle.name] = ray.remote(actor.kind).options(**options).remote(**actor.arguments)
+        yield handles
     finally:
-        for actor in actors.values():
-            ray.kill(actor)
+        for handle in handles.values():
+            ray.kill(handle)
         remove_placement_group(group)
 
 
@@ -117,9 +186,9 @@ def cluster_nodes() -> list[Node]:
     ]
 
 
-def _await_room(group: Any, config: Job | SftConfig, wanted: list[Bundle]) -> None:
+def _await_room(group: Any, seconds: float, wanted: Sequence[Bundle]) -> None:
     """Wait until other jobs leave room. Raises DeadlinePassed that says what is missing."""
-    deadline = time.monotonic() + config.deadlines.resources
+    deadline = time.monotonic() + seconds
     while True:
         try:
             ray.get(group.ready(), timeout=min(10.0, max(0.1, deadline - time.monotonic())))
@@ -129,71 +198,20 @@ def _await_room(group: Any, config: Job | SftConfig, wanted: list[Bundle]) -> No
             need = f"{sum(b.cpus for b in wanted):g} CPUs and {sum(b.gpus for b in wanted):g} GPUs"
             have = f"{free.get('CPU', 0):g} and {free.get('GPU', 0):g} are free"
             if time.monotonic() >= deadline:
-                raise DeadlinePassed(f"waited {config.deadlines.resources} s for {need}; {have}") from None
+                raise DeadlinePassed(f"waited {seconds:g} s for {need}; {have}") from None
             print(f"waiting for {need}; {have}", flush=True)
 
 
-def _seat(group: Any, index: int, bundle: Bundle, config: Job | SftConfig) -> Seat:
-    return Seat(
-        name=bundle.name,
+def _placement(group: Any, index: int, actor: ActorSpec) -> Placement:
+    return Placement(
+        name=actor.bundle.name,
         group=group,
         bundle=index,
-        num_cpus=bundle.cpus,
-        num_gpus=bundle.gpus,
-        environment=_environment(bundle.role, config),
+        num_cpus=actor.bundle.cpus,
+        num_gpus=actor.bundle.gpus,
+        environment=actor.environment,
     )
 
 
-def _environment(role: str, config: Job | SftConfig) -> Mapping[str, str]:
-    if role == "rollout":
-        assert not isinstance(config, SftConfig)
-        return engine_environment(config.rollout)
-    if role == "learner":
-        assert not isinstance(config, EvaluateConfig)
-        return {"DS_ACCELERATOR": "cuda" if config.learner.num_gpus > 0 else "cpu"}
-    return {}
-
-
-def _make(bundle: Bundle, seat: Seat, config: Job | SftConfig, run: Path | None) -> Any:
-    spec = config.spec()
-    if isinstance(config, SftConfig):
-        return _actor(SupervisedRank, seat).remote(
-            located(config.model),
-            config.learner,
-            rank=bundle.index,
-            updates=config.steps,
-            seed=config.seed,
-            spec=spec,
-            run=run and located(run),
-        )
-    if bundle.role == "segmenter":
-        scorer = config.reward.scorer(think=spec.think) if isinstance(config, TrainConfig) else Scorer.of_preset("mask")
-        arguments: Any = (located(config.expert), config.segmenter.located(), scorer)
-        lenient = isinstance(config, EvaluateConfig) and config.answers == "lenient"
-        return _actor(Segmenter, seat).remote(*arguments, frame=spec.frame, think=spec.think, lenient=lenient)
-    if isinstance(config, EvaluateConfig) and config.endpoint is not None:
-        return _actor(Endpoint, seat).remote(config.endpoint, spec, key=config.endpoint.key())
-    assert config.model is not None
-    model = located(config.model)
-    if bundle.role == "rollout":
-        return _actor(Rollout, seat).remote(model, config.rollout, spec)
-    assert isinstance(config, TrainConfig)
-    return _actor(LearnerRank, seat).remote(
-        model,
-        config.learner,
-        rank=bundle.index,
-        updates=config.updates,
-        longest=config.rollout.max_tokens,
-        temperature=config.rollout.temperature,
-        seed=config.seed,
-        spec=spec,
-        run=run and located(run),
-    )
-
-
-def _actor(kind: type, seat: Seat) -> Any:
-    return ray.remote(kind).options(**seat.options())
-
-
-def _of(role: str, actors: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: actor for name, actor in actors.items() if name.startswith(role)}
+def _of(role: str, handles: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: handle for name, handle in handles.items() if name.startswith(role)}

@@ -1,10 +1,37 @@
 """The learner's part of a run's configuration. Imports no torch."""
 
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from umrg.config import Config
+from umrg.config import Config, located
+from umrg.prompts import PromptSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerTask:
+    """What a rank is to learn, besides its configuration."""
+
+    model: Path
+    """Folder of the model that the run begins with."""
+    spec: PromptSpec
+    """How the model is asked."""
+    updates: int
+    """That the whole run makes, for the learning rate's schedule."""
+    seed: int = 0
+    temperature: float = 1.0
+    """Of the sampling distribution whose log-probs are learnt from."""
+    max_tokens: int = 1
+    """Longest completion; the divisor of `aggregation: constant`."""
+    run: Path | None = None
+    """The run's folder, to which all ranks write their parts of checkpoints; None where none is written."""
+
+    def located(self) -> Self:
+        """The same for an actor, which has another working directory."""
+        return replace(self, model=located(self.model), run=self.run and located(self.run))
+
 
 Part = Literal["vision_tower", "merger", "language_model"]
 
@@ -104,6 +131,11 @@ class ZeroConfig(OptimizerConfig):
     dtype: Literal["float32", "bfloat16"] = "float32"
     lora: LoraConfig | None = None
 
+    @property
+    def entropy_learns(self) -> bool:
+        """Whether the policy's entropy is part of the loss."""
+        return False
+
     @model_validator(mode="after")
     def _adapters_learn(self) -> Self:
         if self.lora and "language_model" in self.freeze:
@@ -123,3 +155,7 @@ class LearnerConfig(ZeroConfig):
 
     objective: ObjectiveConfig = ObjectiveConfig()
     mini_batch: PositiveInt | None = None
+
+    @property
+    def entropy_learns(self) -> bool:
+        return self.objective.entropy > 0

@@ -7,7 +7,7 @@ import torch
 
 from learner.attention import use_shared_prefix
 from learner.config import Part
-from learner.shared_prefix import PackedGroups, TokenScores, branch_scores
+from learner.shared_prefix import PackedSequence, TokenScores, branch_scores
 
 
 class Policy(torch.nn.Module):
@@ -26,7 +26,7 @@ class Policy(torch.nn.Module):
         self.temperature, self.entropy_learns = temperature, entropy_learns
         self.register_buffer("forbidden", torch.tensor(forbidden, dtype=torch.int64), persistent=False)
 
-    def forward(self, packed: PackedGroups) -> TokenScores:
+    def forward(self, packed: PackedSequence) -> TokenScores:
         """Of the scored tokens."""
         assert isinstance(self.forbidden, torch.Tensor)
         return branch_scores(

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import distributed
 
-from learner.reasoner import EncodedPrompt, Reasoner
 from learner.shared_prefix import Branches, micro_batches
 from learner.update_report import SftReport
 from learner.zero import ZeroRank
+from reasoner.model import Reasoner
+from reasoner.prompter import EncodedPrompt
 from umrg.answers import format_answer
 from umrg.frames import Frame, Frames
 from umrg.rows import reasoning_fault

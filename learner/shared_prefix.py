@@ -21,7 +21,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from learner.attention import Layout, Span
-from learner.reasoner import EncodedPrompt
+from reasoner.prompter import EncodedPrompt
 
 LOGITS_BYTES = 256 << 20
 """Largest block of logits [tokens, vocabulary] in float32 that is made at a time."""
@@ -61,7 +61,7 @@ class Branches:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedGroups:
+class PackedSequence:
     """Groups in one row of length S as one model input, with T scored tokens altogether.
 
     token_ids: [1, S] int64. position_ids: [3, 1, S] m-rope. layout: where each group and its branches lie.
@@ -79,20 +79,20 @@ class PackedGroups:
     targets: torch.Tensor
     branch: torch.Tensor
 
-    def to(self, device: str) -> "PackedGroups":
+    def to(self, device: str) -> "PackedSequence":
         """The same on another device."""
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return replace(self, **moved)  # type: ignore[arg-type]
 
 
-def pack_groups(groups: Sequence[Branches], model: Any) -> PackedGroups:
+def pack(groups: Sequence[Branches], model: Any) -> PackedSequence:
     """Lay out groups for one forward. `model` gives the prompts' m-rope positions (transformers' Qwen-VL)."""
     spans: list[Span] = []
     for group in groups:
         start = spans[-1].end if spans else 0
         spans.append(Span(start=start, prefix=len(group.prefix.token_ids), branches=tuple(map(len, group.branches))))
     scored = [tokens for group in groups for tokens in group.scored]
-    return PackedGroups(
+    return PackedSequence(
         token_ids=torch.cat([tokens for group in groups for tokens in (group.prefix.token_ids, *group.branches)])[None],
         position_ids=torch.cat([_positions(group, model) for group in groups], dim=1)[:, None],
         layout=Layout(tuple(spans)),
@@ -158,7 +158,7 @@ class TokenScores(NamedTuple):
 
 def branch_scores(
     model: Any,
-    packed: PackedGroups,
+    packed: PackedSequence,
     *,
     temperature: float = 1.0,
     forbidden: torch.Tensor | None = None,
@@ -188,7 +188,7 @@ def branch_scores(
     return TokenScores(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def _states(model: Any, packed: PackedGroups) -> torch.Tensor:
+def _states(model: Any, packed: PackedSequence) -> torch.Tensor:
     """The language model's last hidden states, [S, d]."""
     device = packed.token_ids.device
     states: torch.Tensor = model.model(

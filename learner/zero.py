@@ -6,8 +6,8 @@ over all ranks' tokens is multiplied by the number of ranks.
 """
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -16,13 +16,24 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import distributed
 from torch.nn.utils import get_total_norm
 
-from learner.config import ZeroConfig
+from learner.config import LearnerTask, OptimizerConfig, ZeroConfig
 from learner.lora import Weight, adapter_weights, add_adapters, starts_without_gradient, weights
 from learner.policy import Policy, freeze
-from learner.reasoner import Reasoner, load_reasoner
-from learner.schedule import lr_share
-from learner.shared_prefix import Branches, PackedGroups, TokenScores, pack_groups
-from umrg.prompts import PromptSpec
+from learner.shared_prefix import Branches, PackedSequence, TokenScores, pack
+from reasoner.model import Reasoner, load_reasoner
+
+
+def lr_share(update: int, updates: int, config: OptimizerConfig) -> float:
+    """Share of its learning rate that update 0, 1, … of so many has: a linear warm-up, then constant, or down to
+    `final_lr` linearly or by half a cosine."""
+    if update < config.warmup:
+        return (update + 1) / (config.warmup + 1)
+    if config.schedule == "constant":
+        return 1.0
+    progress = min(1.0, (update - config.warmup) / max(1, updates - config.warmup))
+    fallen = progress if config.schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
+    return 1 - (1 - config.final_lr) * fallen
+
 
 BUCKET_BYTES = 1 << 30
 _PART = 1 << 24
@@ -33,28 +44,12 @@ class FrozenParameter(RuntimeError):
 
 
 class ZeroRank:
-    """A rank. torch.distributed must be initialised; every method that says "all ranks" is a collective.
+    """A rank. torch.distributed must be initialised; every method that says "all ranks" is a collective."""
 
-    updates: that the whole run makes, for the learning rate's schedule. temperature: of the sampling distribution,
-    whose log-probs these are. entropy_learns: the scores' entropy has a gradient too.
-    """
-
-    def __init__(
-        self,
-        model: Path,
-        config: ZeroConfig,
-        spec: PromptSpec,
-        *,
-        updates: int,
-        temperature: float = 1.0,
-        entropy_learns: bool = False,
-        device: str = "cpu",
-    ) -> None:
-        self.entropy_learns = entropy_learns
-        self.model, self.config, self.device, self.temperature = model, config, device, temperature
-        self.reasoner = load_reasoner(model, spec, device=device, dtype=self._dtype)
+    def __init__(self, config: ZeroConfig, task: LearnerTask, *, device: str = "cpu") -> None:
+        self.config, self.task, self.device = config, task, device
+        self.reasoner = load_reasoner(task.model, task.spec, device=device, dtype=self._dtype)
         self.updates_made = 0
-        self._updates = updates
         self.checked = False  # that all parameters learn
         freeze(self.reasoner.model, config.freeze)
         if config.lora:
@@ -78,9 +73,9 @@ class ZeroRank:
         scores: TokenScores = self.engine(self.packed(groups))
         return scores
 
-    def packed(self, groups: Sequence[Branches]) -> PackedGroups:
+    def packed(self, groups: Sequence[Branches]) -> PackedSequence:
         """Groups in one row, on this rank's device."""
-        return pack_groups(groups, self.reasoner.model).to(self.device)
+        return pack(groups, self.reasoner.model).to(self.device)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Add the gradients of a share of the update's loss, which is summed over ranks; all ranks. last: of the
@@ -92,7 +87,7 @@ class ZeroRank:
         """Clip and update, after all gradients were added; the gradient's norm before clipping; all ranks. Raises
         FrozenParameter where something that should have learnt did not."""
         for group, lr in zip(self.engine.optimizer.param_groups, self._base_lrs, strict=True):
-            group["lr"] = lr * lr_share(self.updates_made, self._updates, self.config)
+            group["lr"] = lr * lr_share(self.updates_made, self.task.updates, self.config)
         before = None if self.checked else (self._without_gradient(), self._masters())
         # DeepSpeed tells the norm only where ZeRO holds the gradients; elsewhere they lie with the parameters.
         held = get_total_norm([each.grad for _, each in self.trained() if each.grad is not None])
@@ -114,16 +109,16 @@ class ZeroRank:
     @property
     def lr(self) -> float:
         """Of the last update."""
-        return self._base_lrs[0] * lr_share(max(0, self.updates_made - 1), self._updates, self.config)
+        return self._base_lrs[0] * lr_share(max(0, self.updates_made - 1), self.task.updates, self.config)
 
     @functools.cached_property
     def _dtype(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self.config.dtype)
         return dtype
 
-    def frozen_copy(self, model: Path) -> Any:
-        """Another model of the same kind that never learns, called like the engine; all ranks."""
-        frozen = load_reasoner(model, self.reasoner.prompt, device=self.device, dtype=self._dtype)
+    def frozen_copy(self) -> Any:
+        """The model that the run began with, which never learns, called like the engine; all ranks."""
+        frozen = load_reasoner(self.task.model, self.task.spec, device=self.device, dtype=self._dtype)
         frozen.model.requires_grad_(False)
         policy = self._policy(frozen)
         if self.config.zero_stage < 3:
@@ -157,9 +152,9 @@ class ZeroRank:
     def _policy(self, reasoner: Reasoner) -> Policy:
         return Policy(
             reasoner.model,
-            temperature=self.temperature,
+            temperature=self.task.temperature,
             forbidden=self.reasoner.vision_tokens,
-            entropy_learns=self.entropy_learns,
+            entropy_learns=self.config.entropy_learns,
         ).to(self.device)
 
     def _masters(self) -> dict[str, float]:

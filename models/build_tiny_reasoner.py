@@ -23,9 +23,10 @@ from transformers import (
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from learner.reasoner import Reasoner, prompter_of, with_model
+from phantoms import rows
+from reasoner.model import Reasoner, with_model
+from reasoner.prompter import prompter_of
 from umrg.answers import TAGS, format_answer
-from umrg.phantoms import rows
 from umrg.prompts import PromptSpec, PromptStyle, prompt_text
 
 TRAINED_MODALITIES = ("CT", "X-ray")

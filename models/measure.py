@@ -23,14 +23,14 @@ from rich.table import Table
 
 from actors.experts.protocol import Embedding, Expert
 from actors.experts.registry import load_expert
-from learner.reasoner import Reasoner, load_reasoner
 from models.build_tiny_reasoner import TRAINED_MODALITIES
+from phantoms import rows
+from reasoner.model import Reasoner, load_reasoner
 from umrg.answers import Answer, parse_answer
 from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
 from umrg.frames import Box
 from umrg.metrics import box_iou, mask_dice, pdice
-from umrg.phantoms import rows
 from umrg.sample import Sample
 
 HELD_OUT_SEED = 1_000_003

@@ -17,9 +17,10 @@ from rich.progress import track
 from torch.nn import functional
 
 from learner.attention import use_shared_prefix
-from learner.reasoner import EncodedImage, EncodedPrompt, Reasoner
-from learner.shared_prefix import Branches, pack_groups
+from learner.shared_prefix import Branches, pack
 from models.tiny_vision import covered_cells
+from reasoner.model import Reasoner
+from reasoner.prompter import EncodedImage, EncodedPrompt
 from umrg.dataset import Dataset
 from umrg.frames import Frame
 from umrg.sample import Sample
@@ -120,7 +121,7 @@ def _bins(image: EncodedImage, sample: Sample) -> torch.Tensor:
 def _last_states(reasoner: Reasoner, batch: Sequence[_Queries]) -> torch.Tensor:
     """State [queries, d] of the last token of each prompt before the last layer, normalised as that layer does."""
     use_shared_prefix(reasoner.model)
-    packed = pack_groups([queries.prompts for queries in batch], reasoner.model)
+    packed = pack([queries.prompts for queries in batch], reasoner.model)
     states = reasoner.model.model(
         input_ids=packed.token_ids,
         position_ids=packed.position_ids,

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from learner.reasoner import EncodedImage, Reasoner
+from reasoner.model import Reasoner
+from reasoner.prompter import EncodedImage
 from umrg.dataset import Dataset
 
 LAYERS = 2

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from rich.progress import track
 from torch.nn import functional
 
-from learner.reasoner import EncodedImage, Reasoner
+from reasoner.model import Reasoner
+from reasoner.prompter import EncodedImage
 from umrg.dataset import Dataset
 from umrg.frames import Box, Frame, Frames
 from umrg.sample import Sample

@@ -27,11 +27,11 @@ from actors.experts.protocol import Expert
 from actors.experts.registry import TINY_FOLDER, load_expert
 from actors.experts.sam import build_sam
 from actors.experts.weights import save_weights
+from phantoms import MODALITIES, Phantom, draw
 from umrg.atomic import written_aside
 from umrg.frames import Size, rescale
 from umrg.keypoints import reference_points, tight_box
 from umrg.metrics import mask_dice
-from umrg.phantoms import MODALITIES, Phantom, draw
 
 TINY = SamConfig(
     image_side=224,

@@ -17,17 +17,17 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from cluster.cli_frame import run_command
+from cluster.cli import run_command
 from cluster.config import SftConfig, load_config
 from cluster.sft import sft
 from models.build_tiny_reasoner import TRAINED_MODALITIES, build
 from models.tiny_pointing import PointingRecipe, learn_to_point
 from models.tiny_position import PositionRecipe, learn_positions
 from models.tiny_vision import Pretraining, pretrain_vision
+from phantoms import rows
 from umrg.atomic import written_aside
 from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
-from umrg.phantoms import rows
 
 CONFIG = Path(__file__).parents[1] / "configs" / "tiny_reasoner_sft.yaml"
 PARTS = 2

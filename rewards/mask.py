@@ -10,32 +10,26 @@ from numpy.typing import NDArray
 from rewards.case import Case
 from rewards.options import Pixels
 from umrg import metrics
-from umrg.answers import Answer, Form
 
 
 class MissingMask(RuntimeError):
     """A well-formed answer came without the expert's mask: a fault of the pipeline, never of the answer."""
 
 
-def promptable(answer: Answer) -> bool:
-    """The answer's box and points can be given to the expert. Mask terms give 0 to any other answer."""
-    return answer.form is Form.CORRECT
-
-
 def mask_dice(case: Case) -> float:
     """Dice of the two masks."""
-    return metrics.mask_dice(*_masks(case)) if promptable(case.answer) else 0.0
+    return metrics.mask_dice(*_masks(case)) if case.answer.promptable else 0.0
 
 
 def mask_iou(case: Case) -> float:
     """Intersection over union of the two masks."""
-    return metrics.mask_iou(*_masks(case)) if promptable(case.answer) else 0.0
+    return metrics.mask_iou(*_masks(case)) if case.answer.promptable else 0.0
 
 
 def boundary(case: Case, *, tolerance: Pixels = 2.0) -> float:
     """Share of the two outlines' length that lies within the tolerance of the other one: the normalised surface Dice
     of Nikolov et al. (2021, arXiv:1809.04430)."""
-    if not promptable(case.answer):
+    if not case.answer.promptable:
         return 0.0
     return metrics.surface_dice(*_masks(case), tolerance=tolerance * case.pixel)
 

@@ -1,25 +1,62 @@
-"""A scored answer: what the segmenter makes of one completion."""
+"""A scored group: what sampling and scoring make of a prompt, as journal, report, evaluation and learner read it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from rewards.scoring import Reward
 from umrg.answers import Answer
+from umrg.group import Group, GroupSamples
+
+Measured = Literal["reward", "masks", "ablations"]
+"""How much of a group is measured. reward: what the reward looks at; where it looks at no mask, none is decoded. masks:
+the metrics of the expert's masks too. ablations: also those of masks from the box alone and from the points alone, and
+the ceiling that the expert reaches with the reference."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredAnswer:
-    """reward: total and parts. answer: parsed, in original pixels. failure: why it is malformed; None where it is not.
-
-    metrics: by name, each in [0, 1] but for pdice_published: well_formed, iou (boxes), pdice, pdice_published, dice
-    and mask_iou (the expert's mask); all 0 for a malformed answer.
-    mask: the expert's mask as COCO run-length encoding, `{"size": [H, W], "counts": text}`; None where the answer
-    had no usable box and points. expert_score: the expert's own prediction of the mask's IoU.
-    """
+    """What one completion says, and what it is worth."""
 
     reward: Reward
+    """Total and named parts."""
     answer: Answer
+    """Box and points in original pixels."""
     failure: str | None
+    """Why the answer is not well formed; None where it is."""
     metrics: Mapping[str, float]
-    mask: Mapping[str, object] | None = field(repr=False)
-    expert_score: float | None
+    """Measured against the reference, by name; those of masks only where masks were decoded."""
+    mask: Mapping[str, object] | None = field(default=None, repr=False)
+    """The expert's mask, COCO run-length encoded [H, W]; None where none was decoded."""
+    expert_score: float | None = None
+    """The expert's own prediction of the mask's IoU; None without a mask."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredGroup:
+    """A group with its completions and what each is worth; made by a segmenter actor.
+
+    Completions that could not be scored are left out of `samples` and `answers` alike, so that the group's mean and
+    spread are those of the rest."""
+
+    group: Group
+    """Without the row's files (`Group.without_files`); who needs the image joins the group to it again."""
+    samples: GroupSamples
+    """Its n completions, as sampled."""
+    answers: tuple[ScoredAnswer, ...]
+    """One a completion, in the same order."""
+
+    @property
+    def rewards(self) -> tuple[float, ...]:
+        """Total reward of each answer."""
+        return tuple(answer.reward.total for answer in self.answers)
+
+    @property
+    def tokens(self) -> int:
+        """Of all completions."""
+        return sum(len(completion.token_ids) for completion in self.samples.completions)
+
+    @property
+    def zero_variance(self) -> bool:
+        """All answers are worth the same, so that their advantages are 0."""
+        return max(self.rewards) - min(self.rewards) < 1e-9

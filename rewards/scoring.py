@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rewards.case import Case, Reference, Term
-from rewards.mask import promptable
 from rewards.options import Option, at_step, checked_options
 from rewards.presets import MASK_TERMS, find_preset, find_term
 from rewards.user_terms import UserTerm
@@ -107,7 +106,7 @@ class Scorer:
 
     def needs_mask(self, answer: Answer) -> bool:
         """`score` wants the expert's mask for this answer."""
-        return self.uses_mask and promptable(answer)
+        return self.uses_mask and answer.promptable
 
     def score(
         self, answer: Answer, reference: Reference, mask: NDArray[np.bool_] | None = None, *, step: int = 0

@@ -18,11 +18,10 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from actors.engine_environment import engine_environment
 from serving.config import ServeConfig
 from umrg.answers import Answer, parse_answer
 from umrg.config import located
-from umrg.frames import Size
+from umrg.group import SamplingParams
 from umrg.images import decode_image
 from umrg.masks import encode_rle
 from umrg.prompts import clean_query
@@ -74,7 +73,7 @@ class Reasoner:
     async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         from actors.engine import Engine
         from actors.threads import share_cores
-        from learner.reasoner import load_prompter
+        from reasoner.prompter import load_prompter
 
         share_cores(config.rollout.threads, config.rollout.actors)
         prompter = load_prompter(config.model, config.spec())
@@ -83,13 +82,11 @@ class Reasoner:
 
     async def answer(self, image: NDArray[np.uint8], query: str) -> tuple[str, Answer]:
         """The greedy completion, and what it says in original pixels."""
-        from actors.engine import Sampling
-
-        prompter = self._engine.prompter
-        frames = prompter.frames(Size(image.shape[1], image.shape[0]))
-        greedy = Sampling(n=1, temperature=0.0, max_tokens=self._max_tokens)
-        (completion,) = (await self._engine.generate(image, query, greedy)).completions
-        return completion.text, parse_answer(completion.text).to_original(frames, prompter.prompt.frame)
+        greedy = SamplingParams(n=1, temperature=0.0, max_tokens=self._max_tokens)
+        samples = await self._engine.generate(image, query, greedy)
+        (completion,) = samples.completions
+        frame = self._engine.prompter.prompt.frame
+        return completion.text, parse_answer(completion.text).to_original(samples.frames, frame)
 
 
 @serve.deployment
@@ -97,7 +94,7 @@ class Segmenter:
     """Draws masks; one expert a replica."""
 
     def __init__(self, config: ServeConfig) -> None:
-        from actors.segmenter import load_frozen
+        from actors.experts.drawing import load_frozen
         from actors.threads import share_cores
 
         share_cores(config.segmenter.threads, config.segmenter.actors)
@@ -105,7 +102,7 @@ class Segmenter:
 
     def draw(self, image: NDArray[np.uint8], answer: Answer) -> tuple[NDArray[np.bool_], float] | None:
         """The mask and the expert's score; None where the answer has no usable box and points."""
-        from actors.segmenter import draw_masks
+        from actors.experts.drawing import draw_masks
 
         return draw_masks(self._expert, self._expert.embed(image), [answer]).get(0)
 
@@ -188,7 +185,7 @@ def build_app(args: dict[str, Any]) -> Application:
         ray_actor_options={
             "num_cpus": rollout.num_cpus,
             "num_gpus": rollout.num_gpus,
-            "runtime_env": {"env_vars": engine_environment(rollout)},
+            "runtime_env": {"env_vars": rollout.environment},
         },
     ).bind(config)
     expert = Segmenter.options(  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from ray.serve.schema import ServeInstanceDetails
 
 from actors.connection import connect
 from actors.experts.registry import find_expert
-from learner.reasoner import load_prompter
+from reasoner.prompter import load_prompter
 from serving.app import build_app
 from serving.config import ServeConfig
 

@@ -59,9 +59,11 @@ def ray_cluster():
 @pytest.fixture(scope="session")
 def workers(ray_cluster, demo_config):
     """One rollout, one segmenter and one learner rank on the tiny models, for all tests that need them."""
+    from cluster.train import actors
     from cluster.workers import started
 
-    with started(demo_config()) as running:
+    config = demo_config()
+    with started(actors(config), config) as running:
         yield running
 
 

@@ -20,11 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from cluster.data_check import check_files
+from cluster.commands.data_check import check_files
+from phantoms import rows
 from umrg.answers import format_answer, parse_answer
 from umrg.dataset import Dataset, open_files
 from umrg.images import decode_image, decode_mask, image_size
-from umrg.phantoms import rows
 
 Corpus = Sequence[bytes]
 WARM_UP = 50

@@ -9,8 +9,8 @@ import torch
 from actors.config import DeadlineConfig
 from actors.learner_rank import LearnerRank
 from actors.pools import LearnerPool, gather
-from learner.config import LearnerConfig
-from learner.reasoner import load_reasoner
+from learner.config import LearnerConfig, LearnerTask
+from reasoner.model import load_reasoner
 from umrg.prompts import PromptSpec
 
 TINY_REASONER = Path(__file__).parents[1] / "models" / "tiny-reasoner"
@@ -50,7 +50,7 @@ class Host:
         return getattr(self.rank, method)(*args, **kwargs)
 
 
-class Seat:
+class HostedRank:
     """A host's rank, called as the actor that it would be in a run."""
 
     def __init__(self, host):
@@ -63,18 +63,17 @@ class Seat:
         return Call
 
 
-def seated(hosts, ranks, kind, *arguments, **options):
+def hosted(hosts, ranks, kind, *arguments, **options):
     """Ranks of a kind by name, in the place of those that ran before."""
     made = hosts(ranks)
     ray.get([host.become.remote(kind, *arguments, rank=rank, **options) for rank, host in enumerate(made)])
-    return {f"learner {rank}": Seat(host) for rank, host in enumerate(made)}
+    return {f"learner {rank}": HostedRank(host) for rank, host in enumerate(made)}
 
 
 def running(hosts, *, steps=3, kind=LearnerRank, **changes):
     """Started ranks that learn by GRPO; `steps` are those of the whole run."""
     config = LearnerConfig.model_validate({"lr": 1e-4, "micro_batch_tokens": 1000, "threads": 1, **changes})
-    spec = PromptSpec.of_model(TINY_REASONER)
-    options = {"updates": steps, "longest": 128, "temperature": 1.0, "seed": 0, "spec": spec}
-    pool = LearnerPool(seated(hosts, config.ranks, kind, TINY_REASONER, config, **options), DeadlineConfig())
+    task = LearnerTask(model=TINY_REASONER, spec=PromptSpec.of_model(TINY_REASONER), updates=steps, max_tokens=128)
+    pool = LearnerPool(hosted(hosts, config.ranks, kind, config, task), DeadlineConfig())
     gather(pool.starting(), seconds=300, doing="starting")
     return pool

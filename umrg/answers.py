@@ -72,9 +72,14 @@ class Answer:
     text: str = field(default="", repr=False, compare=False)
     lenient: bool = field(default=False, compare=False)
 
+    @property
+    def promptable(self) -> bool:
+        """Box and points can be given to the expert."""
+        return self.form is Form.CORRECT
+
     def well_formed(self, *, think: bool = True) -> bool:
         """Box and points can be used and, where reasoning was asked for, there is some."""
-        return self.form is Form.CORRECT and (bool(self.think) or not think)
+        return self.promptable and (bool(self.think) or not think)
 
     def failure(self, *, think: bool = True, finished: bool = True) -> str | None:
         """Why the answer is not well formed, in a few words; None where it is. finished: the completion ended by

@@ -1,29 +1,47 @@
-"""A group: one prompt and its n answers, the unit of work of the whole pipeline.
+"""A group: one prompt and its n completions, the unit of work of the whole pipeline.
 
-    sample ──► Group ──rollout──► GroupSamples (Completion × n) ──segmenter──► ScoredAnswer × n ──► learner
+    Sample ──► Group ──rollout──► GroupSamples (Completion × n) ──segmenter──► ScoredGroup ──► learner
 
 Worked example: group (run "demo", step 3, index 5) has the id "demo/3/5"; its third answer is "demo/3/5/2" and is
 sampled with the seed `group.seed(run_seed, 2)`.
 """
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from umrg.frames import Frames
 from umrg.sample import Sample
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
-    """One prompt of one step.
+class SamplingParams:
+    """How completions are sampled, from the configuration to the engine. `top_p` and `top_k` are always neutral, so
+    that the engine's log-probs are those of the distribution that is learnt from."""
 
-    run: name of the run. step: the training step that consumes the group. index: place within the step.
-    """
+    n: int
+    """Completions a prompt."""
+    temperature: float
+    """0 for the greedy completion."""
+    max_tokens: int
+    """Longest completion, in tokens."""
+    seed: int | None = None
+    """Of the run, from which each group's own is derived (`Group.seeded`), or of the first completion of one request,
+    from which an engine derives the others'. None for one of the engine's choice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """One prompt of one step, and the place of its completions."""
 
     run: str
+    """Name of the run."""
     step: int
+    """The training step that consumes the group."""
     index: int
+    """Its place within the step."""
     sample: Sample
+    """The dataset row that is asked about. Rollouts and learner ranks get it without its masks, and a `ScoredGroup`
+    carries it without any file, so that an image travels once."""
 
     @property
     def id(self) -> str:
@@ -33,40 +51,51 @@ class Group:
         return f"{self.id}/{i}"
 
     def seed(self, run_seed: int, i: int) -> int:
-        """Sampling seed of answer i, in [0, 2**31): a hash, so that the seeds that an engine derives by adding
+        """Sampling seed of completion i, in [0, 2**31): a hash, so that the seeds that an engine derives by adding
         small numbers to one group's seed never meet another group's."""
         text = f"{run_seed}/{self.step}/{self.index}/{i}".encode()
         return int.from_bytes(hashlib.sha256(text).digest()[:4]) >> 1
 
+    def seeded(self, sampling: SamplingParams) -> SamplingParams:
+        """The run's sampling parameters with this group's own seed."""
+        assert sampling.seed is not None, "a run has a seed"
+        return replace(sampling, seed=self.seed(sampling.seed, 0))
+
+    def without_masks(self) -> "Group":
+        """The group as rollouts and learner ranks get it."""
+        return replace(self, sample=replace(self.sample, mask_bytes=()))
+
+    def without_files(self) -> "Group":
+        """The group as a `ScoredGroup` carries it: image and masks stay with whoever has the row."""
+        return replace(self, sample=replace(self.sample, image_bytes=b"", mask_bytes=()))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """One sampled answer.
-
-    text: the whole completion without special tokens, with what the chat template wrote of it. token_ids: those that
-    were sampled, the end token included.
-    logprobs: of each token under the sampling distribution (temperature-scaled, before any bias), as many as tokens.
-    policy_version: version of the weights that produced it. finished: it ended by itself, not at the limit.
-    """
+    """One sampled completion."""
 
     text: str
+    """The whole completion without special tokens, with what the chat template wrote of it."""
     token_ids: tuple[int, ...] = field(repr=False)
+    """The tokens that were sampled, the end token included; () where an endpoint does not tell."""
     logprobs: tuple[float, ...] = field(repr=False)
+    """Of each token, under the sampling distribution (temperature-scaled, before any bias)."""
     policy_version: int
+    """Version of the weights that produced it."""
     finished: bool
+    """It ended by itself, not at the limit of tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupSamples:
-    """What a rollout makes of a group. It names the group and does not hold it: images travel once.
+    """What an engine makes of one prompt."""
 
-    group: its id. prompt_ids: token ids of the prompt, image placeholders expanded, as the engine saw them.
-    frames: the image's coordinate frames. completions: the n answers. cached: how many of the prompt's tokens the
-    answer that ended last found in the engine's prefix cache.
-    """
-
-    group: str
     prompt_ids: tuple[int, ...] = field(repr=False)
+    """The prompt's token ids, image placeholders expanded, as the engine saw them; () where an endpoint does not
+    tell."""
     frames: Frames
+    """The image's coordinate frames."""
     completions: tuple[Completion, ...]
+    """The n completions."""
     cached: int = field(default=0, compare=False)
+    """How many of the prompt's tokens the completion that ended last found in the engine's prefix cache."""

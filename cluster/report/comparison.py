@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cluster.figures import TITLES
+from cluster.records import Record
 from cluster.report.pages import write_page
 from cluster.report.training import pair
-from cluster.results import Record
 from umrg.sample import Sample
 
 CARDS = 60

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster.figures import TITLES
+from cluster.records import Record
 from cluster.report import charts
 from cluster.report.pages import drawn, write_page
-from cluster.results import Record
 from cluster.run_folder import RunFolder
 from umrg.sample import Sample
 

@@ -16,13 +16,13 @@ from PIL import Image
 
 from actors.config import EndpointConfig
 from actors.endpoint import Endpoint
+from phantoms import rows
 from tests.encoded_images import encoded, turned
 from umrg.answers import format_answer, parse_answer
 from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
 from umrg.frames import Frame, Size
 from umrg.group import Group
-from umrg.phantoms import rows
 from umrg.prompts import PromptSpec
 
 BOX, POINTS = (100.0, 200.0, 300.0, 400.0), ((150.0, 250.0), (250.0, 350.0))

@@ -19,7 +19,7 @@ from actors.experts.config import PUBLISHED_EXPERTS, PublishedExpert, SamConfig
 from actors.experts.convert import convert_checkpoint
 from actors.experts.registry import load_expert
 from actors.experts.sam import build_sam
-from cluster.expert_commands import expert_app
+from cluster.commands.expert import expert_app
 
 SMALL = SamConfig(
     image_side=64, patch=8, window=4, encoder_dim=16, encoder_depth=2, encoder_heads=2, global_layers=(1,),

@@ -11,15 +11,15 @@ import torch
 from actors.learner_rank import LearnerRank
 from actors.weight_files import unpack
 from learner.attention import use_shared_prefix
-from learner.reasoner import load_reasoner
 from learner.shared_prefix import Branches, branch_scores, pack_groups
+from phantoms import rows
+from reasoner.model import load_reasoner
 from tests.conftest import TINY_REASONER
 from tests.ranks import STEADY, assert_moved_alike, running
 from umrg.answers import format_answer
 from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
 from umrg.group import Completion, Group, GroupSamples
-from umrg.phantoms import rows
 
 pytestmark = pytest.mark.numeric
 

@@ -8,7 +8,7 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from actors.pools import ActorFailed, DeadlinePassed, Seat, as_completed, gather
+from actors.pools import ActorFailed, DeadlinePassed, Placement, as_completed, gather
 
 
 class _Worker:
@@ -94,15 +94,15 @@ def test_a_death_names_the_actor(worker):
         gather({"rollout 0": worker.die.remote()}, seconds=30, doing="sampling")
 
 
-def test_a_seat_gives_an_actor_its_share_of_a_gpu_and_its_environment(ray_cluster):
+def test_a_placement_gives_an_actor_its_share_of_a_gpu_and_its_environment(ray_cluster):
     group = placement_group([{"CPU": 0.5, "GPU": 0.25}, {"CPU": 0.5}])
     ray.get(group.ready(), timeout=30)
     try:
-        shared = Seat(
+        shared = Placement(
             name="segmenter 0", group=group, bundle=0, num_cpus=0.5, num_gpus=0.25, environment={"OMP_NUM_THREADS": "3"}
         )
-        alone = Seat(name="rollout 0", group=group, bundle=1, num_cpus=0.5, num_gpus=0.0, environment={})
-        actors = [Worker.options(**seat.options()).remote() for seat in (shared, alone)]
+        alone = Placement(name="rollout 0", group=group, bundle=1, num_cpus=0.5, num_gpus=0.0, environment={})
+        actors = [Worker.options(**placed.options()).remote() for placed in (shared, alone)]
         (devices, gpus, threads), (none, no_gpus, _) = ray.get([a.environment.remote() for a in actors], timeout=60)
         assert devices == "0" and [int(gpu) for gpu in gpus] == [0] and threads == "3"
         assert not none and no_gpus == []

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from actors.experts.registry import load_expert
-from learner.reasoner import load_reasoner
+from reasoner.model import load_reasoner
 from umrg.dataset import Dataset
 from umrg.frames import Size
 from umrg.prompts import PromptSpec, PromptStyle

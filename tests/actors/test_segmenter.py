@@ -4,8 +4,10 @@ import pytest
 
 from actors.config import SegmenterConfig
 from actors.experts.config import SamConfig
+from actors.experts.drawing import draw_masks
 from actors.experts.sam import SamExpert, build_sam
-from actors.segmenter import Segmenter, draw_masks, thorough_metrics
+from actors.segmenter import Segmenter, ablation_metrics
+from phantoms import rows
 from rewards.case import Reference
 from rewards.scoring import Scorer
 from umrg.answers import format_answer, parse_answer
@@ -13,7 +15,6 @@ from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
 from umrg.frames import Frame, Frames
 from umrg.group import Completion, Group, GroupSamples
-from umrg.phantoms import rows
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +43,13 @@ def test_rewards_see_text_mask_and_the_groups_step(sample):
         for words in (1, 100)
     ]
     samples = GroupSamples(
-        group="r/0/0",
         prompt_ids=(),
         frames=Frames(original=sample.size, model=sample.size),
         completions=tuple(map(completion, texts)),
     )
     for step, above in ((0, 1.0), (10, 0.0)):
         group = Group(run="r", step=step, index=0, sample=sample)
-        short, long = (scored.reward.parts for scored in segmenter.score(group, samples))
+        short, long = (scored.reward.parts for scored in segmenter.score(group, sample.mask_bytes, samples).answers)
         assert short["bbox_iou_above"] == long["bbox_iou_above"] == above
         assert (short["answer_length"], long["answer_length"]) == (1, 0)
         assert short["mask_dice"] == long["mask_dice"] > 0.5
@@ -62,7 +62,6 @@ def test_foreign_answers_are_drawn_only_where_that_was_asked(sample, lenient):
     draft = format_answer(box=(0, 0, 9, 9), points=((1, 1), (8, 8)), think=None)
     ours = format_answer(box=sample.box, points=sample.points, think=f"perhaps {draft}")
     samples = GroupSamples(
-        group="r/0/0",
         prompt_ids=(),
         frames=Frames(original=sample.size, model=sample.size),
         completions=(completion(ours), completion(native)),
@@ -70,7 +69,8 @@ def test_foreign_answers_are_drawn_only_where_that_was_asked(sample, lenient):
     scorer = Scorer.of_preset("mask", think=False)
     segmenter = Segmenter("tiny", SegmenterConfig(), scorer, frame=Frame.ORIGINAL, think=False, lenient=lenient)
     segmenter.start()
-    own, foreign = segmenter.score(Group(run="r", step=0, index=0, sample=sample), samples, thorough=True)
+    group = Group(run="r", step=0, index=0, sample=sample).without_masks()
+    own, foreign = segmenter.score(group, sample.mask_bytes, samples, "ablations").answers
     assert (own.answer.box, own.answer.lenient) == (sample.box, False)
     assert foreign.answer.lenient is lenient
     assert foreign.failure == (None if lenient else "no answer block")
@@ -84,7 +84,7 @@ def test_an_expert_that_takes_boxes_only_is_given_no_points(sample):
     answers = [parse_answer(format_answer(box=sample.box, points=sample.points, think=None)), parse_answer("no")]
     embedding = native.embed(sample.image())
     assert list(draw_masks(native, embedding, answers)) == [0]
-    good, bad = thorough_metrics(native, embedding, answers, Reference.of_sample(sample, with_mask=True))
+    good, bad = ablation_metrics(native, embedding, answers, Reference.of_sample(sample, with_mask=True))
     assert good.keys() == bad.keys() == {"dice_box", "oracle_dice"}
     # The reference itself was answered, so the ceiling is reached.
     assert good["dice_box"] == good["oracle_dice"] and bad["dice_box"] == 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.reasoner import load_prompter
+from reasoner.prompter import load_prompter
 from umrg.frames import Size
 
 TINY = Path(__file__).parents[2] / "models" / "tiny-reasoner"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cluster.checkpoints import Checkpoint, Checkpoints, RunState, export_run
 from cluster.lease import LeaseLost
-from learner.background import BackgroundWriter, FilePart
+from learner.checkpoint import BackgroundWriter, FilePart
 from umrg.durable import Damaged, Disk
 from umrg.shuffling import Cursor
 

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from cluster.cli import app
-from cluster.cli_frame import one_line, refusal, run_command
+from cluster.cli import app, one_line, refusal, run_command
+from phantoms import rows
 from umrg.dataset_writer import write_rows
-from umrg.phantoms import rows
 
 ROOT = Path(__file__).parents[2]
 

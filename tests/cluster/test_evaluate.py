@@ -17,19 +17,19 @@ import pytest
 
 from actors.config import RolloutConfig
 from actors.engine_environment import engine_environment
-from cluster.compare import compare
+from cluster.comparison import compare
 from cluster.config import EvaluateConfig, load_config
 from cluster.data import open_held_out
 from cluster.evaluate import answer, run_evaluation, settings, write_figures
 from cluster.evaluation import SEED, questions
 from cluster.figures import Seen
-from cluster.results import Results, read_results
+from cluster.records import Results, read_results
 from cluster.run_folder import RunFolder
-from learner.reasoner import load_prompter
+from phantoms import rows
+from reasoner.prompter import load_prompter
 from tests.actors.test_endpoint import Server
 from tests.conftest import ROOT, TINY_REASONER
 from umrg.dataset_writer import write_rows
-from umrg.phantoms import rows
 
 REAL_IMAGES = ROOT.parent / "shared" / "data" / "umrg_real_sample.parquet"
 SMALL = ("rollout.max_prompt_tokens=512", "rollout.max_tokens=128", "rollout.num_cpus=0.5", "segmenter.num_cpus=0.1")

@@ -7,11 +7,11 @@ import pytest
 
 from cluster.comparison import compare_records
 from cluster.figures import Seen, as_malformed, comma_separated, consensus, markdown, row_figures, summarise
-from cluster.results import Results, read_results
+from cluster.records import Results, read_results
+from phantoms import rows
 from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
 from umrg.masks import encode_rle
-from umrg.phantoms import rows
 
 
 @pytest.fixture(scope="module")

@@ -225,8 +225,8 @@ def await_rest(folder: Path) -> None:
 LONG_STEPS = """
 import sys, time
 from cluster import train
-from cluster.cli_frame import run_command
-from cluster.clock import Clock
+from cluster.cli import run_command
+from cluster.journal import Clock
 
 passed = [0.0]
 Clock.__init__.__defaults__ = (lambda: time.monotonic() + passed[0],)

@@ -8,10 +8,10 @@ import pytest
 from cluster.figures import Seen, row_figures, summarise
 from cluster.report import write_evaluation_report
 from cluster.run_folder import RunFolder
+from phantoms import rows
 from tests.cluster.test_figures import record
 from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
-from umrg.phantoms import rows
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")]

@@ -2,7 +2,8 @@
 
 import pytest
 
-from cluster.placement import Bundle, Node, bundles, shortage
+from cluster.placement import Bundle, Node, shortage
+from cluster.train import actors
 
 
 def actor(cpus: float = 0.0, gpus: float = 0.0, role: str = "rollout", index: int = 0) -> Bundle:
@@ -46,7 +47,7 @@ def test_a_bundle_asks_for_something():
 
 def test_every_actor_has_a_bundle(demo_config):
     config = demo_config("rollout.actors=2", "segmenter.actors=3", "segmenter.num_gpus=0.25", "learner.ranks=2")
-    wanted = bundles(config)
+    wanted = [actor.bundle for actor in actors(config)]
     assert [bundle.name for bundle in wanted] == [
         *("learner 0", "learner 1"),
         *("rollout 0", "rollout 1"),

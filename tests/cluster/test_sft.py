@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 import torch
 
+from actors.learner_rank import SupervisedRank
 from actors.pools import SupervisedPool, gather
-from actors.sft_rank import SupervisedRank
 from cluster.checkpoints import Checkpoints
 from cluster.config import SftConfig, load_config
 from cluster.run_folder import RunFolder
 from cluster.sft import Finetuning, Images, out_of_patience, sft
-from learner.reasoner import load_reasoner
+from phantoms import rows
+from reasoner.model import load_reasoner
 from tests.ranks import STEADY, assert_moved_alike, seated
 from umrg.dataset_writer import write_rows
-from umrg.phantoms import rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,7 +81,7 @@ def test_ranks_and_stages_learn_alike(hosts, tmp_path, phantoms):
 
 
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(hosts, tmp_path, phantoms):
-    settings = ("steps=4", "validation=0.25", "validate_every=2", "learner.schedule=constant", "keep=9")
+    settings = ("steps=4", "validation=0.25", "validate_every=2", "learner.zero=constant", "keep=9")
     whole = finetuned(hosts, config(tmp_path, phantoms, *settings, "name=whole"))
     finetuned(hosts, config(tmp_path, phantoms, *settings, "name=halves", "steps=2"))
     halves = finetuned(hosts, config(tmp_path, phantoms, *settings, "name=halves", "resume=auto"))

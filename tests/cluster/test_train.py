@@ -21,19 +21,19 @@ from actors.config import DeadlineConfig, SegmenterConfig
 from actors.pools import DeadlinePassed, SegmenterPool, gather
 from actors.segmenter import Segmenter
 from actors.weight_files import pack
-from cluster.broadcast import Canary, WeightsDiffer, broadcast
 from cluster.checkpoints import export_run
-from cluster.clock import Clock
 from cluster.data import open_rows
 from cluster.display import Display
-from cluster.evaluation import evaluate, questions
-from cluster.experience import Draw, gain
-from cluster.journal import Journal
+from cluster.evaluation import Draw, evaluate, gain, questions
+from cluster.journal import Clock, Journal
 from cluster.records import read_records
 from cluster.run_folder import RunFolder
 from cluster.train import Training, train
+from cluster.weight_sync import Canary, WeightsDiffer, broadcast
 from cluster.workers import started
-from learner.reasoner import load_prompter, load_reasoner
+from phantoms import rows
+from reasoner.model import load_reasoner
+from reasoner.prompter import load_prompter
 from rewards.case import Case
 from tests.conftest import ROOT, TINY_REASONER
 from tests.ranks import running
@@ -41,7 +41,6 @@ from umrg.config import model_folder
 from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
 from umrg.group import Group
-from umrg.phantoms import rows
 
 SMALL = (
     "data.train={phantoms: 24, seed: 1, modalities: [CT]}",

@@ -12,17 +12,17 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from cluster.broadcast import Canary
+from cluster.weight_sync import Canary
 from cluster.workers import started
 from learner.attention import use_shared_prefix
 from learner.policy import freeze
-from learner.reasoner import load_reasoner
-from learner.shared_prefix import Branches, branch_scores, pack_groups
+from learner.shared_prefix import Branches, branch_scores, pack
+from phantoms import rows
+from reasoner.model import load_reasoner
 from tests.conftest import TINY_REASONER
 from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
 from umrg.frames import Frame
-from umrg.phantoms import rows
 from umrg.prompts import PromptSpec
 
 pytestmark = pytest.mark.numeric
@@ -108,9 +108,7 @@ def test_shared_prefix_equals_single_sequences(folder, samples):
     found = []
     for parts in ([groups], [[each] for each in alone]):
         reasoner.model.zero_grad()
-        logprobs = torch.cat(
-            [branch_scores(reasoner.model, pack_groups(part, reasoner.model)).logprobs for part in parts]
-        )
+        logprobs = torch.cat([branch_scores(reasoner.model, pack(part, reasoner.model)).logprobs for part in parts])
         (logprobs * torch.linspace(-1, 1, len(logprobs))).sum().backward()
         found.append((logprobs.detach(), {n: p.grad.clone() for n, p in reasoner.model.named_parameters()}))
     (shared, gradients), (single, expected) = found

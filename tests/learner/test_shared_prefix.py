@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 
 from learner.attention import Layout, Span, attend, use_shared_prefix
-from learner.reasoner import EncodedPrompt, Reasoner, load_reasoner
 from learner.sft import reference_branches
-from learner.shared_prefix import Branches, TokenScores, branch_scores, micro_batches, pack_groups
+from learner.shared_prefix import Branches, TokenScores, branch_scores, micro_batches, pack
+from reasoner.model import Reasoner, load_reasoner
+from reasoner.prompter import EncodedPrompt
 from umrg.images import encode_png
 from umrg.sample import Sample
 
@@ -30,7 +31,7 @@ def reasoner() -> Reasoner:
 
 
 def scores(reasoner: Reasoner, groups: Sequence[Branches]) -> TokenScores:
-    return branch_scores(reasoner.model, pack_groups(groups, reasoner.model))
+    return branch_scores(reasoner.model, pack(groups, reasoner.model))
 
 
 def picture(seed: int, height: int = 112, width: int = 140):
@@ -121,10 +122,10 @@ def test_a_budget_for_less_than_one_answer_says_what_to_raise(reasoner):
 
 def test_logits_in_chunks_are_logits_at_once(reasoner, monkeypatch):
     group = a_group(reasoner, 3, (112, 112), [20, 3, 24], 0)
-    whole = branch_scores(reasoner.model, pack_groups([group], reasoner.model), entropy_learns=True)
+    whole = branch_scores(reasoner.model, pack([group], reasoner.model), entropy_learns=True)
     gradients = _gradients(reasoner, whole.logprobs.sum() + whole.entropy.sum())
     monkeypatch.setattr("learner.shared_prefix.LOGITS_BYTES", 4 * 7 * reasoner.model.config.text_config.vocab_size)
-    chunked = branch_scores(reasoner.model, pack_groups([group], reasoner.model), entropy_learns=True)
+    chunked = branch_scores(reasoner.model, pack([group], reasoner.model), entropy_learns=True)
     torch.testing.assert_close(chunked, whole, atol=1e-5, rtol=1e-5)
     for name, gradient in _gradients(reasoner, chunked.logprobs.sum() + chunked.entropy.sum()).items():
         assert (gradients[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
@@ -134,7 +135,7 @@ def test_entropy_is_that_of_the_sampling_distribution(reasoner):
     group = a_group(reasoner, 3, (112, 112), [9], 0)
     forbidden = torch.tensor(reasoner.vision_tokens)
     with torch.no_grad():
-        packed = pack_groups([group], reasoner.model)
+        packed = pack([group], reasoner.model)
         flat = branch_scores(reasoner.model, packed, temperature=1e6, forbidden=forbidden).entropy
     allowed = reasoner.model.config.text_config.vocab_size - len(forbidden)
     torch.testing.assert_close(flat, torch.full((9,), float(np.log(allowed))), atol=1e-4, rtol=0)
@@ -188,7 +189,7 @@ def test_queries_about_one_image_share_its_tokens(reasoner):
 
 def test_temperature_scales_the_distribution(reasoner):
     group = Branches(prefix=a_prompt(reasoner, "What?", 5), branches=answers(reasoner, "12"))
-    packed = pack_groups([group], reasoner.model)
+    packed = pack([group], reasoner.model)
     with torch.no_grad():
         cold, warm = (branch_scores(reasoner.model, packed, temperature=t).logprobs.sum() for t in (1.0, 100.0))
     vocabulary = reasoner.model.config.text_config.vocab_size

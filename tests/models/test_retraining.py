@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from actors.experts.registry import load_expert
-from learner.reasoner import load_reasoner
+from reasoner.model import load_reasoner
 from umrg.prompts import PromptStyle
 
 ROOT = Path(__file__).parents[2]

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from actors.experts.registry import load_expert
-from learner.reasoner import load_reasoner
 from models.build_tiny_reasoner import TRAINED_MODALITIES
 from models.measure import HELD_OUT_SEED, expert_figures, mean_boxes, measure, phantoms
-from umrg.phantoms import MODALITIES
+from phantoms import MODALITIES
+from reasoner.model import load_reasoner
 
 MODELS = Path(__file__).parents[2] / "models"
 

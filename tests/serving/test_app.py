@@ -4,8 +4,9 @@ import httpx
 import numpy as np
 import pytest
 
-from cluster.clock import Clock
-from cluster.experience import Draw, gain
+from cluster.evaluation import Draw, gain
+from cluster.journal import Clock
+from phantoms import rows
 from serving.app import build_app
 from tests.conftest import TINY_REASONER
 from tests.encoded_images import BLOCKS, DEEP, encoded, pages, turned
@@ -14,7 +15,6 @@ from umrg.dataset_writer import write_rows
 from umrg.group import Group
 from umrg.images import encode_png
 from umrg.masks import decode_rle
-from umrg.phantoms import rows
 
 
 @pytest.fixture(scope="module")

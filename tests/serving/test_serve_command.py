@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from cluster.cli_frame import one_line
+from cluster.cli import one_line
 from serving.run import check
 from tests.conftest import ROOT, TINY_REASONER
 

@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from phantoms.scenes import STRUCTURES
 from umrg import checks, phantoms
 from umrg.checks import CHECKS, CheckedRow, Finding, Seen, Severity, check_row
 from umrg.dataset import Dataset, write_rows
 from umrg.images import decode_image, encode_png
 from umrg.keypoints import reference_points, tight_box
-from umrg.phantoms.scenes import STRUCTURES
 from umrg.prompts import clean_query
 from umrg.row_groups import Damage
 from umrg.rows import RowInfo

@@ -1,0 +1,286 @@
+"""`medreasoner data …`: look at datasets, check and divide them, and make phantoms."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from actors.config import RolloutConfig
+from umrg.atomic import written_aside
+from umrg.dataset import Dataset, open_files, write_rows
+from umrg.split import SplitBy, plan_split, write_split
+
+if TYPE_CHECKING:
+    from cluster.commands.data_check import Judge, Report
+
+_LINE_EVERY = 5.0
+
+data_app = typer.Typer(help="Look at datasets, check and divide them, and make phantoms.", no_args_is_help=True)
+
+
+class Phrasings(StrEnum):
+    SEEN = "seen"
+    HELD_OUT = "held_out"
+
+
+class Annotation(StrEnum):
+    EXACT = "exact"
+    COARSE = "coarse"
+
+
+Files = Annotated[list[Path], typer.Argument(metavar="FILE...", help="Parquet files in the released schema.")]
+Supercategories = Annotated[list[str] | None, typer.Option("--supercategory", help="Keep only these rows.")]
+Categories = Annotated[list[str] | None, typer.Option("--category", help="Keep only these rows.")]
+Modalities = Annotated[
+    list[str] | None, typer.Option("--modality", help="Keep only these rows; MRI includes MRI-FLAIR.")
+]
+Seed = Annotated[int, typer.Option(min=0, help="Draws what is chosen at random.")]
+
+
+@data_app.command()
+def stats(
+    files: Files,
+    out: Annotated[Path | None, typer.Option(file_okay=False, help="Folder for JSON and pictures.")] = None,
+    supercategory: Supercategories = None,
+    category: Categories = None,
+    modality: Modalities = None,
+    tiles: Annotated[int, typer.Option(min=1, help="Samples on the contact sheet.")] = 42,
+) -> None:
+    """Counts, and size and position of the targets, by modality, super-category and category.
+
+    With --out also a contact sheet of samples and a heat map of where each super-category lies.
+    """
+    from umrg.statistics import GROUPINGS, summary, survey
+
+    dataset = Dataset.open(files, supercategory=supercategory, category=category, modality=modality)
+    with _progress("measuring", len(dataset)) as progress:
+        found = survey(dataset, progress)
+    figures = summary(found.measurements)
+    console = _console()
+    sizes = ", ".join(f"{size} px ({count})" for size, count in list(_dict(figures["image_sizes"]).items())[:8])
+    console.print(f"{len(dataset)} rows; images of {sizes}", highlight=False)
+    for grouping in GROUPINGS:
+        console.print(_table(grouping, _dict(figures[grouping]), plain=not console.is_terminal))
+    if out is not None:
+        _write_statistics(out, dataset, found, figures, tiles)
+        typer.echo(f"{out}: stats.json, contact_sheet.png, positions.png")
+
+
+@data_app.command()
+def check(
+    files: Files,
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a reasoner, whose limits its prompts must keep.")
+    ] = None,
+    max_prompt_tokens: Annotated[
+        int, typer.Option(min=1, help="With --model: longest prompt, as rollout.max_prompt_tokens of the run.")
+    ] = RolloutConfig().max_prompt_tokens,
+    expert: Annotated[
+        str | None, typer.Option(help="Name, folder or file of an expert, to be given the reference box and points.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(file_okay=False, help="Folder for check.csv and check.png.")] = None,
+    clean: Annotated[
+        Path | None, typer.Option(metavar="FILE.parquet", dir_okay=False, help="File for the rows without an error.")
+    ] = None,
+) -> None:
+    """Check every row: what cannot be used, and what somebody should look at. The files stay as they are.
+
+    Exit code 0 where no row has an error, 1 where one has.
+    """
+    from cluster.commands.data_check import check_files, worst_sheet
+
+    sources = open_files(files)
+    judges: list[Judge] = []
+    if model is not None:
+        from cluster.commands.data_judges import prompt_limits
+
+        judges.append(prompt_limits(model, max_prompt_tokens))
+    oracle = None
+    if expert is not None:
+        from cluster.commands.data_judges import load_oracle
+
+        judges.append(oracle := load_oracle(expert))
+    with _progress("checking", sum(source.rows for source in sources)) as progress:
+        table = None if out is None else out / "check.csv"
+        report = check_files(sources, judges=judges, table=table, clean=clean, progress=progress)
+    _print_report(report)
+    if out is not None:
+        sheet = worst_sheet(report, oracle.mask if oracle else None)
+        typer.echo(f"{out}: " + ", ".join(_write_sheet(out, sheet)))
+    if clean is not None:
+        typer.echo(f"{clean}: {report.rows - report.unusable} rows" + _left_out(report))
+    if report.unusable:
+        raise typer.Exit(1)
+
+
+@data_app.command()
+def split(
+    files: Files,
+    by: Annotated[SplitBy, typer.Option(help="What the held-out rows do not share with the others.")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for train and held_out.parquet.")],
+    hold_out: Annotated[list[str] | None, typer.Option(help="A name to hold out; may be repeated.")] = None,
+    share: Annotated[float, typer.Option(help="Share of names or queries, where none is named.")] = 0.2,
+    seed: Seed = 0,
+) -> None:
+    """Hold out phrasings, categories or modalities, to study generalisation."""
+    dataset = Dataset.open(files)
+    plan = plan_split(dataset.infos, by, hold_out=hold_out or (), share=share, seed=seed)
+    with _progress("writing", len(dataset)) as progress:
+        report = write_split(dataset, plan, out, progress)
+    typer.echo(f"{out}: {len(plan.train)} rows in train.parquet, {len(plan.held_out)} in held_out.parquet")
+    typer.echo(f"held out by {by.value}: " + _few(plan.held_names))
+    if shared := report["images_on_both_sides"]:
+        typer.echo(f"note: {shared} images occur on both sides, with different questions")
+
+
+@data_app.command()
+def phantoms(
+    path: Annotated[Path, typer.Argument(metavar="OUT.parquet", dir_okay=False, help="The file to write.")],
+    count: Annotated[int, typer.Option(min=1, help="Number of rows.")],
+    seed: Seed = 0,
+    size: Annotated[int, typer.Option(help="Side of the square images, in pixels.")] = 224,
+    modality: Annotated[list[str] | None, typer.Option(help="A modality; may be repeated. Default: all.")] = None,
+    phrasings: Annotated[Phrasings, typer.Option(help="Which queries to ask.")] = Phrasings.SEEN,
+    annotation: Annotated[
+        Annotation, typer.Option(help="Exact boxes and points, or loose ones as clinics have them.")
+    ] = Annotation.EXACT,
+) -> None:
+    """Make synthetic medical images with exact masks, implicit queries and reasoning."""
+    from phantoms import MODALITIES, rows
+    from umrg.names import modality_name
+
+    made = rows(
+        count,
+        seed=seed,
+        size=size,
+        modalities=[modality_name(name) for name in modality or MODALITIES],
+        phrasings=phrasings.value,
+        annotation=annotation.value,
+    )
+    with _progress("drawing", count) as progress:
+        written = write_rows(path, made, progress=progress)
+    typer.echo(f"{path}: {written} rows")
+
+
+def _write_statistics(out: Path, dataset: Dataset, found: Any, figures: dict[str, object], tiles: int) -> None:
+    from umrg.images import encode_png
+    from umrg.statistics import occupancy_sheet, sample_sheet
+
+    pictures = {
+        "contact_sheet.png": encode_png(sample_sheet(dataset, tiles)),
+        "positions.png": encode_png(occupancy_sheet(found)),
+    }
+    text = json.dumps(figures, indent=2, ensure_ascii=False) + "\n"
+    for name, content in {"stats.json": text.encode(), **pictures}.items():
+        with written_aside(out / name) as aside:
+            aside.write_bytes(content)
+
+
+def _print_report(report: "Report") -> None:
+    from umrg.checks import CHECKS
+
+    console = _console()
+    plain = not console.is_terminal
+    table = Table(box=None if plain else box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("check", "", "rows", "for example"):
+        table.add_column(heading, justify="right" if heading == "rows" else "left", no_wrap=heading != "for example")
+    for found in CHECKS:
+        if worst := report.worst.get(found):
+            example = f"row {worst[0].row} of {worst[0].file}: {worst[0].finding.message}"
+            table.add_row(found.name, found.severity.value, str(report.counts[found]), Text(example))
+    if table.row_count:
+        console.print(table)
+    clean = report.rows - report.unusable - report.flagged
+    console.print(
+        f"{report.rows} rows: {report.unusable} cannot be used, {report.flagged} to look at, {clean} without a finding",
+        highlight=False,
+    )
+
+
+def _left_out(report: "Report") -> str:
+    from umrg.checks import Severity
+
+    errors = {found.name: rows for found, rows in report.counts.items() if found.severity is Severity.ERROR}
+    if not errors:
+        return ""
+    return f"; {report.unusable} left out: " + ", ".join(f"{name} ({rows})" for name, rows in sorted(errors.items()))
+
+
+def _write_sheet(out: Path, sheet: Any) -> list[str]:
+    """Write check.png where there is something to be seen; the names of all files in the folder."""
+    from umrg.images import encode_png
+
+    if sheet is None:
+        # One of an earlier check would show what is no more.
+        (out / "check.png").unlink(missing_ok=True)
+        return ["check.csv"]
+    with written_aside(out / "check.png") as aside:
+        aside.write_bytes(encode_png(sheet))
+    return ["check.csv", "check.png"]
+
+
+def _table(grouping: str, groups: dict[str, Any], *, plain: bool) -> Table:
+    """Medians in per cent of the image, with the range from the 5th to the 95th percentile."""
+    title = f"By {grouping} (per cent of the image: median, 5th to 95th percentile)"
+    table = Table(title=title, title_justify="left", box=None if plain else box.SIMPLE_HEAD)
+    table.add_column(grouping, no_wrap=True)
+    for heading in ("rows", "area", "centre x", "centre y", "width", "height"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, group in groups.items():
+        cells = (
+            _range(group[key], alone=group["rows"] == 1) for key in ("area", "centre_x", "centre_y", "width", "height")
+        )
+        table.add_row(name, str(group["rows"]), *cells)
+    return table
+
+
+def _range(figures: dict[str, float], *, alone: bool) -> str:
+    low, middle, high = (100 * figures[key] for key in ("q05", "q50", "q95"))
+    digits = 1 if middle < 10 else 0
+    if alone:
+        return f"{middle:.{digits}f}"
+    return f"{middle:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
+
+
+def _dict(value: object) -> dict[str, Any]:
+    assert isinstance(value, dict)
+    return value
+
+
+def _few(names: tuple[str, ...], most: int = 8) -> str:
+    return "; ".join(names[:most]) + (f"; and {len(names) - most} more" if len(names) > most else "")
+
+
+def _console() -> Console:
+    console = Console()
+    # Piped output must not be cut to a terminal's width.
+    return console if console.is_terminal else Console(width=160)
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr or, without a terminal, a line every few seconds."""
+    console = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        told = monotonic()
+
+        def tell(done: int) -> None:
+            nonlocal told
+            bar.update(task, completed=done)
+            if not console.is_terminal and monotonic() > told + _LINE_EVERY:
+                told = monotonic()
+                typer.echo(f"{what}: {done} of {total} rows", err=True)
+
+        yield tell

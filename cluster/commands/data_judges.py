@@ -1,0 +1,101 @@
+"""Checks of rows against the models that are to use them: a reasoner's limits, an expert's ceiling."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from actors.experts.drawing import reference_mask
+from actors.experts.protocol import Embedding, Expert
+from actors.experts.registry import load_expert
+from reasoner.prompter import Prompter, load_prompter
+from umrg.checks import IMAGE_SHRUNK, LOW_CEILING, OVER_LIMIT, CheckedRow, Finding
+from umrg.config import model_folder
+from umrg.metrics import mask_dice
+from umrg.sample import Sample
+
+CEILING = 0.6
+
+
+class PromptLimits:
+    """Prompts against what a model has positions for, and against a run's `rollout.max_prompt_tokens`."""
+
+    def __init__(self, prompter: Prompter, most: int) -> None:
+        self._prompter, self._most = prompter, min(most, prompter.positions)
+
+    def __call__(self, checked: CheckedRow) -> Iterator[Finding]:
+        sample = checked.sample
+        if sample is None or checked.pixels is None:
+            return
+        try:
+            tokens = self._prompter.prompt_tokens(sample.query, sample.size)
+        except ValueError as error:
+            yield Finding(check=OVER_LIMIT, message=str(error))
+            return
+        if tokens > self._most:
+            image = self._prompter.image_tokens(sample.size)
+            more = "" if self._most == self._prompter.positions else ", or raise rollout.max_prompt_tokens"
+            message = (
+                f"the prompt has {tokens} tokens, {image} of them for the image, and {self._most} are allowed; shorten "
+                f"the question or make the image smaller{more}"
+            )
+            yield Finding(check=OVER_LIMIT, message=message, degree=tokens)
+        yield from self._shrinking(sample)
+
+    def _shrinking(self, sample: Sample) -> Iterator[Finding]:
+        own = sample.size
+        if own.width * own.height <= self._prompter.resize.max_pixels:
+            return
+        model = self._prompter.frames(own).model
+        scale = model.long_side / own.long_side
+        # A box that ends on the image's far edge is a pixel wider than the image.
+        width, height = (
+            min(side, round(scale * (sample.box[i + 2] - sample.box[i] + 1)))
+            for i, side in enumerate((model.width, model.height))
+        )
+        message = (
+            f"the image of {own.width}x{own.height} px becomes {model.width}x{model.height} for the model, its target "
+            f"{width}x{height}; crop it, or raise the processor's longest_edge"
+        )
+        yield Finding(check=IMAGE_SHRUNK, message=message, degree=1 / scale)
+
+
+class Oracle:
+    """An expert that is given the reference box and points: no answer can do better with it. Rows of one image, where
+    they follow each other, share its embedding."""
+
+    def __init__(self, expert: Expert) -> None:
+        self._expert = expert
+        self._embedded: tuple[bytes | None, Embedding | None] = (None, None)
+
+    def __call__(self, checked: CheckedRow) -> Iterator[Finding]:
+        sample, mask = checked.sample, checked.mask
+        if not checked.usable or sample is None or mask is None or not mask.any():
+            return
+        dice = mask_dice(self.mask(sample, checked.pixels), mask)
+        if dice < CEILING:
+            message = (
+                f"the expert {self._expert.name} reaches Dice {dice:.2f}, under {CEILING:g}, from the reference box "
+                "and points; check them and the mask, or take another expert"
+            )
+            yield Finding(check=LOW_CEILING, message=message, degree=1 - dice)
+
+    def mask(self, sample: Sample, pixels: bytes | None = None) -> NDArray[np.bool_]:
+        """The expert's mask, bool [H, W]. pixels: digest of the image, by which it is known again."""
+        known, embedding = self._embedded
+        if embedding is None or pixels is None or pixels != known:
+            embedding = self._expert.embed(sample.image())
+            self._embedded = (pixels, embedding)
+        return reference_mask(self._expert, embedding, sample.box, sample.points)
+
+
+def prompt_limits(model: Path, most: int) -> PromptLimits:
+    """The limits of a model folder. Raises ValueError where it is none."""
+    return PromptLimits(load_prompter(model_folder(model)), most)
+
+
+def load_oracle(expert: str) -> Oracle:
+    """The expert by that name, on a GPU where there is one. Raises ValueError for an unknown one."""
+    return Oracle(load_expert(expert, device="cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,0 +1,54 @@
+"""Weights from the learner to every rollout, and the proof that they arrived and are used."""
+
+import numpy as np
+import ray
+
+from cluster.config import TrainConfig
+from cluster.workers import Workers
+from umrg.group import Group, SamplingParams
+from umrg.sample import Sample
+
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15}
+"""Largest mean difference of log-probs, in nats, that the engine's and the learner's arithmetic may leave. Stale
+weights or caches leave 0.1 and more in float32."""
+
+TOKENS = 24
+
+
+class WeightsDiffer(RuntimeError):
+    """A rollout engine does not compute with the learner's weights."""
+
+
+def sync_weights(workers: Workers, *, version: int) -> None:
+    """Send the learner's weights to every rollout. Raises WeightsDiffer where other tensors arrive than were sent."""
+    digest, buckets = workers.learner.weights()
+    for received in workers.rollouts.update_weights(version, buckets):
+        if received != digest:
+            raise WeightsDiffer(f"weights of version {version} arrived with digest {received[:12]}, not {digest[:12]}")
+
+
+class Canary:
+    """One fixed prompt that every engine answers after each update, and whose log-probs must be the learner's. The
+    prompt and its image have been seen before, so a cache that was not emptied shows."""
+
+    def __init__(self, sample: Sample, config: TrainConfig) -> None:
+        self._group = ray.put(Group(run="canary", step=0, index=0, sample=sample).without_masks())
+        self._sampling = SamplingParams(n=1, temperature=config.rollout.temperature, max_tokens=TOKENS, seed=0)
+        exact = config.rollout.dtype == config.learner.dtype == "float32"
+        self._tolerance = TOLERANCE["float32" if exact else "bfloat16"]
+
+    def check(self, workers: Workers) -> float:
+        """Largest mean difference of log-probs between an engine and the learner. Raises WeightsDiffer above the
+        tolerance."""
+        worst = 0.0
+        for answer in workers.rollouts.canary(self._group, self._sampling):
+            (completion,) = answer.completions
+            expected = workers.learner.logprobs(self._group, completion.token_ids)
+            gap = float(np.abs(np.subtract(completion.logprobs, expected)).mean())
+            worst = max(worst, gap)
+            if not gap <= self._tolerance:
+                raise WeightsDiffer(
+                    f"after weights of version {completion.policy_version} an engine's log-probs are {gap:.3g} nats "
+                    f"off the learner's (at most {self._tolerance:g}): it computes with stale weights or caches"
+                )
+        return worst

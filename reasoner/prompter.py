@@ -1,0 +1,267 @@
+"""How a reasoner is asked: a Qwen-VL folder's processor and prompt spec, which make the same prompt for rollout,
+learner, evaluation and serving. Imports no model code."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from jinja2 import TemplateError
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from transformers import (
+    AutoConfig,
+    Qwen2_5_VLProcessor,
+    Qwen2VLProcessor,
+    Qwen3VLProcessor,
+)
+
+from umrg.answers import TAGS
+from umrg.frames import Frames, ResizeRule, Size
+from umrg.prompts import PromptSpec, prompt_messages
+from umrg.reasoner_folder import check_reasoner_folder
+
+_PROCESSORS = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}
+"""By architecture, as vLLM loads them: whatever class a folder's files name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedImage:
+    """One image as the model sees it.
+
+    pixel_values: [patches, features] float32. grid_thw: [1, 3] int64, patches along time, height and width.
+    tokens: placeholders that it takes up in a prompt. frames: its coordinate frames.
+    """
+
+    pixel_values: torch.Tensor
+    grid_thw: torch.Tensor
+    tokens: int
+    frames: Frames
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedPrompt:
+    """One prompt as the model sees it. token_ids: [P] int64, image placeholders expanded."""
+
+    token_ids: torch.Tensor
+    image: EncodedImage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompter:
+    """A folder's processor and prompt spec: what turns a query about an image into the model's prompt.
+
+    image_token_id, vision_tokens: the image's placeholder, and the ids of all such placeholders and marks.
+    positions: tokens that the model has positions for, prompt and answer together.
+    resize: how the processor chooses the model frame.
+    """
+
+    processor: Any
+    prompt: PromptSpec
+    image_token_id: int
+    vision_tokens: tuple[int, ...]
+    positions: int
+
+    @property
+    def end_token_id(self) -> int:
+        """The token that ends a completion."""
+        return int(self.processor.tokenizer.eos_token_id)
+
+    @property
+    def resize(self) -> ResizeRule:
+        size, processor = self.processor.image_processor.size, self.processor.image_processor
+        return ResizeRule(
+            factor=processor.patch_size * processor.merge_size,
+            min_pixels=size["shortest_edge"],
+            max_pixels=size["longest_edge"],
+        )
+
+    def chat_text(self, query: str) -> str:
+        """The prompt as text, with one image placeholder: what a rollout engine is given."""
+        messages = prompt_messages(query, self.prompt)
+        return str(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
+    @cached_property
+    def opening(self) -> str:
+        """What the chat template itself writes of every answer: `<think>`, perhaps with its closing tag, and the white
+        space after it; "" where it leaves that to the model."""
+        question = "What?"
+        messages = [{"role": "user", "content": [{"type": "text", "text": question}]}]
+        text = str(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        # Only behind the question: the instructions, and a system's prompt, may speak of the tags.
+        _, opening, rest = text.rpartition(question)[2].partition("<think>")
+        return opening + rest
+
+    def frames(self, original: Size) -> Frames:
+        """The coordinate frames of an image of this size."""
+        return Frames(original=original, model=self.resize.model_size(original))
+
+    def encode_image(self, image: NDArray[np.uint8]) -> EncodedImage:
+        """Encode an image uint8 [H, W, 3] RGB."""
+        processor = self.processor.image_processor
+        inputs = processor(images=[Image.fromarray(image)], return_tensors="pt")
+        grid = inputs["image_grid_thw"]
+        return EncodedImage(
+            pixel_values=inputs["pixel_values"],
+            grid_thw=grid,
+            tokens=int(grid.prod()) // processor.merge_size**2,
+            frames=Frames(
+                original=Size(image.shape[1], image.shape[0]),
+                model=Size(int(grid[0, 2]) * processor.patch_size, int(grid[0, 1]) * processor.patch_size),
+            ),
+        )
+
+    def encode(self, query: str, image: EncodedImage) -> EncodedPrompt:
+        """Encode a query about an image; the same ids as the whole processor gives."""
+        placeholder = self.processor.image_token
+        text = self.chat_text(query).replace(placeholder, placeholder * image.tokens)
+        ids = self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+        return EncodedPrompt(token_ids=ids, image=image)
+
+    def image_tokens(self, original: Size) -> int:
+        """How many placeholders an image of this size takes up. Raises ValueError for an aspect ratio that the
+        processor refuses."""
+        model = self.frames(original).model
+        return model.width * model.height // self.resize.factor**2
+
+    def prompt_tokens(self, query: str, original: Size) -> int:
+        """How many tokens `encode` makes of a query about an image of this size. Raises ValueError as `image_tokens`
+        does."""
+        ids = self.processor.tokenizer(self.chat_text(query), add_special_tokens=False)["input_ids"]
+        # The text holds one of the placeholders.
+        return len(ids) - 1 + self.image_tokens(original)
+
+    def completion_ids(self, text: str) -> torch.Tensor:
+        """Token ids [L] of what a model has to write of a completion, `opening` left out and its end token included.
+        Raises ValueError where the completion cannot begin as the chat template does."""
+        ids = self.processor.tokenizer(self._continuation(text), add_special_tokens=False)["input_ids"]
+        return torch.tensor([*ids, self.end_token_id])
+
+    def completion_text(self, token_ids: Sequence[int]) -> str:
+        """The completion that a model wrote, from its token ids: `opening` before it, special tokens left out. The tags
+        of thoughts and answer stay, though some tokenizers call them special."""
+        kept = [token for token in token_ids if token not in self._left_out]
+        return self.opening + str(self.processor.tokenizer.decode(kept))
+
+    @cached_property
+    def _left_out(self) -> frozenset[int]:
+        tokenizer = self.processor.tokenizer
+        special = (token for token, added in tokenizer.added_tokens_decoder.items() if added.special)
+        tags = tokenizer.convert_tokens_to_ids([tag for tag in TAGS if tag in tokenizer.get_vocab()])
+        return frozenset({*special, *tokenizer.all_special_ids} - {*tags})
+
+    def _continuation(self, text: str) -> str:
+        opened, closed, thinks = bool(self.opening), "</think>" in self.opening, text.startswith("<think>")
+        if opened and thinks == closed:
+            what, remedy = ("closes an empty", "think=false") if closed else ("opens", "think=true")
+            raise ValueError(f"the chat template {what} <think> itself; set {remedy}, or use another chat template")
+        return text.removeprefix("<think>") if opened else text
+
+
+def load_prompter(folder: Path, spec: PromptSpec | None = None) -> Prompter:
+    """Load the processor of a Qwen-VL folder. spec: how it is asked; None as the folder says.
+
+    Raises ValueError where the folder is none, where files that its model needs are not there or not whole, and where
+    its processor does not fit its model.
+    """
+    with loading(folder):
+        return prompter_of_folder(folder, spec)
+
+
+def prompter_of(config: Any, processor: Any, prompt: PromptSpec) -> Prompter:
+    """A prompter from a model's configuration and its processor."""
+    tokenizer = processor.tokenizer
+    marks = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
+    known = {int(tokenizer.convert_tokens_to_ids(mark)) for mark in marks if mark in tokenizer.get_vocab()}
+    return Prompter(
+        processor=processor,
+        prompt=prompt,
+        image_token_id=int(config.image_token_id),
+        vision_tokens=tuple(sorted({int(config.image_token_id), int(config.video_token_id), *known})),
+        positions=int(config.text_config.max_position_embeddings),
+    )
+
+
+@contextmanager
+def loading(folder: Path) -> Iterator[None]:
+    """Whatever a folder that is no reasoner makes transformers say becomes one ValueError."""
+    check_reasoner_folder(folder)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    except TemplateError as error:
+        raise ValueError(f"{folder} cannot be loaded as a reasoner: its chat template fails: {error}") from error
+    except (OSError, ValueError, RuntimeError, StrictDataclassError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"{folder} cannot be loaded as a reasoner: {reason}") from error
+    except (LookupError, TypeError, AttributeError) as error:
+        # Of JSON that is sound and says other things than the library expects.
+        reason = f"transformers cannot read its files ({type(error).__name__}: {error})"
+        raise ValueError(f"{folder} cannot be loaded as a reasoner: {' '.join(reason.split())}") from error
+
+
+def _check_tokenizer(file: Path) -> None:
+    """Raise ValueError where a file of sound JSON is no tokenizer."""
+    try:
+        if file.exists():
+            Tokenizer.from_file(str(file))
+    except Exception as error:
+        # The library has no class of its own for it.
+        if type(error) is not Exception:
+            raise
+        raise ValueError(f"tokenizer.json is not a tokenizer's ({error}); copy that of its base model") from error
+
+
+def prompter_of_folder(folder: Path, spec: PromptSpec | None) -> Prompter:
+    config = AutoConfig.from_pretrained(folder)
+    _check_tokenizer(folder / "tokenizer.json")
+    processor = _PROCESSORS[config.model_type].from_pretrained(folder)
+    _check_processor(config, processor)
+    _check_resize(config.vision_config, processor.image_processor)
+    prompter = prompter_of(config, processor, spec or PromptSpec.of_model(folder))
+    if processor.tokenizer.eos_token_id is None:
+        raise ValueError("its tokenizer_config.json names no eos_token, which ends an answer")
+    if processor.chat_template is None:
+        raise ValueError("it has no chat_template.jinja (nor chat_template in tokenizer_config.json); copy its base's")
+    if prompter.chat_text("?").count(processor.image_token) != 1:
+        raise ValueError(f"its chat template makes no place for one image ({processor.image_token})")
+    return prompter
+
+
+def _check_processor(config: Any, processor: Any) -> None:
+    vocabulary = len(processor.tokenizer)
+    if vocabulary > config.text_config.vocab_size:
+        raise ValueError(f"the tokenizer has {vocabulary} tokens, the model {config.text_config.vocab_size}")
+    if processor.image_token_id != config.image_token_id:
+        raise ValueError(
+            f"the image token is {processor.image_token_id} in the processor, {config.image_token_id} here"
+        )
+
+
+def _check_resize(vision: Any, images: Any) -> None:
+    """Raise ValueError where an image processor does not resize by `ResizeRule`, in transformers and in vLLM alike."""
+    expected = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+    found = (images.patch_size, images.merge_size, images.temporal_patch_size)
+    if found != expected:
+        raise ValueError(f"the processor cuts patches of {found} (size, merge, temporal), the model expects {expected}")
+    if not images.do_resize:
+        raise ValueError("its image processor has do_resize false, and images come in any size; set it to true")
+    size = dict(images.size)
+    if size.keys() != {"shortest_edge", "longest_edge"}:
+        edges = {"shortest_edge": size.get("min_pixels", "LEAST"), "longest_edge": size.get("max_pixels", "MOST")}
+        raise ValueError(
+            f"its image processor has size {json.dumps(size)}, by which transformers resizes nothing; write the least "
+            f'and the largest area, in pixels: "size": {json.dumps(edges)}'
+        )
+    least, most = size["shortest_edge"], size["longest_edge"]
+    if not (isinstance(least, int) and isinstance(most, int) and 0 < least <= most):
+        raise ValueError(f"its image processor has size {json.dumps(size)}; both are whole numbers, the least first")

@@ -1,0 +1,142 @@
+"""One image, from the command line."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cluster.cli import TINY_REASONER, main
+from phantoms import draw
+from reasoner.model import Reasoner
+from reasoner.prompter import load_prompter
+from tests.encoded_images import BLOCKS, DEEP, encoded, pages, stack, turned
+from umrg.images import decode_image, decode_mask, encode_png
+from umrg.windowing import Window
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    path = tmp_path_factory.mktemp("image") / "chest.png"
+    phantom = draw("X-ray", np.random.default_rng(3))
+    path.write_bytes(encode_png(phantom.image))
+    return path
+
+
+def run(monkeypatch, *arguments: str) -> int:
+    monkeypatch.setattr("sys.argv", ["medreasoner", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    return int(exit_.value.code or 0)
+
+
+def test_an_answer_is_printed_and_its_pictures_are_saved(monkeypatch, capsys, tmp_path, image):
+    code = run(monkeypatch, "ground", str(image), "Which organ pumps the blood?", "--out", str(tmp_path / "out"))
+    printed = capsys.readouterr().out
+    assert code == 0
+    assert "reasoning" in printed and "box" in printed and "points" in printed
+    record = json.loads((tmp_path / "out" / "chest.json").read_text())
+    x1, y1, x2, y2 = record["bbox"]
+    assert x1 <= x2 and y1 <= y2 and len(record["points"]) == 2 and record["reasoning"]
+    mask = decode_mask((tmp_path / "out" / "chest.mask.png").read_bytes(), "mask")
+    overlay = decode_image((tmp_path / "out" / "chest.overlay.png").read_bytes(), "overlay")
+    assert mask.shape == (224, 224) and mask.any()
+    assert (overlay != np.asarray(Image.open(image))).any()
+
+
+def test_a_question_is_asked_in_the_words_of_a_template(monkeypatch, tmp_path, image):
+    asked = []
+
+    def generate(reasoner, prompts, **_):
+        asked.extend(prompts)
+        return ["no answer"]
+
+    monkeypatch.setattr(Reasoner, "generate", generate)
+    (tmp_path / "own.txt").write_text("Bitte: {query}")
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, "ground", str(image), "Which organ?", "--prompt", "own.txt", "--out", "out")
+    (prompt,) = asked
+    assert "Bitte: Which organ?" in load_prompter(TINY_REASONER).processor.tokenizer.decode(prompt.token_ids)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["none.png", "What?"], "none.png is not a file"),
+        (["text.png", "What?"], "text.png cannot be decoded (unknown format)"),
+        (["empty.png", "What?"], "empty.png cannot be decoded (the file is empty)"),
+        (["deep.png", "What?"], "deep.png has more than 8 bits a channel (16); window it"),
+        (["deep.png", "What?", "--window", "40"], "the window '40' cannot be read; it must be CENTRE,WIDTH"),
+        (["deep.png", "What?", "--window", "40,0"], "WIDTH one above 0"),
+        (["stack.tif", "What?"], "stack.tif has 3 pages"),
+        (["stack.tif", "What?", "--frame", "3"], "stack.tif has 3 pages and no frame 3"),
+        (["stack.tif", "What?", "--frame", "-1"], "frames are counted from 0 to 2"),
+        ([".", "What?"], ". is not a file"),
+        (["/dev/null", "What?"], "/dev/null is not a file"),
+        (["/dev/zero", "What?"], "/dev/zero is not a file"),
+        (["n" * 300, "What?"], "cannot be read (File name too long)"),
+        (["IMAGE", "<|image_pad|>"], "the query is empty"),
+        (["IMAGE", "What?", "--model", "."], "is not a model folder"),
+        (["IMAGE", "What?", "--prompt", "fulll"], "prompt: there is no file 'fulll'; did you mean 'full'?"),
+        (
+            ["IMAGE", "What?", "--prompt", "text.png"],
+            "text.png: a template has {query} exactly once, and this has it no",
+        ),
+        (["IMAGE", "What?", "--expert", "tinny"], "the nearest expert is 'tiny'"),
+        (["IMAGE", "What?", "--expert", "sam_vit_b"], "needs its weights"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path, image, arguments, said):
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "deep.png").write_bytes(encoded(DEEP[..., 0], "PNG"))
+    (tmp_path / "stack.tif").write_bytes(pages("TIFF"))
+    monkeypatch.chdir(tmp_path)
+    given = [str(image) if argument == "IMAGE" else argument for argument in arguments]
+    assert run(monkeypatch, "ground", *given, "--out", "out") == 2
+    error = capsys.readouterr().err.strip()
+    assert said in error and len(error.splitlines()) == 1
+    assert not Path("out").exists()
+
+
+def test_a_file_that_may_not_be_read_is_one_line(monkeypatch, capsys, image):
+    def refused(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    assert run(monkeypatch, "ground", str(image), "What?") == 2
+    assert capsys.readouterr().err == f"error: {image} cannot be read (Permission denied); give the path of an image\n"
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_line(monkeypatch, capsys, image):
+    assert run(monkeypatch, "ground", str(image), "What?", "--out", "/proc/nowhere") == 2
+    error = capsys.readouterr().err.strip()
+    assert "error: /proc/nowhere: No such file or directory; give a path" in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "picture"),
+    [
+        (encoded(DEEP[..., 0], "PNG"), ("--window", "-600,140000"), Window(-600, 140000).apply(DEEP[..., 0])),
+        (pages("TIFF"), ("--frame", "2"), np.asarray(stack()[2])),
+        (encoded(BLOCKS, "PNG", exif=turned(6)), (), np.rot90(BLOCKS, -1)),
+    ],
+    ids=["window", "frame", "orientation"],
+)
+def test_the_picture_that_is_asked_about_is_the_one_that_is_shown(monkeypatch, tmp_path, file, options, picture):
+    (tmp_path / "image").write_bytes(file)
+    monkeypatch.setattr(Reasoner, "generate", lambda self, prompts, max_tokens: ["no answer"])
+    assert run(monkeypatch, "ground", str(tmp_path / "image"), "What?", *options, "--out", str(tmp_path)) == 1
+    shown = decode_image((tmp_path / "image.overlay.png").read_bytes(), "overlay")
+    assert np.array_equal(shown, picture if picture.ndim == 3 else np.stack([picture] * 3, axis=-1))
+
+
+def test_of_an_answer_that_loops_the_beginning_is_shown(monkeypatch, capsys, tmp_path, image):
+    looping = "<think>" + "again " * 2000
+    monkeypatch.setattr(Reasoner, "generate", lambda self, prompts, max_tokens: [looping])
+    assert run(monkeypatch, "ground", str(image), "What?", "--out", str(tmp_path)) == 1
+    printed = capsys.readouterr().out
+    assert "no usable box and points" in printed and "12007 characters; all of them are in the JSON file" in printed
+    assert len(printed) < 600
+    assert json.loads((tmp_path / "chest.json").read_text())["completion"] == looping
