@@ -159,10 +159,6 @@ class Journal:
         found = [each["greedy"]["dice"] for each in self._evaluations.values() if each["step"] == self._steps]
         return found[-1] if found else None
 
-    def position(self) -> int:
-        """What `rewind` takes to come back to here: bytes of metrics.jsonl, which are on the disk."""
-        return self._run.metrics_position()
-
     def rewind(self, step: int, position: int) -> None:
         """Forget what came after a step that the run goes on from."""
         self._steps = step

@@ -16,16 +16,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from actors.learner_rank import SupervisedRank
 from actors.pools import SupervisedPool
-from cluster.checkpoints import Checkpoint, Checkpoints, RunState, export
+from cluster.checkpoints import Checkpoint
 from cluster.cli import run_command
-from cluster.config import SftConfig, config_text, load_config
+from cluster.config import SftConfig, load_config
+from cluster.loop import Loop, checkpoint_to_resume
 from cluster.run_folder import RunFolder
 from cluster.workers import ActorSpec, cluster, ranks, started_supervised
 from learner.config import LearnerTask
 from umrg.dataset import Dataset
 from umrg.rows import reasoning_fault
 from umrg.sample import Sample
-from umrg.shuffling import Cursor, batches
+from umrg.shuffling import batches
 
 PLAIN_EVERY = 50
 """Steps between two lines where the output is no terminal."""
@@ -35,16 +36,13 @@ def sft(config: SftConfig) -> RunFolder:
     """Fine-tune a reasoner; the model lies in the run folder's `model/`."""
     with ExitStack() as stack:
         run = stack.enter_context(RunFolder.begun(config.runs / config.name, config, resume=config.resume != "never"))
-        checkpoints = Checkpoints(
-            run.checkpoints, keep=config.keep, keep_best=1, every=config.checkpoint_every, hold=run.hold
-        )
-        checkpoint = checkpoints.chosen(config.resume, config.steps)
+        checkpoint = checkpoint_to_resume(config, run)
         images = Images(config)
         stack.enter_context(cluster())
         print("starting the learner", flush=True)
         learner = stack.enter_context(started_supervised(actors(config, run.path), config))
         stack.enter_context(run.telling())
-        Finetuning(config, run, checkpoints, learner, images).go(checkpoint)
+        Finetuning(config, run, learner, images).go(checkpoint)
     return run
 
 
@@ -91,15 +89,12 @@ def _refuse_unteachable(dataset: Dataset) -> None:
             raise ValueError(f"row {info.row} ({info.id!r}) of {info.file} has {fault}")
 
 
-class Finetuning:
-    """One run from its first step, or the one after a checkpoint, to its last."""
+class Finetuning(Loop):
+    """A supervised run."""
 
-    def __init__(
-        self, config: SftConfig, run: RunFolder, checkpoints: Checkpoints, learner: SupervisedPool, images: Images
-    ) -> None:
-        self.config, self.run, self.checkpoints, self.learner, self.images = config, run, checkpoints, learner, images
-        self.cursor = Cursor(seed=config.seed)
-        self.step = 0
+    def __init__(self, config: SftConfig, run: RunFolder, learner: SupervisedPool, images: Images) -> None:
+        super().__init__(config, run, learner, keep_best=1)
+        self.config, self.learner, self.images = config, learner, images
         self.validations: list[float] = []
 
     def go(self, checkpoint: Checkpoint | None) -> None:
@@ -113,10 +108,7 @@ class Finetuning:
                 progress.update(task, completed=self.step, loss=line["loss"])
                 if not progress.console.is_terminal and (self.step % PLAIN_EVERY == 0 or "validation_loss" in line):
                     print(_plain(line, self.config.steps), flush=True)
-        self.checkpoints.finish(self.learner)
-        chosen = self.checkpoints.best() if self.images.held_out else self.checkpoints.placed or checkpoint
-        assert chosen is not None, "the last step has a checkpoint"
-        export(chosen, self.run.model)
+        chosen = self.leave_model(checkpoint, best=bool(self.images.held_out))
         seconds = {"sft": round(time.monotonic() - started, 2)}
         self.run.tell("ended", steps=self.step, model_of_step=chosen.state.step, seconds=seconds)
 
@@ -130,28 +122,20 @@ class Finetuning:
 
     def finished(self) -> bool:
         """All steps are taken, or the validation loss has stopped falling."""
-        return self.step >= self.config.steps or out_of_patience(self.validations, self.config.patience)
+        return self.at_end or out_of_patience(self.validations, self.config.patience)
 
     def take_step(self, images: list[list[Sample]]) -> dict[str, float]:
         """Learn, look at what is held out, write down; the metrics by name."""
         line: dict[str, float] = {"step": self.step + 1, **asdict(self.learner.update(images))}
         self.step += 1
-        if self.images.held_out and self.due(self.config.validate_every):
+        if self.images.held_out and (self.at_end or self.due(self.config.validate_every)):
             line["validation_loss"] = self.validate()
             self.validations.append(line["validation_loss"])
         self.run.log(line)
         lowest = "validation_loss" in line and line["validation_loss"] == min(self.validations)
-        if lowest or self.checkpoints.due(self.step) or self.step == self.config.steps:
-            score = -line["validation_loss"] if "validation_loss" in line else None
-            state = RunState(step=self.step, cursor=self.cursor, metrics=self.run.metrics_position(), score=score)
-            self.checkpoints.begin(state, config_text(self.config), self.learner)
-        else:
-            self.checkpoints.poll(self.learner)
+        score = -line["validation_loss"] if "validation_loss" in line else None
+        self.save_if_due(score, at_once=lowest)
         return line
-
-    def due(self, every: int) -> bool:
-        """At every so-manieth step, and at the last."""
-        return self.step == self.config.steps or self.step % every == 0
 
     def validate(self) -> float:
         """Mean negative log-likelihood of a token of the answers about the images that are held out, in nats."""
@@ -159,17 +143,14 @@ class Finetuning:
         parts = [self.learner.loss(self.images.load(held_out[i : i + batch])) for i in range(0, len(held_out), batch)]
         return sum(loss for loss, _ in parts) / sum(tokens for _, tokens in parts)
 
-    def resume(self, checkpoint: Checkpoint | None) -> None:
-        """Go on from a checkpoint, if there is one."""
-        position = 0
+    def resume(self, checkpoint: Checkpoint | None) -> int:
+        """As `Loop.resume`; the validation losses so far are read again."""
+        position = super().resume(checkpoint)
         if checkpoint:
-            self.learner.load(checkpoint.folder)
-            self.step, self.cursor = checkpoint.state.step, checkpoint.state.cursor
-            position = checkpoint.state.metrics if checkpoint.folder.parent == self.run.checkpoints.resolve() else 0
             print(f"resumed after step {self.step}", flush=True)
         self.run.rewind(self.step, position)
         self.validations = [line["validation_loss"] for line in self.run.metrics() if "validation_loss" in line]
-        self.checkpoints.rewind(self.step)
+        return position
 
 
 def out_of_patience(validations: Sequence[float], patience: int | None) -> bool:
