@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cluster.run_folder import RunFolder
 from rewards.scored import ScoredGroup
 from umrg.atomic import named, whole_lines, written_aside
 
@@ -64,6 +65,15 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 Record = Mapping[str, Any]
+
+
+def records_of(run: RunFolder, name: str) -> dict[str, list[dict[str, Any]]]:
+    """The records under a name in a run's `samples/`; none where there is no such file."""
+    path = run.samples / f"{name}.parquet"
+    found: dict[str, list[dict[str, Any]]] = {}
+    for record in read_records(path) if path.exists() else []:
+        found.setdefault(record["sample_id"], []).append(record)
+    return found
 
 
 class Results:
