@@ -13,7 +13,7 @@ from umrg.images import encode_png
 from umrg.prompts import PromptSpec, prompt_text
 
 _THOUGHTS = ("reasoning", "reasoning_content")
-"""The fields in which servers with a reasoning parser return the reasoning: vLLM's, and that of older vLLM and others."""
+"""Where servers with a reasoning parser return the reasoning: vLLM's field, and that of older vLLM and others."""
 
 
 class EndpointFailed(RuntimeError):

@@ -50,7 +50,7 @@ class Engine:
                 enable_prefix_caching=True,
                 enforce_eager=config.num_gpus == 0,
                 tensor_parallel_size=config.tensor_parallel,
-                # Inside a placement group vLLM would ask Ray for its workers, and the run's group has no bundles for them.
+                # In a placement group vLLM would ask Ray for its workers, for which the run's group has no bundles.
                 distributed_executor_backend="mp" if config.tensor_parallel > 1 else None,
                 gpu_memory_utilization=config.gpu_memory,
                 limit_mm_per_prompt={"image": 1, "video": 0},
@@ -98,8 +98,8 @@ class Engine:
         )
 
     async def update_weights(self, buckets: Iterable[bytes], version: int) -> str:
-        """Replace the weights by those of safetensors files, given as bytes. Requests in flight pause between two tokens.
-        Returns the digest of the tensors that arrived."""
+        """Replace the weights by those of safetensors files, given as bytes; requests in flight pause between two
+        tokens. Returns the digest of the tensors that arrived."""
         await self._llm.pause_generation(mode="keep", clear_cache=self._config.reset_caches)
         try:
             await self._llm.start_weight_update()

@@ -30,8 +30,8 @@ class Rollout:
         self._engine = await Engine.start(self._model, prompter, self._config)
 
     async def sample(self, group: Group, sampling: SamplingParams) -> GroupSamples:
-        """Sample the completions of a group's prompt. Seeded by the group, they are the same whichever actor samples them.
-        Raises ValueError, with the row's name, for a prompt that is too long."""
+        """Sample the completions of a group's prompt. Seeded by the group, they are the same on any actor. Raises
+        ValueError, with the row's name, for a prompt that is too long."""
         sample = group.sample
         try:
             return await self._running().generate(sample.image(), sample.query, group.seeded(sampling))
