@@ -33,12 +33,12 @@ whichever is longer."""
 
 
 class RunState(Config):
-    """What the driver goes on from. Answers' seeds are hashes, so there is no random state beside the learner's."""
+    """The driver's state. Sampling seeds are hashes, so there is no random state besides the learner's."""
 
     step: NonNegativeInt
-    """Steps taken so far, which is the weights' version too."""
+    """Steps taken, which is also the weights' version."""
     cursor: Cursor
-    """Where the data goes on."""
+    """Position in the shuffled data."""
     metrics: NonNegativeInt
     """Bytes of metrics.jsonl by then."""
     score: float | None = None
@@ -57,7 +57,7 @@ class Learner(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A whole one."""
+    """A checkpoint that was verified to be whole."""
 
     folder: Path
     state: RunState
@@ -66,7 +66,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Every file is checked. Raises ValueError where it is none, Damaged where it is not as it was written."""
+        """Verify every file. Raises ValueError if there is no checkpoint, Damaged if it is not as it was written."""
         if not folder.is_dir():
             raise ValueError(f"there is no checkpoint {folder}; give auto, or the folder of one")
         sha256 = verify(folder)
@@ -81,11 +81,11 @@ class CheckpointFolder:
         self._folder = folder.resolve()
 
     def latest(self) -> Checkpoint | None:
-        """The newest one; None where there is none. Raises Damaged that names it, and the one before."""
+        """The newest checkpoint; None without any. Raises Damaged with the newest whole one before it."""
         pointer = self._folder / LATEST
         if not pointer.exists() and not self._all():
             return None
-        # Not written yet where the first checkpoint was put in its place and the run ended there.
+        # A run may have been killed after its first checkpoint was put in its place and before the pointer was.
         text = pointer.read_text(errors="replace") if pointer.exists() else self._all()[-1].name
         name, _, sha256 = text.strip().partition(" ")
         try:
@@ -99,8 +99,8 @@ class CheckpointFolder:
         return checkpoint
 
     def chosen(self, resume: Literal["never", "auto"] | Path, steps: int) -> Checkpoint | None:
-        """The checkpoint that a run of so many steps is to go on from; None for none. Raises ValueError where it is
-        damaged, or not there, or leaves nothing to do."""
+        """The checkpoint that a run of `steps` steps is to resume from; None for none. Raises ValueError if it is
+        missing or damaged, or if no step is left."""
         if isinstance(resume, Path):
             if resume.resolve().parent != self._folder and self._all():
                 raise ValueError(f"{self._folder} has checkpoints of its own; resume from these, or give another name")
@@ -111,19 +111,19 @@ class CheckpointFolder:
         return self.latest() if resume == "auto" else None
 
     def best(self) -> Checkpoint | None:
-        """That with the highest score, of equal ones the newest; None where none has any."""
+        """The checkpoint with the highest score, the newest of equals; None if none has a score."""
         return Checkpoint.open(best[0]) if (best := self._best(1)) else None
 
     def at(self, step: int) -> Checkpoint:
-        """That of a step."""
+        """The checkpoint of a step."""
         return Checkpoint.open(self._path(step))
 
     def steps(self) -> list[int]:
-        """Whose checkpoints are there."""
+        """The steps that have a checkpoint."""
         return [_step(path) for path in self._all()]
 
     def holds(self, checkpoint: Checkpoint) -> bool:
-        """Whether a checkpoint is one of these."""
+        """Whether a checkpoint lies in this folder."""
         return checkpoint.folder.parent == self._folder
 
     def _best(self, count: int) -> list[Path]:
@@ -149,7 +149,7 @@ class CheckpointFolder:
 
 @dataclass(frozen=True, kw_only=True)
 class _Begun:
-    """One that the learner still writes."""
+    """A checkpoint that the learner is still writing."""
 
     state: RunState
     config: str
@@ -180,7 +180,7 @@ class Checkpoints(CheckpointFolder):
         self._last, self._cost = now(), 0.0
         self._begun: _Begun | None = None
         self.placed: Checkpoint | None = None
-        """The one that was put in its place last."""
+        """The checkpoint that was last put in its place."""
 
     def due(self, step: int) -> bool:
         """Whether one is to be written after a step, by number or by time."""
@@ -189,7 +189,7 @@ class Checkpoints(CheckpointFolder):
         return self._every > 0 and step % self._every == 0
 
     def save(self, state: RunState, config: str) -> None:
-        """Begin to write one, once the one before is in its place. config: the run's, as YAML."""
+        """Begin to write a checkpoint, once the one before is in its place. config: the run's, as YAML."""
         began = self._now()
         self.saved(wait=True)
         self._hold()
@@ -217,7 +217,7 @@ class Checkpoints(CheckpointFolder):
         self.rewind(checkpoint.state.step)
 
     def rewind(self, step: int) -> None:
-        """Forget those after a step that the run goes on from."""
+        """Remove the checkpoints after the step that the run resumes from."""
         later = [path for path in self._all() if _step(path) > step]
         if later and self._path(step).exists():
             self._point(self._path(step))
@@ -251,7 +251,7 @@ class Checkpoints(CheckpointFolder):
                 self._drop(path)
 
     def _drop(self, path: Path) -> None:
-        # Under another name first: what is half removed is no checkpoint.
+        # Renamed first, so that a half-removed folder is never taken for a checkpoint.
         self._disk.rename(path, _aside(path))
         self._disk.remove(_aside(path))
 
@@ -296,7 +296,7 @@ def _step(path: Path) -> int:
 
 
 def _score(path: Path) -> float | None:
-    """None for a damaged one too, which is refused only where somebody asks for it."""
+    """None for a damaged one too: it is refused only when somebody asks for it."""
     try:
         return RunState.model_validate_json((path / STATE).read_bytes()).score
     except (OSError, ValidationError):

@@ -1,4 +1,4 @@
-"""What training and supervised fine-tuning have in common: the count of steps, the place in the data, checkpoints."""
+"""What training and supervised fine-tuning share: the step count, the position in the data, checkpoints."""
 
 import time
 from collections.abc import Callable
@@ -49,12 +49,12 @@ class Loop:
         return self.step >= self._settings.steps
 
     def due(self, every: int) -> bool:
-        """Whether what happens every N steps happens after this one. 0 for never."""
+        """Whether an action of every N steps is due after this one. every: N; 0 for never."""
         return every > 0 and self.step % every == 0
 
     def resume(self, checkpoint: Checkpoint | None) -> int:
-        """Go on from a checkpoint, if there is one. Returns how many bytes of metrics.jsonl belong to the steps before;
-        the metrics of another run's checkpoint are not this run's."""
+        """Resume from a checkpoint, if there is one. Returns how many bytes of metrics.jsonl to keep: 0 for the
+        checkpoint of another run, whose metrics are not this run's."""
         if checkpoint is None:
             self.checkpoints.rewind(0)
             return 0
@@ -63,8 +63,8 @@ class Loop:
         return checkpoint.state.metrics if self.checkpoints.holds(checkpoint) else 0
 
     def save_if_due(self, score: float | None, *, at_once: bool = False) -> None:
-        """Begin to write a checkpoint of everything that the next step depends on, where one is due; put the one begun
-        before in its place as soon as it is written. score: as `RunState.score`. at_once: whether due or not."""
+        """Begin to write a checkpoint of everything that the next step depends on, if one is due; otherwise put the one
+        under way in its place if it is written. score: as `RunState.score`. at_once: even if none is due."""
         if at_once or self.at_end or self.checkpoints.due(self.step):
             position = self.run.metrics_position()
             state = RunState(step=self.step, cursor=self.cursor, metrics=position, score=score)
@@ -73,8 +73,8 @@ class Loop:
             self.checkpoints.saved()
 
     def leave_model(self, resumed: Checkpoint | None, *, best: bool = False) -> Checkpoint:
-        """Make a checkpoint's model the run's: the newest one's or, where no step was left to take, that of the one
-        resumed; with `best`, that with the highest score."""
+        """Export a checkpoint's model as the run's: the newest one's or, if no step was left to take, that of the one
+        resumed from; with `best`, that with the highest score."""
         self.checkpoints.saved(wait=True)
         chosen = self.checkpoints.best() if best else self.checkpoints.placed or resumed
         assert chosen is not None, "the last step has a checkpoint"

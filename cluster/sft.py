@@ -1,7 +1,7 @@
 """The supervised job: `medreasoner sft CONFIG [key=value …]`, the same as `python -m cluster.sft CONFIG …`.
 
 images, each with the samples that ask about it ──► learner's ranks ──► checkpoints ──► model
-                                                        └─ now and then: loss on the images that are held out
+                                                        └─ every N steps: loss on the held-out images
 """
 
 import sys
@@ -29,11 +29,11 @@ from umrg.sample import Sample
 from umrg.shuffling import batches
 
 PLAIN_EVERY = 50
-"""Steps between two lines where the output is no terminal."""
+"""Steps between two lines of progress if the output is no terminal."""
 
 
 def sft(config: SftConfig) -> RunFolder:
-    """Fine-tune a reasoner; the model lies in the run folder's `model/`."""
+    """Fine-tune a reasoner. The model is left in the run folder's `model/`."""
     with ExitStack() as stack:
         run = stack.enter_context(RunFolder.begun(config.runs / config.name, config, resume=config.resume != "never"))
         checkpoint = checkpoint_to_resume(config, run)
@@ -53,7 +53,7 @@ def actors(config: SftConfig, run: Path) -> list[ActorSpec]:
 
 
 class Images:
-    """The rows of a run by image, those that are learnt from apart from those that are held out."""
+    """The rows of a run by image, divided into training and held-out images."""
 
     def __init__(self, config: SftConfig) -> None:
         self._dataset = Dataset.open(
@@ -75,8 +75,8 @@ class Images:
         self.learnt = [images[i] for i in sorted(order[held_out:])]
 
     def load(self, images: Sequence[Sequence[int]]) -> list[list[Sample]]:
-        """Images, given by their rows, as the samples that ask about each."""
-        # Paths only propose what belongs together; the bytes decide.
+        """The samples of images, which are given as lists of row indices."""
+        # Rows were grouped by image path; only equal bytes make them the same image.
         together: dict[bytes, list[Sample]] = {}
         for sample in self._dataset.samples([row for rows in images for row in rows]):
             together.setdefault(sample.image_bytes, []).append(sample)
@@ -98,7 +98,7 @@ class Finetuning(Loop):
         self.validations: list[float] = []
 
     def go(self, checkpoint: Checkpoint | None) -> None:
-        """Resume or begin, take all steps, and leave the best model behind, which without validation is the last."""
+        """Resume or begin, take all steps, and leave the best model behind; without validation that is the last one."""
         started = time.monotonic()
         self.resume(checkpoint)
         with _progress() as progress:
@@ -121,11 +121,11 @@ class Finetuning(Loop):
             yield self.images.load([self.images.learnt[i] for i in rows])
 
     def finished(self) -> bool:
-        """All steps are taken, or the validation loss has stopped falling."""
+        """All steps are taken, or the validation loss has stopped improving."""
         return self.at_end or out_of_patience(self.validations, self.config.patience)
 
     def take_step(self, images: list[list[Sample]]) -> dict[str, float]:
-        """Learn, look at what is held out, write down; the metrics by name."""
+        """Learn, validate if due, record, save if due. Returns the metrics by name."""
         line: dict[str, float] = {"step": self.step + 1, **asdict(self.learner.update(images))}
         self.step += 1
         if self.images.held_out and (self.at_end or self.due(self.config.validate_every)):
@@ -138,13 +138,13 @@ class Finetuning(Loop):
         return line
 
     def validate(self) -> float:
-        """Mean negative log-likelihood of a token of the answers about the images that are held out, in nats."""
+        """Mean negative log-likelihood per token of the answers about the held-out images, in nats."""
         held_out, batch = self.images.held_out, self.config.batch
         parts = [self.learner.loss(self.images.load(held_out[i : i + batch])) for i in range(0, len(held_out), batch)]
         return sum(loss for loss, _ in parts) / sum(tokens for _, tokens in parts)
 
     def resume(self, checkpoint: Checkpoint | None) -> int:
-        """As `Loop.resume`; the validation losses so far are read again."""
+        """As `Loop.resume`; the validation losses so far are read from the metrics."""
         position = super().resume(checkpoint)
         if checkpoint:
             print(f"resumed after step {self.step}", flush=True)
@@ -154,7 +154,7 @@ class Finetuning(Loop):
 
 
 def out_of_patience(validations: Sequence[float], patience: int | None) -> bool:
-    """Whether so many validation losses in a row were no lower than the lowest before them."""
+    """Whether the last `patience` validation losses were all no lower than the lowest before them."""
     if patience is None or not validations:
         return False
     return len(validations) - 1 - int(np.argmin(validations)) >= patience

@@ -1,8 +1,8 @@
 """The training job: `medreasoner train CONFIG [key=value …]`, the same as `python -m cluster.train CONFIG …`.
 
-rows ──Group──► rollouts ──GroupSamples──► segmenters ──ScoredAnswer──► learner
-                   ▲                                                       │
-                   └────────────── weights, digest, canary ────────────────┘
+rows ──Group──► rollouts ──GroupSamples──► segmenters ──ScoredGroup──► learner
+                   ▲                                                      │
+                   └───────────── weights, digest, canary ────────────────┘
 """
 
 import sys
@@ -30,7 +30,7 @@ from umrg.shuffling import batches
 
 
 def train(config: TrainConfig) -> RunFolder:
-    """Run the job; the trained model lies in the run folder's `model/`."""
+    """Run the job. The trained model is left in the run folder's `model/`."""
     with ExitStack() as stack:
         run = stack.enter_context(RunFolder.begun(config.runs / config.name, config, resume=config.resume != "never"))
         checkpoint = checkpoint_to_resume(config, run)
@@ -47,8 +47,8 @@ def train(config: TrainConfig) -> RunFolder:
 
 
 def actors(config: TrainConfig, run: Path | None = None) -> list[ActorSpec]:
-    """The actors of a training run: the learner's ranks, the hardest to place, then rollouts, then segmenters. run: its
-    folder; None where no checkpoint is written."""
+    """The actors of a training run: the learner's ranks, which are the hardest to place, rollouts, and segmenters. run:
+    its folder; None if no checkpoint is written."""
     spec = config.spec()
     task = LearnerTask(
         model=config.model,
@@ -104,7 +104,7 @@ class Training(Loop):
         self.display.gain(self.journal.finish(self.held_out))
 
     def take_step(self) -> None:
-        """Sample, score, learn, hand on."""
+        """Sample and score, learn, sync weights, record."""
         clock = self.journal.clock
         groups, resampled = self.collect()
         with clock.phase("learn"):
@@ -118,7 +118,7 @@ class Training(Loop):
         self.display.step(self.step, metrics)
 
     def collect(self) -> tuple[list[Collected], int]:
-        """A step's groups, sampled and scored, and how many zero-variance groups gave way to fresh ones
+        """The groups of a step, sampled and scored, and how many zero-variance groups were replaced by newly sampled ones
         (dynamic sampling: DAPO, Yu et al. 2025, arXiv:2503.14476)."""
         kept: list[Collected] = []
         asked = 0
@@ -137,12 +137,12 @@ class Training(Loop):
             zero_variance = [group for group in collected if group.scored.zero_variance]
             if not zero_variance:
                 break
-        # What no retry made up for is kept as it is, so that every step has as many groups.
+        # Zero-variance groups that no retry replaced are kept, so that every step has the same number of groups.
         kept += zero_variance[: self.config.batch - len(kept)]
         return kept, asked - len(kept)
 
     def groups(self, count: int, first: int) -> list[Group]:
-        """The next rows of the data, as groups of this step from an index on."""
+        """The next `count` rows of the data as groups of this step, with indices from `first` on."""
         rows, self.cursor = next(batches(self.rows, count, self.cursor))
         return [
             Group(run=self.config.name, step=self.step, index=first + i, sample=sample)
@@ -150,7 +150,7 @@ class Training(Loop):
         ]
 
     def measure(self, name: str) -> None:
-        """Evaluate on the held-out rows, under a name."""
+        """Evaluate on the held-out rows, and record it under a name."""
         with self.display.waiting(f"evaluating {name}"), self.journal.clock.phase("evaluate"):
             evaluation = evaluate(
                 self.workers,
@@ -161,7 +161,7 @@ class Training(Loop):
         self.display.evaluation(name, evaluation.summary())
 
     def resume(self, checkpoint: Checkpoint | None) -> int:
-        """As `Loop.resume`; the rollouts get the checkpoint's weights, and the journal forgets what came after."""
+        """As `Loop.resume`; the rollouts get the checkpoint's weights, and the journal drops later records."""
         position = super().resume(checkpoint)
         if checkpoint:
             sync_weights(self.workers, version=self.step)
