@@ -137,7 +137,7 @@ class Training(Loop):
             zero_variance = [group for group in collected if group.scored.zero_variance]
             if not zero_variance:
                 break
-        # Zero-variance groups that no retry replaced are kept, so that every step has the same number of groups.
+        # Zero-variance groups that no retry replaced are kept: every step has the same number of groups.
         kept += zero_variance[: self.config.batch - len(kept)]
         return kept, asked - len(kept)
 
