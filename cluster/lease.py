@@ -213,7 +213,7 @@ def holder_of(path: Path) -> Holder | None:
 
 
 def _succeed(path: Path, gone: Holder, own: Holder) -> Lease | None:
-    """Succeed a holder that is gone; None if another driver was quicker. Only one of two claimants creates the file."""
+    """Succeed a holder that is gone; None if another driver was quicker: only one of two can create the claim."""
     claim = Lease.made(_claim(path, gone), own)
     if claim is None:
         return None

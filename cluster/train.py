@@ -118,7 +118,7 @@ class Training(Loop):
         self.display.step(self.step, metrics)
 
     def collect(self) -> tuple[list[Collected], int]:
-        """The groups of a step, sampled and scored, and how many zero-variance groups were replaced by newly sampled ones
+        """The groups of a step, sampled and scored, and how many zero-variance groups were replaced by new ones
         (dynamic sampling: DAPO, Yu et al. 2025, arXiv:2503.14476)."""
         kept: list[Collected] = []
         asked = 0
