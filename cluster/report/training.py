@@ -56,7 +56,7 @@ def all_charts(metrics: Sequence[Mapping[str, float]]) -> list[str]:
                 "spread": [line["reward/spread"] for line in metrics],
             },
         ),
-        charts.curves("Learner", steps, series("learner", ("grad_norm", "kl", "clipped"))),
+        charts.curves("Learner", steps, series("learner", ("grad_norm", "kl", "clip_fraction"))),
         charts.curves("Engine against learner (nats)", steps, series("learner", ("engine_gap", "canary_gap"))),
         charts.stacked(
             "Seconds a step, by phase", steps, series("seconds", [name for name in phases if name != "step"]), "s"

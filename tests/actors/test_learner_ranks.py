@@ -11,11 +11,11 @@ import torch
 from actors.learner_rank import LearnerRank
 from actors.weight_files import unpack
 from learner.attention import use_shared_prefix
-from learner.shared_prefix import Branches, branch_scores, pack_groups
+from learner.shared_prefix import Branches, branch_scores, pack
 from phantoms import rows
 from reasoner.model import load_reasoner
 from tests.conftest import TINY_REASONER
-from tests.ranks import STEADY, assert_moved_alike, running
+from tests.ranks import STEADY, assert_moved_alike, running, scored_group
 from umrg.answers import format_answer
 from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
@@ -38,6 +38,7 @@ def groups(tmp_path_factory):
 
 
 def answered(reasoner, group, rng):
+    """The group with three answers near the reference, without rewards."""
     sample = group.sample
     prompt = reasoner.encode(sample.query, reasoner.encode_image(sample.image()))
     boxes = np.clip(np.array(sample.box) + rng.integers(-20, 20, (3, 4)), 0, 223)
@@ -46,7 +47,7 @@ def answered(reasoner, group, rng):
     with torch.no_grad():
         flat = branch_scores(
             reasoner.model,
-            pack_groups([Branches(prefix=prompt, branches=ids)], reasoner.model),
+            pack([Branches(prefix=prompt, branches=ids)], reasoner.model),
             forbidden=torch.tensor(reasoner.vision_tokens),
         ).logprobs
     completions = tuple(
@@ -54,7 +55,6 @@ def answered(reasoner, group, rng):
         for text, i, p in zip(texts, ids, flat.split([len(i) for i in ids]), strict=True)
     )
     samples = GroupSamples(
-        group=group.id,
         prompt_ids=tuple(prompt.token_ids.tolist()),
         frames=prompt.image.frames,
         completions=completions,
@@ -62,11 +62,16 @@ def answered(reasoner, group, rng):
     return group, samples
 
 
+REWARDS = [[0.1, 0.7, 0.4], [0.9, 0.2, 0.3], [0.5, 0.5, 0.5]]
+
+
 def learn(pool, groups, steps):
-    """Reports of some steps on the same groups."""
-    refs, samples = [ray.put(group) for group, _ in groups], [sampled for _, sampled in groups]
-    rewards = [[0.1, 0.7, 0.4], [0.9, 0.2, 0.3], [0.5, 0.5, 0.5]]
-    return [pool.update(refs, samples, rewards) for _ in range(steps)]
+    """Reports of some steps on the same groups, of which the last has zero variance."""
+    refs = [
+        (ray.put(group), ray.put(scored_group(group, samples, rewards)))
+        for (group, samples), rewards in zip(groups, REWARDS, strict=True)
+    ]
+    return [pool.update(refs) for _ in range(steps)]
 
 
 def weights_of(pool):
@@ -82,7 +87,7 @@ def trained(groups, hosts, steps=3, **changes):
 
 def test_an_update_moves_every_parameter_and_reports(groups, hosts):
     (report,), weights = trained(groups, hosts, steps=1)
-    assert report.engine_gap < 1e-5 and report.updates == 1 and report.clipped == 0
+    assert report.engine_gap < 1e-5 and report.updates == 1 and report.clip_fraction == 0
     assert report.tokens == sum(len(c.token_ids) for _, samples in groups for c in samples.completions)
     assert report.grad_norm > 0 and report.lr == 1e-4
     before = dict(load_reasoner(TINY_REASONER).model.named_parameters())
@@ -116,7 +121,7 @@ def test_two_ranks_of_zero_2_match_one(groups, hosts, plain):
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_stage_and_number_of_ranks_agree(groups, hosts, plain, stage, ranks, changes):
-    """Of three groups the second rank has one; a budget of 260 tokens splits each into several rows."""
+    """Of three groups the second rank has one; a budget of 260 tokens splits each into several packed sequences."""
     _, weights = trained(groups, hosts, **STEADY | changes, ranks=ranks, zero_stage=stage)
     assert_moved_alike(weights, plain[1])
 

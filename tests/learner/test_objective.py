@@ -86,7 +86,7 @@ def objective_of(drawn, config):
     """The loss by `learner.objective`, and its gradients by log-prob and entropy."""
     tokens = tensors(drawn)
     lengths = torch.tensor([len(tokens) for _, tokens in drawn])
-    totals = Totals(tokens=int(lengths.sum()), answers=len(drawn), longest=7)
+    totals = Totals(tokens=int(lengths.sum()), answers=len(drawn), max_tokens=7)
     weights = aggregation_weights(lengths, config.aggregation, totals)
     loss = (token_losses(tokens, config).loss * weights).sum()
     gradients = torch.autograd.grad(loss, [tokens.logprobs, tokens.entropy], allow_unused=True)
@@ -154,7 +154,7 @@ def test_parts_on_several_ranks_add_up_to_the_whole(drawn, kind):
     config = ObjectiveConfig(aggregation=kind)
     whole, _ = objective_of(drawn, config)
     lengths = torch.tensor([len(tokens) for _, tokens in drawn])
-    totals = Totals(tokens=int(lengths.sum()), answers=len(drawn), longest=7)
+    totals = Totals(tokens=int(lengths.sum()), answers=len(drawn), max_tokens=7)
     parts = [
         (token_losses(tensors([answer]), config).loss * aggregation_weights(lengths[i : i + 1], kind, totals)).sum()
         for i, answer in enumerate(drawn)
@@ -206,7 +206,7 @@ def test_the_loss_and_its_gradient_are_trls(loss_type, aggregation, level):
         answer=torch.repeat_interleave(torch.arange(5), counts),
         reference_logprobs=reference[mask],
     )
-    weights = aggregation_weights(counts, aggregation, Totals(tokens=sum(lengths), answers=5, longest=7))
+    weights = aggregation_weights(counts, aggregation, Totals(tokens=sum(lengths), answers=5, max_tokens=7))
     found = (token_losses(tokens, config).loss * weights).sum()
     found.backward()
     torch.testing.assert_close(found, loss, atol=1e-5, rtol=1e-5)
