@@ -66,6 +66,14 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 Record = Mapping[str, Any]
 
 
+def read_samples(path: Path) -> dict[str, list[Record]]:
+    """The records of a run's samples file by row; none where there is no such file."""
+    rows: dict[str, list[Record]] = {}
+    for record in read_records(path) if path.exists() else []:
+        rows.setdefault(record["sample_id"], []).append(record)
+    return rows
+
+
 class Results:
     """The records in a file. A row is done when its greedy answer and all n sampled ones are there. hold: raises where
     the run's folder is another's by now; called before anything is added."""

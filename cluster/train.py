@@ -110,7 +110,7 @@ class Training:
         self.measure("after")
         self.leave_model(checkpoint)
         self.workers.check_expert()
-        self.display.gain(self.journal.finish(self.held_out))
+        self.display.improvement(self.journal.finish(self.held_out))
 
     def take_step(self) -> None:
         """Sample, score, learn, hand on."""

@@ -1,29 +1,24 @@
 """`medreasoner data …`: look at datasets, check and divide them, and make phantoms."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from actors.config import RolloutConfig
+from cluster.display import progress
 from umrg.atomic import written_aside
 from umrg.dataset import Dataset, open_files, write_rows
 from umrg.split import SplitBy, plan_split, write_split
 
 if TYPE_CHECKING:
     from cluster.commands.data_check import Judge, Report
-
-_LINE_EVERY = 5.0
 
 data_app = typer.Typer(help="Look at datasets, check and divide them, and make phantoms.", no_args_is_help=True)
 
@@ -63,8 +58,8 @@ def stats(
     from umrg.statistics import GROUPINGS, summary, survey
 
     dataset = Dataset.open(files, supercategory=supercategory, category=category, modality=modality)
-    with _progress("measuring", len(dataset)) as progress:
-        found = survey(dataset, progress)
+    with progress("measuring", len(dataset)) as show:
+        found = survey(dataset, show)
     figures = summary(found.measurements)
     console = _console()
     sizes = ", ".join(f"{size} px ({count})" for size, count in list(_dict(figures["image_sizes"]).items())[:8])
@@ -110,9 +105,9 @@ def check(
         from cluster.commands.data_judges import load_oracle
 
         judges.append(oracle := load_oracle(expert))
-    with _progress("checking", sum(source.rows for source in sources)) as progress:
+    with progress("checking", sum(source.rows for source in sources)) as show:
         table = None if out is None else out / "check.csv"
-        report = check_files(sources, judges=judges, table=table, clean=clean, progress=progress)
+        report = check_files(sources, judges=judges, table=table, clean=clean, progress=show)
     _print_report(report)
     if out is not None:
         sheet = worst_sheet(report, oracle.mask if oracle else None)
@@ -135,8 +130,8 @@ def split(
     """Hold out phrasings, categories or modalities, to study generalisation."""
     dataset = Dataset.open(files)
     plan = plan_split(dataset.infos, by, hold_out=hold_out or (), share=share, seed=seed)
-    with _progress("writing", len(dataset)) as progress:
-        report = write_split(dataset, plan, out, progress)
+    with progress("writing", len(dataset)) as show:
+        report = write_split(dataset, plan, out, show)
     typer.echo(f"{out}: {len(plan.train)} rows in train.parquet, {len(plan.held_out)} in held_out.parquet")
     typer.echo(f"held out by {by.value}: " + _few(plan.held_names))
     if shared := report["images_on_both_sides"]:
@@ -167,8 +162,8 @@ def phantoms(
         phrasings=phrasings.value,
         annotation=annotation.value,
     )
-    with _progress("drawing", count) as progress:
-        written = write_rows(path, made, progress=progress)
+    with progress("drawing", count) as show:
+        written = write_rows(path, made, progress=show)
     typer.echo(f"{path}: {written} rows")
 
 
@@ -265,22 +260,3 @@ def _console() -> Console:
     console = Console()
     # Piped output must not be cut to a terminal's width.
     return console if console.is_terminal else Console(width=160)
-
-
-@contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr or, without a terminal, a line every few seconds."""
-    console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total)
-        told = monotonic()
-
-        def tell(done: int) -> None:
-            nonlocal told
-            bar.update(task, completed=done)
-            if not console.is_terminal and monotonic() > told + _LINE_EVERY:
-                told = monotonic()
-                typer.echo(f"{what}: {done} of {total} rows", err=True)
-
-        yield tell

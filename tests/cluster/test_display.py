@@ -9,8 +9,8 @@ from cluster.display import Display
 METRICS = {
     "reward/total": 2.5,
     "reward/mask_dice": 0.6,
-    "reward/spread": 0.4,
-    "reward/flat_groups": 0.0,
+    "reward/std": 0.4,
+    "reward/zero_variance_groups": 0.0,
     "answers/dice": 0.61,
     "answers/iou": 0.41,
     "answers/pdice": 0.2,

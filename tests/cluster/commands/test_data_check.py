@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+import phantoms
 from cluster.commands.data import data_app
 from cluster.commands.data_check import check_files
 from cluster.commands.data_judges import load_oracle, prompt_limits
 from reasoner.prompter import load_prompter
-from umrg import phantoms
 from umrg.checks import POINT_OFF_MASK
 from umrg.dataset import Dataset, open_files, write_rows
 from umrg.images import encode_png
@@ -167,7 +167,7 @@ def test_without_a_terminal_progress_is_told_in_lines(
 ) -> None:
     write_rows(tmp_path / "rows.parquet", rows)
     assert run(tmp_path / "rows.parquet").stderr == ""
-    monkeypatch.setattr("cluster.data_commands._LINE_EVERY", -1.0)
+    monkeypatch.setattr("cluster.display.LINE_EVERY_S", -1.0)
     told = run(tmp_path / "rows.parquet").stderr.splitlines()
     assert told[0] == "checking: 1 of 40 rows" and told[-1] == "checking: 40 of 40 rows"
 
