@@ -1,4 +1,4 @@
-"""`medreasoner data …`: look at datasets, check and divide them, and make phantoms."""
+"""`medreasoner data …`: commands that describe, check and split datasets, and make phantoms."""
 
 import json
 from enum import StrEnum
@@ -18,9 +18,9 @@ from umrg.dataset import Dataset, open_files, write_rows
 from umrg.split import SplitBy, plan_split, write_split
 
 if TYPE_CHECKING:
-    from cluster.commands.data_check import Judge, Report
+    from cluster.commands.data_check import ExtraCheck, Report
 
-data_app = typer.Typer(help="Look at datasets, check and divide them, and make phantoms.", no_args_is_help=True)
+data_app = typer.Typer(help="Describe, check and split datasets, and make phantoms.", no_args_is_help=True)
 
 
 class Phrasings(StrEnum):
@@ -39,7 +39,7 @@ Categories = Annotated[list[str] | None, typer.Option("--category", help="Keep o
 Modalities = Annotated[
     list[str] | None, typer.Option("--modality", help="Keep only these rows; MRI includes MRI-FLAIR.")
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Draws what is chosen at random.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the random choices.")]
 
 
 @data_app.command()
@@ -51,9 +51,9 @@ def stats(
     modality: Modalities = None,
     tiles: Annotated[int, typer.Option(min=1, help="Samples on the contact sheet.")] = 42,
 ) -> None:
-    """Counts, and size and position of the targets, by modality, super-category and category.
+    """Count the rows, and measure size and position of the targets, by modality, super-category and category.
 
-    With --out also a contact sheet of samples and a heat map of where each super-category lies.
+    With --out, write a contact sheet of samples and a heat map of where each super-category lies.
     """
     from umrg.statistics import GROUPINGS, summary, survey
 
@@ -75,39 +75,40 @@ def stats(
 def check(
     files: Files,
     model: Annotated[
-        Path | None, typer.Option(help="Folder of a reasoner, whose limits its prompts must keep.")
+        Path | None, typer.Option(help="Folder of a reasoner, within whose limits the prompts must be.")
     ] = None,
     max_prompt_tokens: Annotated[
-        int, typer.Option(min=1, help="With --model: longest prompt, as rollout.max_prompt_tokens of the run.")
+        int,
+        typer.Option(min=1, help="With --model: longest allowed prompt, the run's rollout.max_prompt_tokens."),
     ] = RolloutConfig().max_prompt_tokens,
     expert: Annotated[
-        str | None, typer.Option(help="Name, folder or file of an expert, to be given the reference box and points.")
+        str | None, typer.Option(help="Name, folder or file of an expert, which is given the reference box and points.")
     ] = None,
     out: Annotated[Path | None, typer.Option(file_okay=False, help="Folder for check.csv and check.png.")] = None,
     clean: Annotated[
         Path | None, typer.Option(metavar="FILE.parquet", dir_okay=False, help="File for the rows without an error.")
     ] = None,
 ) -> None:
-    """Check every row: what cannot be used, and what somebody should look at. The files stay as they are.
+    """Check every row for errors, which make it unusable, and for what deserves a look. The files are not changed.
 
-    Exit code 0 where no row has an error, 1 where one has.
+    The exit code is 1 if any row has an error, otherwise 0.
     """
     from cluster.commands.data_check import check_files, worst_sheet
 
     sources = open_files(files)
-    judges: list[Judge] = []
+    extra_checks: list[ExtraCheck] = []
     if model is not None:
-        from cluster.commands.data_judges import prompt_limits
+        from cluster.commands.data_model_checks import prompt_limits
 
-        judges.append(prompt_limits(model, max_prompt_tokens))
+        extra_checks.append(prompt_limits(model, max_prompt_tokens))
     oracle = None
     if expert is not None:
-        from cluster.commands.data_judges import load_oracle
+        from cluster.commands.data_model_checks import load_oracle
 
-        judges.append(oracle := load_oracle(expert))
+        extra_checks.append(oracle := load_oracle(expert))
     with progress("checking", sum(source.rows for source in sources)) as show:
         table = None if out is None else out / "check.csv"
-        report = check_files(sources, judges=judges, table=table, clean=clean, progress=show)
+        report = check_files(sources, extra_checks=extra_checks, table=table, clean=clean, progress=show)
     _print_report(report)
     if out is not None:
         sheet = worst_sheet(report, oracle.mask if oracle else None)
@@ -121,10 +122,10 @@ def check(
 @data_app.command()
 def split(
     files: Files,
-    by: Annotated[SplitBy, typer.Option(help="What the held-out rows do not share with the others.")],
+    by: Annotated[SplitBy, typer.Option(help="What held-out rows and training rows must not share.")],
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for train and held_out.parquet.")],
     hold_out: Annotated[list[str] | None, typer.Option(help="A name to hold out; may be repeated.")] = None,
-    share: Annotated[float, typer.Option(help="Share of names or queries, where none is named.")] = 0.2,
+    share: Annotated[float, typer.Option(help="Share of the names or queries to hold out, where none is named.")] = 0.2,
     seed: Seed = 0,
 ) -> None:
     """Hold out phrasings, categories or modalities, to study generalisation."""
@@ -147,7 +148,7 @@ def phantoms(
     modality: Annotated[list[str] | None, typer.Option(help="A modality; may be repeated. Default: all.")] = None,
     phrasings: Annotated[Phrasings, typer.Option(help="Which queries to ask.")] = Phrasings.SEEN,
     annotation: Annotated[
-        Annotation, typer.Option(help="Exact boxes and points, or loose ones as clinics have them.")
+        Annotation, typer.Option(help="Exact boxes and points, or loose ones like those of clinical annotators.")
     ] = Annotation.EXACT,
 ) -> None:
     """Make synthetic medical images with exact masks, implicit queries and reasoning."""
@@ -212,11 +213,11 @@ def _left_out(report: "Report") -> str:
 
 
 def _write_sheet(out: Path, sheet: Any) -> list[str]:
-    """Write check.png where there is something to be seen; the names of all files in the folder."""
+    """Write check.png where there is something to show; returns the names of the files in the folder."""
     from umrg.images import encode_png
 
     if sheet is None:
-        # One of an earlier check would show what is no more.
+        # One from an earlier check would show findings of another dataset.
         (out / "check.png").unlink(missing_ok=True)
         return ["check.csv"]
     with written_aside(out / "check.png") as aside:
@@ -225,7 +226,7 @@ def _write_sheet(out: Path, sheet: Any) -> list[str]:
 
 
 def _table(grouping: str, groups: dict[str, Any], *, plain: bool) -> Table:
-    """Medians in per cent of the image, with the range from the 5th to the 95th percentile."""
+    """A table of medians in per cent of the image, with the range from the 5th to the 95th percentile."""
     title = f"By {grouping} (per cent of the image: median, 5th to 95th percentile)"
     table = Table(title=title, title_justify="left", box=None if plain else box.SIMPLE_HEAD)
     table.add_column(grouping, no_wrap=True)

@@ -13,6 +13,7 @@ from rewards.answer_metrics import TRAINING_METRICS
 from umrg.sample import Sample
 
 CARDS = 36
+"""Held-out samples that the page shows."""
 
 
 def write_report(run: RunFolder, summary: Mapping[str, Any], held_out: Sequence[Sample]) -> Path:
