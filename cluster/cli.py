@@ -83,18 +83,16 @@ def export(
 def evaluate(
     config: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[CONFIG] [key=value]...", help="YAML file, and values that replace its own."),
+        typer.Argument(metavar="[CONFIG] [key=value]...", help="YAML file, and values laid over it."),
     ] = None,
     model: Annotated[Path | None, typer.Option(help="Folder of a reasoner, a run or a checkpoint.")] = None,
     prompt: Prompt = None,
-    data: Annotated[list[Path] | None, typer.Option(help="Parquet file of rows to answer; may be repeated.")] = None,
+    data: Annotated[list[Path] | None, typer.Option(help="Rows to answer; may be given several times.")] = None,
     expert: Annotated[str | None, typer.Option(help="Name or folder of the expert.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run, whose folder is runs/NAME.")] = None,
     n: Annotated[int | None, typer.Option("--n", help="Answers to sample per row, besides the greedy one.")] = None,
     limit: Annotated[int | None, typer.Option(help="Evaluate at most this many rows.")] = None,
-    seen: Annotated[
-        list[Path] | None, typer.Option(help="Parquet file of rows that the reasoner was trained on.")
-    ] = None,
+    seen: Annotated[list[Path] | None, typer.Option(help="Rows that the reasoner was trained on.")] = None,
 ) -> None:
     """Evaluate a reasoner with an expert, and write metrics, tables and a page to runs/NAME. An interrupted evaluation
     continues when it is run again."""

@@ -1,4 +1,4 @@
-"""The page of an evaluation: tables, distributions, malformed answers, and a gallery to filter and sort in the browser."""
+"""The page of an evaluation: tables, distributions, malformed answers, and a gallery to filter and sort."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -39,7 +39,7 @@ def write_page(path: Path, template: str, **content: Any) -> Path:
 
 
 def drawn(sample: Sample, record: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the templates' `figure` macro: the image, and prediction and reference as shapes in its pixels."""
+    """The argument of the templates' `figure` macro: the image, and prediction and reference as shapes over it."""
     points = record["points"]
     return {
         "picture": as_data_url(sample.image()),
