@@ -41,13 +41,15 @@ def paired_interval(before: ArrayLike, after: ArrayLike) -> dict[str, float]:
 
 
 def compare_records(before: RecordsByRow, after: RecordsByRow, metrics: Sequence[str] = FIGURES) -> Differences:
-    """`paired_interval` of each metric, over the rows that both answer; empty where they share none."""
+    """`paired_interval` of each metric that both sides have, over the rows that both answer; empty where they share no
+    row."""
     shared = [row for row in after if row in before]
-    if not shared:
-        return {}
+    # An expert that takes no points has no dice_points, for example.
+    measured = [records[shared[0]][0]["metrics"] for records in (before, after)] if shared else [{}]
     return {
         metric: paired_interval(*([_mean(records[row], metric) for row in shared] for records in (before, after)))
         for metric in metrics
+        if all(metric in each for each in measured)
     }
 
 
@@ -74,9 +76,7 @@ def compare(first: Path, second: Path, out: Path | None = None) -> Path:
     if not shared:
         raise ValueError(f"{first} and {second} have no row in common; compare evaluations of the same data")
     before, after = ({row: [records[row]] for row in shared} for records in answers)
-    # An expert that takes no points has no dice_points.
-    measured = [records[shared[0]]["metrics"] for records in answers]
-    differences = compare_records(before, after, [metric for metric in METRICS if all(metric in m for m in measured)])
+    differences = compare_records(before, after, tuple(METRICS))
     console, names = Console(), (first.name, second.name)
     console.print(_table(names, differences, len(shared)))
     if note := _lenience(names, (before, after)):
@@ -93,7 +93,7 @@ def greedy_answers(run: Path) -> dict[str, Record]:
 
 
 def _table(names: tuple[str, str], differences: Mapping[str, Mapping[str, float]], count: int) -> Table:
-    table = Table("figure", *names, "difference", "95 % interval", title=f"{count} rows, paired", title_justify="left")
+    table = Table("metric", *names, "difference", "95 % interval", title=f"{count} rows, paired", title_justify="left")
     for metric, pair in differences.items():
         ends = f"{pair['low']:+.3f} … {pair['high']:+.3f}"
         table.add_row(METRICS[metric], f"{pair['before']:.3f}", f"{pair['after']:.3f}", f"{pair['gain']:+.3f}", ends)

@@ -155,3 +155,11 @@ def test_two_evaluations_are_compared_over_the_rows_that_both_have(dataset):
     found = compare_records(before, after, ["dice"])["dice"]
     assert found["before"] == pytest.approx(0.4) and found["gain"] == pytest.approx(0.15)
     assert found["low"] <= found["gain"] <= found["high"]
+
+
+def test_metrics_that_one_of_two_evaluations_lacks_are_not_compared(dataset):
+    before, after = ({s.id: [record(s)] for s in dataset} for _ in range(2))
+    for (each,) in after.values():
+        del each["metrics"]["dice_points"]
+    assert compare_records(before, after, ["dice", "dice_points"]).keys() == {"dice"}
+    assert compare_records({}, after, ["dice"]) == {}
