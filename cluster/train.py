@@ -101,7 +101,7 @@ class Training(Loop):
         with clock.phase("save"):
             self.leave_model(checkpoint)
         self.workers.check_expert()
-        self.display.gain(self.journal.finish(self.held_out))
+        self.display.improvement(self.journal.finish(self.held_out))
 
     def take_step(self) -> None:
         """Sample and score, learn, sync weights, record."""
