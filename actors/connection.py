@@ -8,8 +8,8 @@ import ray
 
 
 def connect() -> bool:
-    """Connect to the cluster that RAY_ADDRESS or a Ray job names, or start a local one. False where a connection was
-    there before: then it is not ours to end."""
+    """Connect to the cluster named by RAY_ADDRESS or by a Ray job, or start a local one. Returns False if there was a
+    connection before, which is not ours to end."""
     if ray.is_initialized():
         return False
     terminate = signal.getsignal(signal.SIGTERM)

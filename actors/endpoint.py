@@ -1,4 +1,4 @@
-"""A reasoner behind an OpenAI-compatible endpoint, in the place of a rollout actor: evaluated, never trained."""
+"""A reasoner behind an OpenAI-compatible endpoint, in place of a rollout actor: it can be evaluated, not trained."""
 
 import asyncio
 import base64
@@ -13,16 +13,16 @@ from umrg.images import encode_png
 from umrg.prompts import PromptSpec, prompt_text
 
 _THOUGHTS = ("reasoning", "reasoning_content")
-"""Where servers with a reasoning parser put the thoughts: vLLM now, vLLM before and others."""
+"""Where servers with a reasoning parser return the reasoning: vLLM's field, and that of older vLLM and others."""
 
 
 class EndpointFailed(RuntimeError):
-    """The endpoint gave no answer, after all retries."""
+    """The endpoint gave no answer after all retries."""
 
 
 class Endpoint:
-    """Asks the endpoint; what it answers looks like a rollout's, without token ids and log-probs. key: if the endpoint
-    asks for one."""
+    """Samples from the endpoint with a rollout actor's interface; its completions have no token ids and log-probs.
+    key: of the endpoint; None if it asks for none."""
 
     def __init__(self, config: EndpointConfig, spec: PromptSpec, *, key: str | None) -> None:
         self._config, self._spec = config, spec
@@ -33,7 +33,7 @@ class Endpoint:
         self._concurrency = asyncio.Semaphore(config.concurrency)
 
     async def start(self) -> None:
-        """See that the endpoint answers and has the model. Raises ValueError where it does not."""
+        """Check that the endpoint answers and serves the model. Raises ValueError if it does not."""
         try:
             names = [model.id async for model in self._client.models.list()]
         except openai.OpenAIError as error:
@@ -44,7 +44,7 @@ class Endpoint:
             )
 
     async def sample(self, group: Group, sampling: SamplingParams) -> GroupSamples:
-        """The completions of a group's prompt. Raises EndpointFailed."""
+        """Sample the completions of a group's prompt. Raises EndpointFailed."""
         asked = group.seeded(sampling)
         async with self._concurrency:
             try:
@@ -55,7 +55,7 @@ class Endpoint:
                     temperature=asked.temperature,
                     max_tokens=asked.max_tokens,
                     seed=asked.seed,
-                    # A server's own defaults, taken from the model's folder, may be others.
+                    # A server may take other defaults from the model folder's generation_config.json.
                     top_p=1.0,
                     presence_penalty=0.0,
                     frequency_penalty=0.0,
@@ -86,7 +86,7 @@ class Endpoint:
 
     def _messages(self, group: Group) -> Any:
         sample = group.sample
-        # As it was decoded here, so that no decoder of the server's sees another picture than the one that is scored.
+        # Sent as decoded here, so that the server's decoder cannot see another picture than the one that is scored.
         image = f"data:image/png;base64,{base64.b64encode(encode_png(sample.image())).decode('ascii')}"
         content = [
             {"type": "image_url", "image_url": {"url": image}},
@@ -96,9 +96,9 @@ class Endpoint:
 
 
 def whole_text(message: Any) -> str:
-    """A reply as the model wrote it, with what the server took apart or its chat template wrote put back: the thoughts,
-    which a reasoning parser hands over in a field of their own, and the opening tag of thoughts that are closed without
-    one. Thoughts without an answer behind them were cut off, and stay open."""
+    """The completion as the model wrote it. Restored are the reasoning, which a reasoning parser returns in a field of
+    its own, and the opening `<think>` of a reply that has only the closing tag, because the chat template wrote it.
+    Reasoning without an answer after it was cut off, and stays open."""
     content = message.content or ""
     thoughts = next((text for name in _THOUGHTS if isinstance(text := getattr(message, name, None), str) and text), "")
     if thoughts and not content.lstrip().startswith("<think>"):

@@ -1,4 +1,4 @@
-"""A vLLM engine that samples answers, reports their log-probs, and takes new weights while it lives."""
+"""A vLLM engine that samples completions, reports their log-probs, and takes new weights while it is running."""
 
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -26,7 +26,7 @@ _FORBIDDEN = -100.0  # vLLM's lowest logit bias: e^-100 is no probability in any
 
 
 class Engine:
-    """Make it with `Engine.start`, in a process that has `RolloutConfig.environment`."""
+    """Made by `Engine.start`, in a process that was started with `RolloutConfig.environment`."""
 
     def __init__(self, llm: AsyncLLM, prompter: Prompter, config: RolloutConfig) -> None:
         self.prompter = prompter
@@ -35,7 +35,7 @@ class Engine:
 
     @classmethod
     async def start(cls, model: Path, prompter: Prompter, config: RolloutConfig) -> "Engine":
-        """Load a model folder; its weights are version 0."""
+        """Load a model folder. Its weights are version 0."""
         orphan_guard.own()
         prompt_limit = config.max_prompt_tokens
         llm = AsyncLLM.from_engine_args(
@@ -44,17 +44,17 @@ class Engine:
                 dtype=config.dtype,
                 seed=0,
                 max_model_len=prompt_limit + config.max_tokens,
-                # Seeded requests need whole prompts on a CPU: its generators know no offset.
+                # On CPU a seeded request must be prefilled whole: torch's CPU generators have no offset to resume from.
                 enable_chunked_prefill=config.num_gpus > 0,
                 max_num_batched_tokens=max(prompt_limit + config.max_tokens, 4096),
                 enable_prefix_caching=True,
                 enforce_eager=config.num_gpus == 0,
                 tensor_parallel_size=config.tensor_parallel,
-                # In a placement group vLLM would ask Ray for workers, of which the run's group has none.
+                # In a placement group vLLM would ask Ray for its workers, for which the run's group has no bundles.
                 distributed_executor_backend="mp" if config.tensor_parallel > 1 else None,
                 gpu_memory_utilization=config.gpu_memory,
                 limit_mm_per_prompt={"image": 1, "video": 0},
-                # Temperature-scaled, and without the tokens that are never sampled.
+                # Of the sampling distribution: temperature-scaled, the forbidden tokens left out.
                 logprobs_mode="processed_logprobs",
                 weight_transfer_config=WeightTransferConfig(backend="medreasoner-host"),
                 worker_extension_cls="actors.weight_transfer.WorkerExtension",
@@ -66,7 +66,7 @@ class Engine:
         return cls(llm, prompter, config)
 
     async def generate(self, image: NDArray[np.uint8], query: str, sampling: SamplingParams) -> GroupSamples:
-        """Answer a query about an image uint8 [H, W, 3], with all n completions at once; vLLM samples completion i with
+        """Sample n completions of a query about an image uint8 [H, W, 3], in one request; vLLM seeds completion i with
         seed + i. Raises ValueError for a prompt over `max_prompt_tokens`."""
         size = Size(image.shape[1], image.shape[0])
         self._check_length(query, size)
@@ -78,10 +78,10 @@ class Engine:
             seed=sampling.seed,
             logprobs=0,
             flat_logprobs=True,
-            # Token by token, turning ids and log-probs into text costs as much as sampling them.
+            # Detokenizing token by token costs as much as sampling; `completion_text` decodes once.
             detokenize=False,
             logit_bias=dict.fromkeys(self.prompter.vision_tokens, _FORBIDDEN),
-            # Streamed outputs of several answers leave some out.
+            # Streamed outputs leave completions out when n > 1.
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         prompt = {"prompt": self.prompter.chat_text(query), "multi_modal_data": {"image": Image.fromarray(image)}}
@@ -98,8 +98,8 @@ class Engine:
         )
 
     async def update_weights(self, buckets: Iterable[bytes], version: int) -> str:
-        """Replace the weights by safetensors files given as bytes, between two tokens of whatever is being sampled;
-        digest of the tensors that arrived."""
+        """Replace the weights by those of safetensors files, given as bytes; requests in flight pause between two
+        tokens. Returns the digest of the tensors that arrived."""
         await self._llm.pause_generation(mode="keep", clear_cache=self._config.reset_caches)
         try:
             await self._llm.start_weight_update()
@@ -131,7 +131,7 @@ class Engine:
             text=self.prompter.completion_text(output.token_ids),
             token_ids=tuple(output.token_ids),
             logprobs=tuple(output.logprobs.logprobs),
-            # One that saw an update belongs to the oldest weights it was sampled with.
+            # A completion that an update interrupted counts as the oldest weights that sampled a part of it.
             policy_version=min(versions),
             finished=output.finish_reason == "stop",
         )
@@ -139,7 +139,7 @@ class Engine:
 
 @contextmanager
 def _in_host_memory(data: bytes) -> Iterator[Path]:
-    """A file in memory that holds some bytes for as long as the context lasts."""
+    """A file in host memory that holds these bytes for the duration of the context."""
     folder = _HOST_MEMORY if _HOST_MEMORY.is_dir() else None
     with tempfile.NamedTemporaryFile(dir=folder, prefix="medreasoner-weights-") as file:
         file.write(data)

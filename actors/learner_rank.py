@@ -25,22 +25,22 @@ if TYPE_CHECKING:
 
 
 class ZeroActor:
-    """One ZeRO rank. `start` must have returned on every rank before anything else is called, and what is a collective
-    must be called on every rank. rank: which of `config.ranks`."""
+    """One ZeRO rank, number `rank` of `config.ranks`. `start` must have returned on every rank before any other method
+    is called. Methods marked "all ranks" are collectives."""
 
     def __init__(self, config: ZeroConfig, task: LearnerTask, *, rank: int) -> None:
         self._config, self._task, self._rank = config, task, rank
         self._zero: ZeroRank | None = None
 
     def address(self) -> tuple[str, int]:
-        """Where the ranks may meet: this host and a free port of it."""
+        """A rendezvous for the ranks: this host and one of its free ports."""
         with socket.socket() as probe:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
 
     def start(self, host: str, port: int, seconds: float) -> None:
-        """Meet the other ranks and load the model; each collective may last `seconds`. Raises ValueError where the
-        run's folder is not to be seen from here, or the model cannot be loaded."""
+        """Join the process group and load the model; a collective times out after `seconds`. Raises ValueError if the
+        run's folder is not visible from this node, or if the model cannot be loaded."""
         run, config = self._task.run, self._config
         if run is not None and not run.is_dir():
             raise ValueError(
@@ -64,8 +64,8 @@ class ZeroActor:
 
         share_cores(config.threads, config.ranks)
         torch.manual_seed(self._task.seed)
-        # DeepSpeed would compile a reduction of its own at each machine's first start, for that very processor. gloo
-        # reduces as well, and needs no compiler.
+        # At its first start on a machine DeepSpeed would compile its own shared-memory reduction for that processor.
+        # gloo's does the same work and needs no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(
             dist_backend="nccl" if on_gpu else "gloo", timeout=timedelta(seconds=seconds), verbose=False
@@ -74,25 +74,21 @@ class ZeroActor:
         self._checkpoints = RankCheckpoints(self._zero)
 
     def save(self, folder: Path) -> None:
-        """Copy optimizer, model and random state, and begin to write them; all ranks."""
+        """Copy optimizer, model and random state to host memory and begin to write them; all ranks."""
         self._checkpoints.begin(folder)
 
     def saved(self, seconds: float) -> "Records | None":
-        """Once, the files that `save` wrote; None where this rank still writes after so many seconds."""
+        """The files that `save` wrote, told once; None if this rank is still writing after `seconds`."""
         return self._checkpoints.written(seconds)
 
     def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote; all ranks."""
+        """Restore what `save` wrote; all ranks."""
         self._checkpoints.load(folder)
 
     def running(self) -> "ZeroRank":
-        """The rank, once it is started."""
+        """The rank; it must have been started."""
         assert self._zero is not None, "the learner was not started"
         return self._zero
-
-
-if TYPE_CHECKING:
-    from learner.grpo import GrpoRank
 
 
 class LearnerRank(ZeroActor):
@@ -104,19 +100,20 @@ class LearnerRank(ZeroActor):
         self._grpo: GrpoRank | None = None
 
     def start(self, host: str, port: int, seconds: float) -> None:
-        """As `ZeroActor.start`, and the model that the run began with is loaded too where it is wanted."""
+        """As `ZeroActor.start`; the reference model is loaded too, if the objective needs it."""
         super().start(host, port, seconds)
         from learner.grpo import GrpoRank
 
         self._grpo = GrpoRank(self.running(), self._grpo_config)
 
     def update(self, groups: Sequence[tuple["ray.ObjectRef[Group]", "ray.ObjectRef[ScoredGroup]"]]) -> UpdateReport:
-        """Learn from a step's groups, of which this rank fetches its own; all ranks."""
+        """Learn from the groups of a step. Each rank fetches its own share from the object store; all ranks."""
         assert self._grpo is not None, "the learner was not started"
         return self._grpo.update(len(groups), lambda i: fetched(*groups[i]))
 
     def weights(self) -> tuple[str, list["ray.ObjectRef[bytes]"]]:
-        """Digest of the weights, and buckets of them as safetensors bytes; all ranks, though only the first gives."""
+        """Digest of the weights, and references of their buckets as safetensors bytes, both from the first rank; all
+        ranks."""
         digest, buckets = WeightsDigest(), []
         for tensors in self.running().named_weights():
             if self._rank == 0:
@@ -139,14 +136,15 @@ class LearnerRank(ZeroActor):
 
 
 class SupervisedRank(ZeroActor):
-    """Every method is called on all ranks, with all images, each given as the samples that ask about it."""
+    """A rank that learns from reference answers. Every method is a collective and is given all images, each as the list
+    of the samples that ask about it; a rank takes its own share."""
 
     def update(self, images: Sequence[Sequence[Sample]]) -> SftReport:
-        """Make the reference answers likelier, by one update."""
+        """One update towards the reference answers."""
         return self._sft().update(images)
 
     def loss(self, images: Sequence[Sequence[Sample]]) -> tuple[float, int]:
-        """Negative log-likelihood of the reference answers, and of how many tokens it is the sum."""
+        """Summed negative log-likelihood of the reference answers, in nats, and the number of their tokens."""
         return self._sft().loss(images)
 
     def _sft(self) -> "SftRank":
@@ -156,6 +154,6 @@ class SupervisedRank(ZeroActor):
 
 
 def fetched(group: "ray.ObjectRef[Group]", scored: "ray.ObjectRef[ScoredGroup]") -> ScoredGroup:
-    """A scored group out of the object store, with the row's image joined to it again."""
+    """A scored group from the object store, its row's image joined to it again."""
     found: ScoredGroup = ray.get(scored)
     return replace(found, group=ray.get(group))

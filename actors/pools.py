@@ -1,7 +1,7 @@
-"""The pools of actors that a run is made of, as typed facades: nothing else calls `.remote`.
+"""The pools of a run's actors, as typed facades: nothing else calls `.remote`.
 
-Every wait has a deadline and a name: an actor that died, raised or took too long ends the run as `ActorFailed` or
-`DeadlinePassed`, which say which one and what it was doing.
+Every wait has a deadline and a name. An actor that died, raised or took too long ends the run with `ActorFailed` or
+`DeadlinePassed`, which name the actor and what it was doing.
 """
 
 import time
@@ -26,7 +26,7 @@ Ref = Any
 
 
 class ActorFailed(RuntimeError):
-    """An actor died, or raised what is no mistake of the user's."""
+    """An actor died, or raised an error that is no mistake of the user's."""
 
 
 class DeadlinePassed(TimeoutError):
@@ -35,11 +35,12 @@ class DeadlinePassed(TimeoutError):
 
 @dataclass(frozen=True, kw_only=True)
 class GroupRefs:
-    """A group in Ray's object store, where its image lies once for all who look at it. group: of a `Group` without its
-    row's masks. masks: of these masks' files, which only segmenters look at."""
+    """A group in Ray's object store, where its image is stored once for all actors."""
 
     group: Ref
+    """Of the `Group` without its row's masks."""
     masks: Ref
+    """Of the masks' files (`Sample.mask_bytes`), which only segmenters read."""
 
     @classmethod
     def put(cls, group: Group) -> Self:
@@ -48,7 +49,7 @@ class GroupRefs:
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where one actor is placed: its name, its bundle of the run's placement group, and what it takes of that."""
+    """Where one actor is placed, and which resources of its placement-group bundle it takes."""
 
     name: str
     group: Any
@@ -58,7 +59,8 @@ class Placement:
     environment: Mapping[str, str]
 
     def options(self) -> dict[str, Any]:
-        """Ray's options for the actor. GPUs are asked for by the actor, not by its bundle alone: else it sees none."""
+        """Ray's options for the actor. GPUs are requested by the actor as well as by its bundle; otherwise
+        CUDA_VISIBLE_DEVICES is empty in its process."""
         return {
             "num_cpus": self.num_cpus,
             "num_gpus": self.num_gpus,
@@ -70,7 +72,7 @@ class Placement:
 
 
 def gather(calls: Mapping[str, Ref], *, seconds: float, doing: str) -> list[Any]:
-    """Results of calls, named by the actor that each was made to, in order."""
+    """The results of calls, in order. calls: by the name of the actor that each was made to."""
     found = dict(as_completed(calls, {name: name for name in calls}, seconds=seconds, doing=doing))
     return [found[name] for name in calls]
 
@@ -83,8 +85,8 @@ def as_completed(
     doing: str,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[str, Any]]:
-    """(key, result) of each call as it ends; the first that failed ends it all. owners: the name of the actor that each
-    was made to. meanwhile: called before each wait, which lasts a second at most."""
+    """(key, result) of each call as it ends; the first failure is raised. owners: name of the actor that each call was
+    made to, by key. meanwhile: called at least once a second while waiting."""
     deadline = time.monotonic() + seconds
     keys = {ref: key for key, ref in calls.items()}
     pending = list(keys)
@@ -127,8 +129,8 @@ class RolloutPool:
         *,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> Iterator[tuple[str, Ref]]:
-        """(group id, reference of its `GroupSamples`) of each group as it is sampled. groups: by their ids; they are
-        dealt out in turn, and each engine batches what it has. meanwhile: as in `as_completed`."""
+        """(group id, reference of its `GroupSamples`) of each group as soon as it is sampled. groups: by id; they are
+        dealt out round-robin, and each engine batches its own. meanwhile: as in `as_completed`."""
         actors = list(self._actors.items())
         calls, owners = {}, {}
         for i, (id, refs) in enumerate(groups.items()):
@@ -139,17 +141,17 @@ class RolloutPool:
             yield id, calls[id]
 
     def update_weights(self, version: int, buckets: Sequence[Ref]) -> list[str]:
-        """Give every engine the weights of a version; the digests of what arrived."""
+        """Send every engine the weights of a version. Returns the digests of the tensors that arrived."""
         calls = {name: actor.update_weights.remote(version, *buckets) for name, actor in self._actors.items()}
         return gather(calls, seconds=self._deadlines.step, doing="taking new weights")
 
     def canary(self, group: Ref, sampling: SamplingParams) -> list[GroupSamples]:
-        """Every engine's own completions of one group."""
+        """Each engine's own completions of one group."""
         calls = {name: actor.sample.remote(group, sampling) for name, actor in self._actors.items()}
         return gather(calls, seconds=self._deadlines.step, doing="answering the canary")
 
     def stop(self) -> None:
-        """End the engines' processes; an actor that is gone already has none."""
+        """End the engines' processes. An actor that is gone already has none."""
         refs = [actor.stop.remote() for actor in self._actors.values()]
         ray.wait(refs, num_returns=len(refs), timeout=20)
 
@@ -162,7 +164,7 @@ class SegmenterPool:
         self._turn = 0
 
     def starting(self) -> dict[str, Ref]:
-        """Calls whose results are digests of the experts' weights."""
+        """Calls that load the experts and return their digests."""
         return {name: actor.start.remote() for name, actor in self._actors.items()}
 
     def digests(self) -> list[str]:
@@ -170,22 +172,22 @@ class SegmenterPool:
         return gather(calls, seconds=self._deadlines.step, doing="hashing its expert")
 
     def score(self, group: GroupRefs, samples: Ref, measured: Measured) -> tuple[str, Ref]:
-        """Start to score a group: the actor whose turn it is, and the reference of the `ScoredGroup` that it will make.
-        samples: of the group's `GroupSamples`."""
+        """Start to score a group, on the next segmenter in turn. Returns its name and the reference of the coming
+        `ScoredGroup`. samples: reference of the group's `GroupSamples`."""
         names = list(self._actors)
         name = names[self._turn % len(names)]
         self._turn += 1
         return name, self._actors[name].score.remote(group.group, group.masks, samples, measured)
 
     def collect(self, calls: Mapping[str, tuple[str, Ref]]) -> dict[str, ScoredGroup]:
-        """What `score` started, by group id."""
+        """The results of calls to `score`, by group id."""
         refs = {group: ref for group, (_, ref) in calls.items()}
         owners = {group: name for group, (name, _) in calls.items()}
         return dict(as_completed(refs, owners, seconds=self._deadlines.step, doing="scoring"))
 
 
 class RankPool:
-    """The ranks of a learner; every method is called on all of them."""
+    """The ranks of a learner. Every method is called on all of them."""
 
     def __init__(self, actors: Mapping[str, Any], deadlines: DeadlineConfig) -> None:
         self._actors, self._deadlines = dict(actors), deadlines
@@ -202,13 +204,14 @@ class RankPool:
         return {name: actor.start.remote(host, port, self._deadlines.step) for name, actor in self._actors.items()}
 
     def save(self, folder: Path) -> None:
-        """Begin to write state and model; `saved` tells when they are written."""
+        """Begin to write state and model; `saved` says when they are written."""
         self._all("save", "copying its state", folder)
         self._saved, self._saving = {}, list(self._actors)
 
     def saved(self, *, wait: bool) -> dict[str, FileRecord] | None:
-        """Once, the files that all ranks wrote, by their paths in the folder; None while one still writes. wait: until
-        they are written. Raises ActorFailed where one could not write, DeadlinePassed where one takes too long."""
+        """The files that all ranks wrote, by their paths in the folder, told once; None while a rank is still writing.
+        wait: until all are written. Raises ActorFailed if one could not write, DeadlinePassed if one takes too
+        long."""
         seconds = float(self._deadlines.step) if wait else 0.0
         calls = {name: self._actors[name].saved.remote(seconds) for name in self._saving}
         written = gather(calls, seconds=seconds + self._deadlines.step, doing="writing a checkpoint")
@@ -221,7 +224,7 @@ class RankPool:
         return None if self._saving else self._saved
 
     def load(self, folder: Path) -> None:
-        """Go on from what was saved."""
+        """Restore what was saved."""
         self._all("load", "reading a checkpoint", folder)
 
     def _all(self, method: str, doing: str, *args: Any) -> list[Any]:
@@ -233,8 +236,8 @@ class LearnerPool(RankPool):
     """The ranks that learn by GRPO."""
 
     def update(self, groups: Sequence[tuple[Ref, Ref]]) -> UpdateReport:
-        """One step of updates from references of each `Group` and its `ScoredGroup`, of which every rank fetches its
-        own; the report is the same on every rank."""
+        """The updates of one step. groups: references of each `Group` and its `ScoredGroup`; every rank fetches its own
+        share. The report is the same on every rank."""
         report: UpdateReport = self._all("update", "updating", list(groups))[0]
         return report
 
@@ -250,7 +253,7 @@ class LearnerPool(RankPool):
 
 
 class SupervisedPool(RankPool):
-    """The ranks that learn from reference answers. Images are given as the samples that ask about each."""
+    """The ranks that learn from reference answers. An image is given as the list of the samples that ask about it."""
 
     def update(self, images: Sequence[Sequence[Sample]]) -> SftReport:
         """One update; the report is the same on every rank."""

@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 
 class Rollout:
-    """Runs in a process of its own, that has `RolloutConfig.environment`. `start` must have returned before
-    anything else is called."""
+    """Runs in a process of its own, started with `RolloutConfig.environment`. `start` must have returned before any
+    other method is called."""
 
     def __init__(self, model: Path, config: RolloutConfig, spec: PromptSpec) -> None:
         self._model, self._config, self._spec = model, config, spec
         self._engine: Engine | None = None
 
     async def start(self) -> None:
-        """Load the engine. Raises ValueError where the folder is no model."""
+        """Load the engine. Raises ValueError if the folder holds no model."""
         share_cores(self._config.threads, self._config.actors)
         prompter = load_prompter(self._model, self._spec)
         from actors.engine import Engine
@@ -30,7 +30,7 @@ class Rollout:
         self._engine = await Engine.start(self._model, prompter, self._config)
 
     async def sample(self, group: Group, sampling: SamplingParams) -> GroupSamples:
-        """The completions of a group's prompt; its own seed makes them the same whichever actor samples them. Raises
+        """Sample the completions of a group's prompt. Seeded by the group, they are the same on any actor. Raises
         ValueError, with the row's name, for a prompt that is too long."""
         sample = group.sample
         try:
@@ -39,7 +39,7 @@ class Rollout:
             raise ValueError(f"{sample.name}: {error}") from error
 
     async def update_weights(self, version: int, *buckets: bytes) -> str:
-        """Take weights of a version; digest of the tensors that arrived."""
+        """Take over weights of a version, given as buckets. Returns the digest of the tensors that arrived."""
         return await self._running().update_weights(buckets, version)
 
     async def stop(self) -> None:

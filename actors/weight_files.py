@@ -8,7 +8,7 @@ from safetensors.torch import load, save
 
 
 def pack(tensors: Mapping[str, torch.Tensor]) -> bytes:
-    """Tensors as one safetensors file in memory."""
+    """Serialize tensors as one safetensors file in memory."""
     return save(dict(tensors))
 
 
@@ -17,7 +17,7 @@ def unpack(data: bytes) -> dict[str, torch.Tensor]:
 
 
 class WeightsDigest:
-    """sha256 over names, dtypes, shapes and bytes of tensors, in order of their names within each bucket."""
+    """sha256 over names, dtypes, shapes and bytes of tensors, sorted by name within each bucket."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()

@@ -28,18 +28,19 @@ BACKEND = "medreasoner-host"
 
 @dataclass
 class HostInitInfo(WeightTransferInitInfo):
-    """Nothing has to be agreed on beforehand."""
+    """Host transfer needs no rendezvous."""
 
 
 @dataclass
 class HostUpdateInfo(WeightTransferUpdateInfo):
-    """path: a safetensors file with one bucket of named tensors."""
+    """One bucket of weights."""
 
     path: str
+    """A safetensors file of named tensors."""
 
 
 class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
-    """Loads buckets of weights from files on this host. digest: of all tensors received in the current or last
+    """Loads buckets of weights from files on this host. `digest` covers all tensors received in the current or last
     update."""
 
     init_info_cls = HostInitInfo
@@ -58,7 +59,7 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """As the base class, without its synchronisation of an accelerator, which a CPU has not."""
+        """As the base class, without its synchronization of an accelerator, which fails on CPU."""
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: HostUpdateInfo) -> None:

@@ -6,8 +6,8 @@
         manifest.json          size and sha256 of each of these files; written when all others are on the disk
     checkpoints/latest         the newest one's name and its manifest's sha256; changed last
 
-The ranks write aside while training goes on; when all have written, `poll` puts the folder in its place. Stopped at any
-moment, a run finds the one before or the new one.
+The ranks write aside while training goes on; when all have written, `Checkpoints.saved` puts the folder in its place.
+Stopped at any moment, a run finds the one before or the new one.
 """
 
 import shutil
@@ -33,37 +33,40 @@ whichever is longer."""
 
 
 class RunState(Config):
-    """What the driver goes on from. Answers' seeds are hashes, so there is no random state beside the learner's.
-
-    step: taken so far, which is the weights' version too. cursor: where the data goes on. metrics: bytes of
-    metrics.jsonl. score: of the evaluation at this step, greater is better; None where there was none.
-    """
+    """The driver's state. Sampling seeds are hashes, so there is no random state besides the learner's."""
 
     step: NonNegativeInt
+    """Steps taken, which is also the weights' version."""
     cursor: Cursor
+    """Position in the shuffled data."""
     metrics: NonNegativeInt
+    """Bytes of metrics.jsonl by then."""
     score: float | None = None
+    """Of the evaluation at this step, greater is better; None where there was none."""
 
 
 class Learner(Protocol):
-    """What is asked of the learner."""
+    """What checkpoints ask of the learner (`actors.pools.RankPool`)."""
 
     def save(self, folder: Path) -> None: ...
 
     def saved(self, *, wait: bool) -> dict[str, FileRecord] | None: ...
 
+    def load(self, folder: Path) -> None: ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A whole one. sha256: of its manifest."""
+    """A checkpoint that was verified to be whole."""
 
     folder: Path
     state: RunState
     sha256: str
+    """Of its manifest."""
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Every file is checked. Raises ValueError where it is none, Damaged where it is not as it was written."""
+        """Verify every file. Raises ValueError if there is no checkpoint, Damaged if it is not as it was written."""
         if not folder.is_dir():
             raise ValueError(f"there is no checkpoint {folder}; give auto, or the folder of one")
         sha256 = verify(folder)
@@ -71,71 +74,18 @@ class Checkpoint:
         return cls(folder=folder.resolve(), state=state, sha256=sha256)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Begun:
-    """One that the learner still writes."""
+class CheckpointFolder:
+    """The checkpoints that a run has, to be read."""
 
-    state: RunState
-    config: str
-    aside: Path
-
-
-class Checkpoints:
-    """Of one run. keep: so many of the newest stay, and beside them the `keep_best` with the highest scores. every:
-    steps between two; 0 for none but the last; "auto" by time, which `now` tells in seconds. hold: called before
-    anything is changed; raises where the folder is another's by now."""
-
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        keep: int,
-        keep_best: int,
-        every: Every = "auto",
-        now: Callable[[], float] = time.monotonic,
-        hold: Callable[[], None] = lambda: None,
-        disk: Disk | None = None,
-    ) -> None:
-        self._folder, self._keep, self._keep_best = folder.resolve(), keep, keep_best
-        self._every, self._now, self._hold, self._disk = every, now, hold, disk or Disk()
-        self._last, self._cost = now(), 0.0
-        self._begun: _Begun | None = None
-        self.placed: Checkpoint | None = None
-        """The one that was put in its place last."""
-
-    def due(self, step: int) -> bool:
-        """Whether one is to be written after a step, by number or by time."""
-        if self._every == "auto":
-            return self._now() - self._last >= max(PERIOD, WORTH * self._cost)
-        return self._every > 0 and step % self._every == 0
-
-    def begin(self, state: RunState, config: str, learner: Learner) -> None:
-        """Begin to write one, when the one before is in its place. config: the run's, as YAML."""
-        began = self._now()
-        self.finish(learner)
-        self._hold()
-        aside = _aside(self._path(state.step))
-        self._disk.remove(aside)
-        self._disk.make_folder(aside)
-        learner.save(aside)
-        self._begun = _Begun(state=state, config=config, aside=aside)
-        self._last = self._now()
-        self._cost = self._last - began
-
-    def poll(self, learner: Learner) -> None:
-        """Put what was begun in its place, if all of it is written. Raises what stopped the writing."""
-        self._place(learner, wait=False)
-
-    def finish(self, learner: Learner) -> None:
-        """Wait until what was begun is in its place."""
-        self._place(learner, wait=True)
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder.resolve()
 
     def latest(self) -> Checkpoint | None:
-        """The newest one; None where there is none. Raises Damaged that names it, and the one before."""
+        """The newest checkpoint; None without any. Raises Damaged with the newest whole one before it."""
         pointer = self._folder / LATEST
         if not pointer.exists() and not self._all():
             return None
-        # Not written yet where the first checkpoint was put in its place and the run ended there.
+        # A run may have been killed after its first checkpoint was put in its place and before the pointer was.
         text = pointer.read_text(errors="replace") if pointer.exists() else self._all()[-1].name
         name, _, sha256 = text.strip().partition(" ")
         try:
@@ -149,8 +99,8 @@ class Checkpoints:
         return checkpoint
 
     def chosen(self, resume: Literal["never", "auto"] | Path, steps: int) -> Checkpoint | None:
-        """The checkpoint that a run of so many steps is to go on from; None for none. Raises ValueError where it is
-        damaged, or not there, or leaves nothing to do."""
+        """The checkpoint that a run of `steps` steps is to resume from; None for none. Raises ValueError if it is
+        missing or damaged, or if no step is left."""
         if isinstance(resume, Path):
             if resume.resolve().parent != self._folder and self._all():
                 raise ValueError(f"{self._folder} has checkpoints of its own; resume from these, or give another name")
@@ -161,36 +111,124 @@ class Checkpoints:
         return self.latest() if resume == "auto" else None
 
     def best(self) -> Checkpoint | None:
-        """That with the highest score, of equal ones the newest; None where none has any."""
+        """The checkpoint with the highest score, the newest of equals; None if none has a score."""
         return Checkpoint.open(best[0]) if (best := self._best(1)) else None
 
     def at(self, step: int) -> Checkpoint:
-        """That of a step."""
+        """The checkpoint of a step."""
         return Checkpoint.open(self._path(step))
 
     def steps(self) -> list[int]:
-        """Whose checkpoints are there."""
+        """The steps that have a checkpoint."""
         return [_step(path) for path in self._all()]
 
+    def holds(self, checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint lies in this folder."""
+        return checkpoint.folder.parent == self._folder
+
+    def _best(self, count: int) -> list[Path]:
+        scores = {path: score for path in self._all() if (score := _score(path)) is not None}
+        return sorted(scores, key=lambda path: (scores[path], path.name), reverse=True)[:count]
+
+    def _advice(self, damaged: Path) -> str:
+        """What to resume from instead."""
+        found = self._all()
+        for path in reversed(found[: found.index(damaged)] if damaged in found else found):
+            try:
+                return f"the newest whole one before it is resume={Checkpoint.open(path).folder}"
+            except Damaged:
+                continue
+        return "there is no whole one before it, so begin again under another name"
+
+    def _all(self) -> list[Path]:
+        return sorted(self._folder.glob("step-" + 6 * "[0-9]")) if self._folder.is_dir() else []
+
+    def _path(self, step: int) -> Path:
+        return self._folder / f"step-{step:06d}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Begun:
+    """A checkpoint that the learner is still writing."""
+
+    state: RunState
+    config: str
+    aside: Path
+
+
+class Checkpoints(CheckpointFolder):
+    """The checkpoints of a run that is under way, and the learner that writes them."""
+
+    def __init__(
+        self,
+        folder: Path,
+        learner: Learner,
+        *,
+        keep: int,
+        keep_best: int,
+        every: Every = "auto",
+        now: Callable[[], float] = time.monotonic,
+        hold: Callable[[], None] = lambda: None,
+        disk: Disk | None = None,
+    ) -> None:
+        """keep: so many of the newest stay, and beside them the `keep_best` with the highest scores. every: steps
+        between two; 0 for none but the last; "auto" by time, which `now` tells in seconds. hold: called before
+        anything is changed; raises where the folder is another's by now."""
+        super().__init__(folder)
+        self._learner, self._keep, self._keep_best = learner, keep, keep_best
+        self._every, self._now, self._hold, self._disk = every, now, hold, disk or Disk()
+        self._last, self._cost = now(), 0.0
+        self._begun: _Begun | None = None
+        self.placed: Checkpoint | None = None
+        """The checkpoint that was last put in its place."""
+
+    def due(self, step: int) -> bool:
+        """Whether one is to be written after a step, by number or by time."""
+        if self._every == "auto":
+            return self._now() - self._last >= max(PERIOD, WORTH * self._cost)
+        return self._every > 0 and step % self._every == 0
+
+    def save(self, state: RunState, config: str) -> None:
+        """Begin to write a checkpoint, once the one before is in its place. config: the run's, as YAML."""
+        began = self._now()
+        self.saved(wait=True)
+        self._hold()
+        aside = _aside(self._path(state.step))
+        self._disk.remove(aside)
+        self._disk.make_folder(aside)
+        self._learner.save(aside)
+        self._begun = _Begun(state=state, config=config, aside=aside)
+        self._last = self._now()
+        self._cost = self._last - began
+
+    def saved(self, *, wait: bool = False) -> None:
+        """Put what `save` began in its place, if all of it is written, or once it is. Here a checkpoint becomes
+        visible. Raises what stopped the writing."""
+        if self._begun is None or (files := self._learner.saved(wait=wait)) is None:
+            return
+        self._hold()
+        begun, self._begun = self._begun, None
+        self._place(begun, files)
+        self._prune()
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Let the learner go on from a checkpoint, this run's or another's, and forget this run's later ones."""
+        self._learner.load(checkpoint.folder)
+        self.rewind(checkpoint.state.step)
+
     def rewind(self, step: int) -> None:
-        """Forget those after a step that the run goes on from."""
+        """Remove the checkpoints after the step that the run resumes from."""
         later = [path for path in self._all() if _step(path) > step]
         if later and self._path(step).exists():
             self._point(self._path(step))
         for path in later:
             self._drop(path)
 
-    def _place(self, learner: Learner, *, wait: bool) -> None:
-        if self._begun is None or (files := learner.saved(wait=wait)) is None:
-            return
-        self._hold()
-        begun, self._begun = self._begun, None
-        self._commit(begun, files)
-        self._prune()
-
-    def _commit(self, begun: _Begun, files: Mapping[str, FileRecord]) -> None:
+    def _place(self, begun: _Begun, files: Mapping[str, FileRecord]) -> None:
         own = {STATE: begun.state.model_dump_json(indent=1), "config.yaml": begun.config}
         records = {name: write_durably(self._disk, begun.aside / name, text.encode()) for name, text in own.items()}
+        # The manifest comes after all that it lists, the folder's name after the manifest, and the pointer last: what
+        # is seen at any moment is whole.
         write_durably(self._disk, begun.aside / MANIFEST, manifest({**files, **records}))
         self._disk.sync(begun.aside)
         target = self._path(begun.state.step)
@@ -212,30 +250,10 @@ class Checkpoints:
             if path not in best:
                 self._drop(path)
 
-    def _best(self, count: int) -> list[Path]:
-        scores = {path: score for path in self._all() if (score := _score(path)) is not None}
-        return sorted(scores, key=lambda path: (scores[path], path.name), reverse=True)[:count]
-
     def _drop(self, path: Path) -> None:
-        # Under another name first: what is half removed is no checkpoint.
+        # Renamed first, so that a half-removed folder is never taken for a checkpoint.
         self._disk.rename(path, _aside(path))
         self._disk.remove(_aside(path))
-
-    def _advice(self, damaged: Path) -> str:
-        """What to resume from instead."""
-        found = self._all()
-        for path in reversed(found[: found.index(damaged)] if damaged in found else found):
-            try:
-                return f"the newest whole one before it is resume={Checkpoint.open(path).folder}"
-            except Damaged:
-                continue
-        return "there is no whole one before it, so begin again under another name"
-
-    def _all(self) -> list[Path]:
-        return sorted(self._folder.glob("step-" + 6 * "[0-9]")) if self._folder.is_dir() else []
-
-    def _path(self, step: int) -> Path:
-        return self._folder / f"step-{step:06d}"
 
 
 def export(checkpoint: Checkpoint, out: Path, *, part: str = "model") -> None:
@@ -253,7 +271,7 @@ def export_run(run: Path, step: int | None, out: Path, *, adapter: bool = False)
     """`medreasoner export RUN [--step N] --out DIR`: the checkpoint whose model was written. step: None for the newest.
     adapter: the adapter alone. Raises ValueError where there is no such checkpoint, it is damaged, or has no adapter,
     and where `out` exists."""
-    checkpoints = Checkpoints(run / "checkpoints", keep=1, keep_best=0)
+    checkpoints = CheckpointFolder(run / "checkpoints")
     there = checkpoints.steps()
     if not there or (step is not None and step not in there):
         raise ValueError(
@@ -278,7 +296,7 @@ def _step(path: Path) -> int:
 
 
 def _score(path: Path) -> float | None:
-    """None for a damaged one too, which is refused only where somebody asks for it."""
+    """None for a damaged one too: it is refused only when somebody asks for it."""
     try:
         return RunState.model_validate_json((path / STATE).read_bytes()).score
     except (OSError, ValidationError):

@@ -15,7 +15,7 @@ from cluster.config import EvaluateConfig
 from cluster.data import open_held_out
 from cluster.evaluation import FIGURES
 from cluster.figures import GREEDY, TITLES
-from cluster.records import Record, read_records, read_results
+from cluster.records import Record, read_results, records_of
 from cluster.report import write_comparison_report
 from cluster.run_folder import RunFolder
 
@@ -56,15 +56,6 @@ def compare_run(run: RunFolder) -> dict[str, dict[str, dict[str, float]]]:
         for kind in ("greedy", "sampled")
     }
     return {kind: figures for kind, figures in found.items() if figures}
-
-
-def records_of(run: RunFolder, name: str) -> dict[str, list[dict[str, Any]]]:
-    """The records under a name in a run's `samples/`; none where there is no such file."""
-    path = run.samples / f"{name}.parquet"
-    found: dict[str, list[dict[str, Any]]] = {}
-    for record in read_records(path) if path.exists() else []:
-        found.setdefault(record["sample_id"], []).append(record)
-    return found
 
 
 def _mean(records: Sequence[Mapping[str, Any]], figure: str) -> float:

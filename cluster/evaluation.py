@@ -1,4 +1,4 @@
-"""Groups collected, that is sampled and scored: those of a training step, and those of an evaluation."""
+"""Collecting groups, which means sampling and scoring them: for a training step, and for an evaluation."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,14 +13,14 @@ from umrg.group import Group, SamplingParams
 from umrg.sample import Sample
 
 SEED = 20_000_003
-"""Evaluations draw the same random numbers whatever the run, so that two models are compared on equal terms."""
+"""Evaluations use the same random numbers in every run, so that two models are compared on equal terms."""
 
 FIGURES = ("dice", "iou", "pdice", "well_formed")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Collected:
-    """A scored group, and where it lies in Ray's object store for the learner's ranks."""
+    """A scored group, with its references in Ray's object store for the learner's ranks."""
 
     scored: ScoredGroup
     refs: tuple[Ref, Ref]
@@ -38,8 +38,8 @@ def collect(
 ) -> list[Collected]:
     """Sample and score groups; a group is scored while others are still being sampled.
 
-    phase: times the phases "rollout" and "score". meanwhile: called now and then while groups are sampled, when the
-    learner has nothing to do."""
+    phase: times the phases "rollout" and "score". meanwhile: called at least once a second while groups are sampled,
+    when the learner is idle."""
     refs = {group.id: GroupRefs.put(group) for group in groups}
     scoring = {}
     with phase("rollout"):
@@ -52,7 +52,7 @@ def collect(
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Held-out rows, answered and scored."""
+    """The answers to held-out rows, scored."""
 
     greedy: Sequence[ScoredGroup]
     """One answer a row."""
@@ -60,13 +60,13 @@ class Evaluation:
     """n answers a row; none where n is 0."""
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """Mean figures of the greedy and of the sampled answers; n counts rows."""
+        """Mean figures of the greedy and of the sampled answers; `n` is the number of rows."""
         parts = {"greedy": self.greedy, "sampled": self.sampled}
         return {name: figures(part) for name, part in parts.items() if part}
 
 
 def figures(groups: Sequence[ScoredGroup]) -> dict[str, float]:
-    """Means over rows of means over each row's answers."""
+    """Each figure's mean over rows of its mean over the row's answers."""
     means = {name: float(np.mean(row_means(groups, name))) for name in FIGURES}
     return {**means, "n": len(groups)}
 
@@ -77,15 +77,15 @@ def row_means(groups: Sequence[ScoredGroup], metric: str) -> list[float]:
 
 
 def questions(rows: Sequence[Sample]) -> list[Group]:
-    """Rows as groups to be evaluated. A row's place gives its seed, so a part of them is answered as in the whole."""
+    """Rows as groups to be evaluated. Seeds depend on a row's index, so a batch of rows is answered as among all."""
     return [Group(run="evaluation", step=0, index=i, sample=row) for i, row in enumerate(rows)]
 
 
 def evaluate(
     workers: Workers, groups: Sequence[Group], sampling: SamplingParams, measured: Measured = "masks"
 ) -> Evaluation:
-    """Answer held-out rows greedily and, where `sampling.n` is above 0, n times at its temperature. Its seed is not
-    heeded, but `SEED`."""
+    """Answer held-out rows greedily and, if `sampling.n` is above 0, n times at its temperature. The seed is always
+    `SEED`."""
     sampled = replace(sampling, seed=SEED)
     greedy = replace(sampled, n=1, temperature=0.0)
     return Evaluation(

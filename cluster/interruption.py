@@ -1,4 +1,4 @@
-"""What is to be done first when somebody ends the process."""
+"""An action to be taken first when the process is interrupted."""
 
 import signal
 import socket
@@ -11,8 +11,8 @@ _ENDING = {signal.SIGINT, signal.SIGTERM}
 
 @contextmanager
 def first_of_all(act: Callable[[], object]) -> Iterator[None]:
-    """`act` is called as soon as SIGINT or SIGTERM comes, by a thread: the main thread may be in the middle of a call
-    that heeds no signals, and Ray has handlers of its own while it starts. What the signals do else they still do."""
+    """Call `act` from a thread as soon as SIGINT or SIGTERM arrives: the main thread may be inside a call that blocks
+    signals, and Ray installs handlers of its own while it starts. The signals' own handlers run as well."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

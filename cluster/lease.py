@@ -1,12 +1,12 @@
-"""Who has a run's folder: one driver at a time, on whatever machine.
+"""The lease on a run's folder: one driver at a time, on any machine that shares the storage.
 
-    runs/.NAME.lease              its holder, with a count that the holder raises every few seconds
-    runs/.NAME.lease.after-ID     a claim to what the holder ID left behind; renamed to the lease, it is the lease
+    runs/.NAME.lease              its holder, with a heartbeat count that the holder raises every few seconds
+    runs/.NAME.lease.after-ID     a claim to succeed holder ID; once renamed to the lease, it is the lease
 
-Both lie beside the folder, so that nothing in it is touched before the lease is held. Files are made exclusively, which
-file servers too keep to. The holder writes into the file that it made and keeps open: once another has taken its
-place, that is no longer the lease. Clocks of two machines are never compared: whether a holder elsewhere is gone is
-told by its count standing still while the one who waits looks on.
+Both lie beside the folder, so that nothing in it is touched before the lease is held. They are created with O_EXCL,
+which network file systems honour too. A holder writes into the file that it created and keeps open; after another
+driver has taken over, that file is no longer the lease. Clocks of two machines are never compared: a holder on another
+machine counts as gone once its heartbeat stands still while the waiting driver watches.
 """
 
 import os
@@ -26,11 +26,11 @@ from umrg.atomic import named
 from umrg.config import Config
 
 BEAT, LOOK, PATIENCE, SILENCE = 5.0, 1.0, 30.0, 60.0
-"""Seconds: between two beats of a holder, between two looks of one who waits, until a living holder is no longer waited
-for, and after which a holder on another machine that does not beat counts as gone."""
+"""Seconds between two heartbeats, between two looks of a waiting driver, until it gives up on a living holder, and
+without a heartbeat until a holder on another machine counts as gone."""
 
 _BYTES = 1024
-"""Every record is as long, so that one written over another covers it."""
+"""Length of every record, so that a new one overwrites the old one completely."""
 
 
 class LeaseLost(RuntimeError):
@@ -38,21 +38,28 @@ class LeaseLost(RuntimeError):
 
 
 class Process(Config):
-    """host: for people. machine: within which pid and started tell processes apart. started: ticks after boot."""
+    """A process on some machine."""
 
     host: str
+    """Name for messages."""
     machine: str
+    """Boot and process namespace, within which `pid` and `started` identify a process."""
     pid: int
     started: int
+    """Clock ticks after boot; distinguishes processes that reuse a pid."""
 
 
 class Holder(Config):
-    """id: of one lease, never used again. since: for people. beats: changes as long as the holder lives."""
+    """The content of a lease."""
 
     id: str
+    """Of this lease, never reused."""
     process: Process | None
+    """None if the record cannot be read."""
     since: str
+    """Local time for messages."""
     beats: int = 0
+    """Heartbeat count; it changes as long as the holder lives."""
 
     def __str__(self) -> str:
         if self.process is None:
@@ -61,15 +68,15 @@ class Holder(Config):
 
 
 class Machine:
-    """This machine and its time."""
+    """This machine's processes and clock; a seam for tests."""
 
     def process(self) -> Process:
-        """The one that asks."""
+        """The calling process."""
         pid = os.getpid()
         return Process(host=socket.gethostname(), machine=self._id(), pid=pid, started=_stat(pid)[1])
 
     def gone(self, process: Process) -> bool | None:
-        """Whether a process has ended; None where it is of another machine."""
+        """Whether a process has ended; None if it is on another machine."""
         if process.machine != self._id():
             return None
         try:
@@ -78,7 +85,7 @@ class Machine:
         except ProcessLookupError:
             return True
         except (PermissionError, FileNotFoundError):
-            # It is there, and somebody else's.
+            # The process exists and belongs to another user.
             return False
         return state in "ZX" or started != process.started
 
@@ -89,7 +96,7 @@ class Machine:
         time.sleep(seconds)
 
     def _id(self) -> str:
-        # Containers of one machine number their processes each on its own.
+        # Each container of a machine numbers its processes on its own.
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
 
 
@@ -103,7 +110,7 @@ class Lease:
 
     @classmethod
     def made(cls, path: Path, holder: Holder) -> Self | None:
-        """A new file with that holder; None where there is one already."""
+        """Create the file with that holder; None if it exists."""
         try:
             file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
         except FileExistsError:
@@ -121,7 +128,7 @@ class Lease:
         os.fsync(self.file)
 
     def beat(self) -> None:
-        """Show that the holder lives."""
+        """Write a heartbeat."""
         self.holder = self.holder.model_copy(update={"beats": self.holder.beats + 1})
         self.write()
 
@@ -130,7 +137,7 @@ class Lease:
         return now is not None and now.id == self.holder.id
 
     def hold(self) -> None:
-        """Raises LeaseLost where another has the folder by now."""
+        """Raises LeaseLost if another driver has taken over."""
         if not self.ours():
             raise LeaseLost(f"{self.path} is held by {holder_of(self.path) or 'nobody'} now; this run ends here")
 
@@ -147,7 +154,7 @@ class Lease:
 
 @contextmanager
 def leased(folder: Path, machine: Machine | None = None) -> Iterator[Lease]:
-    """Hold the lease on a run's folder, which need not be there yet. Raises ValueError that says who has it."""
+    """Hold the lease on a run's folder, which need not exist yet. Raises ValueError naming the holder if it is taken."""
     machine = machine or Machine()
     path = folder.resolve().with_name(f".{folder.resolve().name}.lease")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,13 +167,13 @@ def leased(folder: Path, machine: Machine | None = None) -> Iterator[Lease]:
         yield lease
     finally:
         ended.set()
-        # Before its file is closed, whose number another file may then have.
+        # Joined before the file is closed, because another file may then get its descriptor.
         beating.join()
         lease.release()
 
 
 def take(path: Path, machine: Machine, *, say: Callable[[Holder], object] = lambda holder: None) -> Lease:
-    """The lease, once it is free or its holder is gone. Raises ValueError where a living holder keeps it."""
+    """Take the lease once it is free or its holder is gone. Raises ValueError if a living holder keeps it."""
     own = Holder(id=uuid.uuid4().hex[:16], process=machine.process(), since=time.strftime("%Y-%m-%d %H:%M:%S %Z"))
     began = machine.now()
     first = seen = holder_of(path)
@@ -198,7 +205,7 @@ def take(path: Path, machine: Machine, *, say: Callable[[Holder], object] = lamb
 
 
 def holder_of(path: Path) -> Holder | None:
-    """Who has a lease: whom it names or, where somebody claims what that one left behind, the last of those."""
+    """The holder of a lease: the one it names or, if there are claims to succeed that one, the last claimant."""
     holder = _read(path)
     while holder is not None and (heir := _read(_claim(path, holder))):
         holder = heir
@@ -206,13 +213,13 @@ def holder_of(path: Path) -> Holder | None:
 
 
 def _succeed(path: Path, gone: Holder, own: Holder) -> Lease | None:
-    """Take the place of one that is gone; None where another was quicker. Of two that claim, one makes the file."""
+    """Succeed a holder that is gone; None if another driver was quicker: only one of two can create the claim."""
     claim = Lease.made(_claim(path, gone), own)
     if claim is None:
         return None
     lease = Lease(path, own, claim.file)
     if not lease.ours():
-        # It claims what was left behind before somebody else came and went.
+        # A stale claim: the holder it succeeds has been succeeded already.
         claim.drop()
         return None
     with suppress(FileNotFoundError):
@@ -228,13 +235,13 @@ def _claim(path: Path, gone: Holder) -> Path:
 
 
 def _gone(holder: Holder, machine: Machine, *, silent: float = 0.0) -> bool:
-    """silent: seconds for which the one who asks has seen no beat."""
+    """silent: seconds for which the caller has seen no heartbeat."""
     gone = machine.gone(holder.process) if holder.process else None
     return silent >= SILENCE if gone is None else gone
 
 
 def _known_to_live(holder: Holder, first: Holder | None, machine: Machine) -> bool:
-    """first: what was read first, in whose place it may have beaten since."""
+    """first: the holder as first read; one that differs has written a heartbeat since."""
     here = holder.process is not None and machine.gone(holder.process) is not None
     return here or holder != first
 
@@ -247,18 +254,18 @@ def _read(path: Path) -> Holder | None:
     try:
         return Holder.model_validate_json(content)
     except ValidationError:
-        # About to be written, or its writer ended before it was.
+        # Not written yet, or its writer was killed before it was.
         return Holder(id="unreadable", process=None, since="")
 
 
 def _stat(pid: int) -> tuple[str, int]:
-    """A process's state, Z or X where it has ended, and when it began, in ticks after boot."""
+    """A process's state (Z or X once it has ended) and its start in clock ticks after boot."""
     state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return state, int(numbers[18])
 
 
 def _beat(lease: Lease, ended: threading.Event) -> None:
     while not ended.wait(BEAT):
-        # A file server that is away for a moment. Where it stays away, the lease is lost, which `hold` notices.
+        # A file server may be away for a moment. If it stays away the lease is lost, which `hold` notices.
         with suppress(OSError):
             lease.beat()

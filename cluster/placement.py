@@ -1,4 +1,4 @@
-"""Where a run's actors sit: arithmetic apart from Ray, so that a table can test it.
+"""Placement of a run's actors: arithmetic apart from Ray, so that a table can test it.
 
 a role's configuration ──bundles──► one Bundle an actor ──shortage(nodes)──► what is missing, in words
 """
@@ -10,10 +10,12 @@ from typing import Protocol
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """What one actor takes. role: rollout, segmenter or learner. index: which of its role."""
+    """The resources of one actor."""
 
     role: str
+    """rollout, segmenter or learner."""
     index: int
+    """Its number within the role."""
     cpus: float
     gpus: float
 
@@ -23,7 +25,7 @@ class Bundle:
 
     @property
     def resources(self) -> dict[str, float]:
-        """As Ray's placement groups want it: nothing that is 0, and not nothing at all."""
+        """For Ray's placement groups, which refuse amounts of 0 and empty bundles."""
         wanted = {"CPU": self.cpus, "GPU": self.gpus}
         return {name: amount for name, amount in wanted.items() if amount > 0} or {"CPU": 0.001}
 
@@ -40,20 +42,20 @@ class Resources(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """What a machine of the cluster has, or has left."""
+    """The resources of a machine of the cluster."""
 
     cpus: float
     gpus: float
 
 
 def bundles(role: str, count: int, each: Resources) -> list[Bundle]:
-    """One bundle an actor of a role."""
+    """The bundles of all actors of a role."""
     return [Bundle(role=role, index=i, cpus=each.num_cpus, gpus=each.num_gpus) for i in range(count)]
 
 
 def shortage(wanted: Sequence[Bundle], nodes: Sequence[Node]) -> str | None:
-    """What the cluster lacks for all bundles at once, in a sentence that says what is needed and what there is; None
-    where they fit. A bundle must fit on one node; the largest are placed first, each where least is left."""
+    """What the cluster lacks to hold all bundles at once, in a sentence with what is needed and what there is; None if
+    they fit. A bundle must fit on one node. The largest bundles are placed first, each on the node with least left."""
     need_cpus, need_gpus = sum(b.cpus for b in wanted), sum(b.gpus for b in wanted)
     have_cpus, have_gpus = sum(n.cpus for n in nodes), sum(n.gpus for n in nodes)
     left = [(node.cpus, node.gpus) for node in nodes]

@@ -1,5 +1,5 @@
-"""Sample records: one an answer, the same for training, evaluation and whoever looks at them; and the files that hold
-them, `samples/*.parquet` of a training run and `results.jsonl` of an evaluation."""
+"""Sample records, one per answer: the same fields in `samples/*.parquet` of a training run and `results.jsonl` of an
+evaluation, and for every report that shows them."""
 
 import json
 import os
@@ -10,13 +10,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cluster.run_folder import RunFolder
 from rewards.scored import ScoredGroup
 from umrg.atomic import named, whole_lines, written_aside
 
 
 def records(groups: Iterable[ScoredGroup]) -> Iterator[dict[str, Any]]:
-    """Rows of plain values. Boxes and points in original pixels; mask as COCO run-length encoding. The image stays in
-    its dataset, under `sample_id`."""
+    """Records as plain values. Boxes and points are in original pixels, masks in COCO run-length encoding. The image is
+    found in its dataset under `sample_id`."""
     for each in groups:
         sample = each.group.sample
         for i, (completion, scored) in enumerate(zip(each.samples.completions, each.answers, strict=True)):
@@ -48,7 +49,7 @@ def records(groups: Iterable[ScoredGroup]) -> Iterator[dict[str, Any]]:
 
 
 def as_results(groups: Iterable[ScoredGroup], kind: str) -> list[dict[str, Any]]:
-    """Records of one kind of answers, "greedy" or "sampled", as an evaluation's results.jsonl has them."""
+    """Records of one kind of answers, "greedy" or "sampled", as in an evaluation's results.jsonl."""
     return [{"kind": kind, **record} for record in records(groups)]
 
 
@@ -66,9 +67,19 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 Record = Mapping[str, Any]
 
 
+def records_of(run: RunFolder, name: str) -> dict[str, list[dict[str, Any]]]:
+    """The records of `samples/<name>.parquet` of a run by row id; empty if there is no such file."""
+    path = run.samples / f"{name}.parquet"
+    found: dict[str, list[dict[str, Any]]] = {}
+    for record in read_records(path) if path.exists() else []:
+        found.setdefault(record["sample_id"], []).append(record)
+    return found
+
+
 class Results:
-    """The records in a file. A row is done when its greedy answer and all n sampled ones are there. hold: raises where
-    the run's folder is another's by now; called before anything is added."""
+    """An evaluation's results.jsonl, appended to as rows are done, so that an interrupted evaluation resumes. A row is
+    done when its greedy answer and all n sampled ones are there. hold: called before every write; raises if another
+    driver has taken over the run's folder."""
 
     def __init__(self, path: Path, *, n: int, hold: Callable[[], None] = lambda: None) -> None:
         self._path, self._n, self._hold = path, n, hold
@@ -79,7 +90,7 @@ class Results:
         self._write(self.rows)
 
     def add(self, records: Iterable[Record]) -> None:
-        """Keep the records of some rows, all their answers at once; they are on disk when this returns."""
+        """Append the records of whole rows. They are on disk when this returns."""
         self._hold()
         lines = []
         for record in records:
@@ -91,7 +102,7 @@ class Results:
             os.fsync(file.fileno())
 
     def sort(self, order: Sequence[str]) -> None:
-        """Bring the file into the order of the rows' ids, however it came about."""
+        """Sort the file by the given order of row ids."""
         self.rows = {row: self.rows[row] for row in order}
         self._write(self.rows)
 
@@ -103,7 +114,7 @@ class Results:
 
 
 def read_results(path: Path) -> dict[str, list[Record]]:
-    """The records of a results.jsonl by row. Raises ValueError where there is none."""
+    """The records of a results.jsonl by row id. Raises ValueError if there is no such file."""
     if not path.is_file():
         raise ValueError(f"there is no {path}; give the folder of an evaluation")
     rows: dict[str, list[Record]] = {}

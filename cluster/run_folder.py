@@ -38,15 +38,16 @@ _telling = threading.Lock()
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where one run keeps what it leaves behind. lease: None where it is only read."""
+    """The folder in which a run keeps everything that it leaves behind."""
 
     path: Path
     lease: Lease | None = None
+    """Held by the driver of the run; None if the folder is only read."""
 
     @classmethod
     def create(cls, path: Path, config: Config) -> Self:
-        """Make the folder, with the resolved configuration and a summary that says that it runs. Raises ValueError
-        where one exists, but for one in which nothing was done yet."""
+        """Make the folder, with the resolved configuration and a summary of status "running". Raises ValueError if it
+        exists, unless it is blank (`is_blank`)."""
         if path.exists() and not is_blank(path):
             raise ValueError(f"the run folder {path} exists; give another name=… or remove it")
         with written_aside(path) as aside:
@@ -58,10 +59,10 @@ class RunFolder:
     @classmethod
     @contextmanager
     def begun(cls, path: Path, config: Config, *, resume: bool) -> Iterator[Self]:
-        """`begin` under a lease, with a summary that says from the first second to the last how the run stands. Where
-        a mistake of the user's ends it before it has anything to show, a folder that was made for it goes too, so that
-        the corrected command finds the name free. Raises ValueError where another driver has the folder, which then
-        stays as it is."""
+        """`begin` under a lease, with a summary that tells the run's status from the first second to the last. If a
+        user's mistake ends the run before it has results, a folder that was made for it is removed, so that the
+        corrected command finds the name free. Raises ValueError, and touches nothing, if another driver holds the
+        folder."""
         refuse_rays_cache(path)
         with leased(path) as lease:
             ours = not path.exists() or is_blank(path)
@@ -75,14 +76,14 @@ class RunFolder:
                     shutil.rmtree(path)
                 raise
             finally:
-                # An actor that was ended in the middle of a checkpoint may have written on after it was given up.
+                # An actor that was killed while it wrote a checkpoint may have left files aside.
                 if lease.ours():
                     remove_leftovers(path)
 
     @classmethod
     def begin(cls, path: Path, config: Config, *, resume: bool) -> Self:
-        """Make the folder, or with `resume` take the one that is there. Raises ValueError where one is there and should
-        not be, is no run's, or was made with another configuration."""
+        """Make the folder or, with `resume`, take over an existing one. Raises ValueError if one exists and `resume` is
+        false, if it is no run's folder, or if it was made with another configuration."""
         if not (resume and path.exists() and not is_blank(path)):
             return cls.create(path, config)
         kept = yaml.safe_load((path / "config.yaml").read_bytes()) if (path / "config.yaml").is_file() else None
@@ -99,8 +100,8 @@ class RunFolder:
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """The summary says how the run stands. What it said before it says again where a mistake of the user's ends the
-        run before it has changed anything."""
+        """Keep the summary's status up to date. The former summary is restored if a user's mistake ends the run before
+        it has changed anything."""
         before, done = self.read_json(SUMMARY) or {}, self._done()
         self.write_json(SUMMARY, {"status": "running"})
         try:
@@ -114,8 +115,8 @@ class RunFolder:
 
     @contextmanager
     def telling(self) -> Iterator[None]:
-        """An error that ends what is done in here is told at once, before what stands around it is ended, which may
-        take long."""
+        """Write an error that ends this context to the summary at once, before the enclosing contexts shut actors down,
+        which may take long."""
         try:
             yield
         except (KeyboardInterrupt, SystemExit):
@@ -126,8 +127,7 @@ class RunFolder:
             raise
 
     def tell(self, status: Status | None = None, **details: Any) -> None:
-        """Let the summary say how the run stands, and add details. It stays as it is where another driver has the
-        folder by now."""
+        """Update the summary's status and details, unless another driver has taken over the folder."""
         with _telling:
             if self.lease is None or self.lease.ours():
                 kept = self.read_json(SUMMARY) or {}
@@ -135,17 +135,17 @@ class RunFolder:
                 self._write_json(SUMMARY, {**kept, **details, **told})
 
     def status(self) -> Status:
-        """What the summary says; "interrupted" where it says nothing."""
+        """The summary's status; "interrupted" if there is none."""
         found: Status = (self.read_json(SUMMARY) or {}).get("status", "interrupted")
         return found
 
     def _end(self, status: Status, **details: Any) -> None:
-        # What comes after the end, while actors are shut down, changes nothing about it.
+        # Errors while actors are shut down must not overwrite how the run ended.
         if self.status() == "running":
             self.tell(status, **details)
 
     def hold(self) -> None:
-        """Raises LeaseLost where another driver has the folder by now."""
+        """Raises LeaseLost if another driver has taken over the folder."""
         if self.lease:
             self.lease.hold()
 
@@ -170,12 +170,12 @@ class RunFolder:
         return self.samples.exists() or any(self._done())
 
     def _done(self) -> list[int]:
-        """Bytes of what grows with all that is done."""
+        """Sizes in bytes of the files that grow with every result."""
         files = [self.path / f"{name}.jsonl" for name in ("results", "metrics")]
         return [file.stat().st_size if file.exists() else 0 for file in files]
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """Add a line to metrics.jsonl."""
+        """Append a line to metrics.jsonl."""
         self.hold()
         path = self.path / "metrics.jsonl"
         with named(path), path.open("a") as file:
@@ -186,7 +186,7 @@ class RunFolder:
         return whole_lines(self.path / "metrics.jsonl")
 
     def metrics_position(self) -> int:
-        """Bytes of metrics.jsonl, all of them on the disk."""
+        """Size of metrics.jsonl in bytes, once all of it is on the disk."""
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return 0
@@ -195,7 +195,7 @@ class RunFolder:
         return path.stat().st_size
 
     def rewind(self, step: int, metrics: int) -> None:
-        """Forget what was written after a step. metrics: bytes of metrics.jsonl by then."""
+        """Drop what was written after a step. metrics: bytes of metrics.jsonl to keep."""
         self.hold()
         path = self.path / "metrics.jsonl"
         if path.exists():
@@ -205,7 +205,7 @@ class RunFolder:
                 samples.unlink()
 
     def read_json(self, name: str) -> Any:
-        """What `write_json` wrote under that name; None where there is nothing."""
+        """The value of a JSON file of the folder; None if there is no such file."""
         path = self.path / name
         return json.loads(path.read_text()) if path.exists() else None
 
@@ -219,7 +219,7 @@ class RunFolder:
 
 
 def is_blank(path: Path) -> bool:
-    """Whether a folder is that of a run which ended before anything was sampled or learnt, and holds nothing else."""
+    """Whether a folder is that of a run that ended before anything was sampled or learnt, and holds nothing else."""
     if not (path / "config.yaml").is_file() or not (path / SUMMARY).is_file():
         return False
     files = [entry.relative_to(path) for entry in path.rglob("*") if not entry.is_dir()]
@@ -228,12 +228,12 @@ def is_blank(path: Path) -> bool:
 
 
 def _passing(path: Path) -> bool:
-    """Written anew by every run that begins, or left by one that was killed as it wrote."""
+    """Written anew at every start, or left aside by a writer that was killed."""
     return path.parts[0] == "tensorboard" or any(part.startswith(".") and part.endswith(".part") for part in path.parts)
 
 
 def refuse_rays_cache(path: Path) -> None:
-    """Raises ValueError for a folder in the cache that Ray unpacks the packages of jobs into, and empties at will."""
+    """Raises ValueError for a folder in the cache into which Ray unpacks jobs' packages, and which it may empty."""
     if _RAYS_CACHE & set(path.resolve().parts):
         raise ValueError(
             f"the run folder {path} would lie in Ray's cache of packages ({path.resolve()}), from which it may vanish "

@@ -1,7 +1,7 @@
 """The supervised job: `medreasoner sft CONFIG [key=value …]`, the same as `python -m cluster.sft CONFIG …`.
 
 images, each with the samples that ask about it ──► learner's ranks ──► checkpoints ──► model
-                                                        └─ now and then: loss on the images that are held out
+                                                        └─ every N steps: loss on the held-out images
 """
 
 import sys
@@ -16,35 +16,33 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from actors.learner_rank import SupervisedRank
 from actors.pools import SupervisedPool
-from cluster.checkpoints import Checkpoint, Checkpoints, RunState, export
+from cluster.checkpoints import Checkpoint
 from cluster.cli import run_command
-from cluster.config import SftConfig, config_text, load_config
+from cluster.config import SftConfig, load_config
+from cluster.loop import Loop, checkpoint_to_resume
 from cluster.run_folder import RunFolder
 from cluster.workers import ActorSpec, cluster, ranks, started_supervised
 from learner.config import LearnerTask
 from umrg.dataset import Dataset
 from umrg.rows import reasoning_fault
 from umrg.sample import Sample
-from umrg.shuffling import Cursor, batches
+from umrg.shuffling import batches
 
 PLAIN_EVERY = 50
-"""Steps between two lines where the output is no terminal."""
+"""Steps between two lines of progress if the output is no terminal."""
 
 
 def sft(config: SftConfig) -> RunFolder:
-    """Fine-tune a reasoner; the model lies in the run folder's `model/`."""
+    """Fine-tune a reasoner. The model is left in the run folder's `model/`."""
     with ExitStack() as stack:
         run = stack.enter_context(RunFolder.begun(config.runs / config.name, config, resume=config.resume != "never"))
-        checkpoints = Checkpoints(
-            run.checkpoints, keep=config.keep, keep_best=1, every=config.checkpoint_every, hold=run.hold
-        )
-        checkpoint = checkpoints.chosen(config.resume, config.steps)
+        checkpoint = checkpoint_to_resume(config, run)
         images = Images(config)
         stack.enter_context(cluster())
         print("starting the learner", flush=True)
         learner = stack.enter_context(started_supervised(actors(config, run.path), config))
         stack.enter_context(run.telling())
-        Finetuning(config, run, checkpoints, learner, images).go(checkpoint)
+        Finetuning(config, run, learner, images).go(checkpoint)
     return run
 
 
@@ -55,7 +53,7 @@ def actors(config: SftConfig, run: Path) -> list[ActorSpec]:
 
 
 class Images:
-    """The rows of a run by image, those that are learnt from apart from those that are held out."""
+    """The rows of a run by image, divided into training and held-out images."""
 
     def __init__(self, config: SftConfig) -> None:
         self._dataset = Dataset.open(
@@ -77,8 +75,8 @@ class Images:
         self.learnt = [images[i] for i in sorted(order[held_out:])]
 
     def load(self, images: Sequence[Sequence[int]]) -> list[list[Sample]]:
-        """Images, given by their rows, as the samples that ask about each."""
-        # Paths only propose what belongs together; the bytes decide.
+        """The samples of images, which are given as lists of row indices."""
+        # Rows were grouped by image path; only equal bytes make them the same image.
         together: dict[bytes, list[Sample]] = {}
         for sample in self._dataset.samples([row for rows in images for row in rows]):
             together.setdefault(sample.image_bytes, []).append(sample)
@@ -91,19 +89,16 @@ def _refuse_unteachable(dataset: Dataset) -> None:
             raise ValueError(f"row {info.row} ({info.id!r}) of {info.file} has {fault}")
 
 
-class Finetuning:
-    """One run from its first step, or the one after a checkpoint, to its last."""
+class Finetuning(Loop):
+    """A supervised run."""
 
-    def __init__(
-        self, config: SftConfig, run: RunFolder, checkpoints: Checkpoints, learner: SupervisedPool, images: Images
-    ) -> None:
-        self.config, self.run, self.checkpoints, self.learner, self.images = config, run, checkpoints, learner, images
-        self.cursor = Cursor(seed=config.seed)
-        self.step = 0
+    def __init__(self, config: SftConfig, run: RunFolder, learner: SupervisedPool, images: Images) -> None:
+        super().__init__(config, run, learner, keep_best=1)
+        self.config, self.learner, self.images = config, learner, images
         self.validations: list[float] = []
 
     def go(self, checkpoint: Checkpoint | None) -> None:
-        """Resume or begin, take all steps, and leave the best model behind, which without validation is the last."""
+        """Resume or begin, take all steps, and leave the best model behind; without validation that is the last one."""
         started = time.monotonic()
         self.resume(checkpoint)
         with _progress() as progress:
@@ -113,10 +108,7 @@ class Finetuning:
                 progress.update(task, completed=self.step, loss=line["loss"])
                 if not progress.console.is_terminal and (self.step % PLAIN_EVERY == 0 or "validation_loss" in line):
                     print(_plain(line, self.config.steps), flush=True)
-        self.checkpoints.finish(self.learner)
-        chosen = self.checkpoints.best() if self.images.held_out else self.checkpoints.placed or checkpoint
-        assert chosen is not None, "the last step has a checkpoint"
-        export(chosen, self.run.model)
+        chosen = self.leave_model(checkpoint, best=bool(self.images.held_out))
         seconds = {"sft": round(time.monotonic() - started, 2)}
         self.run.tell("ended", steps=self.step, model_of_step=chosen.state.step, seconds=seconds)
 
@@ -129,51 +121,40 @@ class Finetuning:
             yield self.images.load([self.images.learnt[i] for i in rows])
 
     def finished(self) -> bool:
-        """All steps are taken, or the validation loss has stopped falling."""
-        return self.step >= self.config.steps or out_of_patience(self.validations, self.config.patience)
+        """All steps are taken, or the validation loss has stopped improving."""
+        return self.at_end or out_of_patience(self.validations, self.config.patience)
 
     def take_step(self, images: list[list[Sample]]) -> dict[str, float]:
-        """Learn, look at what is held out, write down; the metrics by name."""
+        """Learn, validate if due, record, save if due. Returns the metrics by name."""
         line: dict[str, float] = {"step": self.step + 1, **asdict(self.learner.update(images))}
         self.step += 1
-        if self.images.held_out and self.due(self.config.validate_every):
+        if self.images.held_out and (self.at_end or self.due(self.config.validate_every)):
             line["validation_loss"] = self.validate()
             self.validations.append(line["validation_loss"])
         self.run.log(line)
         lowest = "validation_loss" in line and line["validation_loss"] == min(self.validations)
-        if lowest or self.checkpoints.due(self.step) or self.step == self.config.steps:
-            score = -line["validation_loss"] if "validation_loss" in line else None
-            state = RunState(step=self.step, cursor=self.cursor, metrics=self.run.metrics_position(), score=score)
-            self.checkpoints.begin(state, config_text(self.config), self.learner)
-        else:
-            self.checkpoints.poll(self.learner)
+        score = -line["validation_loss"] if "validation_loss" in line else None
+        self.save_if_due(score, at_once=lowest)
         return line
 
-    def due(self, every: int) -> bool:
-        """At every so-manieth step, and at the last."""
-        return self.step == self.config.steps or self.step % every == 0
-
     def validate(self) -> float:
-        """Mean negative log-likelihood of a token of the answers about the images that are held out, in nats."""
+        """Mean negative log-likelihood per token of the answers about the held-out images, in nats."""
         held_out, batch = self.images.held_out, self.config.batch
         parts = [self.learner.loss(self.images.load(held_out[i : i + batch])) for i in range(0, len(held_out), batch)]
         return sum(loss for loss, _ in parts) / sum(tokens for _, tokens in parts)
 
-    def resume(self, checkpoint: Checkpoint | None) -> None:
-        """Go on from a checkpoint, if there is one."""
-        position = 0
+    def resume(self, checkpoint: Checkpoint | None) -> int:
+        """As `Loop.resume`; the validation losses so far are read from the metrics."""
+        position = super().resume(checkpoint)
         if checkpoint:
-            self.learner.load(checkpoint.folder)
-            self.step, self.cursor = checkpoint.state.step, checkpoint.state.cursor
-            position = checkpoint.state.metrics if checkpoint.folder.parent == self.run.checkpoints.resolve() else 0
             print(f"resumed after step {self.step}", flush=True)
         self.run.rewind(self.step, position)
         self.validations = [line["validation_loss"] for line in self.run.metrics() if "validation_loss" in line]
-        self.checkpoints.rewind(self.step)
+        return position
 
 
 def out_of_patience(validations: Sequence[float], patience: int | None) -> bool:
-    """Whether so many validation losses in a row were no lower than the lowest before them."""
+    """Whether the last `patience` validation losses were all no lower than the lowest before them."""
     if patience is None or not validations:
         return False
     return len(validations) - 1 - int(np.argmin(validations)) >= patience

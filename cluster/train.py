@@ -1,8 +1,8 @@
 """The training job: `medreasoner train CONFIG [key=value …]`, the same as `python -m cluster.train CONFIG …`.
 
-rows ──Group──► rollouts ──GroupSamples──► segmenters ──ScoredAnswer──► learner
-                   ▲                                                       │
-                   └────────────── weights, digest, canary ────────────────┘
+rows ──Group──► rollouts ──GroupSamples──► segmenters ──ScoredGroup──► learner
+                   ▲                                                      │
+                   └───────────── weights, digest, canary ────────────────┘
 """
 
 import sys
@@ -11,13 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from actors.learner_rank import LearnerRank
-from cluster.checkpoints import Checkpoint, Checkpoints, RunState, export
+from cluster.checkpoints import Checkpoint
 from cluster.cli import run_command
-from cluster.config import TrainConfig, config_text, load_config
+from cluster.config import TrainConfig, load_config
 from cluster.data import open_rows
 from cluster.display import Display
 from cluster.evaluation import Collected, collect, evaluate, questions
-from cluster.journal import Clock, Journal
+from cluster.journal import Journal
+from cluster.loop import Loop, checkpoint_to_resume
 from cluster.run_folder import RunFolder
 from cluster.weight_sync import Canary, sync_weights
 from cluster.workers import ActorSpec, Workers, cluster, ranks, rollouts, segmenters, started
@@ -25,14 +26,14 @@ from learner.config import LearnerTask
 from umrg.dataset import Dataset
 from umrg.group import Group
 from umrg.sample import Sample
-from umrg.shuffling import Cursor, batches
+from umrg.shuffling import batches
 
 
 def train(config: TrainConfig) -> RunFolder:
-    """Run the job; the trained model lies in the run folder's `model/`."""
+    """Run the job. The trained model is left in the run folder's `model/`."""
     with ExitStack() as stack:
         run = stack.enter_context(RunFolder.begun(config.runs / config.name, config, resume=config.resume != "never"))
-        checkpoint = checkpoints_of(config, run).chosen(config.resume, config.steps)
+        checkpoint = checkpoint_to_resume(config, run)
         journal = stack.enter_context(Journal(run, config))
         display = stack.enter_context(Display(config))
         with display.waiting("reading data"), journal.clock.phase("data"):
@@ -46,8 +47,8 @@ def train(config: TrainConfig) -> RunFolder:
 
 
 def actors(config: TrainConfig, run: Path | None = None) -> list[ActorSpec]:
-    """The actors of a training run: the learner's ranks, the hardest to place, then rollouts, then segmenters. run: its
-    folder; None where no checkpoint is written."""
+    """The actors of a training run: the learner's ranks, which are the hardest to place, rollouts, and segmenters. run:
+    its folder; None if no checkpoint is written."""
     spec = config.spec()
     task = LearnerTask(
         model=config.model,
@@ -65,19 +66,8 @@ def actors(config: TrainConfig, run: Path | None = None) -> list[ActorSpec]:
     ]
 
 
-def checkpoints_of(config: TrainConfig, run: RunFolder, clock: Clock | None = None) -> Checkpoints:
-    return Checkpoints(
-        run.checkpoints,
-        keep=config.keep,
-        keep_best=config.keep_best,
-        every=config.checkpoint_every,
-        now=(clock or Clock()).now,
-        hold=run.hold,
-    )
-
-
-class Training:
-    """One run from its first step, or the one after a checkpoint, to its last."""
+class Training(Loop):
+    """A GRPO run."""
 
     def __init__(
         self,
@@ -89,31 +79,32 @@ class Training:
         rows: Dataset,
         held_out: list[Sample],
     ) -> None:
-        self.config, self.run, self.workers = config, run, workers
+        super().__init__(config, run, workers.learner, keep_best=config.keep_best, now=journal.clock.now)
+        self.config, self.workers = config, workers
         self.journal, self.display, self.rows, self.held_out = journal, display, rows, held_out
-        self.checkpoints = checkpoints_of(config, run, journal.clock)
         self.canary = Canary(rows[0], config)
         self.sampling = config.rollout.sampling(seed=config.seed)
-        self.cursor = Cursor(seed=config.seed)
-        self.step = 0
 
     def go(self, checkpoint: Checkpoint | None) -> None:
         """Resume or begin, take all steps, and leave model, summary and report behind."""
         self.resume(checkpoint)
+        clock = self.journal.clock
         if self.config.evaluation.before and not self.journal.has_evaluation("before"):
             self.measure("before")
-        while self.step < self.config.steps:
+        while not self.at_end:
             self.take_step()
-            if self.due(self.config.evaluation.every) and self.step < self.config.steps:
+            if self.due(self.config.evaluation.every) and not self.at_end:
                 self.measure(f"step-{self.step:06d}")
-            self.checkpoint()
+            with clock.phase("checkpoint"):
+                self.save_if_due(self.journal.score())
         self.measure("after")
-        self.leave_model(checkpoint)
+        with clock.phase("save"):
+            self.leave_model(checkpoint)
         self.workers.check_expert()
         self.display.gain(self.journal.finish(self.held_out))
 
     def take_step(self) -> None:
-        """Sample, score, learn, hand on."""
+        """Sample and score, learn, sync weights, record."""
         clock = self.journal.clock
         groups, resampled = self.collect()
         with clock.phase("learn"):
@@ -127,7 +118,7 @@ class Training:
         self.display.step(self.step, metrics)
 
     def collect(self) -> tuple[list[Collected], int]:
-        """A step's groups, sampled and scored, and how many zero-variance groups gave way to fresh ones
+        """The groups of a step, sampled and scored, and how many zero-variance groups were replaced by new ones
         (dynamic sampling: DAPO, Yu et al. 2025, arXiv:2503.14476)."""
         kept: list[Collected] = []
         asked = 0
@@ -140,18 +131,18 @@ class Training:
                 self.sampling,
                 "reward",
                 phase=self.journal.clock.phase,
-                meanwhile=self.place_checkpoint,
+                meanwhile=self.checkpoints.saved,
             )
             kept += [group for group in collected if not group.scored.zero_variance]
             zero_variance = [group for group in collected if group.scored.zero_variance]
             if not zero_variance:
                 break
-        # What no retry made up for is kept as it is, so that every step has as many groups.
+        # Zero-variance groups that no retry replaced are kept: every step has the same number of groups.
         kept += zero_variance[: self.config.batch - len(kept)]
         return kept, asked - len(kept)
 
     def groups(self, count: int, first: int) -> list[Group]:
-        """The next rows of the data, as groups of this step from an index on."""
+        """The next `count` rows of the data as groups of this step, with indices from `first` on."""
         rows, self.cursor = next(batches(self.rows, count, self.cursor))
         return [
             Group(run=self.config.name, step=self.step, index=first + i, sample=sample)
@@ -159,7 +150,7 @@ class Training:
         ]
 
     def measure(self, name: str) -> None:
-        """Evaluate on the held-out rows, under a name."""
+        """Evaluate on the held-out rows, and record it under a name."""
         with self.display.waiting(f"evaluating {name}"), self.journal.clock.phase("evaluate"):
             evaluation = evaluate(
                 self.workers,
@@ -169,46 +160,15 @@ class Training:
         self.journal.evaluation(name, self.step, evaluation)
         self.display.evaluation(name, evaluation.summary())
 
-    def due(self, every: int) -> bool:
-        return every > 0 and self.step % every == 0
-
-    def checkpoint(self) -> None:
-        """Begin to write a checkpoint of everything that the next step depends on, where one is due; put the one begun
-        before in its place as soon as it is written."""
-        with self.journal.clock.phase("checkpoint"):
-            if self.checkpoints.due(self.step) or self.step == self.config.steps:
-                state = RunState(
-                    step=self.step, cursor=self.cursor, metrics=self.journal.position(), score=self.journal.score()
-                )
-                self.checkpoints.begin(state, config_text(self.config), self.workers.learner)
-            else:
-                self.place_checkpoint()
-
-    def place_checkpoint(self) -> None:
-        """Put the checkpoint that was begun in its place, if it is written by now."""
-        self.checkpoints.poll(self.workers.learner)
-
-    def resume(self, checkpoint: Checkpoint | None) -> None:
-        """Go on from a checkpoint, if there is one; the rollouts then get its weights."""
-        position = 0
+    def resume(self, checkpoint: Checkpoint | None) -> int:
+        """As `Loop.resume`; the rollouts get the checkpoint's weights, and the journal drops later records."""
+        position = super().resume(checkpoint)
         if checkpoint:
-            self.workers.learner.load(checkpoint.folder)
-            self.step, self.cursor = checkpoint.state.step, checkpoint.state.cursor
-            if checkpoint.folder.parent == self.run.checkpoints.resolve():
-                position = checkpoint.state.metrics
             sync_weights(self.workers, version=self.step)
             self.display.resumed(self.step)
         self.journal.rewind(self.step, position)
-        self.checkpoints.rewind(self.step)
         self.canary.check(self.workers)
-
-    def leave_model(self, resumed: Checkpoint | None) -> None:
-        """The newest checkpoint's model becomes the run's; where no step was left to take, that of the one resumed."""
-        with self.journal.clock.phase("save"):
-            self.checkpoints.finish(self.workers.learner)
-            newest = self.checkpoints.placed or resumed
-            assert newest is not None and newest.state.step == self.step, "the last step has a checkpoint"
-            export(newest, self.run.model)
+        return position
 
 
 def main(arguments: list[str]) -> None:

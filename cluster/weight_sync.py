@@ -9,8 +9,8 @@ from umrg.group import Group, SamplingParams
 from umrg.sample import Sample
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15}
-"""Largest mean difference of log-probs, in nats, that the engine's and the learner's arithmetic may leave. Stale
-weights or caches leave 0.1 and more in float32."""
+"""Largest mean difference of log-probs, in nats, that is put down to the different arithmetic of engine and learner.
+Stale weights or caches make 0.1 and more in float32."""
 
 TOKENS = 24
 
@@ -20,7 +20,7 @@ class WeightsDiffer(RuntimeError):
 
 
 def sync_weights(workers: Workers, *, version: int) -> None:
-    """Send the learner's weights to every rollout. Raises WeightsDiffer where other tensors arrive than were sent."""
+    """Send the learner's weights to every rollout. Raises WeightsDiffer if other tensors arrive than were sent."""
     digest, buckets = workers.learner.weights()
     for received in workers.rollouts.update_weights(version, buckets):
         if received != digest:
@@ -28,8 +28,8 @@ def sync_weights(workers: Workers, *, version: int) -> None:
 
 
 class Canary:
-    """One fixed prompt that every engine answers after each update, and whose log-probs must be the learner's. The
-    prompt and its image have been seen before, so a cache that was not emptied shows."""
+    """One fixed prompt that every engine answers after each update; its log-probs must equal the learner's. Because
+    prompt and image were seen before, a cache that was not reset shows up."""
 
     def __init__(self, sample: Sample, config: TrainConfig) -> None:
         self._group = ray.put(Group(run="canary", step=0, index=0, sample=sample).without_masks())
@@ -38,8 +38,8 @@ class Canary:
         self._tolerance = TOLERANCE["float32" if exact else "bfloat16"]
 
     def check(self, workers: Workers) -> float:
-        """Largest mean difference of log-probs between an engine and the learner. Raises WeightsDiffer above the
-        tolerance."""
+        """Let every engine answer, and return the largest mean difference of log-probs from the learner's. Raises
+        WeightsDiffer above the tolerance."""
         worst = 0.0
         for answer in workers.rollouts.canary(self._group, self._sampling):
             (completion,) = answer.completions

@@ -1,4 +1,4 @@
-"""The actors of a run: listed by its job, started together, and gone when the run ends, however it ends.
+"""The actors of a run: listed by its job, started together, and ended with the run, however it ends.
 
 A job lists its actors with `rollouts`, `segmenters` and `ranks`:
 
@@ -48,7 +48,7 @@ class ActorSpec:
 
 
 def rollouts(model: Path, config: RolloutConfig, spec: PromptSpec) -> list[ActorSpec]:
-    """Rollout actors with a model's folder. Raises ValueError where that cannot be loaded."""
+    """The rollout actors of a model folder. Raises ValueError if it cannot be loaded."""
     check_reasoner_folder(model)
     arguments = {"model": located(model), "config": config, "spec": spec}
     return [
@@ -58,7 +58,7 @@ def rollouts(model: Path, config: RolloutConfig, spec: PromptSpec) -> list[Actor
 
 
 def endpoints(endpoint: EndpointConfig, config: RolloutConfig, spec: PromptSpec) -> list[ActorSpec]:
-    """Actors that ask an endpoint, in the place of rollouts."""
+    """The actors that sample from an endpoint, in place of rollouts."""
     arguments = {"config": endpoint, "spec": spec, "key": endpoint.key()}
     return [
         ActorSpec(bundle=bundle, kind=Endpoint, arguments=arguments, environment=config.environment)
@@ -69,7 +69,7 @@ def endpoints(endpoint: EndpointConfig, config: RolloutConfig, spec: PromptSpec)
 def segmenters(
     expert: str, config: SegmenterConfig, scorer: Scorer, spec: PromptSpec, *, lenient: bool = False
 ) -> list[ActorSpec]:
-    """Segmenter actors. lenient: foreign forms of answers are taken too. Raises ValueError where there is no such
+    """The segmenter actors. lenient: accept foreign forms of answers too. Raises ValueError if there is no such
     expert."""
     find_expert(expert, config.checkpoint, config.preprocess)
     arguments = {
@@ -87,7 +87,7 @@ def segmenters(
 
 
 def ranks(kind: type[ZeroActor], config: ZeroConfig, task: LearnerTask) -> list[ActorSpec]:
-    """The learner's ranks. Raises ValueError where the task's model cannot be loaded."""
+    """The learner's ranks. Raises ValueError if the task's model cannot be loaded."""
     check_reasoner_folder(task.model)
     environment = {"DS_ACCELERATOR": "cuda" if config.num_gpus > 0 else "cpu"}
     here = task.located()
@@ -109,19 +109,19 @@ class Workers:
     rollouts: RolloutPool
     segmenters: SegmenterPool
     learner: LearnerPool
-    """Without ranks where a model is only evaluated."""
+    """Without ranks if a model is only evaluated."""
     expert_digest: str
     """Of the frozen expert's weights."""
 
     def check_expert(self) -> None:
-        """The expert is what it was at the start."""
+        """Assert that the expert's weights are those of the start."""
         for digest in self.segmenters.digests():
             assert digest == self.expert_digest, "the frozen expert's weights changed"
 
 
 @contextmanager
 def cluster() -> Iterator[None]:
-    """A connection to the cluster that RAY_ADDRESS or a Ray job names, or a local one of our own, ended afterwards."""
+    """A connection to the cluster named by RAY_ADDRESS or by a Ray job, or to a local one, ended with the context."""
     ours = connect()
     try:
         yield
@@ -132,8 +132,8 @@ def cluster() -> Iterator[None]:
 
 @contextmanager
 def started(actors: Sequence[ActorSpec], config: RunConfig) -> Iterator[Workers]:
-    """Start the actors that a job lists, in one placement group. Raises ValueError where the cluster is too small for
-    them, and where they cannot load what they are to."""
+    """Start the actors that a job lists, in one placement group. Raises ValueError if the cluster is too small for
+    them, or if one cannot load its model, expert or run folder."""
     with _placed(actors, config) as handles:
         rollouts = RolloutPool(_of("rollout", handles), config.deadlines)
         segmenters = SegmenterPool(_of("segmenter", handles), config.deadlines)
@@ -159,7 +159,7 @@ def started_supervised(actors: Sequence[ActorSpec], config: RunConfig) -> Iterat
 
 @contextmanager
 def _placed(actors: Sequence[ActorSpec], config: RunConfig) -> Iterator[dict[str, Any]]:
-    """Actors by name, not yet started; gone at the end."""
+    """The actors by name, created and not yet started; killed at the end of the context."""
     wanted = [actor.bundle for actor in actors]
     if missing := shortage(wanted, cluster_nodes()):
         raise ValueError(f"{missing}; ask for fewer actors or less of each, or add nodes")
@@ -178,7 +178,7 @@ def _placed(actors: Sequence[ActorSpec], config: RunConfig) -> Iterator[dict[str
 
 
 def cluster_nodes() -> list[Node]:
-    """What each living node has."""
+    """The resources of each living node."""
     return [
         Node(cpus=node["Resources"].get("CPU", 0.0), gpus=node["Resources"].get("GPU", 0.0))
         for node in ray.nodes()
@@ -187,7 +187,7 @@ def cluster_nodes() -> list[Node]:
 
 
 def _await_room(group: Any, seconds: float, wanted: Sequence[Bundle]) -> None:
-    """Wait until other jobs leave room. Raises DeadlinePassed that says what is missing."""
+    """Wait until other jobs leave enough resources. Raises DeadlinePassed that says what is missing."""
     deadline = time.monotonic() + seconds
     while True:
         try:

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.comparison import records_of
 from cluster.evaluation import FIGURES
+from cluster.records import records_of
 from cluster.report import charts
 from cluster.report.pages import drawn, spread, write_page
 from cluster.run_folder import RunFolder

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cluster.checkpoints import Checkpoint, Checkpoints, RunState, export_run
+from cluster.checkpoints import Checkpoint, CheckpointFolder, Checkpoints, RunState, export_run
 from cluster.lease import LeaseLost
 from learner.checkpoint import BackgroundWriter, FilePart
 from umrg.durable import Damaged, Disk
@@ -71,19 +71,22 @@ class Learner:
     def saved(self, *, wait):
         return self.writer.written(60 if wait else 0)
 
+    def load(self, folder):
+        self.content = (folder / "optimizer/rank-00000.safetensors").read_bytes()
+
 
 def save(folder, step, *, disk=None, score=None, **kept):
     learner = Learner(disk)
     learner.content = b"state of step %d" % step
-    checkpoints = Checkpoints(folder, disk=disk, **{"keep": 2, "keep_best": 0, **kept})
+    checkpoints = Checkpoints(folder, learner, disk=disk, **{"keep": 2, "keep_best": 0, **kept})
     state = RunState(step=step, cursor=Cursor(seed=0, position=step), metrics=100 * step, score=score)
-    checkpoints.begin(state, "name: trial\n", learner)
-    checkpoints.finish(learner)
+    checkpoints.save(state, "name: trial\n")
+    checkpoints.saved(wait=True)
     return checkpoints
 
 
 def latest(folder):
-    return Checkpoints(folder, keep=2, keep_best=0).latest()
+    return CheckpointFolder(folder).latest()
 
 
 @pytest.mark.parametrize("halfway", [False, True])
@@ -106,7 +109,7 @@ def test_stopped_at_any_operation_the_run_finds_the_one_before_or_the_new_one(tm
         assert content == f"state of step {checkpoint.state.step}"
         found.add(checkpoint.state.step)
         # And from there it goes on.
-        Checkpoints(folder, keep=2, keep_best=0).rewind(checkpoint.state.step)
+        Checkpoints(folder, Learner(), keep=2, keep_best=0).rewind(checkpoint.state.step)
         for step in range(checkpoint.state.step + 1, 6):
             save(folder, step)
         assert latest(folder).state.step == 5
@@ -178,12 +181,12 @@ def test_it_is_written_while_training_goes_on(tmp_path):
             self.writer.begin(folder, [FilePart(name="slow", data=lambda: b"x" if gate.wait(60) else b"")])
 
     learner = Slow()
-    checkpoints = Checkpoints(tmp_path, keep=1, keep_best=0)
-    checkpoints.begin(RunState(step=1, cursor=Cursor(seed=0), metrics=0), "", learner)
-    checkpoints.poll(learner)
+    checkpoints = Checkpoints(tmp_path, learner, keep=1, keep_best=0)
+    checkpoints.save(RunState(step=1, cursor=Cursor(seed=0), metrics=0), "")
+    checkpoints.saved()
     assert checkpoints.latest() is None
     gate.set()
-    checkpoints.finish(learner)
+    checkpoints.saved(wait=True)
     assert checkpoints.steps() == [1]
 
 
@@ -202,13 +205,12 @@ class Timed(Learner):
 @pytest.mark.parametrize(("cost", "period"), [(1, 600), (29, 600), (31, 620), (300, 6000)])
 def test_by_time_one_is_due_after_ten_minutes_or_twenty_times_what_the_last_cost(tmp_path, cost, period):
     clock = [1000.0]
-    checkpoints = Checkpoints(tmp_path, keep=1, keep_best=0, now=lambda: clock[0])
+    checkpoints = Checkpoints(tmp_path, Timed(clock, cost), keep=1, keep_best=0, now=lambda: clock[0])
     clock[0] += 599
     assert not checkpoints.due(1)
     clock[0] += 1
     assert checkpoints.due(2)
-    learner = Timed(clock, cost)
-    checkpoints.begin(RunState(step=2, cursor=Cursor(seed=0), metrics=0), "", learner)
+    checkpoints.save(RunState(step=2, cursor=Cursor(seed=0), metrics=0), "")
     clock[0] += period - 1
     assert not checkpoints.due(3)
     clock[0] += 1
@@ -218,7 +220,7 @@ def test_by_time_one_is_due_after_ten_minutes_or_twenty_times_what_the_last_cost
 @pytest.mark.parametrize(("every", "due"), [(0, []), (1, [1, 2, 3, 4]), (3, [3])])
 def test_by_number_time_does_not_count(tmp_path, every, due):
     clock = itertools.count(0, 10_000)
-    checkpoints = Checkpoints(tmp_path, keep=1, keep_best=0, every=every, now=lambda: next(clock))
+    checkpoints = Checkpoints(tmp_path, Learner(), keep=1, keep_best=0, every=every, now=lambda: next(clock))
     assert [step for step in range(1, 5) if checkpoints.due(step)] == due
 
 
@@ -230,14 +232,14 @@ def test_a_folder_that_is_anothers_by_now_is_left_alone(tmp_path):
             raise LeaseLost
 
     save(tmp_path, 1)
-    checkpoints, learner = Checkpoints(tmp_path, keep=1, keep_best=0, hold=hold), Learner()
-    checkpoints.begin(RunState(step=2, cursor=Cursor(seed=0), metrics=0), "", learner)
+    checkpoints = Checkpoints(tmp_path, Learner(), keep=1, keep_best=0, hold=hold)
+    checkpoints.save(RunState(step=2, cursor=Cursor(seed=0), metrics=0), "")
     lost.append(True)
     with pytest.raises(LeaseLost):
-        checkpoints.finish(learner)
+        checkpoints.saved(wait=True)
     with pytest.raises(LeaseLost):
-        Checkpoints(tmp_path, keep=1, keep_best=0, hold=hold).begin(
-            RunState(step=3, cursor=Cursor(seed=0), metrics=0), "", learner
+        Checkpoints(tmp_path, Learner(), keep=1, keep_best=0, hold=hold).save(
+            RunState(step=3, cursor=Cursor(seed=0), metrics=0), ""
         )
     assert latest(tmp_path).state.step == 1
 
@@ -249,10 +251,10 @@ def test_a_failed_write_is_an_error(tmp_path):
 
     learner = Learner(Full())
     save(tmp_path, 1)
-    checkpoints = Checkpoints(tmp_path, keep=1, keep_best=0)
-    checkpoints.begin(RunState(step=2, cursor=Cursor(seed=0), metrics=0), "", learner)
+    checkpoints = Checkpoints(tmp_path, learner, keep=1, keep_best=0)
+    checkpoints.save(RunState(step=2, cursor=Cursor(seed=0), metrics=0), "")
     with pytest.raises(OSError, match="No space left"):
-        checkpoints.finish(learner)
+        checkpoints.saved(wait=True)
     with pytest.raises(OSError, match=r"No space left.*'/dev/full'"):
         Disk().write(Path("/dev/full"), b"x")
     assert latest(tmp_path).state.step == 1
@@ -261,7 +263,7 @@ def test_a_failed_write_is_an_error(tmp_path):
 def test_going_on_from_an_older_one_forgets_what_came_after(two, tmp_path):
     folder = tmp_path / "checkpoints"
     shutil.copytree(two, folder)
-    checkpoints = Checkpoints(folder, keep=2, keep_best=0)
+    checkpoints = Checkpoints(folder, Learner(), keep=2, keep_best=0)
     assert Checkpoint.open(folder / "step-000010").state.cursor.position == 10
     checkpoints.rewind(10)
     assert checkpoints.steps() == [10] and latest(folder).state.step == 10
@@ -269,10 +271,10 @@ def test_going_on_from_an_older_one_forgets_what_came_after(two, tmp_path):
 
 def test_a_run_with_checkpoints_of_its_own_goes_on_from_no_other(tmp_path, two):
     save(tmp_path / "checkpoints", 1)
-    other = Checkpoints(tmp_path / "checkpoints", keep=1, keep_best=0)
+    other = CheckpointFolder(tmp_path / "checkpoints")
     with pytest.raises(ValueError, match="checkpoints of its own"):
         other.chosen(two / "step-000010", 100)
-    anew = Checkpoints(tmp_path / "new" / "checkpoints", keep=1, keep_best=0)
+    anew = CheckpointFolder(tmp_path / "new" / "checkpoints")
     chosen = anew.chosen(two / "step-000010", 100)
     assert chosen is not None and chosen.state.step == 10
     with pytest.raises(ValueError, match="is of step 10; give steps a larger number"):

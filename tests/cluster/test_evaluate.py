@@ -16,7 +16,6 @@ import httpx
 import pytest
 
 from actors.config import RolloutConfig
-from actors.engine_environment import engine_environment
 from cluster.comparison import compare
 from cluster.config import EvaluateConfig, load_config
 from cluster.data import open_held_out
@@ -155,7 +154,7 @@ def endpoint(tmp_path_factory):
     arguments += ["--limit-mm-per-prompt", '{"image": 1, "video": 0}', "--no-enable-chunked-prefill"]
     server = subprocess.Popen(
         [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments],
-        env={**os.environ, **engine_environment(RolloutConfig(threads=1))},
+        env={**os.environ, **RolloutConfig(threads=1).environment},
         stdout=log.open("w"),
         stderr=subprocess.STDOUT,
         start_new_session=True,

@@ -9,13 +9,13 @@ import torch
 
 from actors.learner_rank import SupervisedRank
 from actors.pools import SupervisedPool, gather
-from cluster.checkpoints import Checkpoints
 from cluster.config import SftConfig, load_config
+from cluster.loop import checkpoint_to_resume
 from cluster.run_folder import RunFolder
-from cluster.sft import Finetuning, Images, out_of_patience, sft
+from cluster.sft import Finetuning, Images, actors, out_of_patience, sft
 from phantoms import rows
 from reasoner.model import load_reasoner
-from tests.ranks import STEADY, assert_moved_alike, seated
+from tests.ranks import STEADY, assert_moved_alike, hosted
 from umrg.dataset_writer import write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -41,13 +41,11 @@ def config(tmp_path: Path, data: Path, *overrides: str) -> SftConfig:
 def finetuned(hosts, config):
     """As `sft`, on ranks in processes that run already."""
     with RunFolder.begun(config.runs / config.name, config, resume=config.resume != "never") as run:
-        checkpoints = Checkpoints(run.checkpoints, keep=config.keep, keep_best=1, every=config.checkpoint_every)
-        options = {"updates": config.steps, "seed": config.seed, "spec": config.spec(), "run": run.path}
-        ranks = seated(hosts, config.learner.ranks, SupervisedRank, config.model, config.learner, **options)
+        task = actors(config, run.path)[0].arguments["task"]
+        ranks = hosted(hosts, config.learner.ranks, SupervisedRank, config.learner, task)
         learner = SupervisedPool(ranks, config.deadlines)
         gather(learner.starting(), seconds=300, doing="starting")
-        chosen = checkpoints.chosen(config.resume, config.steps)
-        Finetuning(config, run, checkpoints, learner, Images(config)).go(chosen)
+        Finetuning(config, run, learner, Images(config)).go(checkpoint_to_resume(config, run))
     return run
 
 

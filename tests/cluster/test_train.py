@@ -24,12 +24,12 @@ from actors.weight_files import pack
 from cluster.checkpoints import export_run
 from cluster.data import open_rows
 from cluster.display import Display
-from cluster.evaluation import Draw, evaluate, gain, questions
-from cluster.journal import Clock, Journal
+from cluster.evaluation import collect, evaluate, questions
+from cluster.journal import Journal
 from cluster.records import read_records
 from cluster.run_folder import RunFolder
-from cluster.train import Training, train
-from cluster.weight_sync import Canary, WeightsDiffer, broadcast
+from cluster.train import Training, actors, train
+from cluster.weight_sync import Canary, WeightsDiffer, sync_weights
 from cluster.workers import started
 from phantoms import rows
 from reasoner.model import load_reasoner
@@ -40,7 +40,7 @@ from tests.ranks import running
 from umrg.config import model_folder
 from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
-from umrg.group import Group
+from umrg.group import Group, SamplingParams
 
 SMALL = (
     "data.train={phantoms: 24, seed: 1, modalities: [CT]}",
@@ -70,11 +70,16 @@ def finished(ray_cluster, demo_config, tmp_path_factory):
     return train(config), config
 
 
+def scored(workers, groups, *, n, max_tokens, seed=7):
+    """Groups sampled at temperature 1 and scored."""
+    sampling = SamplingParams(n=n, temperature=1.0, max_tokens=max_tokens, seed=seed)
+    return [each.scored for each in collect(workers, groups, sampling, "masks")]
+
+
 def test_a_rollout_is_the_same_whichever_actor_draws_it_and_however_it_is_batched(workers, samples):
     groups = [Group(run="t", step=0, index=i, sample=sample) for i, sample in enumerate(samples)]
-    draw = Draw(n=4, temperature=1.0, max_tokens=96, run_seed=7)
-    together = gain(workers, groups, draw, Clock())
-    (alone,) = gain(workers, groups[3:4], draw, Clock())
+    together = scored(workers, groups, n=4, max_tokens=96)
+    (alone,) = scored(workers, groups[3:4], n=4, max_tokens=96)
     assert alone.samples == together[3].samples
     texts = {completion.text for completion in together[0].samples.completions}
     assert len(texts) > 1, "four answers at temperature 1 should differ"
@@ -87,7 +92,7 @@ def test_a_prompt_is_prefilled_once_a_group(workers, samples):
         Group(run="t", step=0, index=i, sample=replace(sample, query=f"{query} {i}"))
         for i, sample in enumerate(samples[:2])
     ]
-    for each in gain(workers, groups, Draw(n=4, temperature=1.0, max_tokens=8, run_seed=7), Clock()):
+    for each in scored(workers, groups, n=4, max_tokens=8):
         prompt = len(each.samples.prompt_ids)
         assert prompt > 384 and prompt - each.samples.cached <= 128
 
@@ -96,7 +101,7 @@ def test_a_prompt_over_the_limit_is_named(workers, samples):
     long = replace(samples[0], query="Where? " * 600)
     group = Group(run="t", step=0, index=0, sample=long)
     with pytest.raises(ValueError, match=rf"rollout 0, sampling: {long.name}: the prompt has \d+ tokens, 64 of them"):
-        gain(workers, [group], Draw(n=1, temperature=1.0, max_tokens=8, run_seed=7), Clock())
+        scored(workers, [group], n=1, max_tokens=8)
 
 
 def test_vision_tokens_are_never_sampled(workers, samples):
@@ -111,24 +116,19 @@ def test_vision_tokens_are_never_sampled(workers, samples):
     try:
         workers.rollouts.update_weights(1, [ray.put(pack({**weights, "lm_head.weight": head}))])
         group = Group(run="t", step=0, index=0, sample=samples[0])
-        (taken,) = gain(workers, [group], Draw(n=4, temperature=1.0, max_tokens=32, run_seed=7), Clock())
+        (taken,) = scored(workers, [group], n=4, max_tokens=32)
         for completion in taken.samples.completions:
             assert not set(vision) & set(completion.token_ids)
             assert np.isfinite(completion.logprobs).all()
     finally:
-        broadcast(workers, version=0)
+        sync_weights(workers, version=0)
 
 
 def test_answers_are_scored_by_form_geometry_and_mask(workers, samples):
-    (experience,) = gain(
-        workers,
-        [Group(run="t", step=0, index=0, sample=samples[0])],
-        Draw(n=4, temperature=1.0, max_tokens=96, run_seed=7),
-        Clock(),
-    )
-    for completion, scored in zip(experience.samples.completions, experience.scored, strict=True):
-        assert 0 <= scored.reward.total <= 4.5 and np.isfinite(list(scored.metrics.values())).all()
-        assert (scored.mask is not None) == (scored.metrics["well_formed"] == 1.0)
+    (group,) = scored(workers, [Group(run="t", step=0, index=0, sample=samples[0])], n=4, max_tokens=96)
+    for completion, answer in zip(group.samples.completions, group.answers, strict=True):
+        assert 0 <= answer.reward.total <= 4.5 and np.isfinite(list(answer.metrics.values())).all()
+        assert (answer.mask is not None) == (answer.metrics["well_formed"] == 1.0)
         assert len(completion.logprobs) == len(completion.token_ids)
 
 
@@ -141,21 +141,19 @@ def test_the_learners_log_probs_are_the_engines_after_updates(workers, hosts, de
         assert canary.check(own) < 1e-5
         for step in range(2):
             groups = [Group(run="t", step=step, index=i, sample=sample) for i, sample in enumerate(samples[:3])]
-            taken = gain(own, groups, Draw(n=4, temperature=1.0, max_tokens=96, run_seed=7), Clock())
-            report = own.learner.update(
-                [each.ref for each in taken], [each.samples for each in taken], [each.rewards for each in taken]
-            )
+            taken = collect(own, groups, SamplingParams(n=4, temperature=1.0, max_tokens=96, seed=7), "reward")
+            report = own.learner.update([each.refs for each in taken])
             assert report.engine_gap < 1e-5
-            broadcast(own, version=step + 1)
+            sync_weights(own, version=step + 1)
             assert canary.check(own) < 1e-5
         group = Group(run="t", step=2, index=0, sample=samples[4])
-        (new,) = gain(own, [group], Draw(n=3, temperature=1.0, max_tokens=96, run_seed=8), Clock())
+        (new,) = scored(own, [group], n=3, max_tokens=96, seed=8)
         for completion in new.samples.completions:
             assert completion.policy_version == 2
-            expected = own.learner.logprobs(group.sample, completion.token_ids)
+            expected = own.learner.logprobs(ray.put(group), completion.token_ids)
             assert np.abs(np.subtract(completion.logprobs, expected)).max() < 1e-4
     finally:
-        broadcast(workers, version=0)
+        sync_weights(workers, version=0)
 
 
 def test_without_the_cache_reset_the_canary_stops_the_run(ray_cluster, demo_config, tmp_path):
@@ -230,9 +228,9 @@ def test_the_final_model_answers_alike_in_vllm(finished, workers):
     evaluated = {record["sample_id"]: record for record in read_records(run.samples / "after-greedy.parquet")}
     try:
         workers.rollouts.update_weights(3, [ray.put((run.model / "model.safetensors").read_bytes())])
-        again = evaluate(workers, questions(rows), n=0, temperature=1.0, max_tokens=128)
+        again = evaluate(workers, questions(rows), SamplingParams(n=0, temperature=1.0, max_tokens=128))
     finally:
-        broadcast(workers, version=0)
+        sync_weights(workers, version=0)
     for each in again.greedy:
         assert each.samples.completions[0].text == evaluated[each.group.sample.id]["completion"]
 
@@ -281,9 +279,10 @@ def test_no_placement_group_stays_on_a_lasting_cluster(finished, workers):
 
 
 def test_a_wait_for_room_says_what_is_missing(workers, demo_config, capsys):
+    config = demo_config("learner.num_cpus=3", "deadlines.resources=1")
     with (
         pytest.raises(DeadlinePassed, match=r"waited 1 s for 3\.6 CPUs and 0 GPUs; [\d.]+ and 1 are free"),
-        started(demo_config("learner.num_cpus=3", "deadlines.resources=1")),
+        started(actors(config), config),
     ):
         pass
 
@@ -327,9 +326,12 @@ def half_flat(case: Case) -> float:
     return 0.0 if int(case.reference.box[0]) % 2 == 0 else len(case.answer.text) % 7 / 7
 
 
-def test_groups_that_teach_nothing_are_replaced(workers, demo_config, tmp_path):
+def test_zero_variance_groups_give_way_to_others(workers, demo_config, tmp_path):
     config = demo_config(
-        *SMALL, "reward={terms: [{name: tests.cluster.test_train:half_flat}]}", "refill=8", f"runs={tmp_path}"
+        *SMALL,
+        "reward={terms: [{name: tests.cluster.test_train:half_flat}]}",
+        "dynamic_sampling_retries=8",
+        f"runs={tmp_path}",
     )
     spec = config.spec()
     segmenter = (
@@ -345,11 +347,11 @@ def test_groups_that_teach_nothing_are_replaced(workers, demo_config, tmp_path):
     )
     own = replace(workers, segmenters=SegmenterPool({"segmenter 0": segmenter}, config.deadlines))
     gather(own.segmenters.starting(), seconds=300, doing="starting")
-    with RunFolder.begun(tmp_path / "refilled", config, resume=False) as run, Journal(run, config) as journal:
+    with RunFolder.begun(tmp_path / "resampled", config, resume=False) as run, Journal(run, config) as journal:
         training = Training(config, run, own, journal, Display(config), *open_rows(config, run))
-        kept, replaced = training.gather()
-    assert len(kept) == 4 and not any(each.flat for each in kept) and replaced > 0
-    indices = sorted(each.group.index for each in kept)
+        kept, resampled = training.collect()
+    assert len(kept) == 4 and not any(each.scored.zero_variance for each in kept) and resampled > 0
+    indices = sorted(each.scored.group.index for each in kept)
     assert len(set(indices)) == 4 and indices[-1] > 3
 
 

@@ -12,6 +12,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
+from cluster.train import actors
 from cluster.weight_sync import Canary
 from cluster.workers import started
 from learner.attention import use_shared_prefix
@@ -144,5 +145,5 @@ def test_its_inner_mergers_are_mergers(folder):
 @pytest.mark.slow
 def test_the_engines_log_probs_are_the_learners(ray_cluster, demo_config, folder, samples):
     config = demo_config(f"model={folder}", "learner.freeze=[]", "rollout.max_prompt_tokens=2048")
-    with started(config) as workers:
+    with started(actors(config), config) as workers:
         assert Canary(samples[0], config).check(workers) < 1e-5

@@ -1,0 +1,82 @@
+"""What training and supervised fine-tuning share: the step count, the position in the data, checkpoints."""
+
+import time
+from collections.abc import Callable
+
+from actors.pools import RankPool
+from cluster.checkpoints import Checkpoint, CheckpointFolder, Checkpoints, RunState, export
+from cluster.config import SftConfig, TrainConfig, config_text
+from cluster.run_folder import RunFolder
+from umrg.shuffling import Cursor
+
+
+def checkpoint_to_resume(config: TrainConfig | SftConfig, run: RunFolder) -> Checkpoint | None:
+    """The checkpoint that the configuration asks to go on from; None for none. Raises ValueError as
+    `CheckpointFolder.chosen` does."""
+    return CheckpointFolder(run.checkpoints).chosen(config.resume, config.steps)
+
+
+class Loop:
+    """One run from its first step, or the one after a checkpoint, to its last."""
+
+    def __init__(
+        self,
+        config: TrainConfig | SftConfig,
+        run: RunFolder,
+        learner: RankPool,
+        *,
+        keep_best: int,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._settings, self.run = config, run
+        self.checkpoints = Checkpoints(
+            run.checkpoints,
+            learner,
+            keep=config.keep,
+            keep_best=keep_best,
+            every=config.checkpoint_every,
+            now=now,
+            hold=run.hold,
+        )
+        self.cursor = Cursor(seed=config.seed)
+        """Where the data goes on."""
+        self.step = 0
+        """Steps taken so far."""
+
+    @property
+    def at_end(self) -> bool:
+        """All steps are taken."""
+        return self.step >= self._settings.steps
+
+    def due(self, every: int) -> bool:
+        """Whether an action of every N steps is due after this one. every: N; 0 for never."""
+        return every > 0 and self.step % every == 0
+
+    def resume(self, checkpoint: Checkpoint | None) -> int:
+        """Resume from a checkpoint, if there is one. Returns how many bytes of metrics.jsonl to keep: 0 for the
+        checkpoint of another run, whose metrics are not this run's."""
+        if checkpoint is None:
+            self.checkpoints.rewind(0)
+            return 0
+        self.checkpoints.load(checkpoint)
+        self.step, self.cursor = checkpoint.state.step, checkpoint.state.cursor
+        return checkpoint.state.metrics if self.checkpoints.holds(checkpoint) else 0
+
+    def save_if_due(self, score: float | None, *, at_once: bool = False) -> None:
+        """Begin to write a checkpoint of everything that the next step depends on, if one is due; otherwise put the one
+        under way in its place if it is written. score: as `RunState.score`. at_once: even if none is due."""
+        if at_once or self.at_end or self.checkpoints.due(self.step):
+            position = self.run.metrics_position()
+            state = RunState(step=self.step, cursor=self.cursor, metrics=position, score=score)
+            self.checkpoints.save(state, config_text(self._settings))
+        else:
+            self.checkpoints.saved()
+
+    def leave_model(self, resumed: Checkpoint | None, *, best: bool = False) -> Checkpoint:
+        """Export a checkpoint's model as the run's: the newest one's or, if no step was left to take, that of the one
+        resumed from; with `best`, that with the highest score."""
+        self.checkpoints.saved(wait=True)
+        chosen = self.checkpoints.best() if best else self.checkpoints.placed or resumed
+        assert chosen is not None, "the last step has a checkpoint"
+        export(chosen, self.run.model)
+        return chosen
