@@ -156,29 +156,24 @@ def ground(
     """Answer a query about one image: reasoning, box and points; overlay and mask are saved. Exit code 1 where the
     answer has no usable box and points."""
     with Console(stderr=True).status("grounding"):
-        from serving.grounder import beginning, ground_file
+        from serving.grounder import Grounder, abridged, check_query, check_savable, read_image
         from umrg.windowing import Window
 
-        levels = None if window is None else Window.parse(window)
-        found, files = ground_file(
-            image,
-            query,
-            model=model,
-            prompt=prompt,
-            expert=expert,
-            checkpoint=checkpoint,
-            out=out,
-            window=levels,
-            frame=frame,
-        )
-    answer, saved = found.answer, ", ".join(str(file) for file in files)
-    if answer.box is None or answer.points is None:
-        typer.echo(f"no usable box and points in the answer: {beginning(found.completion)}")
+        # Loading a model may take minutes: whatever can be wrong with the rest is found before.
+        check_query(query)
+        pixels = read_image(image, window=None if window is None else Window.parse(window), frame=frame)
+        check_savable(out, image.stem)
+        grounder = Grounder.load(model, expert, checkpoint=checkpoint, prompt=prompt)
+        grounding = grounder.ground(pixels, query)
+        saved = ", ".join(str(file) for file in grounding.save(out, image.stem))
+    box, points = grounding.box, grounding.points
+    if box is None or points is None:
+        typer.echo(f"no usable box and points in the answer: {abridged(grounding.completion)}")
         typer.echo(f"saved      {saved}")
         raise typer.Exit(1)
-    typer.echo(f"reasoning  {answer.think or '(none)'}")
-    typer.echo(f"box        {', '.join(f'{v:.0f}' for v in answer.box)}  (x1, y1, x2, y2 in pixels)")
-    typer.echo(f"points     {'; '.join(f'{x:.0f}, {y:.0f}' for x, y in answer.points)}  (x, y)")
+    typer.echo(f"reasoning  {grounding.reasoning or '(none)'}")
+    typer.echo(f"box        {', '.join(f'{v:.0f}' for v in box)}  (x1, y1, x2, y2 in pixels)")
+    typer.echo(f"points     {'; '.join(f'{x:.0f}, {y:.0f}' for x, y in points)}  (x, y)")
     typer.echo(f"saved      {saved}")
 
 
