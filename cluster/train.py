@@ -69,6 +69,8 @@ def actors(config: TrainConfig, run: Path | None = None) -> list[ActorSpec]:
 class Training(Loop):
     """A GRPO run."""
 
+    config: TrainConfig
+
     def __init__(
         self,
         config: TrainConfig,
@@ -80,7 +82,7 @@ class Training(Loop):
         held_out: list[Sample],
     ) -> None:
         super().__init__(config, run, workers.learner, keep_best=config.keep_best, now=journal.clock.now)
-        self.config, self.workers = config, workers
+        self.workers = workers
         self.journal, self.display, self.rows, self.held_out = journal, display, rows, held_out
         self.canary = Canary(rows[0], config)
         self.sampling = config.rollout.sampling(seed=config.seed)
