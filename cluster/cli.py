@@ -102,6 +102,19 @@ def evaluate(
     run_evaluate(config or [], {**options, "prompt": prompt, "data.seen": seen})
 
 
+@app.command(name="config")
+def config_command(
+    key: Annotated[str | None, typer.Argument(metavar="[KEY]", help="Dotted, such as learner.lr.")] = None,
+) -> None:
+    """Explain a configuration key: what it is, its default, and where it is used. Without KEY, list all."""
+    from cluster.commands.config import print_key, print_keys
+
+    console = Console()
+    # Piped output must not be cut to a terminal's width.
+    console = console if console.is_terminal else Console(width=160)
+    print_keys(console) if key is None else print_key(key, console)
+
+
 @app.command()
 def compare(
     first: Annotated[Path, typer.Argument(metavar="RUN_A", help="Folder of an evaluation.")],

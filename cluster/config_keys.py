@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -79,6 +80,6 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _section(annotation: Any) -> type[BaseModel] | None:
     """The model of a field that is one, or that one or null; None for any other field."""
-    parts = [part for part in get_args(annotation) if part is not type(None)] or [annotation]
-    found = models(annotation)
-    return found[0] if len(parts) == 1 and parts == found else None
+    united = get_origin(annotation) in (Union, UnionType)
+    parts = [part for part in get_args(annotation) if part is not type(None)] if united else [annotation]
+    return parts[0] if len(parts) == 1 and parts == models(parts[0]) else None
