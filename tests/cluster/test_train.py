@@ -17,8 +17,10 @@ from ray.util.state import list_actors
 from safetensors.torch import load_file
 from tensorboardX.proto.event_pb2 import Event
 
+import cluster.train
 from actors.config import DeadlineConfig, SegmenterConfig
 from actors.pools import DeadlinePassed, SegmenterPool, gather
+from actors.rollout import Rollout
 from actors.segmenter import Segmenter
 from actors.weight_files import pack
 from cluster.checkpoints import export_run
@@ -30,7 +32,7 @@ from cluster.records import read_records
 from cluster.run_folder import RunFolder
 from cluster.train import Training, actors, train
 from cluster.weight_sync import Canary, WeightsDiffer, sync_weights
-from cluster.workers import started
+from cluster.workers import rollouts, started
 from phantoms import rows
 from reasoner.model import load_reasoner
 from reasoner.prompter import load_prompter
@@ -156,10 +158,23 @@ def test_the_learners_log_probs_are_the_engines_after_updates(workers, hosts, de
         sync_weights(workers, version=0)
 
 
-def test_without_the_cache_reset_the_canary_stops_the_run(ray_cluster, demo_config, tmp_path):
+class StaleRollout(Rollout):
+    """Keeps its caches when new weights come."""
+
+    async def start(self):
+        await super().start()
+        llm = self._running()._llm
+        pause = llm.pause_generation
+        llm.pause_generation = lambda **options: pause(**{**options, "clear_cache": False})
+
+
+def test_without_the_cache_reset_the_canary_stops_the_run(ray_cluster, demo_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        cluster.train, "rollouts", lambda *part: [replace(actor, kind=StaleRollout) for actor in rollouts(*part)]
+    )
     # The phantoms' short prompts fill no block of the prefix cache; what is stale is the image's encoding.
     moving = ("learner.lr=3e-4", "learner.freeze=[]")
-    config = demo_config(*SMALL, *moving, "rollout.reset_caches=false", f"runs={tmp_path}", "name=stale", "steps=3")
+    config = demo_config(*SMALL, *moving, f"runs={tmp_path}", "name=stale", "steps=3")
     with pytest.raises(WeightsDiffer, match="stale weights or caches"):
         train(config)
     summary = json.loads((tmp_path / "stale" / "summary.json").read_text())

@@ -86,3 +86,8 @@ def test_a_file_takes_the_place_of_phantoms(tmp_path):
     save_config(config, tmp_path / "config.yaml")
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["data"]["eval"] == ["a.parquet"]
     assert load_config(TrainConfig, tmp_path / "config.yaml") == config
+
+
+def test_a_key_of_an_earlier_version_is_answered_with_its_name(demo_config):
+    with pytest.raises(ValueError, match="unknown key 'refill'; its name is 'dynamic_sampling_retries'"):
+        demo_config("refill=2")
