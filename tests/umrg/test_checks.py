@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+import phantoms
 from phantoms.scenes import STRUCTURES
-from umrg import checks, phantoms
+from umrg import checks
 from umrg.checks import CHECKS, CheckedRow, Finding, Seen, Severity, check_row
 from umrg.dataset import Dataset, write_rows
 from umrg.images import decode_image, encode_png

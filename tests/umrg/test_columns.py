@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from umrg import phantoms
+import phantoms
 from umrg.checks import CheckedRow, Seen, check_row
 from umrg.columns import RELEASED_SCHEMA, plain_row, plain_type
 from umrg.dataset import Dataset, open_files, write_rows

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from umrg import phantoms
+import phantoms
 from umrg.checks import CheckedRow, Seen, check_row
 from umrg.dataset import Dataset, open_files
 from umrg.row_groups import common_schema, copied, scan

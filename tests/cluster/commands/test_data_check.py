@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+import phantoms
 from cluster.commands.data import data_app
 from cluster.commands.data_check import check_files
 from cluster.commands.data_judges import load_oracle, prompt_limits
 from reasoner.prompter import load_prompter
-from umrg import phantoms
 from umrg.checks import POINT_OFF_MASK
 from umrg.dataset import Dataset, open_files, write_rows
 from umrg.images import encode_png
