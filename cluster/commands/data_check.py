@@ -20,8 +20,8 @@ from umrg.checks import (
     LOW_CEILING,
     Check,
     CheckedRow,
+    DuplicateIndex,
     Finding,
-    Seen,
     check_row,
 )
 from umrg.dataset_writer import write_batches
@@ -104,10 +104,10 @@ def check_files(
 
 
 def _checked(files: Sequence[RowFile], judges: Sequence[Judge]) -> Iterator[CheckedRow]:
-    seen = Seen()
+    duplicates = DuplicateIndex()
     for file in files:
         for number, row in scan(file):
-            checked = check_row(row, file.path, number, seen)
+            checked = check_row(row, file.path, number, duplicates)
             for judge in judges:
                 checked = replace(checked, findings=[*checked.findings, *judge(checked)])
             yield checked
