@@ -28,7 +28,7 @@ from actors.experts.registry import TINY_FOLDER, load_expert
 from actors.experts.sam import build_sam
 from actors.experts.weights import save_weights
 from phantoms import MODALITIES, Phantom, draw
-from umrg.atomic import written_aside
+from umrg.atomic import write_text
 from umrg.frames import Size, rescale
 from umrg.keypoints import reference_points, tight_box
 from umrg.metrics import mask_dice
@@ -256,8 +256,7 @@ def train_process(rank: int, recipe: Recipe, meeting: str, out: Path) -> None:
     distributed.destroy_process_group()
     if rank == 0:
         save_weights(sam.state_dict(), out / "model.safetensors", metadata={"name": "tiny"})
-        with written_aside(out / "config.json") as aside:
-            aside.write_text(config_json(TINY))
+        write_text(out / "config.json", config_json(TINY))
 
 
 def held_out(count: int, seed: int = 0) -> list[Phantom]:

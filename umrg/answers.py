@@ -200,7 +200,7 @@ def _json(text: str) -> object:
 
 def as_box(value: object) -> Box | None:
     """Four finite numbers in order, as JSON has them; None for anything else."""
-    numbers = _numbers(value, 4)
+    numbers = finite_numbers(value, 4)
     if numbers is None or numbers[0] > numbers[2] or numbers[1] > numbers[3]:
         return None
     return numbers[0], numbers[1], numbers[2], numbers[3]
@@ -208,7 +208,7 @@ def as_box(value: object) -> Box | None:
 
 def as_point(value: object) -> Point | None:
     """Two finite numbers, as JSON has them; None for anything else."""
-    numbers = _numbers(value, 2)
+    numbers = finite_numbers(value, 2)
     return None if numbers is None else (numbers[0], numbers[1])
 
 
@@ -217,10 +217,12 @@ def _points(fields: Mapping[str, object]) -> PointPair | None:
     return None if first is None or second is None else (first, second)
 
 
-def _numbers(value: object, count: int) -> list[float] | None:
+def finite_numbers(value: object, count: int) -> list[float] | None:
+    """A JSON list of `count` finite numbers as floats; None for anything else."""
     if not isinstance(value, list) or len(value) != count:
         return None
-    # The bound keeps products of coordinates finite; NaN fails the comparison.
+    # The bound keeps products of coordinates finite, and NaN and infinity, which Python's JSON reads, fail it. `type`
+    # and not `isinstance`, because true and false are ints in Python.
     if not all(type(v) in (int, float) and abs(v) < _LARGEST for v in value):
         return None
     return [float(v) for v in value]

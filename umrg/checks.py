@@ -156,7 +156,7 @@ class _FirstUse:
     masks: dict[bytes, RowInfo] = field(default_factory=dict)
 
 
-class Seen:
+class DuplicateIndex:
     """Ids and images of the rows so far. It keeps what the rows say, and digests of their images."""
 
     def __init__(self) -> None:
@@ -211,33 +211,35 @@ class Seen:
             yield Finding(check=SHARED_MASK, message=message)
 
 
-def check_row(row: Row | Damage, file: Path, number: int, seen: Seen) -> CheckedRow:
+def check_row(row: Row | Damage, file: Path, number: int, duplicates: DuplicateIndex) -> CheckedRow:
     """All checks that need no model. Those that come after what makes a row unreadable are not made."""
     checked = CheckedRow(file=file, row=number, findings=[])
     if isinstance(row, Damage):
         return _found(checked, DAMAGED_ROW, f"the row cannot be read: {row.reason}; write the file again")
     try:
         info = read_info(row, file, number, "the row")
-        checked = replace(checked, info=info, findings=[*seen.check_id(info), *check_words(info), *check_texts(row)])
+        checked = replace(
+            checked, info=info, findings=[*duplicates.check_id(info), *check_words(info), *check_texts(row)]
+        )
         # The table names the file; the sentences need not.
         sample = replace(read_sample(row, info, "the row"), source="")
     except ValueError as error:
         return _found(checked, SCHEMA, str(error))
-    return _check_pictures(replace(checked, sample=sample), info, sample, seen)
+    return _check_pictures(replace(checked, sample=sample), info, sample, duplicates)
 
 
-def _check_pictures(checked: CheckedRow, info: RowInfo, sample: Sample, seen: Seen) -> CheckedRow:
+def _check_pictures(checked: CheckedRow, info: RowInfo, sample: Sample, duplicates: DuplicateIndex) -> CheckedRow:
     try:
-        pixels = seen.pixels(sample)
+        pixels = duplicates.pixels(sample)
     except ValueError as error:
         return _found(checked, UNREADABLE_IMAGE, str(error))
-    found = [*checked.findings, *seen.check_image(info, pixels), *check_reference(sample)]
+    found = [*checked.findings, *duplicates.check_image(info, pixels), *check_reference(sample)]
     checked = replace(checked, pixels=pixels, findings=found)
     try:
         mask = sample.mask_union()
     except ValueError as error:
         return _found(checked, UNREADABLE_MASK, str(error))
-    found = [*checked.findings, *check_mask(sample, mask), *seen.check_target(info, pixels, mask)]
+    found = [*checked.findings, *check_mask(sample, mask), *duplicates.check_target(info, pixels, mask)]
     return replace(checked, mask=mask, findings=found)
 
 

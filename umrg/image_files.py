@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
+from umrg.foreign_files import FOREIGN_FILES, GZIP, HDF5, NUMPY, ZIP, ForeignFile
+
 # Readers of still pictures that decode in this process. Not here: what starts other programs or hands over to them
 # (EPS, WMF, HDF5, GRIB), what is a film, and what holds icons, layers or textures, of which no one is *the* picture.
 FORMATS = (
@@ -77,19 +79,13 @@ _PREFIXES = {
 }
 _AS_PICTURE = "save it as PNG, JPEG or TIFF"
 _AS_SLICE = "export the slice that is meant as PNG, windowed to 8 bits"
-# What people have under an image's name: pattern of the first bytes, what it is, what to do.
-_OTHERS = (
-    (rb"version https://git-lfs", "a Git LFS pointer, not the file itself", "fetch it with `git lfs pull`"),
-    (rb"(\xef\xbb\xbf)?\s*<(!doctype html|html)", "a web page", "download the image itself"),
-    (rb"(\xef\xbb\xbf)?\s*<(\?xml|svg|!--)", "an XML text, such as SVG", _AS_PICTURE),
+_UNREAD_FORMATS = (
+    (rb"(\xef\xbb\xbf)?\s*<(?i:\?xml|svg|!--)", "an XML text, such as SVG", _AS_PICTURE),
     (rb".{128}DICM|\x08\x00\x05\x00", "DICOM", _AS_SLICE),
     (rb".{344}n[i+]1\x00", "NIfTI", _AS_SLICE),
     (rb"NRRD", "NRRD", _AS_SLICE),
     (rb"(ObjectType|NDims) *=", "MetaImage", _AS_SLICE),
-    (rb"\x89HDF", "HDF5", _AS_SLICE),
-    (rb"\x93NUMPY", "a NumPy array", _AS_SLICE),
-    (rb"\x1f\x8b", "gzip", f"unpack it, and if it is a volume, {_AS_SLICE}"),
-    (rb"PK\x03\x04", "a ZIP archive", "unpack it"),
+    # HEIC before films: both are ISO base media files, told apart by their brand.
     (rb"....ftyp(hei|hev|mif1|msf1)", "HEIC", _AS_PICTURE),
     (rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ", "a film", "save the frame that is meant as PNG"),
     (rb"\xff\x0a|\x00\x00\x00\x0cJXL ", "JPEG XL", _AS_PICTURE),
@@ -98,6 +94,19 @@ _OTHERS = (
     (rb"8BPS", "Photoshop", _AS_PICTURE),
     (rb"\x00\x00[\x01\x02]\x00", "an icon", _AS_PICTURE),
 )
+_NOT_READ = (
+    *(ForeignFile(pattern=pattern, name=name, remedy=remedy) for pattern, name, remedy in _UNREAD_FORMATS),
+    *FOREIGN_FILES,
+)
+"""Files that people give as images and that are not read here. Image formats come first: an XML text is taken for SVG
+here, and for a web page elsewhere."""
+_REMEDIES = {
+    ZIP: "unpack it",
+    GZIP: f"unpack it, and if it is a volume, {_AS_SLICE}",
+    HDF5: _AS_SLICE,
+    NUMPY: _AS_SLICE,
+}
+"""What to do about kinds of `FOREIGN_FILES` that may hold the image, in place of their general remedy."""
 
 
 class ImageRefused(ValueError):
@@ -142,9 +151,9 @@ def _not_opened(encoded: bytes) -> str:
         return "(the file is empty); write or download it again"
     if _kind(encoded):
         return f"(its header cannot be read); {_broken(encoded)}"
-    for pattern, kind, advice in _OTHERS:
-        if re.match(pattern, encoded, re.DOTALL | re.IGNORECASE):
-            return f"({kind}); {advice}"
+    for kind in _NOT_READ:
+        if kind.matches(encoded):
+            return f"({kind.name}); {_REMEDIES.get(kind, kind.remedy)}"
     return f"(unknown format); {_broken(encoded)}"
 
 

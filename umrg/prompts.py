@@ -10,7 +10,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError
 
-from umrg.atomic import written_aside
+from umrg.atomic import write_text
 from umrg.config import Config, ModelFolder
 from umrg.foreign_files import first_bytes
 from umrg.frames import Frame
@@ -196,9 +196,8 @@ class PromptSpec(BaseModel):
         return self.model_copy(update={name: value for name, value in changes.items() if value is not None})
 
     def save(self, folder: Path) -> None:
-        with written_aside(folder / "prompt.json") as aside:
-            text = json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False)
-            aside.write_text(text + "\n", encoding="utf-8")
+        text = json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False)
+        write_text(folder / "prompt.json", text + "\n")
 
 
 def _frame_of(folder: Path) -> Frame:

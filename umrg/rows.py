@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from umrg.answers import as_point, finite_numbers
 from umrg.columns import Row
 from umrg.frames import Box, Point, PointPair, Size
 from umrg.names import category_name, modality_name
@@ -140,17 +141,16 @@ def parse_ground_truth(truth: object, where: str) -> tuple[Box, PointPair]:
     if "ground_truth" in fields and "bbox_2d" not in fields:
         # The text of a whole `reward_model`.
         fields = _loaded(fields["ground_truth"], where)
-    box = _numbers(fields.get("bbox_2d"), 4)
+    box = finite_numbers(fields.get("bbox_2d"), 4)
     pair = fields.get("point_2d")
-    points = [_numbers(point, 2) for point in pair] if isinstance(pair, list) else []
+    points = [as_point(point) for point in pair] if isinstance(pair, list) else []
     if box is None or len(points) != 2 or points[0] is None or points[1] is None:
         raise ValueError(
             f"{where} has a ground_truth without a usable bbox_2d and point_2d; it must read "
             '{"bbox_2d": [x1, y1, x2, y2], "point_2d": [[x, y], [x, y]]}'
         )
-    first: Point = (points[0][0], points[0][1])
-    second: Point = (points[1][0], points[1][1])
-    return (box[0], box[1], box[2], box[3]), (first, second)
+    # Inverted boxes pass here, so that `box_fault` can say what is wrong with them.
+    return (box[0], box[1], box[2], box[3]), (points[0], points[1])
 
 
 def _loaded(truth: object, where: str) -> Mapping[str, object]:
@@ -161,15 +161,6 @@ def _loaded(truth: object, where: str) -> Mapping[str, object]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} has a ground_truth that is not JSON ({error})") from error
     return loaded if isinstance(loaded, Mapping) else {}
-
-
-def _numbers(value: object, count: int) -> list[float] | None:
-    if not isinstance(value, list) or len(value) != count:
-        return None
-    # The bound fails for NaN and infinity, which Python's JSON lets through.
-    if not all(type(v) in (int, float) and abs(v) < 1e9 for v in value):
-        return None
-    return [float(v) for v in value]
 
 
 def box_fault(box: Box, size: Size) -> str | None:

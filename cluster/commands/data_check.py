@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from umrg.atomic import written_aside
-from umrg.checks import CHECKS, LOW_CEILING, Check, CheckedRow, Finding, Seen, check_row
+from umrg.checks import CHECKS, LOW_CEILING, Check, CheckedRow, DuplicateIndex, Finding, check_row
 from umrg.dataset_writer import write_batches
 from umrg.pictures import Picture, Tile, contact_sheet, overlay
 from umrg.row_groups import RowFile, common_schema, copied, scan
@@ -106,10 +106,10 @@ def check_files(
 
 
 def _checked(files: Sequence[RowFile], extra_checks: Sequence[ExtraCheck]) -> Iterator[CheckedRow]:
-    seen = Seen()
+    duplicates = DuplicateIndex()
     for file in files:
         for number, row in scan(file):
-            checked = check_row(row, file.path, number, seen)
+            checked = check_row(row, file.path, number, duplicates)
             for check in extra_checks:
                 checked = replace(checked, findings=[*checked.findings, *check(checked)])
             yield checked
