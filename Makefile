@@ -16,7 +16,7 @@ DEMO ?=
 
 BIN := .venv/bin
 STAMP := .venv/.setup-stamp
-PACKAGES := umrg rewards learner actors cluster serving
+PACKAGES := umrg rewards phantoms reasoner learner actors cluster serving
 CHECKED := $(PACKAGES) $(wildcard bench/*.py docs/*.py models/*.py) tests
 PIP := DS_BUILD_OPS=0 $(BIN)/pip --disable-pip-version-check -qq install -c constraints/$(EXTRA).txt
 TORCH := torch==2.13.0$(if $(filter cpu,$(EXTRA)),+cpu) torchvision==0.28.0

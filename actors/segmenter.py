@@ -11,6 +11,7 @@ from actors.config import SegmenterConfig
 from actors.experts.drawing import draw_masks, load_frozen, reference_mask
 from actors.experts.protocol import Embedding, Expert
 from actors.threads import share_cores
+from rewards.answer_metrics import answer_metrics
 from rewards.case import Reference
 from rewards.scored import Measured, ScoredAnswer, ScoredGroup
 from rewards.scoring import Scorer
@@ -19,11 +20,7 @@ from umrg.foreign_answers import parse_lenient
 from umrg.frames import Frame
 from umrg.group import Completion, Group, GroupSamples
 from umrg.masks import encode_rle
-from umrg.metrics import box_iou, mask_dice, mask_iou, pdice, pdice_published
-
-GEOMETRY = ("well_formed", "iou", "pdice", "pdice_published")
-MASKS = ("dice", "mask_iou")
-ABLATIONS = ("dice_box", "dice_points", "oracle_dice")
+from umrg.metrics import mask_dice
 
 
 class Segmenter:
@@ -105,33 +102,10 @@ class Segmenter:
             reward=self._scorer.score(answer, reference, mask, step=step),
             answer=answer,
             failure=answer.failure(think=self._think, finished=completion.finished),
-            metrics={**metrics_of(answer, mask, reference, think=self._think), **ablations},
+            metrics={**answer_metrics(answer, mask, reference, think=self._think), **ablations},
             mask=None if mask is None else encode_rle(mask),
             expert_score=score,
         )
-
-
-def metrics_of(
-    answer: Answer, mask: NDArray[np.bool_] | None, reference: Reference, *, think: bool
-) -> dict[str, float]:
-    """Metrics of one answer, in original pixels like the reference and the mask; 0 where it is not well formed.
-
-    The names are those of `GEOMETRY` and, where the reference has a mask, of `MASKS`; each lies in [0, 1] but
-    `pdice_published`, which reaches 2.
-    """
-    names = GEOMETRY if reference.mask is None else (*GEOMETRY, *MASKS)
-    if answer.box is None or answer.points is None or not answer.well_formed(think=think):
-        return dict.fromkeys(names, 0.0)
-    found = {
-        "well_formed": 1.0,
-        "iou": box_iou(answer.box, reference.box),
-        "pdice": pdice(answer.points, reference.points),
-        "pdice_published": pdice_published(answer.points, reference.points),
-    }
-    if reference.mask is not None:
-        assert mask is not None, "a well-formed answer has the expert's mask"
-        found |= {"dice": mask_dice(mask, reference.mask), "mask_iou": mask_iou(mask, reference.mask)}
-    return found
 
 
 def ablation_metrics(

@@ -8,6 +8,7 @@ import numpy as np
 
 from actors.pools import GroupRefs, Ref
 from cluster.workers import Workers
+from rewards.answer_metrics import TRAINING_METRICS
 from rewards.scored import Measured, ScoredGroup
 from umrg.group import Group, SamplingParams
 from umrg.sample import Sample
@@ -15,7 +16,7 @@ from umrg.sample import Sample
 SEED = 20_000_003
 """Evaluations use the same random numbers in every run, so that two models are compared on equal terms."""
 
-FIGURES = ("dice", "iou", "pdice", "well_formed")
+FIGURES = tuple(TRAINING_METRICS)
 
 
 @dataclass(frozen=True, kw_only=True)

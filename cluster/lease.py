@@ -154,7 +154,7 @@ class Lease:
 
 @contextmanager
 def leased(folder: Path, machine: Machine | None = None) -> Iterator[Lease]:
-    """Hold the lease on a run's folder, which need not exist yet. Raises ValueError naming the holder if it is taken."""
+    """Hold the lease on a run's folder, which need not exist yet. Raises ValueError naming the holder if taken."""
     machine = machine or Machine()
     path = folder.resolve().with_name(f".{folder.resolve().name}.lease")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -213,7 +213,7 @@ def holder_of(path: Path) -> Holder | None:
 
 
 def _succeed(path: Path, gone: Holder, own: Holder) -> Lease | None:
-    """Succeed a holder that is gone; None if another driver was quicker. Only one of two claimants creates the file."""
+    """Succeed a holder that is gone; None if another driver was quicker: only one of two can create the claim."""
     claim = Lease.made(_claim(path, gone), own)
     if claim is None:
         return None

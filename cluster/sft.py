@@ -19,6 +19,7 @@ from actors.pools import SupervisedPool
 from cluster.checkpoints import Checkpoint
 from cluster.cli import run_command
 from cluster.config import SftConfig, load_config
+from cluster.data import opened
 from cluster.loop import Loop, checkpoint_to_resume
 from cluster.run_folder import RunFolder
 from cluster.workers import ActorSpec, cluster, ranks, started_supervised
@@ -56,12 +57,7 @@ class Images:
     """The rows of a run by image, divided into training and held-out images."""
 
     def __init__(self, config: SftConfig) -> None:
-        self._dataset = Dataset.open(
-            config.data.train,
-            supercategory=config.data.supercategory,
-            category=config.data.category,
-            modality=config.data.modality,
-        )
+        self._dataset = opened(config.data.train, config.data)
         if config.spec().think:
             _refuse_unteachable(self._dataset)
         images = self._dataset.rows_by_image()
@@ -92,9 +88,11 @@ def _refuse_unteachable(dataset: Dataset) -> None:
 class Finetuning(Loop):
     """A supervised run."""
 
+    config: SftConfig
+
     def __init__(self, config: SftConfig, run: RunFolder, learner: SupervisedPool, images: Images) -> None:
         super().__init__(config, run, learner, keep_best=1)
-        self.config, self.learner, self.images = config, learner, images
+        self.learner, self.images = learner, images
         self.validations: list[float] = []
 
     def go(self, checkpoint: Checkpoint | None) -> None:

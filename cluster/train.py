@@ -69,6 +69,8 @@ def actors(config: TrainConfig, run: Path | None = None) -> list[ActorSpec]:
 class Training(Loop):
     """A GRPO run."""
 
+    config: TrainConfig
+
     def __init__(
         self,
         config: TrainConfig,
@@ -80,7 +82,7 @@ class Training(Loop):
         held_out: list[Sample],
     ) -> None:
         super().__init__(config, run, workers.learner, keep_best=config.keep_best, now=journal.clock.now)
-        self.config, self.workers = config, workers
+        self.workers = workers
         self.journal, self.display, self.rows, self.held_out = journal, display, rows, held_out
         self.canary = Canary(rows[0], config)
         self.sampling = config.rollout.sampling(seed=config.seed)
@@ -101,7 +103,7 @@ class Training(Loop):
         with clock.phase("save"):
             self.leave_model(checkpoint)
         self.workers.check_expert()
-        self.display.gain(self.journal.finish(self.held_out))
+        self.display.improvement(self.journal.finish(self.held_out))
 
     def take_step(self) -> None:
         """Sample and score, learn, sync weights, record."""
@@ -118,7 +120,7 @@ class Training(Loop):
         self.display.step(self.step, metrics)
 
     def collect(self) -> tuple[list[Collected], int]:
-        """The groups of a step, sampled and scored, and how many zero-variance groups were replaced by newly sampled ones
+        """The groups of a step, sampled and scored, and how many zero-variance groups were replaced by new ones
         (dynamic sampling: DAPO, Yu et al. 2025, arXiv:2503.14476)."""
         kept: list[Collected] = []
         asked = 0

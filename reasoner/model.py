@@ -37,6 +37,7 @@ class Reasoner(Prompter):
             image_grid_thw=torch.cat([p.image.grid_thw for p in prompts]).to(self.model.device),
             max_new_tokens=max_tokens,
             do_sample=False,
+            suppress_tokens=list(self.vision_tokens),  # as the engine's logit bias does
             repetition_penalty=1.0,  # folders of Qwen's bring another, which neither rollout nor service knows
         )
         return [self.completion_text(ids) for ids in output[:, width:].tolist()]

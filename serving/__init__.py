@@ -1,1 +1,5 @@
-"""The grounder as a service: its HTTP API, image formats and web page."""
+"""The grounder for use: in this process (`Grounder`), and as a service over HTTP (`serving.app`)."""
+
+from serving.grounder import Grounder, Grounding
+
+__all__ = ["Grounder", "Grounding"]

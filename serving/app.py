@@ -1,8 +1,8 @@
 """The grounder as a Ray Serve application.
 
-    POST /v1/ground ──► Ingress ──image, query──► Reasoner (vLLM) ──answer──► Segmenter (expert) ──► JSON
+    POST /v1/ground ──► Ingress ──image, query──► ReasonerDeployment (vLLM) ──answer──► SegmenterDeployment ──► JSON
 
-Prompt, parser, engine and expert are training's own, so that a served answer is the one that was evaluated.
+Prompt, parser, engine and expert are those of training and evaluation: a served answer equals the evaluated one.
 """
 
 import asyncio
@@ -19,56 +19,67 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from serving.config import ServeConfig
+from serving.grounder import check_query
 from umrg.answers import Answer, parse_answer
 from umrg.config import located
 from umrg.group import SamplingParams
 from umrg.images import decode_image
 from umrg.masks import encode_rle
-from umrg.prompts import clean_query
 from umrg.windowing import Window
 
 api = FastAPI(title="MedReasoner", description="Ask a medical image an implicit question.")
 
 
 @api.exception_handler(RequestValidationError)
-async def _what_is_missing(_: Request, error: RequestValidationError) -> JSONResponse:
+async def _invalid_form(_: Request, error: RequestValidationError) -> JSONResponse:
     faults = "; ".join(f"{fault['loc'][-1]}: {fault['msg']}" for fault in error.errors())
     return JSONResponse({"detail": f"{faults}; send a form with an image file and a query"}, status_code=422)
 
 
-async def _one_of_each(request: Request) -> None:
-    """Of two fields of one name the framework would take one, and not say which."""
+async def _no_repeated_field(request: Request) -> None:
+    """Refuse a form with two fields of one name: the framework would silently take one of them."""
     names = [name for name, _ in (await request.form()).multi_items()]
     if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise HTTPException(400, f"the form has more than one {' and '.join(repeated)}; send one of each")
 
 
 class Rle(BaseModel):
-    """A mask as COCO run-length encoding. size: [height, width]."""
+    """A mask in COCO's compressed run-length encoding."""
 
     size: tuple[int, int]
+    """Height and width."""
     counts: str
+    """The run lengths, column by column, as pycocotools reads them."""
 
 
 class GroundResponse(BaseModel):
-    """box: x1, y1, x2, y2, inclusive maximum; points: x, y; both in pixels of the image as it was sent, and null, as is
-    the mask, where the model's answer had no usable ones. score: the expert's own estimate of the mask's IoU."""
+    """The answer to a query. Coordinates are pixels of the upright image at its original size."""
 
     query: str
+    """The query as it was sent."""
     reasoning: str | None
+    """The text of the think block; null where there is none."""
     well_formed: bool
+    """Whether box and points are usable and, where the model was asked to reason, whether it did."""
     box: tuple[float, float, float, float] | None
+    """x1, y1, x2, y2, inclusive maximum; null where malformed."""
     points: tuple[tuple[float, float], tuple[float, float]] | None
+    """The two key points as x, y; null where malformed."""
     mask: Rle | None
+    """The expert's mask; null where box or points are malformed."""
     score: float | None
+    """The expert's own estimate of the mask's IoU."""
     width: int
+    """Width of the upright image."""
     height: int
+    """Height of the upright image."""
     completion: str
+    """The reasoner's completion as generated."""
 
 
 @serve.deployment
-class Reasoner:
-    """Answers queries; one vLLM engine a replica."""
+class ReasonerDeployment:
+    """Answers queries, with one vLLM engine in each replica."""
 
     async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         from actors.engine import Engine
@@ -81,7 +92,7 @@ class Reasoner:
         self._max_tokens = config.rollout.max_tokens
 
     async def answer(self, image: NDArray[np.uint8], query: str) -> tuple[str, Answer]:
-        """The greedy completion, and what it says in original pixels."""
+        """The greedy completion, and the answer parsed from it, in original pixels."""
         greedy = SamplingParams(n=1, temperature=0.0, max_tokens=self._max_tokens)
         samples = await self._engine.generate(image, query, greedy)
         (completion,) = samples.completions
@@ -90,8 +101,8 @@ class Reasoner:
 
 
 @serve.deployment
-class Segmenter:
-    """Draws masks; one expert a replica."""
+class SegmenterDeployment:
+    """Draws masks, with one expert in each replica."""
 
     def __init__(self, config: ServeConfig) -> None:
         from actors.experts.drawing import load_frozen
@@ -101,7 +112,7 @@ class Segmenter:
         self._expert = load_frozen(config.expert, config.segmenter)
 
     def draw(self, image: NDArray[np.uint8], answer: Answer) -> tuple[NDArray[np.bool_], float] | None:
-        """The mask and the expert's score; None where the answer has no usable box and points."""
+        """The mask bool [H, W] and the expert's score; None where the answer has no usable box and points."""
         from actors.experts.drawing import draw_masks
 
         return draw_masks(self._expert, self._expert.embed(image), [answer]).get(0)
@@ -110,13 +121,13 @@ class Segmenter:
 @serve.deployment
 @serve.ingress(api)
 class Ingress:
-    """Checks what comes in, and passes it on."""
+    """Validates requests and passes them to the two models."""
 
     def __init__(self, config: ServeConfig, reasoner: DeploymentHandle, segmenter: DeploymentHandle) -> None:
         self._config, self._reasoner, self._segmenter = config, reasoner, segmenter
         self._think = config.spec().think
 
-    @api.post("/v1/ground", dependencies=[Depends(_one_of_each)])
+    @api.post("/v1/ground", dependencies=[Depends(_no_repeated_field)])
     async def ground(
         self,
         image: UploadFile,
@@ -126,12 +137,11 @@ class Ingress:
     ) -> GroundResponse:
         """Ground a query in an image."""
         pixels = self._decoded(await image.read(), image.filename or "the image", window, frame)
-        if not clean_query(query):
-            raise HTTPException(400, "the query is empty; ask about something in the image")
         try:
+            check_query(query)
             return await asyncio.wait_for(self._ground(pixels, query), self._config.timeout)
         except ValueError as error:
-            # A replica's own; Ray's wrapper adds its whole traceback to the message.
+            # Ray wraps an error that a replica raised and puts the whole traceback into the message; `cause` is bare.
             raise HTTPException(400, str(getattr(error, "cause", error))) from None
         except TimeoutError:
             raise HTTPException(504, f"no answer within {self._config.timeout:g} s; try again later") from None
@@ -159,6 +169,7 @@ class Ingress:
         )
 
     def _decoded(self, data: bytes, name: str, window: str | None, frame: int | None) -> NDArray[np.uint8]:
+        """The image file as uint8 [H, W, 3]."""
         limit = self._config.max_image_mib
         if len(data) > limit << 20:
             raise HTTPException(413, f"{name} has {len(data) / 2**20:.1f} MiB; at most {limit} are taken")
@@ -170,17 +181,18 @@ class Ingress:
 
 
 def build_app(args: dict[str, Any]) -> Application:
-    """The application, from Python or from a Serve YAML file: `import_path: serving.app:build_app`. args: the fields of
-    `ServeConfig`. Raises ValueError for what is wrong with them."""
+    """Build the application, from Python or from a Serve YAML file (`import_path: serving.app:build_app`). args: the
+    fields of `ServeConfig`. Raises ValueError where they are invalid."""
     config = ServeConfig.model_validate(args)
-    here = {
+    # Replicas run in another working directory.
+    absolute = {
         "model": located(config.model),
         "expert": located(config.expert),
         "segmenter": config.segmenter.located(),
     }
-    config = config.model_copy(update=here)
+    config = config.model_copy(update=absolute)
     rollout, segmenter = config.rollout, config.segmenter
-    reasoner = Reasoner.options(  # type: ignore[attr-defined]
+    reasoner = ReasonerDeployment.options(  # type: ignore[attr-defined]
         num_replicas=rollout.actors,
         ray_actor_options={
             "num_cpus": rollout.num_cpus,
@@ -188,7 +200,7 @@ def build_app(args: dict[str, Any]) -> Application:
             "runtime_env": {"env_vars": rollout.environment},
         },
     ).bind(config)
-    expert = Segmenter.options(  # type: ignore[attr-defined]
+    expert = SegmenterDeployment.options(  # type: ignore[attr-defined]
         num_replicas=segmenter.actors,
         ray_actor_options={"num_cpus": segmenter.num_cpus, "num_gpus": segmenter.num_gpus},
     ).bind(config)

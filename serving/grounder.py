@@ -1,104 +1,213 @@
-"""One image: `medreasoner ground IMAGE "QUERY"`."""
+"""The grounder in Python. `medreasoner ground` and the README use it:
 
+    from serving import Grounder
+
+    grounder = Grounder.load("runs/demo", "tiny")
+    grounding = grounder.ground("image.png", "Which organ pumps the blood?")
+
+Importing this module imports neither torch nor transformers; `Grounder.load` does.
+"""
+
+import errno
+import io
 import json
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from actors.experts.drawing import draw_masks
-from actors.experts.protocol import Expert
-from actors.experts.registry import load_expert
-from reasoner.model import Reasoner, load_reasoner
 from umrg.answers import Answer, parse_answer
 from umrg.atomic import written_aside
+from umrg.frames import Box, PointPair
 from umrg.images import decode_image, encode_png
 from umrg.pictures import overlay
 from umrg.prompts import ReasonerConfig, clean_query
 from umrg.windowing import Window
 
+if TYPE_CHECKING:
+    from actors.experts.protocol import Expert
+    from reasoner.model import Reasoner
+
 MAX_TOKENS = 2048
+"""Longest completion, in tokens."""
+
+_DTYPES = ("float32", "bfloat16")
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 _SHOWN = 200
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grounding:
-    """A reasoner's answer about one image and the expert's mask.
-
-    answer: in original pixels. completion: the text as generated. image: uint8 [H, W, 3]. mask: bool [H, W], and
-    score, the expert's prediction of its IoU; None where box and points were malformed.
-    """
+    """The answer to a query about one image: what the reasoner wrote, and the mask that the expert drew from it."""
 
     answer: Answer
+    """The parsed completion, in original pixels."""
     completion: str
+    """The completion as generated."""
     image: NDArray[np.uint8]
+    """The image [H, W, 3] that was asked about."""
     mask: NDArray[np.bool_] | None
+    """The mask [H, W]; None where the answer has no usable box and points."""
     score: float | None
+    """The expert's own estimate of the mask's IoU; None where there is no mask."""
 
-    def save(self, out: Path, name: str) -> list[Path]:
-        """Write `<name>.overlay.png`, `<name>.json` and, where there is one, `<name>.mask.png` into `out`."""
-        picture = overlay(self.image, mask=self.mask, box=self.answer.box, points=self.answer.points)
-        files = {f"{name}.overlay.png": encode_png(picture), f"{name}.json": self._record()}
+    @property
+    def reasoning(self) -> str | None:
+        return self.answer.think
+
+    @property
+    def box(self) -> Box | None:
+        """XYXY in original pixels, inclusive maximum; None where malformed."""
+        return self.answer.box
+
+    @property
+    def points(self) -> PointPair | None:
+        """The two key points, XY in original pixels; None where malformed."""
+        return self.answer.points
+
+    def overlay(self) -> NDArray[np.uint8]:
+        """The image with mask, box and points drawn on it, uint8 [h, w, 3]."""
+        return overlay(self.image, mask=self.mask, box=self.box, points=self.points)
+
+    def save(self, folder: str | Path, name: str) -> list[Path]:
+        """Write `<name>.overlay.png`, `<name>.json` and, where there is one, `<name>.mask.png` into a folder."""
+        picture, record, mask = _files(Path(folder), name)
+        files = {picture: encode_png(self.overlay()), record: self._record()}
         if self.mask is not None:
-            files[f"{name}.mask.png"] = encode_png(self.mask)
-        for file, content in files.items():
-            with written_aside(out / file) as aside:
+            files[mask] = encode_png(self.mask)
+        for path, content in files.items():
+            with written_aside(path) as aside:
                 aside.write_bytes(content)
-        return [out / file for file in files]
+        return list(files)
 
     def _record(self) -> bytes:
-        answer = self.answer
         fields = {
-            "reasoning": answer.think,
-            "bbox": answer.box,
-            "points": answer.points,
+            "reasoning": self.reasoning,
+            "bbox": self.box,
+            "points": self.points,
             "score": self.score,
             "completion": self.completion,
         }
         return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def ground(image: NDArray[np.uint8], query: str, reasoner: Reasoner, expert: Expert) -> Grounding:
-    """Ask about an image uint8 [H, W, 3], greedily, and let the expert draw the mask."""
-    prompt = reasoner.encode(query, reasoner.encode_image(image))
-    (completion,) = reasoner.generate([prompt], max_tokens=MAX_TOKENS)
-    answer = parse_answer(completion).to_original(prompt.image.frames, reasoner.prompt.frame)
-    mask, score = draw_masks(expert, expert.embed(image), [answer]).get(0, (None, None))
-    return Grounding(answer=answer, completion=completion, image=image, mask=mask, score=score)
+class Grounder:
+    """A reasoner and a frozen expert, loaded into this process.
 
-
-def ground_file(
-    path: Path,
-    query: str,
-    *,
-    model: Path,
-    prompt: str | None,
-    expert: str,
-    checkpoint: Path | None,
-    out: Path,
-    window: Window | None = None,
-    frame: int | None = None,
-) -> tuple[Grounding, list[Path]]:
-    """Ground a query in an image file and save what comes out. Checks the input before a model is loaded.
-
-    prompt: in which words it asks (`ReasonerConfig`). window, frame: as `decode_image` takes them. Raises ValueError
-    for what is no image, and OSError for a folder that cannot be written to.
+    It decodes greedily, as the service does: in float32 both give the same answer; in bfloat16 the answers agree up to
+    rounding, which may change single tokens.
     """
+
+    def __init__(self, reasoner: "Reasoner", expert: "Expert") -> None:
+        self.reasoner, self.expert = reasoner, expert
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path,
+        expert: str | Path = "tiny",
+        *,
+        checkpoint: str | Path | None = None,
+        prompt: str | None = None,
+        device: str = "cpu",
+        dtype: Literal["float32", "bfloat16"] = "float32",
+    ) -> Self:
+        """Load a reasoner and an expert.
+
+        model: folder of a Qwen-VL model, or of a run or checkpoint that holds one. expert: name, folder or converted
+        file of the expert. checkpoint: weights of a published expert. prompt: style, template or template file
+        (`ReasonerConfig.prompt`); None for the model's own. device: of both models. dtype: of the reasoner's weights;
+        the expert computes in float32.
+        Raises ValueError for what cannot be loaded; all but the weights themselves is checked before any are read.
+        """
+        if dtype not in _DTYPES:
+            raise ValueError(f"a reasoner's dtype is one of {', '.join(_DTYPES)}, not {dtype!r}")
+        config = ReasonerConfig(model=Path(model), prompt=prompt)
+        spec = config.spec()
+
+        # Seconds of imports, which a mistake above need not wait for.
+        import torch
+
+        from actors.experts.registry import find_expert, load_expert
+        from reasoner.model import load_reasoner
+
+        _check_device(device)
+        weights = None if checkpoint is None else Path(checkpoint)
+        find_expert(str(expert), weights, "published")
+        reasoner = load_reasoner(config.model, spec, device=device, dtype=getattr(torch, dtype))
+        return cls(reasoner, load_expert(str(expert), checkpoint=weights, device=device))
+
+    def ground(self, image: str | Path | Image.Image | NDArray[np.uint8], query: str) -> Grounding:
+        """Answer a query about an image, and draw the mask.
+
+        image: path of a file, PIL image, or array uint8 [H, W, 3] in RGB. Of a file with several pages, or with more
+        than 8 bits a channel, `read_image` makes such an array.
+        Raises ValueError for what is no image, for an empty query, and for a prompt that is too long for the model.
+        """
+        from actors.experts.drawing import draw_masks
+
+        check_query(query)
+        pixels = _pixels(image)
+        prompt = self.reasoner.encode(query, self.reasoner.encode_image(pixels))
+        room = self.reasoner.positions - len(prompt.token_ids)
+        if room < 1:
+            raise ValueError(
+                f"the prompt has {len(prompt.token_ids)} tokens, {prompt.image.tokens} of them for the image, and the "
+                f"model has {self.reasoner.positions} positions; shorten the question or make the image smaller"
+            )
+        (completion,) = self.reasoner.generate([prompt], max_tokens=min(MAX_TOKENS, room))
+        answer = parse_answer(completion).to_original(prompt.image.frames, self.reasoner.prompt.frame)
+        mask, score = draw_masks(self.expert, self.expert.embed(pixels), [answer]).get(0, (None, None))
+        return Grounding(answer=answer, completion=completion, image=pixels, mask=mask, score=score)
+
+
+def check_query(query: str) -> None:
+    """Raise ValueError for a query of which nothing is left once special tokens are removed."""
     if not clean_query(query):
         raise ValueError("the query is empty; ask about something in the image")
-    image = decode_image(_read(path), str(path), window=window, frame=frame)
-    asked = ReasonerConfig(model=model, prompt=prompt)
-    segmenter = load_expert(expert, checkpoint=checkpoint)
-    found = ground(image, query, load_reasoner(asked.model, asked.spec()), segmenter)
-    return found, found.save(out, path.stem)
 
 
-def beginning(completion: str) -> str:
-    """What a terminal shows of an answer that cannot be used: a looping one fills pages."""
+def read_image(path: str | Path, *, window: Window | None = None, frame: int | None = None) -> NDArray[np.uint8]:
+    """Read an image file as uint8 [H, W, 3]. window, frame: as `decode_image` takes them. Raises ValueError for what is
+    no file or no image."""
+    return decode_image(_read(Path(path)), str(path), window=window, frame=frame)
+
+
+def check_savable(folder: Path, name: str) -> None:
+    """Raise the OSError that `Grounding.save` would meet, and leave no trace: a model need not answer first."""
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        for path in _files(folder, name):
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+            with suppress(_ProbeEnded), written_aside(path) as aside:
+                aside.touch()
+                raise _ProbeEnded
+    finally:
+        for each in made:
+            with suppress(OSError):
+                each.rmdir()
+
+
+def abridged(completion: str) -> str:
+    """A completion as a terminal shows it: one that repeats itself up to the token limit would fill pages."""
     if len(completion) <= _SHOWN:
         return repr(completion)
     return f"{completion[:_SHOWN]!r} … ({len(completion)} characters; all of them are in the JSON file)"
+
+
+class _ProbeEnded(Exception):
+    """Ends a write before it is renamed into place."""
+
+
+def _files(folder: Path, name: str) -> tuple[Path, Path, Path]:
+    """Where overlay, record and mask are saved."""
+    return folder / f"{name}.overlay.png", folder / f"{name}.json", folder / f"{name}.mask.png"
 
 
 def _read(path: Path) -> bytes:
@@ -109,3 +218,39 @@ def _read(path: Path) -> bytes:
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); give the path of an image") from error
     raise ValueError(f"{path} is not a file; give the path of an image")
+
+
+def _pixels(image: str | Path | Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
+    if isinstance(image, (str, Path)):
+        return read_image(image)
+    if isinstance(image, Image.Image):
+        return _pixels_of_pil(image)
+    if not isinstance(image, np.ndarray):
+        raise TypeError(f"an image is a path, a PIL image or an array, not {type(image).__name__}")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise ValueError(f"an image is uint8 [H, W, 3], this one is {image.dtype} {list(image.shape)}")
+    return image
+
+
+def _pixels_of_pil(image: Image.Image) -> NDArray[np.uint8]:
+    """By way of a file, so that orientation, transparency and depth are treated as in every other image."""
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"the image has more than 8 bits a channel (mode {image.mode}); window it to 8 bits first")
+    buffer = io.BytesIO()
+    try:
+        if image.mode not in _PNG_MODES:
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        image.save(buffer, "PNG", exif=image.getexif(), compress_level=1)
+    except OSError as error:
+        raise ValueError(f"the image cannot be decoded ({error})") from error
+    return decode_image(buffer.getvalue(), "the image")
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"the device {device!r} cannot be used ({reason}); give another, such as cpu") from error

@@ -1,4 +1,5 @@
-"""`medreasoner serve`: the application, until it is interrupted, on a cluster of its own or beside those of others."""
+"""`medreasoner serve`: runs the application until it is interrupted, on a cluster of its own or beside other
+applications on a shared one."""
 
 import signal
 import threading
@@ -19,11 +20,11 @@ from serving.config import ServeConfig
 HOST = "127.0.0.1"
 NAME = "medreasoner"
 PATHS = ("/v1/ground", "/healthz")
-"""Where the application answers."""
+"""The routes of the application."""
 
 
 class Service:
-    """The application on the cluster that is there, or on a local one. build: makes it of the arguments."""
+    """The application on the running Ray cluster, or on a local one. build: makes the application of its arguments."""
 
     def __init__(
         self, args: dict[str, Any], *, port: int, build: Callable[[dict[str, Any]], serve.Application] = build_app
@@ -32,8 +33,8 @@ class Service:
         self._connected = self._serve_is_ours = self._deployed = False
 
     def start(self) -> str:
-        """Start the service; its address, on the loopback interface. Raises ValueError where another application is in
-        the way."""
+        """Start the service and return its address on the loopback interface. Raises ValueError where another
+        application of the cluster has its name or one of its routes."""
         self._connected = connect()
         running = _get_global_client(raise_if_no_controller_running=False)
         refuse_collision({name: app.route_prefix for name, app in applications().items()})
@@ -44,7 +45,7 @@ class Service:
         return self._address()
 
     def stop(self) -> None:
-        """End the service and what was started for it, if it got that far; what others run goes on."""
+        """End whatever `start` has started, even if it did not finish; other applications keep running."""
         if not ray.is_initialized():
             return
         others = applications().keys() - {NAME}
@@ -64,8 +65,8 @@ class Service:
 
 
 def applications() -> dict[str, Any]:
-    """What Serve runs on the cluster, by name."""
-    # `serve.status`, which is public, has neither their routes nor Serve's port.
+    """The applications that Serve runs on the cluster, by name."""
+    # The public `serve.status` tells neither their routes nor Serve's port.
     client = _get_global_client(raise_if_no_controller_running=False)
     if client is None:
         return {}
@@ -74,8 +75,8 @@ def applications() -> dict[str, Any]:
 
 
 def refuse_collision(running: dict[str, str | None]) -> None:
-    """Raises ValueError where one of the applications has our name, or answers where we would. running: their route
-    prefixes by name."""
+    """Raise ValueError where a running application has our name, or a route prefix that captures one of our routes.
+    running: route prefixes by the applications' names."""
     if NAME in running:
         raise ValueError(f"an application {NAME} runs on this cluster already; end it, or use another cluster")
     for name, prefix in running.items():
@@ -87,14 +88,14 @@ def refuse_collision(running: dict[str, str | None]) -> None:
 
 
 def check(args: dict[str, Any]) -> None:
-    """Raises ValueError for a folder that is no model, and for an expert that is not there."""
+    """Raise ValueError for a folder that holds no model, and for an expert that does not exist."""
     config = ServeConfig.model_validate(args)
     load_prompter(config.model, config.spec())
     find_expert(config.expert, config.segmenter.checkpoint, config.segmenter.preprocess)
 
 
 def run(args: dict[str, Any], *, port: int) -> None:
-    """Start, say where, and wait for Ctrl-C or SIGTERM; either ends the start too."""
+    """Start the service, print its address, and wait for Ctrl-C or SIGTERM; both also interrupt the start."""
     check(args)
     ended = threading.Event()
     service = Service(args, port=port)

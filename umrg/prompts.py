@@ -208,21 +208,20 @@ def _frame_of(folder: Path) -> Frame:
 
 
 class ReasonerConfig(Config):
-    """Which reasoner is asked, and how.
-
-    model: a Qwen-VL folder, or a run or a checkpoint that holds one. prompt, think, frame: asked otherwise than the
-    folder's prompt.json says: in another style, with or without reasoning, in other coordinates. prompt is `full`,
-    `compact`, a file that holds a template, or a template's text, which is what it becomes: a run goes on without the
-    file.
-    """
+    """Which reasoner is prompted, and how."""
 
     model: ModelFolder
-    prompt: Annotated[PromptStyle | str | None, PlainValidator(chosen_prompt)] = None
+    """Folder of a Qwen-VL model, or of a run or a checkpoint that holds one."""
+    prompt: Annotated[PromptStyle | str | None, PlainValidator(chosen_prompt, json_schema_input_type=str | None)] = None
+    """`full`, `compact`, a file that holds a template, or a template's text; null for what the model folder's
+    prompt.json says. A file is read at once: a run resumes without it."""
     think: bool | None = None
+    """Whether the prompt asks for reasoning; null for what prompt.json says."""
     frame: Frame | None = None
+    """The coordinates that the model answers in; null for what prompt.json or the architecture says."""
 
     def spec(self) -> PromptSpec:
-        """How it is asked. Raises ValueError for a damaged prompt.json."""
+        """The prompt spec. Raises ValueError for a damaged prompt.json."""
         return PromptSpec.of_model(self.model).but(style=self.prompt, think=self.think, frame=self.frame)
 
 

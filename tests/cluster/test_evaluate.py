@@ -21,7 +21,7 @@ from cluster.config import EvaluateConfig, load_config
 from cluster.data import open_held_out
 from cluster.evaluate import answer, run_evaluation, settings, write_figures
 from cluster.evaluation import SEED, questions
-from cluster.figures import Seen
+from cluster.figures import TrainingCoverage
 from cluster.records import Results, read_results
 from cluster.run_folder import RunFolder
 from phantoms import rows
@@ -49,7 +49,7 @@ def configured(data, runs, name, *overrides, model=TINY_REASONER):
 def evaluated(workers, config):
     """As `run_evaluation`, on actors that run already."""
     run = RunFolder.begin(config.runs / config.name, config, resume=True)
-    samples, seen = open_held_out(config, run), Seen([])
+    samples, seen = open_held_out(config, run), TrainingCoverage([])
     results = Results(run.path / "results.jsonl", n=config.n)
     answer(workers, samples, config, results)
     results.sort([sample.id for sample in samples])

@@ -15,13 +15,13 @@ from cluster.config import load_config
 from cluster.lease import LeaseLost, leased
 from cluster.run_folder import RunFolder
 from tests.conftest import ROOT
-from umrg.config import Config
+from umrg.config import Config, MayChange
 from umrg.prompts import ReasonerConfig
 
 
 class Small(Config):
     lr: float = 0.1
-    steps: int = 3
+    steps: MayChange[int] = 3
 
 
 def test_a_mistake_before_anything_was_done_leaves_the_name_free(tmp_path):
@@ -156,7 +156,7 @@ STUBBORN = """
 import hashlib, signal, sys
 from pathlib import Path
 from cluster.run_folder import RunFolder
-from umrg.config import Config
+from umrg.config import Config, MayChange
 
 class Small(Config):
     lr: float = 0.1

@@ -1,20 +1,23 @@
-"""The service over HTTP, on the tiny models: what it answers is what training's rollout answers."""
+"""The service over HTTP, on the tiny models: it answers as training's rollout does, and as `Grounder` does."""
 
 import httpx
 import numpy as np
 import pytest
+import torch
 
-from cluster.evaluation import Draw, gain
-from cluster.journal import Clock
+from cluster.evaluation import collect
+from cluster.weight_sync import TOLERANCE
 from phantoms import rows
+from reasoner.model import Reasoner
+from serving import Grounder
 from serving.app import build_app
 from tests.conftest import TINY_REASONER
 from tests.encoded_images import BLOCKS, DEEP, encoded, pages, turned
 from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
-from umrg.group import Group
+from umrg.group import Group, SamplingParams
 from umrg.images import encode_png
-from umrg.masks import decode_rle
+from umrg.masks import decode_rle, encode_rle
 
 
 @pytest.fixture(scope="module")
@@ -41,19 +44,61 @@ def post(address, image, query):
 
 def test_a_served_answer_is_the_training_rollouts(address, workers, samples):
     groups = [Group(run="served", step=0, index=i, sample=sample) for i, sample in enumerate(samples)]
-    greedy = Draw(n=1, temperature=0.0, max_tokens=512, run_seed=0)
-    for each in gain(workers, groups, greedy, Clock()):
-        sample = each.group.sample
+    greedy = SamplingParams(n=1, temperature=0.0, max_tokens=512, seed=0)
+    for sample, each in zip(samples, collect(workers, groups, greedy, "masks"), strict=True):
         reply = post(address, sample.image_bytes, sample.query)
         assert reply.status_code == 200, reply.text
-        found, scored = reply.json(), each.scored[0]
-        assert found["completion"] == each.samples.completions[0].text
+        found, scored = reply.json(), each.scored.answers[0]
+        assert found["completion"] == each.scored.samples.completions[0].text
         assert found["reasoning"] == scored.answer.think
         assert found["box"] == (list(scored.answer.box) if scored.answer.box else None)
         assert found["mask"] == (dict(scored.mask) if scored.mask else None)
         assert (found["width"], found["height"]) == (sample.size.width, sample.size.height)
         if found["mask"]:
             assert decode_rle(found["mask"]).shape == (found["height"], found["width"])
+
+
+def test_a_served_answer_is_the_grounders(address, samples):
+    """vLLM there, transformers here, both in float32."""
+    grounder = Grounder.load(TINY_REASONER)
+    for sample in samples:
+        found, here = (
+            post(address, sample.image_bytes, sample.query).json(),
+            grounder.ground(sample.image(), sample.query),
+        )
+        assert found["completion"] == here.completion and found["reasoning"] == here.reasoning
+        assert found["box"] == (list(here.box) if here.box else None)
+        assert found["points"] == ([list(point) for point in here.points] if here.points else None)
+        assert found["mask"] == (encode_rle(here.mask) if here.mask is not None else None)
+        assert found["score"] == pytest.approx(here.score, abs=1e-5)
+    assert here.mask is not None
+
+
+def log_probs(reasoner: Reasoner, sample, text):
+    """Of each token of a completion, float32 [L]."""
+    prompt = reasoner.encode(sample.query, reasoner.encode_image(sample.image()))
+    answer = reasoner.completion_ids(text)
+    ids = torch.cat([prompt.token_ids, answer])[None]
+    with torch.inference_mode():
+        logits = reasoner.model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            mm_token_type_ids=(ids == reasoner.image_token_id).int(),
+            pixel_values=prompt.image.pixel_values.to(reasoner.model.dtype),
+            image_grid_thw=prompt.image.grid_thw,
+        ).logits[0, len(prompt.token_ids) - 1 : -1]
+    return logits.float().log_softmax(-1).gather(-1, answer[:, None])[:, 0]
+
+
+def test_in_bfloat16_the_grounder_finds_the_float32_answer_as_likely(samples):
+    """Within the tolerance that engine and learner have in bfloat16. A greedy completion would be no test: rounding may
+    turn a close choice between two digits, on each machine another."""
+    exact, rounded = (Grounder.load(TINY_REASONER, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    for sample in samples:
+        answer = exact.ground(sample.image(), sample.query)
+        expected, found = (log_probs(each.reasoner, sample, answer.completion) for each in (exact, rounded))
+        assert 0 < (found - expected).abs().mean() < TOLERANCE["bfloat16"]
+        assert rounded.ground(sample.image(), sample.query).answer.form == answer.answer.form
 
 
 def test_bad_requests_are_told_what_to_change(address, samples):
