@@ -102,7 +102,7 @@ def plain(groups, hosts):
 
 
 def test_deepspeed_compiles_nothing_at_the_start(hosts):
-    """Its switch for that is no documented one: an upgrade that drops it must not go unseen."""
+    """The switch for that is undocumented, and an upgrade of DeepSpeed might drop it."""
     running(hosts)
     assert ray.get(hosts(1)[0].reduction.remote()) is None
 
@@ -126,8 +126,9 @@ def test_every_stage_and_number_of_ranks_agree(groups, hosts, plain, stage, rank
     assert_moved_alike(weights, plain[1])
 
 
-def test_later_mini_batches_remember_what_sampled(groups, hosts):
-    """Two updates a step: by the second the policy has moved; what sampled is still compared with the engine."""
+def test_later_mini_batches_keep_the_old_log_probs(groups, hosts):
+    """Two updates per step: at the second the policy has moved, and the engine is still compared with the policy that
+    sampled."""
     (report,), _ = trained(groups, hosts, steps=1, mini_batch=2)
     assert report.updates == 2 and report.engine_gap < 1e-5
 
