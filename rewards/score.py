@@ -3,8 +3,8 @@
 Each line is a JSON object with `completion`, a text, and `ground_truth` as in a released row,
 `{"bbox_2d": [x1, y1, x2, y2], "point_2d": [[x, y], [x, y]]}`, as JSON text or as an object; both are in the same
 coordinate frame, and other fields are ignored. For each line one JSON object is printed: `score`, and the parts under
-the names of the published code, 0 for parts that the preset does not have. Completions are scored as they are; if the chat
-template opened the thoughts and the file lacks that text, `--prefilled '<think>'` restores it.
+the names of the published code, 0 for parts that the preset does not have. Completions are scored as they are; if the
+chat template opened the thoughts and the file lacks that text, `--prefilled '<think>'` restores it.
 """
 
 import argparse
