@@ -26,7 +26,7 @@ from cluster.faults import in_words
 from learner.config import LearnerConfig, ZeroConfig
 from phantoms import MODALITIES
 from rewards.config import RewardConfig
-from umrg.atomic import written_aside
+from umrg.atomic import write_text
 from umrg.config import Config, MayChange, ModelFolder
 from umrg.group import SamplingParams
 from umrg.prompts import PromptSpec, ReasonerConfig
@@ -315,8 +315,7 @@ def config_text(config: Config) -> str:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML."""
-    with written_aside(path) as aside:
-        aside.write_text(config_text(config), encoding="utf-8")
+    write_text(path, config_text(config))
 
 
 def _read(path: Path) -> dict[str, Any]:

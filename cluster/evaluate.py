@@ -28,7 +28,7 @@ from cluster.report import write_evaluation_report
 from cluster.run_folder import RunFolder
 from cluster.workers import ActorSpec, Workers, cluster, endpoints, rollouts, segmenters, started
 from rewards.scoring import Scorer
-from umrg.atomic import written_aside
+from umrg.atomic import write_text
 from umrg.sample import Sample
 
 
@@ -84,8 +84,7 @@ def write_figures(
     if config.answers == "lenient":
         metrics["lenient"] = lenient_figures(rows, results, strata)
     for name, text in (("table.md", markdown(metrics)), ("table.csv", comma_separated(metrics))):
-        with written_aside(run.path / name) as aside:
-            aside.write_text(text)
+        write_text(run.path / name, text)
     write_evaluation_report(run, metrics, rows, greedy, figures, limit=config.gallery)
     # Written last, because its presence marks the evaluation as finished.
     run.write_json("metrics.json", metrics)

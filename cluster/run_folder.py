@@ -18,7 +18,7 @@ from cluster.config_keys import flat, may_change, nested
 from cluster.faults import RENAMED
 from cluster.interruption import first_of_all
 from cluster.lease import Lease, leased
-from umrg.atomic import named, remove_leftovers, whole_lines, written_aside
+from umrg.atomic import named, remove_leftovers, whole_lines, write_text, written_aside
 from umrg.config import Config
 
 SUMMARY = "summary.json"
@@ -210,8 +210,7 @@ class RunFolder:
         self._write_json(name, value)
 
     def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        with written_aside(self.path / name) as aside:
-            aside.write_text(json.dumps(value, indent=2) + "\n")
+        write_text(self.path / name, json.dumps(value, indent=2) + "\n")
 
 
 def is_blank(path: Path) -> bool:

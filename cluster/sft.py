@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from actors.learner_rank import SupervisedRank
 from actors.pools import SupervisedPool
@@ -20,6 +19,7 @@ from cluster.checkpoints import Checkpoint
 from cluster.cli import run_command
 from cluster.config import SftConfig, load_config
 from cluster.data import opened
+from cluster.display import progress
 from cluster.loop import Loop, checkpoint_to_resume
 from cluster.run_folder import RunFolder
 from cluster.workers import ActorSpec, cluster, ranks, started_supervised
@@ -29,8 +29,8 @@ from umrg.rows import reasoning_fault
 from umrg.sample import Sample
 from umrg.shuffling import batches
 
-PLAIN_EVERY = 50
-"""Steps between two lines of progress if the output is no terminal."""
+_SHOWN = ("loss", "validation_loss")
+"""Metrics shown beside the progress."""
 
 
 def sft(config: SftConfig) -> RunFolder:
@@ -99,13 +99,10 @@ class Finetuning(Loop):
         """Resume or begin, take all steps, and leave the best model behind; without validation that is the last one."""
         started = time.monotonic()
         self.resume(checkpoint)
-        with _progress() as progress:
-            task = progress.add_task("sft", total=self.config.steps, completed=self.step, loss=float("nan"))
+        with progress("sft", self.config.steps, done=self.step, unit="steps") as show:
             for images in self.batches():
                 line = self.take_step(images)
-                progress.update(task, completed=self.step, loss=line["loss"])
-                if not progress.console.is_terminal and (self.step % PLAIN_EVERY == 0 or "validation_loss" in line):
-                    print(_plain(line, self.config.steps), flush=True)
+                show(self.step, "  ".join(f"{name} {line[name]:.4f}" for name in _SHOWN if name in line))
         chosen = self.leave_model(checkpoint, best=bool(self.images.held_out))
         seconds = {"sft": round(time.monotonic() - started, 2)}
         self.run.tell("ended", steps=self.step, model_of_step=chosen.state.step, seconds=seconds)
@@ -156,22 +153,6 @@ def out_of_patience(validations: Sequence[float], patience: int | None) -> bool:
     if patience is None or not validations:
         return False
     return len(validations) - 1 - int(np.argmin(validations)) >= patience
-
-
-def _plain(line: dict[str, float], steps: int) -> str:
-    validated = f"  validation loss {line['validation_loss']:.4f}" if "validation_loss" in line else ""
-    return f"step {line['step']}/{steps}  loss {line['loss']:.4f}{validated}"
-
-
-def _progress() -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, refresh_per_second=2)
 
 
 def main(arguments: list[str]) -> None:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from umrg.answers import Answer, parse_answer
-from umrg.atomic import written_aside
+from umrg.atomic import write_bytes, written_aside
 from umrg.frames import Box, PointPair
 from umrg.images import decode_image, encode_png
 from umrg.pictures import overlay
@@ -81,8 +81,7 @@ class Grounding:
         if self.mask is not None:
             files[mask] = encode_png(self.mask)
         for path, content in files.items():
-            with written_aside(path) as aside:
-                aside.write_bytes(content)
+            write_bytes(path, content)
         return list(files)
 
     def _record(self) -> bytes:

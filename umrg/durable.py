@@ -67,6 +67,14 @@ def write_durably(disk: Disk, path: Path, data: bytes) -> FileRecord:
     return FileRecord(size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
+def replace_durably(disk: Disk, path: Path, data: bytes) -> None:
+    """Replace a file by a rename, so that after a crash it is the old one or the new one."""
+    aside = path.with_name(f".{path.name}.part")
+    write_durably(disk, aside, data)
+    disk.rename(aside, path)
+    disk.sync(path.parent)
+
+
 def manifest(files: Mapping[str, FileRecord]) -> bytes:
     """A folder's manifest: size and sha256 of each file by its path in the folder, and a sha256 of all that."""
     listed = {name: asdict(files[name]) for name in sorted(files)}

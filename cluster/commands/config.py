@@ -20,7 +20,7 @@ from rich.table import Table
 from cluster.config import EvaluateConfig, SftConfig, TrainConfig
 from cluster.config_keys import Key, keys, models
 from serving.config import ServeConfig
-from umrg.atomic import written_aside
+from umrg.atomic import write_text
 from umrg.config import Config
 
 ROOT = Path(__file__).parents[2]
@@ -320,8 +320,7 @@ def generated() -> Iterator[tuple[Path, str]]:
 def write_generated() -> None:
     """Write the files that are made from the configuration's fields."""
     for path, text in generated():
-        with written_aside(path) as aside:
-            aside.write_text(text, encoding="utf-8")
+        write_text(path, text)
         typer.echo(path.relative_to(ROOT))
 
 

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from actors.config import RolloutConfig
 from cluster.display import progress
-from umrg.atomic import written_aside
+from umrg.atomic import write_bytes
 from umrg.dataset import Dataset, open_files, write_rows
 from umrg.split import SplitBy, plan_split, write_split
 
@@ -178,8 +178,7 @@ def _write_statistics(out: Path, dataset: Dataset, found: Any, figures: dict[str
     }
     text = json.dumps(figures, indent=2, ensure_ascii=False) + "\n"
     for name, content in {"stats.json": text.encode(), **pictures}.items():
-        with written_aside(out / name) as aside:
-            aside.write_bytes(content)
+        write_bytes(out / name, content)
 
 
 def _print_report(report: "Report") -> None:
@@ -220,8 +219,7 @@ def _write_sheet(out: Path, sheet: Any) -> list[str]:
         # One from an earlier check would show findings of another dataset.
         (out / "check.png").unlink(missing_ok=True)
         return ["check.csv"]
-    with written_aside(out / "check.png") as aside:
-        aside.write_bytes(encode_png(sheet))
+    write_bytes(out / "check.png", encode_png(sheet))
     return ["check.csv", "check.png"]
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from skimage.measure import approximate_polygon, find_contours
 
-from umrg.atomic import written_aside
+from umrg.atomic import write_text
 from umrg.frames import Box, PointPair
 from umrg.masks import decode_rle
 from umrg.sample import Sample
@@ -33,8 +33,7 @@ _TEMPLATES = jinja2.Environment(
 def write_page(path: Path, template: str, **content: Any) -> Path:
     """Render a template of this folder to a file; returns the file's path."""
     page = _TEMPLATES.get_template(template).render(**content)
-    with written_aside(path) as aside:
-        aside.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 
