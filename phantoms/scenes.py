@@ -23,9 +23,10 @@ from phantoms.canvas import Canvas, Mask
 from phantoms.optical import OPTICAL
 from phantoms.radiology import RADIOLOGY
 from phantoms.structure import Structure
+from phantoms.tomography import TOMOGRAPHY
 from umrg.keypoints import tight_box
 
-STRUCTURES: tuple[Structure, ...] = RADIOLOGY + OPTICAL
+STRUCTURES: tuple[Structure, ...] = TOMOGRAPHY + RADIOLOGY + OPTICAL
 
 _PAINTERS: dict[str, Callable[[np.random.Generator, int], Canvas]] = {
     "CT": ct.draw,
