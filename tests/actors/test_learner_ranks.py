@@ -65,12 +65,17 @@ def answered(reasoner, group, rng):
 REWARDS = [[0.1, 0.7, 0.4], [0.9, 0.2, 0.3], [0.5, 0.5, 0.5]]
 
 
-def learn(pool, groups, steps):
-    """Reports of some steps on the same groups, of which the last has zero variance."""
-    refs = [
+def references(groups):
+    """The groups in the object store, of which the last has zero variance."""
+    return [
         (ray.put(group), ray.put(scored_group(group, samples, rewards)))
         for (group, samples), rewards in zip(groups, REWARDS, strict=True)
     ]
+
+
+def learn(pool, groups, steps):
+    """Reports of some steps on the same groups."""
+    refs = references(groups)
     return [pool.update(refs) for _ in range(steps)]
 
 
@@ -114,6 +119,18 @@ def test_two_ranks_of_zero_2_match_one(groups, hosts, plain):
     for first, second in zip(alone, together, strict=True):
         assert second.loss == pytest.approx(first.loss, abs=1e-5)
         assert second.grad_norm == pytest.approx(first.grad_norm, rel=1e-4)
+
+
+def test_a_rank_fetches_its_own_groups_only(groups, hosts):
+    """Here it is not even told where the others' are."""
+    ranks = running(hosts, steps=1, ranks=2)._actors.values()
+    refs = references(groups)
+    calls = [
+        rank.update.remote([ref if i % 2 == number else None for i, ref in enumerate(refs)])
+        for number, rank in enumerate(ranks)
+    ]
+    first, second = ray.get(calls, timeout=300)
+    assert first == second and first.tokens == sum(len(c.token_ids) for _, s in groups for c in s.completions)
 
 
 @pytest.mark.slow
