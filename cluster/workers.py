@@ -19,7 +19,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from actors.config import EndpointConfig, RolloutConfig, SegmenterConfig
 from actors.connection import connect
 from actors.endpoint import Endpoint
-from actors.experts.registry import find_expert
+from actors.experts.registry import check_expert
 from actors.learner_rank import ZeroActor
 from actors.pools import DeadlinePassed, LearnerPool, Placement, RolloutPool, SegmenterPool, SupervisedPool, gather
 from actors.rollout import Rollout
@@ -71,7 +71,7 @@ def segmenters(
 ) -> list[ActorSpec]:
     """The segmenter actors. lenient: accept foreign forms of answers too. Raises ValueError if there is no such
     expert."""
-    find_expert(expert, config.checkpoint, config.preprocess)
+    check_expert(expert, config.checkpoint, config.preprocess)
     arguments = {
         "expert": located(expert),
         "config": config.located(),

@@ -132,12 +132,12 @@ class Grounder:
         # Seconds of imports, which a mistake above need not wait for.
         import torch
 
-        from actors.experts.registry import find_expert, load_expert
+        from actors.experts.registry import check_expert, load_expert
         from reasoner.model import load_reasoner
 
         _check_device(device)
         weights = None if checkpoint is None else Path(checkpoint)
-        find_expert(str(expert), weights, "published")
+        check_expert(str(expert), weights, "published")
         reasoner = load_reasoner(config.model, spec, device=device, dtype=getattr(torch, dtype))
         return cls(reasoner, load_expert(str(expert), checkpoint=weights, device=device))
 

@@ -63,8 +63,6 @@ PUBLISHED_EXPERTS = {
     ),
 }
 
-EXPERT_NAMES = ("tiny", *PUBLISHED_EXPERTS)
-
 
 def read_config(path: Path) -> SamConfig:
     """Read a `config.json`. ValueError names the file and the first field that is wrong."""
