@@ -1,7 +1,8 @@
 """Experts by name.
 
-To add an expert of another architecture, write its class behind `actors.experts.protocol.Expert` in a module of its own,
-with a function that loads it, and name that in `LOADERS`. Another SAM needs its sizes in `actors.experts.config` alone.
+To add an expert of another architecture, write its class behind `actors.experts.protocol.Expert` in a module of its
+own, with a function that loads it, and name that in `LOADERS`. Another SAM only needs its sizes in
+`actors.experts.config`.
 """
 
 import difflib
