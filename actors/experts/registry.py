@@ -1,4 +1,4 @@
-"""Experts by name."""
+"""The experts that can be loaded, by name."""
 
 import difflib
 from pathlib import Path
@@ -21,10 +21,11 @@ def load_expert(
 ) -> Expert:
     """Load a frozen expert.
 
-    name: one of `EXPERT_NAMES`; or a folder with `config.json` and `model.safetensors`, as training the tiny
-    expert writes; or a file written by `medreasoner expert convert`, which knows its expert's name.
-    checkpoint: safetensors file of the weights; published experts need it, a folder brings its own.
-    ValueError for an unknown name, missing or misshapen weights, or a preprocessing the expert has not.
+    name: one of `EXPERT_NAMES`, a folder with `config.json` and `model.safetensors` such as the training of the tiny
+    expert writes, or a file from `medreasoner expert convert`, whose metadata has the expert's name.
+    checkpoint: safetensors file of the weights, which published experts need; a folder has its own.
+    Raises ValueError for an unknown name, missing weights or weights of the wrong shapes, or a preprocessing that the
+    expert does not have.
     """
     name, config, weights = find_expert(name, checkpoint, preprocess)
     sam = build_sam(config)
@@ -33,8 +34,8 @@ def load_expert(
 
 
 def find_expert(name: str, checkpoint: Path | None, preprocess: Preprocess) -> tuple[str, SamConfig, Path]:
-    """Name, sizes and weights file of the expert that `load_expert` would load. ValueError as there, but for weights of
-    other shapes."""
+    """Name, sizes and weights file of the expert that `load_expert` would load. Raises ValueError as it does, except
+    that shapes are not checked."""
     given = Path(name)
     if name not in EXPERT_NAMES and given.is_file():
         name, checkpoint = read_header(given).metadata.get("name", name), given
