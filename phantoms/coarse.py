@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 Box = tuple[int, int, int, int]
 Point = tuple[int, int]
 
-# All values are fractions of the exact box's side along the same axis. These are the mean, the standard deviation and the
-# bounds of the distance by which each edge is moved outward.
+# All values are fractions of the exact box's side along the same axis. These are the mean, the standard deviation and
+# the bounds of the distance by which each edge is moved outward.
 LOOSENING, SPREAD, BOUNDS = 0.3, 0.1, (0.05, 0.6)
 # Standard deviation of the displacement of the whole box, and of each point.
 DISPLACEMENT = 0.25

@@ -12,8 +12,8 @@ from scipy.ndimage import gaussian_filter
 
 Field = NDArray[np.floating[Any]]
 
-# Optical densities in red, green and blue: of haematoxylin and eosin (Ruifrok and Johnston 2001, normalised), and of red
-# blood cells, whose deep red the vector of eosin cannot represent.
+# Optical densities in red, green and blue: of haematoxylin and eosin (Ruifrok and Johnston 2001, normalised), and of
+# red blood cells, whose deep red the vector of eosin cannot represent.
 STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.10, 1.10, 0.95]], dtype=np.float32)
 
 

@@ -1,7 +1,7 @@
 """Outlines of anatomy in a normalised frame, and the pose that maps them into an image.
 
-An outline is a closed curve, float64 [N, 2], XY in anatomy units: x to the right and y downwards from the scene's centre
-(0, 0). With a zoom of 1, one unit is half of the image's side. Angles are in degrees, clockwise on screen.
+An outline is a closed curve, float64 [N, 2], XY in anatomy units: x to the right and y downwards from the scene's
+centre (0, 0). With a zoom of 1, one unit is half of the image's side. Angles are in degrees, clockwise on screen.
 """
 
 from collections.abc import Sequence

@@ -14,6 +14,6 @@ class Structure:
     reasons: tuple[str, ...]
     """Noun phrases for what the queries hint at; a reasoning trace adds the structure's name and position."""
     queries: tuple[str, ...]
-    """The queries of training data."""
+    """The queries that the bundled tiny reasoner is trained on."""
     held_out_queries: tuple[str, ...]
-    """Queries that occur only in evaluation data."""
+    """Queries that are held out of that training."""
