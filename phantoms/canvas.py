@@ -45,7 +45,7 @@ class Canvas:
     ) -> Mask:
         """Fill an outline given in anatomy units and return its pixels, bool [S, S].
 
-        soft: standard deviation of the blur of the painted edge, in anatomy units; the mask's edge stays at the outline.
+        soft: standard deviation of the blur of the painted edge, in anatomy units; the mask keeps its sharp edge.
         texture: a field that is added to the tone. within: a mask that clips the paint. name: makes the pixels the
         mask of that structure. hides: whether they are removed from the masks of other structures.
         """
