@@ -45,12 +45,13 @@ class Canvas:
     ) -> Mask:
         """Fill an outline given in anatomy units and return its pixels, bool [S, S].
 
-        soft: width in anatomy units by which the painted edge is blurred; the mask's edge stays at the outline.
+        soft: standard deviation of the blur of the painted edge, in anatomy units; the mask keeps its sharp edge.
         texture: a field that is added to the tone. within: a mask that clips the paint. name: makes the pixels the
         mask of that structure. hides: whether they are removed from the masks of other structures.
         """
         mask = np.zeros((self.size, self.size), dtype=np.bool_)
         softness = soft * self.pose.unit
+        # The margin makes room for the blur, which `soften` truncates at 2.5 standard deviations.
         found = rasterise(self.pose.to_pixels(outline), self.size, margin=int(np.ceil(2.5 * softness)))
         if found is not None:
             window, coverage = found

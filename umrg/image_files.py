@@ -85,7 +85,7 @@ _UNREAD_FORMATS = (
     (rb".{344}n[i+]1\x00", "NIfTI", _AS_SLICE),
     (rb"NRRD", "NRRD", _AS_SLICE),
     (rb"(ObjectType|NDims) *=", "MetaImage", _AS_SLICE),
-    # HEIC before films: both are ISO base media files, told apart by their brand.
+    # HEIC comes before videos, because both are ISO base media files that differ in their brand.
     (rb"....ftyp(hei|hev|mif1|msf1)", "HEIC", _AS_PICTURE),
     (rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ", "a film", "save the frame that is meant as PNG"),
     (rb"\xff\x0a|\x00\x00\x00\x0cJXL ", "JPEG XL", _AS_PICTURE),
