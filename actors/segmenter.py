@@ -13,7 +13,7 @@ from actors.experts.protocol import Embedding, Expert
 from actors.threads import share_cores
 from rewards.answer_metrics import answer_metrics
 from rewards.case import Reference
-from rewards.scored import Measured, ScoredAnswer, ScoredGroup
+from rewards.scored import ScoredAnswer, ScoredGroup, ScoringDepth
 from rewards.scoring import Scorer
 from umrg.answers import Answer
 from umrg.foreign_answers import parse_lenient
@@ -24,7 +24,8 @@ from umrg.metrics import mask_dice
 
 
 class Segmenter:
-    """Scores groups: the image is embedded once, all promptable answers are decoded in one batch. `start` must have
+    """The reward worker: it runs the expert (a frozen SAM-like segmentation model) and the reward on whole groups. The
+    image is embedded once, and all promptable answers are decoded in one batch. `start` must have
     returned before anything else is called.
 
     frame: the frame that the reasoner answers in. think: whether an answer must reason to be well formed. lenient:
@@ -57,13 +58,13 @@ class Segmenter:
         return self._expert.digest()
 
     def score(
-        self, group: Group, masks: tuple[bytes, ...], samples: GroupSamples, measured: Measured = "masks"
+        self, group: Group, masks: tuple[bytes, ...], samples: GroupSamples, depth: ScoringDepth = "masks"
     ) -> ScoredGroup:
         """Masks, metrics and rewards of a group's completions. masks: the row's reference masks, as its `mask_bytes`.
         Raises ValueError where the reference cannot be read."""
         parsed = (self._read(completion.text) for completion in samples.completions)
         answers = [answer.to_original(samples.frames, self._frame) for answer in parsed]
-        with_masks = measured != "reward" or self._scorer.uses_mask
+        with_masks = depth != "reward" or self._scorer.uses_mask
         sample = replace(group.sample, mask_bytes=masks)
         reference = Reference.of_sample(sample, with_mask=with_masks)
         drawn: Mapping[int, tuple[NDArray[np.bool_], float]] = {}
@@ -71,7 +72,7 @@ class Segmenter:
         if with_masks:
             embedding = self._expert.embed(sample.image())
             drawn = draw_masks(self._expert, embedding, answers)
-            if measured == "ablations":
+            if depth == "ablations":
                 ablations = ablation_metrics(self._expert, embedding, answers, reference)
         return ScoredGroup(
             group=group.without_files(),

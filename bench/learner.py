@@ -116,7 +116,7 @@ def our_whole_step(work: list[dict[str, Any]], steps: int) -> dict[str, float]:
     from cluster.evaluation import collect
     from cluster.train import actors
     from cluster.weight_sync import sync_weights
-    from cluster.workers import cluster, started
+    from cluster.workers import ray_connection, started
     from umrg.group import Group
 
     n = len(work[0]["answers"])
@@ -126,7 +126,7 @@ def our_whole_step(work: list[dict[str, Any]], steps: int) -> dict[str, float]:
     samples = asked(work)
     lengths: list[int] = []
     taken = iter(range(steps))
-    with cluster(), started(actors(config), config) as workers:
+    with ray_connection(), started(actors(config), config) as workers:
 
         def step() -> None:
             number = next(taken)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from cluster.config import EvaluateConfig
 from cluster.data import open_held_out
-from cluster.evaluation import FIGURES
+from cluster.evaluation import SUMMARY_METRICS
 from cluster.figures import greedy_record, interval
 from cluster.records import Record, read_results, read_samples
 from cluster.report import write_comparison_report
@@ -40,7 +40,7 @@ def paired_interval(before: ArrayLike, after: ArrayLike) -> dict[str, float]:
     }
 
 
-def compare_records(before: RecordsByRow, after: RecordsByRow, metrics: Sequence[str] = FIGURES) -> Differences:
+def compare_records(before: RecordsByRow, after: RecordsByRow, metrics: Sequence[str] = SUMMARY_METRICS) -> Differences:
     """`paired_interval` of each metric that both sides have, over the rows that both answer; empty where they share no
     row."""
     shared = [row for row in after if row in before]

@@ -72,7 +72,7 @@ class PhantomConfig(Config):
     modalities: list[str] = Field(default_factory=lambda: list(MODALITIES))
     """Modalities that are drawn."""
     queries_per_image: PositiveInt = 4
-    """Most rows that share an image."""
+    """Maximum number of rows that share an image."""
     phrasings: Literal["seen", "held_out"] = "seen"
     """`held_out`: queries in words that the bundled model was not trained on."""
 
@@ -135,7 +135,7 @@ class EvaluationConfig(Config):
     """Evaluations of a training run on its held-out rows."""
 
     limit: PositiveInt = 128
-    """Most rows that are evaluated on."""
+    """Maximum number of rows to evaluate."""
     n: NonNegativeInt = 8
     """Answers sampled per row, besides the greedy one."""
     every: NonNegativeInt = 0
@@ -167,7 +167,7 @@ class LearningConfig(RunConfig):
     """Write a checkpoint every N steps; 0 for the last step only; `auto` writes one every ten minutes, less often if
     that would make training wait."""
     keep: MayChange[PositiveInt] = 2
-    """Number of newest checkpoints that are kept."""
+    """How many of the newest checkpoints are kept."""
     resume: MayChange[Resume] = "never"
     """`auto`: resume from the newest checkpoint of an existing run folder. `never`: refuse an existing run folder. A
     checkpoint's folder: resume from that one, either of this run, which then drops everything later, or of another."""
@@ -234,16 +234,16 @@ class EvaluateConfig(RunConfig):
     n: NonNegativeInt = 0
     """Answers sampled per row, besides the greedy one."""
     temperature: PositiveFloat = 1.0
-    """Of the sampled answers."""
+    """Sampling temperature of the answers besides the greedy one."""
     answers: Literal["strict", "lenient"] = "strict"
     """`lenient` also accepts the forms in which foreign models answer (`umrg.foreign_answers`), and counts them
     apart."""
     limit: PositiveInt | None = None
-    """Most rows that are evaluated; null for all."""
+    """Maximum number of rows to evaluate; null for all."""
     batch: PositiveInt = 32
     """Rows between two writes of results."""
     gallery: PositiveInt = 500
-    """Most rows shown in the report."""
+    """Maximum number of rows shown in the report."""
     rollout: RolloutConfig = RolloutConfig()
     segmenter: SegmenterConfig = SegmenterConfig()
 
@@ -294,7 +294,7 @@ def load_config(
     """Read a YAML file, lay options and `key.sub=value` overrides over it, and check the whole.
 
     path: None for no file. options: values by key, from a command line's options. Values of overrides are YAML. Raises
-    ValueError with one sentence a fault; an unknown key names the nearest one.
+    ValueError with one sentence per fault; an unknown key names the nearest one.
     """
     tree = {} if path is None else _read(path)
     for key, value in (options or {}).items():

@@ -13,7 +13,7 @@ from cluster.cli import run_command
 from cluster.config import EvaluateConfig, load_config
 from cluster.data import open_held_out
 from cluster.display import progress
-from cluster.evaluation import evaluate, questions
+from cluster.evaluation import evaluate, evaluation_groups
 from cluster.figures import (
     TrainingCoverage,
     as_malformed,
@@ -26,7 +26,7 @@ from cluster.figures import (
 from cluster.records import Results, as_results
 from cluster.report import write_evaluation_report
 from cluster.run_folder import RunFolder
-from cluster.workers import ActorSpec, Workers, cluster, endpoints, rollouts, segmenters, started
+from cluster.workers import ActorSpec, Workers, endpoints, ray_connection, rollouts, segmenters, started
 from rewards.scoring import Scorer
 from umrg.atomic import write_text
 from umrg.sample import Sample
@@ -40,7 +40,7 @@ def run_evaluation(config: EvaluateConfig) -> RunFolder:
         rows, coverage = open_held_out(config, run), TrainingCoverage.of_files(config.data.seen)
         results = Results(run.path / "results.jsonl", n=config.n, hold=run.hold)
         if any(row.id not in results.rows for row in rows):
-            with cluster(), started(actors(config), config) as workers, run.telling():
+            with ray_connection(), started(actors(config), config) as workers, run.telling():
                 answer(workers, rows, config, results)
         results.sort([row.id for row in rows])
         write_figures(run, rows, coverage, results, config)
@@ -61,7 +61,7 @@ def actors(config: EvaluateConfig) -> list[ActorSpec]:
 
 def answer(workers: Workers, rows: Sequence[Sample], config: EvaluateConfig, results: Results) -> None:
     """Answer and score the rows that have no results yet, `batch` at a time."""
-    left = [group for group in questions(rows) if group.sample.id not in results.rows]
+    left = [group for group in evaluation_groups(rows) if group.sample.id not in results.rows]
     done = len(rows) - len(left)
     with progress("evaluating", len(rows), done=done) as show:
         for start in range(0, len(left), config.batch):

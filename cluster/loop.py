@@ -72,7 +72,7 @@ class Loop:
         else:
             self.checkpoints.saved()
 
-    def leave_model(self, resumed: Checkpoint | None, *, best: bool = False) -> Checkpoint:
+    def export_model(self, resumed: Checkpoint | None, *, best: bool = False) -> Checkpoint:
         """Export a checkpoint's model as the run's: the newest one's or, if no step was left to take, that of the one
         resumed from; with `best`, that with the highest score."""
         self.checkpoints.saved(wait=True)

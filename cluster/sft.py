@@ -22,7 +22,7 @@ from cluster.data import opened
 from cluster.display import progress
 from cluster.loop import Loop, checkpoint_to_resume
 from cluster.run_folder import RunFolder
-from cluster.workers import ActorSpec, cluster, ranks, started_supervised
+from cluster.workers import ActorSpec, ranks, ray_connection, started_supervised
 from learner.config import LearnerTask
 from umrg.dataset import Dataset
 from umrg.rows import reasoning_fault
@@ -39,7 +39,7 @@ def sft(config: SftConfig) -> RunFolder:
         run = stack.enter_context(RunFolder.begun(config.runs / config.name, config, resume=config.resume != "never"))
         checkpoint = checkpoint_to_resume(config, run)
         images = Images(config)
-        stack.enter_context(cluster())
+        stack.enter_context(ray_connection())
         print("starting the learner", flush=True)
         learner = stack.enter_context(started_supervised(actors(config, run.path), config))
         stack.enter_context(run.telling())
@@ -103,7 +103,7 @@ class Finetuning(Loop):
             for images in self.batches():
                 line = self.take_step(images)
                 show(self.step, "  ".join(f"{name} {line[name]:.4f}" for name in _SHOWN if name in line))
-        chosen = self.leave_model(checkpoint, best=bool(self.images.held_out))
+        chosen = self.export_model(checkpoint, best=bool(self.images.held_out))
         seconds = {"sft": round(time.monotonic() - started, 2)}
         self.run.tell("ended", steps=self.step, model_of_step=chosen.state.step, seconds=seconds)
 

@@ -1,6 +1,6 @@
-"""What a file is that lies where another was expected (a Git LFS pointer, a web page, an archive), by its first bytes.
+"""Recognises, by its first bytes, a file of another kind than expected: a Git LFS pointer, a web page, an archive.
 
-Such files are what failed downloads and incomplete checkouts leave behind, so messages name them and say what to do.
+Failed downloads and incomplete checkouts leave such files behind, so error messages name them and say what to do.
 """
 
 import re
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _LOOK = 512
-"""How many bytes are looked at. The farthest pattern of an image format ends at byte 348."""
+"""How many bytes are examined. The pattern that reaches farthest, NIfTI's, ends at byte 348."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignFile:
-    """A kind of file that may lie in another's place."""
+    """A kind of file that may be found in place of the expected one."""
 
     pattern: bytes
-    """Regular expression that its first bytes match."""
+    """Regular expression that the first bytes match."""
     name: str
-    """What it is, after "the file is …"."""
+    """What the file is, as a continuation of "the file is …"."""
     remedy: str = ""
-    """What to do about it, whatever file was expected; "" where that depends."""
+    """What to do about it; empty if that depends on the file that was expected."""
 
     def matches(self, start: bytes) -> bool:
         return re.match(self.pattern, start, re.DOTALL) is not None
@@ -43,7 +43,7 @@ FOREIGN_FILES = (
         remedy="get that with `git annex get`",
     ),
     ForeignFile(
-        # A byte order mark and white space may stand before the first tag.
+        # A byte order mark and white space may precede the first tag.
         pattern=rb"(\xef\xbb\xbf)?\s*<(?i:!doctype|html|\?xml|head|body)",
         name="a web page (HTML), not the file itself",
         remedy="download that again",
@@ -58,11 +58,11 @@ FOREIGN_FILES = (
     HDF5,
     NUMPY,
 )
-"""What may lie in place of any file; `umrg.image_files` adds the image formats that are not read here."""
+"""Kinds of files that may be found in place of any file; `umrg.image_files` adds unsupported image formats."""
 
 
 def first_bytes(path: Path, count: int = _LOOK) -> bytes:
-    """The first bytes of a file. Raises ValueError where it does not exist, is no regular file, or cannot be read."""
+    """The first bytes of a file. Raises ValueError if it does not exist, is not a regular file, or cannot be read."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the file in it")
     try:
@@ -77,13 +77,13 @@ def first_bytes(path: Path, count: int = _LOOK) -> bytes:
 
 
 def what_it_is(path: Path) -> str | None:
-    """A phrase that continues "the file is …", with a remedy where there is one; None where the bytes do not tell.
-    Raises ValueError as `first_bytes` does."""
+    """What a file is, as a continuation of "the file is …" with a remedy; None if it is not recognised. Raises
+    ValueError as `first_bytes` does."""
     return what_it_is_but_text(path) or _text(first_bytes(path))
 
 
 def what_it_is_but_text(path: Path) -> str | None:
-    """As `what_it_is`, for files that may rightly be text."""
+    """As `what_it_is`, for files that are expected to be text."""
     start = first_bytes(path)
     if not start:
         return "an empty file; download it again"
@@ -92,8 +92,8 @@ def what_it_is_but_text(path: Path) -> str | None:
 
 
 def _text(start: bytes) -> str | None:
-    """The first words of a text file; None for a binary one."""
-    # The last character may be cut in the middle of its bytes, of which UTF-8 has up to four.
+    """A phrase with the first words of a text file; None for a binary file."""
+    # UTF-8 has up to four bytes per character, so the last character may be truncated by up to three.
     text = start.decode("utf-8", errors="ignore")
     readable = all(char.isprintable() or char in "\r\n\t" for char in text)
     if not text.strip() or not readable or len(text.encode()) < len(start) - 3:

@@ -2,16 +2,16 @@
 
 To add an expert of another architecture, write its class behind `actors.experts.protocol.Expert` in a module of its
 own, with a function that loads it, and name that in `LOADERS`. Another SAM only needs its sizes in
-`actors.experts.config`.
+`actors.experts.sam_config`.
 """
 
 import difflib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from actors.experts.config import PUBLISHED_EXPERTS, SamConfig, read_config
 from actors.experts.protocol import Expert, Preprocess
 from actors.experts.sam import SamExpert, build_sam
+from actors.experts.sam_config import PUBLISHED_EXPERTS, SamConfig, read_config
 from actors.experts.weights import load_into, read_header
 
 TINY_FOLDER = Path(__file__).parents[2] / "models" / "tiny-expert"

@@ -3,9 +3,9 @@
 import pytest
 
 from actors.config import SegmenterConfig
-from actors.experts.config import SamConfig
 from actors.experts.drawing import draw_masks
 from actors.experts.sam import SamExpert, build_sam
+from actors.experts.sam_config import SamConfig
 from actors.segmenter import Segmenter, ablation_metrics
 from phantoms import rows
 from rewards.case import Reference

@@ -25,7 +25,7 @@ from actors.segmenter import Segmenter
 from cluster.checkpoints import export_run
 from cluster.data import open_rows
 from cluster.display import Display
-from cluster.evaluation import evaluate, questions
+from cluster.evaluation import evaluate, evaluation_groups
 from cluster.journal import Journal
 from cluster.records import read_records
 from cluster.run_folder import RunFolder
@@ -72,7 +72,7 @@ class StaleRollout(Rollout):
 
 def test_without_the_cache_reset_the_canary_stops_the_run(ray_cluster, demo_config, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        cluster.train, "rollouts", lambda *part: [replace(actor, kind=StaleRollout) for actor in rollouts(*part)]
+        cluster.train, "rollouts", lambda *part: [replace(actor, actor_class=StaleRollout) for actor in rollouts(*part)]
     )
     # The phantoms' short prompts fill no block of the prefix cache; what is stale is the image's encoding.
     moving = ("learner.lr=3e-4", "learner.freeze=[]")
@@ -145,7 +145,7 @@ def test_the_final_model_answers_alike_in_vllm(finished, workers):
     evaluated = {record["sample_id"]: record for record in read_records(run.samples / "after-greedy.parquet")}
     try:
         workers.rollouts.update_weights(3, [ray.put((run.model / "model.safetensors").read_bytes())])
-        again = evaluate(workers, questions(rows), SamplingParams(n=0, temperature=1.0, max_tokens=128))
+        again = evaluate(workers, evaluation_groups(rows), SamplingParams(n=0, temperature=1.0, max_tokens=128))
     finally:
         sync_weights(workers, version=0)
     for each in again.greedy:
@@ -266,7 +266,7 @@ def test_zero_variance_groups_give_way_to_others(workers, demo_config, tmp_path)
     gather(own.segmenters.starting(), seconds=300, doing="starting")
     with RunFolder.begun(tmp_path / "resampled", config, resume=False) as run, Journal(run, config) as journal:
         training = Training(config, run, own, journal, Display(config), *open_rows(config, run))
-        kept, resampled = training.collect()
+        kept, resampled = training.collect_groups()
     assert len(kept) == 4 and not any(each.scored.zero_variance for each in kept) and resampled > 0
     indices = sorted(each.scored.group.index for each in kept)
     assert len(set(indices)) == 4 and indices[-1] > 3
