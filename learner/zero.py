@@ -88,8 +88,8 @@ class ZeroRank:
     def step(self) -> float:
         """Clip the accumulated gradients and update; returns their norm before clipping; all ranks. Raises
         FrozenParameter if, at the first update, something that should learn does not."""
-        for group, lr in zip(self.engine.optimizer.param_groups, self._base_lrs, strict=True):
-            group["lr"] = lr * lr_factor(self.updates_made, self.task.updates, self.config)
+        for parameter_group, lr in zip(self.engine.optimizer.param_groups, self._base_lrs, strict=True):
+            parameter_group["lr"] = lr * lr_factor(self.updates_made, self.task.updates, self.config)
         before = None if self.checked else (self._without_gradient(), self._fingerprints())
         # DeepSpeed reports the norm only where it has taken over the gradients. At stage 0 in float32 they stay with
         # the parameters, and are gone after the step.
