@@ -185,7 +185,7 @@ class TrainConfig(LearningConfig):
     learner: LearnerConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     staleness: NonNegativeInt = 0
-    """Steps by which the rollouts' weights may lag behind; only 0 is built."""
+    """Steps by which the rollouts' weights may lag behind; only 0 is supported (fully on-policy)."""
     batch: PositiveInt = 16
     """Groups per step."""
     dynamic_sampling_retries: NonNegativeInt = 0
@@ -217,7 +217,7 @@ class TrainConfig(LearningConfig):
     @classmethod
     def _on_policy(cls, value: int) -> int:
         if value:
-            raise ValueError("only 0 is built: every step's answers come from the newest weights")
+            raise ValueError("only 0 is supported: every step's answers come from the newest weights")
         return value
 
 

@@ -135,7 +135,7 @@ class _Sums:
             losses.clipped,
             tokens.entropy.detach(),
             log_ratio.abs(),
-            log_ratio.exp() - log_ratio - 1,  # the k3 estimator of KL(engine | learner)
+            log_ratio.exp() - log_ratio - 1,  # the k3 estimator of KL(engine ‖ learner)
             losses.truncated,
         )
         self._loss += (losses.loss.detach() * weights).double().sum().cpu()

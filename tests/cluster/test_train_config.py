@@ -54,7 +54,7 @@ def test_the_configuration_imports_no_torch():
         ),
         ("learner={lr: 1, zero_stage: 2, offload: parameters}", "offload=parameters needs zero_stage 3 or more"),
         ("learner.freeze=[vision_tower, merger, language_model]", "every part of the model is frozen"),
-        ("staleness=2", "only 0 is built"),
+        ("staleness=2", "only 0 is supported"),
         ("reward.preset=sotf", "did you mean 'soft'"),
         ("reward.terms=[{name: mask_dice}]", "give either reward.preset or reward.terms"),
         ("reward={terms: [{name: bbox_iou, smoth: 0}]}", "did you mean 'smooth'"),
