@@ -112,7 +112,7 @@ class Dataset:
                     yield info, row["extra_info"].get("reasoning")
 
     def rows_by_image(self) -> list[list[int]]:
-        """Row numbers grouped by image path within a file. A row without an image path forms its own group."""
+        """Row numbers by image path, one list per image of a file. A row without an image path has its own list."""
         groups: dict[tuple[Path, str | int], list[int]] = {}
         for index, info in enumerate(self._infos):
             groups.setdefault((info.file, info.image or index), []).append(index)
