@@ -55,7 +55,7 @@ INFO_LEAVES = frozenset(
     }
 )
 """Leaf columns that make up a `RowInfo`: ids, names, questions and image paths, but no image bytes."""
-# pandas writes a missing text as "", hence the empty text counts as false.
+# An unset flag may be written as an empty text, so this counts as false.
 _FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False, "": False}
 
 
@@ -241,7 +241,7 @@ def released_batch(rows: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
         if column is not None and _differs_in_type_only(field.name, column.type):
             columns.append(_cast(column, field))
         elif field.name in _READ:
-            # Converting in Python decodes the images too, so it is done only if some column needs it, and once.
+            # Conversion to Python objects copies all image bytes, so it is done at most once and only if needed.
             if plain is None:
                 plain = [plain_row(row) for row in rows.select(read_columns(rows.schema)).to_pylist()]
             columns.append(_array([row.get(field.name) for row in plain], field))
