@@ -62,7 +62,8 @@ def test_a_served_answer_is_the_grounders(address, samples):
     """vLLM there, transformers here, both in float32."""
     grounder = Grounder.load(TINY_REASONER)
     for sample in samples:
-        found, here = post(address, sample.image_bytes, sample.query).json(), grounder.ground(sample.image(), sample.query)
+        found = post(address, sample.image_bytes, sample.query).json()
+        here = grounder.ground(sample.image(), sample.query)
         assert found["completion"] == here.completion and found["reasoning"] == here.reasoning
         assert found["box"] == (list(here.box) if here.box else None)
         assert found["points"] == ([list(point) for point in here.points] if here.points else None)
