@@ -7,35 +7,31 @@ from typing import Any, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from actors.experts.protocol import Preprocess
-from umrg.config import Config, located
+from umrg.config import ActorConfig, Config, MayChange, located
 from umrg.group import SamplingParams
 
 
-class RolloutConfig(Config):
-    """Rollout actors: a vLLM engine each.
+class RolloutConfig(ActorConfig):
+    """Rollout actors, each with a vLLM engine."""
 
-    actors: how many. num_gpus, num_cpus: of each, as Ray counts them. tensor_parallel: GPUs that one engine spans;
-    it then wants as many in num_gpus. threads: of a CPU engine; None for all cores, shared among the actors.
-    n: answers to a prompt. temperature: of sampling. max_tokens: longest answer. max_prompt_tokens: longest prompt,
-    image included.
-    dtype: of the engine's weights. gpu_memory: share of its GPU that an engine may fill. cpu_cache_gib: of a CPU
-    engine's key-value cache.
-    reset_caches: forget prompts and images at a weight update. Only ever false to see the canary stop a run.
-    """
-
-    actors: PositiveInt = 1
-    num_gpus: float = Field(default=0.0, ge=0)
-    num_cpus: float = Field(default=1.0, ge=0)
+    actors: MayChange[PositiveInt] = 1
+    """Number of rollout actors."""
     tensor_parallel: PositiveInt = 1
-    threads: PositiveInt | None = None
+    """GPUs that one engine spans; `num_gpus` must be the same number."""
     n: PositiveInt = 8
+    """Completions sampled per prompt in training."""
     temperature: PositiveFloat = 1.0
+    """Sampling temperature in training."""
     max_tokens: PositiveInt = 512
+    """Longest completion, in tokens."""
     max_prompt_tokens: PositiveInt = 2048
+    """Longest prompt in tokens, those of the image included; a longer one ends the run by name."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the engine's weights."""
     gpu_memory: float = Field(default=0.6, gt=0, le=1)
+    """Share of its GPU's memory that an engine may fill (vLLM's gpu_memory_utilization)."""
     cpu_cache_gib: PositiveInt = 1
-    reset_caches: bool = True
+    """Size of a CPU engine's KV cache, in GiB."""
 
     @model_validator(mode="after")
     def _a_gpu_each(self) -> Self:
@@ -64,27 +60,29 @@ class RolloutConfig(Config):
 
 
 class EndpointConfig(Config):
-    """A reasoner behind an OpenAI-compatible HTTP interface, such as vLLM's own.
-
-    url: up to and with `/v1`. model: as the endpoint names it. key_variable: environment variable of whoever starts the
-    evaluation that holds the key. body: further fields of each request, such as `{top_k: 0}`, where the endpoint's own
-    defaults are not neutral.
-    min_pixels, max_pixels: bounds of its processor's resize, where it answers in pixels of the model's frame.
-    concurrency: requests at the same time. timeout: seconds of one request. retries: of one that failed.
-    """
+    """A reasoner behind an OpenAI-compatible HTTP interface, such as vLLM's server."""
 
     url: str = Field(pattern=r"^https?://")
+    """Base URL, up to and including `/v1`."""
     model: str
+    """Name of the model at the endpoint."""
     key_variable: str | None = None
+    """Environment variable with the API key, read by the process that starts the evaluation; null for no key."""
     min_pixels: PositiveInt = 56 * 56
+    """Lower bound of its processor's resize, in pixels; needed if it answers in the model frame."""
     max_pixels: PositiveInt = 28 * 28 * 1280
+    """Upper bound of its processor's resize, in pixels; needed if it answers in the model frame."""
     concurrency: PositiveInt = 16
+    """Concurrency limit: requests in flight at the same time."""
     timeout: PositiveFloat = 300.0
+    """Seconds that one request may last."""
     retries: int = Field(default=3, ge=0)
+    """Retries of a failed request."""
     body: dict[str, Any] = Field(default_factory=dict)
+    """Further fields of each request, such as `{top_k: 0}` if the endpoint's own defaults are not neutral."""
 
     def key(self) -> str | None:
-        """The key; None where none is asked for. Raises ValueError where the variable is not set."""
+        """The API key; None without `key_variable`. Raises ValueError if the variable is not set."""
         if self.key_variable is None:
             return None
         if not (key := os.environ.get(self.key_variable)):
@@ -92,22 +90,19 @@ class EndpointConfig(Config):
         return key
 
 
-class SegmenterConfig(Config):
-    """Segmenter actors: a frozen expert each.
+class SegmenterConfig(ActorConfig):
+    """Segmenter actors, each with a frozen expert."""
 
-    actors, num_gpus, num_cpus: as for rollouts; num_gpus may be a fraction. threads: of torch on CPU.
-    checkpoint: weights of a published expert. device: None for a GPU where num_gpus is above 0, else the CPU.
-    dtype: of the expert's image encoder. preprocess: as published, or as the expert's own code does it.
-    """
-
-    actors: PositiveInt = 1
-    num_gpus: float = Field(default=0.0, ge=0)
-    num_cpus: float = Field(default=1.0, ge=0)
-    threads: PositiveInt | None = None
+    actors: MayChange[PositiveInt] = 1
+    """Number of segmenter actors."""
     checkpoint: Path | None = None
+    """Weights of a published expert, a safetensors file as `medreasoner expert convert` writes it."""
     device: str | None = None
+    """torch device of the expert; null for `cuda` if `num_gpus` is above 0, else `cpu`."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Precision of the expert's image encoder."""
     preprocess: Preprocess = "published"
+    """`published`: as the published evaluation runs every expert. `native`: as the expert's own code does."""
 
     def located(self) -> Self:
         """The same for an actor, which has another working directory."""
@@ -120,9 +115,11 @@ class SegmenterConfig(Config):
 
 
 class DeadlineConfig(Config):
-    """Seconds after which a wait is given up. start: of actors and their models. step: of one phase of a step.
-    resources: for the cluster to have room for all actors."""
+    """Seconds after which a wait is given up."""
 
     resources: NonNegativeInt = 120
+    """For the cluster to have free resources for all actors."""
     start: PositiveInt = 900
+    """For actors to start and to load their models."""
     step: PositiveInt = 1800
+    """For one phase of a step."""

@@ -100,7 +100,7 @@ class Engine:
     async def update_weights(self, buckets: Iterable[bytes], version: int) -> str:
         """Replace the weights by those of safetensors files, given as bytes; requests in flight pause between two
         tokens. Returns the digest of the tensors that arrived."""
-        await self._llm.pause_generation(mode="keep", clear_cache=self._config.reset_caches)
+        await self._llm.pause_generation(mode="keep", clear_cache=True)
         try:
             await self._llm.start_weight_update()
             for bucket in buckets:

@@ -75,11 +75,11 @@ class ZeroActor:
 
     def save(self, folder: Path) -> None:
         """Copy optimizer, model and random state to host memory and begin to write them; all ranks."""
-        self._checkpoints.begin(folder)
+        self._checkpoints.save(folder)
 
     def saved(self, seconds: float) -> "Records | None":
         """The files that `save` wrote, told once; None if this rank is still writing after `seconds`."""
-        return self._checkpoints.written(seconds)
+        return self._checkpoints.saved(seconds)
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote; all ranks."""

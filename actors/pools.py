@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.config import DeadlineConfig
 from learner.update_report import SftReport, UpdateReport
-from rewards.scored import Measured, ScoredGroup
+from rewards.scored import ScoredGroup, ScoringDepth
 from umrg.durable import FileRecord
 from umrg.group import Group, GroupSamples, SamplingParams
 from umrg.sample import Sample
@@ -130,7 +130,7 @@ class RolloutPool:
         meanwhile: Callable[[], None] = lambda: None,
     ) -> Iterator[tuple[str, Ref]]:
         """(group id, reference of its `GroupSamples`) of each group as soon as it is sampled. groups: by id; they are
-        dealt out round-robin, and each engine batches its own. meanwhile: as in `as_completed`."""
+        assigned round-robin, and each engine batches its own. meanwhile: as in `as_completed`."""
         actors = list(self._actors.items())
         calls, owners = {}, {}
         for i, (id, refs) in enumerate(groups.items()):
@@ -171,13 +171,13 @@ class SegmenterPool:
         calls = {name: actor.digest.remote() for name, actor in self._actors.items()}
         return gather(calls, seconds=self._deadlines.step, doing="hashing its expert")
 
-    def score(self, group: GroupRefs, samples: Ref, measured: Measured) -> tuple[str, Ref]:
+    def score(self, group: GroupRefs, samples: Ref, depth: ScoringDepth) -> tuple[str, Ref]:
         """Start to score a group, on the next segmenter in turn. Returns its name and the reference of the coming
         `ScoredGroup`. samples: reference of the group's `GroupSamples`."""
         names = list(self._actors)
         name = names[self._turn % len(names)]
         self._turn += 1
-        return name, self._actors[name].score.remote(group.group, group.masks, samples, measured)
+        return name, self._actors[name].score.remote(group.group, group.masks, samples, depth)
 
     def collect(self, calls: Mapping[str, tuple[str, Ref]]) -> dict[str, ScoredGroup]:
         """The results of calls to `score`, by group id."""
@@ -209,8 +209,8 @@ class RankPool:
         self._saved, self._saving = {}, list(self._actors)
 
     def saved(self, *, wait: bool) -> dict[str, FileRecord] | None:
-        """The files that all ranks wrote, by their paths in the folder, told once; None while a rank is still writing.
-        wait: until all are written. Raises ActorFailed if one could not write, DeadlinePassed if one takes too
+        """The files that all ranks wrote, by their paths in the folder, returned once; None while a rank is still
+        writing. wait: until all are written. Raises ActorFailed if one could not write, DeadlinePassed if one takes too
         long."""
         seconds = float(self._deadlines.step) if wait else 0.0
         calls = {name: self._actors[name].saved.remote(seconds) for name in self._saving}
@@ -242,8 +242,8 @@ class LearnerPool(RankPool):
         return report
 
     def weights(self) -> tuple[str, list[Ref]]:
-        """Digest of the weights and references of their buckets."""
-        digest, buckets = self._all("weights", "giving out weights")[0]
+        """The weights' digest, and references to their buckets."""
+        digest, buckets = self._all("weights", "exporting weights")[0]
         return digest, buckets
 
     def logprobs(self, group: Ref, token_ids: Sequence[int]) -> list[float]:

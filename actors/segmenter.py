@@ -11,23 +11,21 @@ from actors.config import SegmenterConfig
 from actors.experts.drawing import draw_masks, load_frozen, reference_mask
 from actors.experts.protocol import Embedding, Expert
 from actors.threads import share_cores
+from rewards.answer_metrics import answer_metrics
 from rewards.case import Reference
-from rewards.scored import Measured, ScoredAnswer, ScoredGroup
+from rewards.scored import ScoredAnswer, ScoredGroup, ScoringDepth
 from rewards.scoring import Scorer
 from umrg.answers import Answer
 from umrg.foreign_answers import parse_lenient
 from umrg.frames import Frame
 from umrg.group import Completion, Group, GroupSamples
 from umrg.masks import encode_rle
-from umrg.metrics import box_iou, mask_dice, mask_iou, pdice, pdice_published
-
-GEOMETRY = ("well_formed", "iou", "pdice", "pdice_published")
-MASKS = ("dice", "mask_iou")
-ABLATIONS = ("dice_box", "dice_points", "oracle_dice")
+from umrg.metrics import mask_dice
 
 
 class Segmenter:
-    """Scores groups: the image is embedded once, all promptable answers are decoded in one batch. `start` must have
+    """The reward worker: it runs the expert (a frozen SAM-like segmentation model) and the reward on whole groups. The
+    image is embedded once, and all promptable answers are decoded in one batch. `start` must have
     returned before anything else is called.
 
     frame: the frame that the reasoner answers in. think: whether an answer must reason to be well formed. lenient:
@@ -60,13 +58,13 @@ class Segmenter:
         return self._expert.digest()
 
     def score(
-        self, group: Group, masks: tuple[bytes, ...], samples: GroupSamples, measured: Measured = "masks"
+        self, group: Group, masks: tuple[bytes, ...], samples: GroupSamples, depth: ScoringDepth = "masks"
     ) -> ScoredGroup:
         """Masks, metrics and rewards of a group's completions. masks: the row's reference masks, as its `mask_bytes`.
         Raises ValueError where the reference cannot be read."""
         parsed = (self._read(completion.text) for completion in samples.completions)
         answers = [answer.to_original(samples.frames, self._frame) for answer in parsed]
-        with_masks = measured != "reward" or self._scorer.uses_mask
+        with_masks = depth != "reward" or self._scorer.uses_mask
         sample = replace(group.sample, mask_bytes=masks)
         reference = Reference.of_sample(sample, with_mask=with_masks)
         drawn: Mapping[int, tuple[NDArray[np.bool_], float]] = {}
@@ -74,7 +72,7 @@ class Segmenter:
         if with_masks:
             embedding = self._expert.embed(sample.image())
             drawn = draw_masks(self._expert, embedding, answers)
-            if measured == "ablations":
+            if depth == "ablations":
                 ablations = ablation_metrics(self._expert, embedding, answers, reference)
         return ScoredGroup(
             group=group.without_files(),
@@ -105,33 +103,10 @@ class Segmenter:
             reward=self._scorer.score(answer, reference, mask, step=step),
             answer=answer,
             failure=answer.failure(think=self._think, finished=completion.finished),
-            metrics={**metrics_of(answer, mask, reference, think=self._think), **ablations},
+            metrics={**answer_metrics(answer, mask, reference, think=self._think), **ablations},
             mask=None if mask is None else encode_rle(mask),
             expert_score=score,
         )
-
-
-def metrics_of(
-    answer: Answer, mask: NDArray[np.bool_] | None, reference: Reference, *, think: bool
-) -> dict[str, float]:
-    """Metrics of one answer, in original pixels like the reference and the mask; 0 where it is not well formed.
-
-    The names are those of `GEOMETRY` and, where the reference has a mask, of `MASKS`; each lies in [0, 1] but
-    `pdice_published`, which reaches 2.
-    """
-    names = GEOMETRY if reference.mask is None else (*GEOMETRY, *MASKS)
-    if answer.box is None or answer.points is None or not answer.well_formed(think=think):
-        return dict.fromkeys(names, 0.0)
-    found = {
-        "well_formed": 1.0,
-        "iou": box_iou(answer.box, reference.box),
-        "pdice": pdice(answer.points, reference.points),
-        "pdice_published": pdice_published(answer.points, reference.points),
-    }
-    if reference.mask is not None:
-        assert mask is not None, "a well-formed answer has the expert's mask"
-        found |= {"dice": mask_dice(mask, reference.mask), "mask_iou": mask_iou(mask, reference.mask)}
-    return found
 
 
 def ablation_metrics(

@@ -1,11 +1,12 @@
-"""The learner's forward and backward on a GPU, shared against padded: `python -m bench.gpu_learner [--layers N]`.
+"""The shared-prefix forward and backward on a GPU, compared with padding: `python -m bench.gpu_learner [--layers N]`.
 
-A randomly initialised model of Qwen2.5-VL-3B's shape (layers fewer where memory asks for it, and said), bfloat16,
-gradient checkpointing on both sides: one 840x840 image and the full prompt (900 image tokens, 700 of text), 16 answers
-of 256 tokens. Padded is a sequence for each answer, in micro-batches of `--padded-batch`.
+A randomly initialised model of Qwen2.5-VL-3B's shape (`--layers` for fewer layers where memory is short), bfloat16,
+gradient checkpointing on both sides; one 840x840 image and the full prompt (900 image tokens, 700 text tokens), 16
+completions of 256 tokens. The padded side has one sequence per completion, in micro-batches of `--padded-batch`.
 
-samples_per_s, by side; ratio; memory_gib: peak over the model. utilisation: 6 FLOPs a parameter and token that the side
-sends through, by that of large bfloat16 matrix products on the same device. `--shape tiny` tries it on a CPU.
+samples_per_s: completions per second, by side, and their ratio. memory_gib: peak memory above that of the model.
+utilisation: 6 FLOPs per parameter and token that the side processes, divided by the rate of large bfloat16 matrix
+products on the same device. `--shape tiny` tries it on a CPU.
 """
 
 import argparse
@@ -37,7 +38,7 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def build(shape: str, layers: int, device: str) -> Any:
-    """The model, in bfloat16 and with fresh weights."""
+    """The model in bfloat16, randomly initialised."""
     sizes = SHAPES[shape]
     text = {
         **sizes["text"],
@@ -53,8 +54,8 @@ def build(shape: str, layers: int, device: str) -> Any:
     return model.train()
 
 
-def group(model: Any) -> Branches:
-    """A prompt and its answers, of random tokens."""
+def prefix_tree(model: Any) -> Branches:
+    """A prompt and its completions, of random tokens."""
     grid, factor = SIDE // 14, 2
     tokens = (grid // factor) ** 2
     size = Size(SIDE, SIDE)
@@ -94,7 +95,7 @@ def padded(model: Any, branches: Branches, device: str, batch: int) -> None:
 
 
 def measured(step: Callable[[], None], device: str, rounds: int) -> tuple[float, float]:
-    """Seconds of the best round after one to warm up, and peak GiB over what was held before."""
+    """Seconds of the fastest round after a warm-up, and peak GiB above what was held before."""
     held = torch.cuda.memory_allocated() if device == "cuda" else 0
     seconds = []
     for _ in range(rounds + 1):
@@ -122,7 +123,7 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build(args.shape, args.layers, device)
-    work = group(model)
+    work = prefix_tree(model)
     plain_s, plain_gib = measured(lambda: padded(model, work, device, args.padded_batch), device, args.rounds)
     use_shared_prefix(model)
     shared_s, shared_gib = measured(lambda: shared(model, work, device), device, args.rounds)

@@ -1,4 +1,4 @@
-"""Which processor a figure was measured on."""
+"""The processor that a figure was measured on."""
 
 import os
 import platform
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def processor() -> str:
-    """Its name, as Linux knows it, its widest vector instructions, and the cores that this process may use."""
+    """Its name as Linux reports it, its widest vector instructions, and the number of cores this process may use."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     fields = dict(line.split(":", 1) for line in lines if ":" in line)

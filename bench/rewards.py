@@ -1,10 +1,10 @@
-"""Rewards and Dice against plain loops: `python -m bench.rewards`.
+"""Rewards and Dice compared with plain loops: `python -m bench.rewards`.
 
-completions_per_s: completions scored with the preset `hard` in a second of one core, parsing included. The plain loop
-    is the same eight terms with regular expressions and small numpy arrays, as one would write them down.
-dice16_ms: Dice of 16 masks of 840x840 against one reference. The plain loop sums boolean arrays.
+completions_per_s: completions per second on one core, parsed and scored with the preset `hard`. The plain loop computes
+    the same eight terms with regular expressions and small numpy arrays, without optimisation.
+dice16_ms: milliseconds for the Dice of 16 masks of 840x840 against one reference. The plain loop sums boolean arrays.
 
-Both count CPU time and take the best of several rounds, so that a busy machine changes little.
+Both measure CPU time and take the fastest of several rounds, so that other load on the machine matters little.
 """
 
 import json
@@ -35,7 +35,8 @@ THINK = (
 
 
 def cases(count: int) -> list[tuple[str, Reference]]:
-    """Completions of some 850 characters, boxes and points off by some 5 % of the image, each with its reference."""
+    """Completions of about 850 characters, whose boxes and points are off by about 5 % of the image, each with its
+    reference."""
     rng = np.random.default_rng(0)
     found = []
     for _ in range(count):
@@ -53,7 +54,7 @@ def cases(count: int) -> list[tuple[str, Reference]]:
 
 
 def plain_reward(completion: str, reference: Reference) -> float:
-    """The published `hard` reward of a well-formed completion, written down in numpy without a thought for speed."""
+    """The published `hard` reward of a well-formed completion, in straightforward numpy."""
     think = re.search(r"<think>(.*?)</think>", completion, re.DOTALL)
     block = re.search(r"<answer>(.*?)</answer>", completion, re.DOTALL)
     assert think and think.group(1).strip() and block
@@ -81,7 +82,8 @@ def _box_values(box: NDArray[Any], target: NDArray[Any]) -> list[float]:
 def _point_values(pair: NDArray[Any], aims: NDArray[Any], target: NDArray[Any]) -> list[float]:
     (ca, ra), (cb, rb) = ((p.mean(axis=0), np.linalg.norm(p[0] - p[1]) / 2) for p in (pair, aims))
     distance = np.linalg.norm(ca - cb)
-    # Outside [-1, 1] where the circles are apart or one holds the other; the clipped angles then give 0 or its area.
+    # Outside [-1, 1] if the circles are disjoint or one contains the other; the clipped angles then give an overlap of
+    # 0, or the area of the smaller one.
     a, b = np.arccos(
         np.clip([(distance**2 + r * r - s * s) / (2 * distance * r) for r, s in ((ra, rb), (rb, ra))], -1, 1)
     )
@@ -115,7 +117,7 @@ def _damped(value: float, first: float, second: float) -> float:
 
 
 def ellipses(count: int) -> NDArray[np.bool_]:
-    """Masks bool [count, 840, 840] of ellipses near the middle, about 5 % of the image each."""
+    """Masks bool [count, 840, 840] of ellipses near the centre, each about 5 % of the image."""
     rng = np.random.default_rng(1)
     y, x = np.ogrid[:840, :840]
     centres, radii = rng.normal(420, 30, size=(count, 2)), rng.uniform(80, 140, size=(count, 2))
@@ -129,7 +131,7 @@ def plain_dice(masks: NDArray[np.bool_], reference: NDArray[np.bool_]) -> list[f
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """CPU seconds of the best of several rounds."""
+    """CPU seconds of the fastest of several rounds."""
     best = math.inf
     for _ in range(ROUNDS):
         start = time.process_time()
@@ -139,7 +141,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def compare_rewards(count: int) -> tuple[float, float]:
-    """Completions a second: ours and the plain loop's, which agree."""
+    """Completions per second, ours and the plain loop's, after a check that both compute the same rewards."""
     given, scorer = cases(count), Scorer.of_preset("hard")
     ours = [scorer.score(scorer.read(text), reference).total for text, reference in given]
     plain = [plain_reward(text, reference) for text, reference in given]
@@ -150,7 +152,7 @@ def compare_rewards(count: int) -> tuple[float, float]:
 
 
 def compare_dice() -> tuple[float, float]:
-    """Milliseconds for 16 masks: ours and the plain loop's, which agree."""
+    """Milliseconds for 16 masks, ours and the plain loop's, after a check that both compute the same."""
     reference, *rest = ellipses(17)
     masks = np.stack(rest)
     assert np.allclose([mask_dice(mask, reference) for mask in masks], plain_dice(masks, reference))

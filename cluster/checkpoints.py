@@ -22,7 +22,17 @@ from pydantic import NonNegativeInt, ValidationError
 from cluster.config import Every
 from umrg.atomic import written_aside
 from umrg.config import Config
-from umrg.durable import MANIFEST, Damaged, Disk, FileRecord, manifest, manifest_digest, verify, write_durably
+from umrg.durable import (
+    MANIFEST,
+    Damaged,
+    Disk,
+    FileRecord,
+    manifest,
+    manifest_digest,
+    replace_durably,
+    verify,
+    write_durably,
+)
 from umrg.shuffling import Cursor
 
 LATEST, STATE = "latest", "state.json"
@@ -239,10 +249,8 @@ class Checkpoints(CheckpointFolder):
 
     def _point(self, target: Path) -> None:
         """Let `latest` name a checkpoint."""
-        aside = _aside(self._folder / LATEST)
-        write_durably(self._disk, aside, f"{target.name} {manifest_digest(target)}\n".encode())
-        self._disk.rename(aside, self._folder / LATEST)
-        self._disk.sync(self._folder)
+        pointer = f"{target.name} {manifest_digest(target)}\n"
+        replace_durably(self._disk, self._folder / LATEST, pointer.encode())
 
     def _prune(self) -> None:
         best = self._best(self._keep_best)
@@ -288,6 +296,7 @@ def export_run(run: Path, step: int | None, out: Path, *, adapter: bool = False)
 
 
 def _aside(path: Path) -> Path:
+    """Where a folder is written or removed: a fixed name, because the ranks of several processes write into it."""
     return path.with_name(f".{path.name}.part")
 
 

@@ -1,6 +1,8 @@
-"""The command line: `medreasoner …`, which is `python -m cluster.cli …`, and how every command of the project ends.
+"""The command line: `medreasoner …`, the same as `python -m cluster.cli …`, and `run_command`, which turns the errors
+of any command into a line and an exit code.
 
-A command imports what it runs inside its body: torch, Ray and vLLM take seconds, and `--help` should not.
+A command imports what it runs inside its body, because torch, Ray and vLLM take seconds to import and `--help` should
+be quick.
 """
 
 import errno
@@ -19,7 +21,13 @@ from cluster.commands.expert import expert_app
 
 TINY_REASONER = Path(__file__).parents[1] / "models" / "tiny-reasoner"
 
-Prompt = Annotated[str | None, typer.Option(help="full, compact or a template's file, in place of the model's own.")]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see configs/.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value]...", help="Values that replace those of the file.")
+]
+Prompt = Annotated[
+    str | None, typer.Option(help="full, compact or the file of a template, instead of the model's own prompt.")
+]
 
 app = typer.Typer(
     help="Train, evaluate and serve models that reason about a medical image and ground the answer in it.",
@@ -33,21 +41,16 @@ app.add_typer(expert_app, name="expert")
 
 @app.command()
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
-    """Check versions, libraries and this machine; say how to mend what is not right."""
+    """Check versions, libraries and this machine, and say how to fix what is wrong."""
     from cluster.commands.doctor import run_doctor
 
     raise typer.Exit(run_doctor(as_json=as_json))
 
 
 @app.command()
-def sft(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see configs/.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value]...", help="Laid over the file's keys.")
-    ] = None,
-) -> None:
+def sft(config: ConfigFile, overrides: Overrides = None) -> None:
     """Fine-tune a reasoner on reference answers."""
     from cluster.config import SftConfig, load_config
     from cluster.sft import sft as run_sft
@@ -56,13 +59,8 @@ def sft(
 
 
 @app.command()
-def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see configs/.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value]...", help="Laid over the file's keys.")
-    ] = None,
-) -> None:
-    """Train a reasoner with GRPO; the run folder holds model, figures and report."""
+def train(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Train a reasoner with GRPO; the run folder holds model, metrics and report."""
     from cluster.train import main as run_train
 
     run_train([str(config), *(overrides or ())])
@@ -71,11 +69,11 @@ def train(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run.")],
-    out: Annotated[Path, typer.Option(file_okay=False, help="Folder to write; must not exist.")],
-    step: Annotated[int | None, typer.Option(help="Of the checkpoint; without it, the newest.")] = None,
-    adapter: Annotated[bool, typer.Option("--adapter", help="The adapter alone, as peft reads it.")] = False,
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder to write, which must not exist yet.")],
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest by default.")] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="Write the adapter alone, in peft's format.")] = False,
 ) -> None:
-    """Write the model of a run's checkpoint as an ordinary Hugging Face folder."""
+    """Export the model of a run's checkpoint as an ordinary Hugging Face folder."""
     from cluster.checkpoints import export_run
 
     typer.echo(f"saved      {out}, of step {export_run(run, step, out, adapter=adapter).state.step}")
@@ -84,22 +82,37 @@ def export(
 @app.command()
 def evaluate(
     config: Annotated[
-        list[str] | None, typer.Argument(metavar="[CONFIG] [key=value]...", help="YAML file, and keys laid over it.")
+        list[str] | None,
+        typer.Argument(metavar="[CONFIG] [key=value]...", help="YAML file, and values laid over it."),
     ] = None,
-    model: Annotated[Path | None, typer.Option(help="Folder of the reasoner, a run, or a checkpoint.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Folder of a reasoner, a run or a checkpoint.")] = None,
     prompt: Prompt = None,
     data: Annotated[list[Path] | None, typer.Option(help="Rows to answer; may be given several times.")] = None,
     expert: Annotated[str | None, typer.Option(help="Name or folder of the expert.")] = None,
-    name: Annotated[str | None, typer.Option(help="Of the run; its folder is runs/NAME.")] = None,
-    n: Annotated[int | None, typer.Option("--n", help="Answers sampled a row, besides the greedy one.")] = None,
-    limit: Annotated[int | None, typer.Option(help="So many rows at most.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run, whose folder is runs/NAME.")] = None,
+    n: Annotated[int | None, typer.Option("--n", help="Answers to sample per row, besides the greedy one.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Evaluate at most this many rows.")] = None,
     seen: Annotated[list[Path] | None, typer.Option(help="Rows that the reasoner was trained on.")] = None,
 ) -> None:
-    """Evaluate a reasoner with an expert: figures, tables and a page, in runs/NAME. Run again, it goes on."""
+    """Evaluate a reasoner with an expert, and write metrics, tables and a page to runs/NAME. An interrupted evaluation
+    continues when it is run again."""
     from cluster.evaluate import main as run_evaluate
 
     options = {"model": model, "data.eval": data, "expert": expert, "name": name, "n": n, "limit": limit}
     run_evaluate(config or [], {**options, "prompt": prompt, "data.seen": seen})
+
+
+@app.command(name="config")
+def config_command(
+    key: Annotated[str | None, typer.Argument(metavar="[KEY]", help="Dotted, such as learner.lr.")] = None,
+) -> None:
+    """Explain a configuration key: what it is, its default, and where it is used. Without KEY, list all."""
+    from cluster.commands.config import print_key, print_keys
+
+    console = Console()
+    # Piped output must not be cut to a terminal's width.
+    console = console if console.is_terminal else Console(width=160)
+    print_keys(console) if key is None else print_key(key, console)
 
 
 @app.command()
@@ -108,7 +121,7 @@ def compare(
     second: Annotated[Path, typer.Argument(metavar="RUN_B", help="Folder of another.")],
     out: Annotated[Path | None, typer.Option(dir_okay=False, help="HTML file to write.")] = None,
 ) -> None:
-    """Compare two evaluations row by row: differences with intervals, and a page of what changed most."""
+    """Compare two evaluations row by row: differences with intervals, and a page of the rows that changed most."""
     from cluster.comparison import compare as run_compare
 
     typer.echo(f"saved      {run_compare(first, second, out)}")
@@ -192,11 +205,11 @@ _REFUSALS = {
     errno.ENAMETOOLONG: "give a shorter name",
     errno.ELOOP: "its links lead in a circle; give another path",
 }
-"""What the file system refuses and a user can mend, and how."""
+"""Errors of the file system that a user can fix, and how."""
 
 
 def one_line(error: ValueError) -> str:
-    """The error as one line; of a ValidationError each fault as `place: message`."""
+    """The error as one line; a ValidationError lists each fault as `place: message`."""
     if isinstance(error, ValidationError):
         faults = (
             (".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")) for fault in error.errors()
@@ -206,18 +219,16 @@ def one_line(error: ValueError) -> str:
 
 
 def refusal(error: OSError) -> str | None:
-    """What the file system refused, as one line: the path, the reason, what to do. None where it is no such error."""
+    """An error of the file system as one line: the path, the reason and what to do; None where a user cannot fix it."""
     if error.filename is None or error.errno not in _REFUSALS:
         return None
     return " ".join(f"{error.filename}: {os.strerror(error.errno)}; {_REFUSALS[error.errno]}".split())
 
 
 def run_command(command: Callable[[], object]) -> None:
-    """Run `command`; a ValueError, or a file that the file system refuses, becomes the line `error: …` on stderr, and
-    SystemExit(2).
-
-    With MEDREASONER_TRACEBACK=1 in the environment it is raised as it is. Ctrl-C and SIGTERM end it alike, with
-    SystemExit(130) once everything is cleaned up. Everything else is a fault of ours and passes through.
+    """Run `command`. A ValueError, or an error of the file system that a user can fix, becomes the line `error: …` on
+    stderr and SystemExit(2), unless MEDREASONER_TRACEBACK=1 is in the environment. Ctrl-C and SIGTERM both become
+    SystemExit(130), after everything was cleaned up. All other errors are bugs and pass through.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

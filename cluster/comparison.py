@@ -1,9 +1,8 @@
-"""Two sets of answers to the same rows, compared row by row: before and after a run, and two evaluations
+"""Answers to the same rows compared row by row: those before and after a training run, and those of two evaluations
 (`medreasoner compare RUN_A RUN_B`)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
@@ -13,65 +12,71 @@ from rich.table import Table
 
 from cluster.config import EvaluateConfig
 from cluster.data import open_held_out
-from cluster.evaluation import FIGURES
-from cluster.figures import GREEDY, TITLES
-from cluster.records import Record, read_results, records_of
+from cluster.evaluation import SUMMARY_METRICS
+from cluster.figures import greedy_record, interval
+from cluster.records import Record, read_results, read_samples
 from cluster.report import write_comparison_report
 from cluster.run_folder import RunFolder
+from rewards.answer_metrics import METRICS
 
-Records = Mapping[str, Sequence[Mapping[str, Any]]]
-"""Sample records by the id of the row that they answer."""
+RecordsByRow = Mapping[str, Sequence[Record]]
+"""Records by the id of the row that they answer."""
+
+Differences = dict[str, dict[str, float]]
+"""`paired_interval` by metric."""
 
 
-def paired_interval(before: ArrayLike, after: ArrayLike, *, draws: int = 10_000, seed: int = 0) -> dict[str, float]:
-    """Means over rows of before and after, of their difference, and the difference's 95 % interval by bootstrap over
-    rows."""
+def paired_interval(before: ArrayLike, after: ArrayLike) -> dict[str, float]:
+    """Means over rows before and after, the mean difference ("gain") and its 95 % interval by bootstrap over rows."""
     first, second = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
-    gain = second - first
-    rng = np.random.default_rng(seed)
-    means = gain[rng.integers(len(gain), size=(draws, len(gain)))].mean(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
+    differences = second - first
+    (low,), (high,) = interval(differences[None], resamples=10_000)
     return {
         "before": float(first.mean()),
         "after": float(second.mean()),
-        "gain": float(gain.mean()),
+        "gain": float(differences.mean()),
         "low": float(low),
         "high": float(high),
     }
 
 
-def compare_records(before: Records, after: Records, figures: Sequence[str] = FIGURES) -> dict[str, dict[str, float]]:
-    """`paired_interval` of each figure, over the rows that both answer."""
+def compare_records(before: RecordsByRow, after: RecordsByRow, metrics: Sequence[str] = SUMMARY_METRICS) -> Differences:
+    """`paired_interval` of each metric that both sides have, over the rows that both answer; empty where they share no
+    row."""
     shared = [row for row in after if row in before]
+    # An expert that takes no points has no dice_points, for example.
+    measured = [records[shared[0]][0]["metrics"] for records in (before, after)] if shared else [{}]
     return {
-        figure: paired_interval(*([_mean(records[row], figure) for row in shared] for records in (before, after)))
-        for figure in (figures if shared else ())
+        metric: paired_interval(*([_mean(records[row], metric) for row in shared] for records in (before, after)))
+        for metric in metrics
+        if all(metric in each for each in measured)
     }
 
 
-def compare_run(run: RunFolder) -> dict[str, dict[str, dict[str, float]]]:
-    """Greedy and sampled answers after a run beside those before it; nothing where one of the two is missing."""
-    found = {
-        kind: compare_records(records_of(run, f"before-{kind}"), records_of(run, f"after-{kind}"))
-        for kind in ("greedy", "sampled")
-    }
-    return {kind: figures for kind, figures in found.items() if figures}
+def _mean(records: Sequence[Record], metric: str) -> float:
+    return float(np.mean([record["metrics"][metric] for record in records]))
 
 
-def _mean(records: Sequence[Mapping[str, Any]], figure: str) -> float:
-    return float(np.mean([record["metrics"][figure] for record in records]))
+def compare_run(run: RunFolder) -> dict[str, Differences]:
+    """The differences between a run's held-out answers before and after training, for greedy and for sampled answers;
+    a kind without answers on both sides is left out."""
+    found = {}
+    for kind in ("greedy", "sampled"):
+        before, after = (read_samples(run.samples / f"{when}-{kind}.parquet") for when in ("before", "after"))
+        found[kind] = compare_records(before, after)
+    return {kind: differences for kind, differences in found.items() if differences}
 
 
 def compare(first: Path, second: Path, out: Path | None = None) -> Path:
-    """Print paired differences of the greedy answers of two evaluations over the rows that both answered, and write a
-    page of the rows that changed most, `report/compared-with-<first>.html` of the second by default. Raises ValueError
-    where they share no row."""
+    """Compare the greedy answers of two evaluations over the rows that both answered: print the paired differences, and
+    write a page with the rows that changed most to `out`, by default `report/compared-with-<first>.html` of the second.
+    Raises ValueError where they share no row."""
     answers = greedy_answers(first), greedy_answers(second)
     shared = [row for row in answers[1] if row in answers[0]]
     if not shared:
         raise ValueError(f"{first} and {second} have no row in common; compare evaluations of the same data")
     before, after = ({row: [records[row]] for row in shared} for records in answers)
-    differences = compare_records(before, after, GREEDY)
+    differences = compare_records(before, after, tuple(METRICS))
     console, names = Console(), (first.name, second.name)
     console.print(_table(names, differences, len(shared)))
     if note := _lenience(names, (before, after)):
@@ -84,22 +89,19 @@ def compare(first: Path, second: Path, out: Path | None = None) -> Path:
 
 def greedy_answers(run: Path) -> dict[str, Record]:
     """The record of the greedy answer to each row of an evaluation."""
-    return {
-        row: next(record for record in records if record["kind"] == "greedy")
-        for row, records in read_results(run / "results.jsonl").items()
-    }
-
-
-def _lenience(names: tuple[str, str], answers: Sequence[Mapping[str, Sequence[Record]]]) -> str:
-    """What of the figures hangs on lenient reading; "" where nothing does."""
-    counts = [sum(record.get("read") == "lenient" for (record,) in records.values()) for records in answers]
-    parts = [f"{count} of {name}" for count, name in zip(counts, names, strict=True) if count]
-    return f"Answers that were read leniently: {', '.join(parts)}." if parts else ""
+    return {row: greedy_record(records) for row, records in read_results(run / "results.jsonl").items()}
 
 
 def _table(names: tuple[str, str], differences: Mapping[str, Mapping[str, float]], count: int) -> Table:
-    table = Table("figure", *names, "difference", "95 % interval", title=f"{count} rows, paired", title_justify="left")
-    for figure, pair in differences.items():
-        interval = f"{pair['low']:+.3f} … {pair['high']:+.3f}"
-        table.add_row(TITLES[figure], f"{pair['before']:.3f}", f"{pair['after']:.3f}", f"{pair['gain']:+.3f}", interval)
+    table = Table("metric", *names, "difference", "95 % interval", title=f"{count} rows, paired", title_justify="left")
+    for metric, pair in differences.items():
+        ends = f"{pair['low']:+.3f} … {pair['high']:+.3f}"
+        table.add_row(METRICS[metric], f"{pair['before']:.3f}", f"{pair['after']:.3f}", f"{pair['gain']:+.3f}", ends)
     return table
+
+
+def _lenience(names: tuple[str, str], answers: Sequence[RecordsByRow]) -> str:
+    """How many of each evaluation's answers were read leniently; "" where none was."""
+    counts = [sum(record.get("read") == "lenient" for (record,) in records.values()) for records in answers]
+    parts = [f"{count} of {name}" for count, name in zip(counts, names, strict=True) if count]
+    return f"Answers that were read leniently: {', '.join(parts)}." if parts else ""

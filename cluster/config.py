@@ -26,8 +26,8 @@ from cluster.faults import in_words
 from learner.config import LearnerConfig, ZeroConfig
 from phantoms import MODALITIES
 from rewards.config import RewardConfig
-from umrg.atomic import written_aside
-from umrg.config import Config, ModelFolder
+from umrg.atomic import write_text
+from umrg.config import Config, MayChange, ModelFolder
 from umrg.group import SamplingParams
 from umrg.prompts import PromptSpec, ReasonerConfig
 
@@ -56,28 +56,32 @@ def _is_name(value: str) -> str:
 
 Name = Annotated[str, AfterValidator(_is_name)]
 
-Every = Annotated[Literal["auto"] | int, BeforeValidator(_is_every)]
+Every = Annotated[Literal["auto"] | int, BeforeValidator(_is_every, json_schema_input_type=Literal["auto"] | int)]
 """A number of steps, 0 for the last one alone, or "auto", by time."""
 
-Resume = Annotated[Literal["never", "auto"] | Path, BeforeValidator(_is_resume)]
+Resume = Annotated[Literal["never", "auto"] | Path, BeforeValidator(_is_resume, json_schema_input_type=str)]
 
 
 class PhantomConfig(Config):
-    """Rows to be drawn instead of read. queries_per_image: at most so many rows share an image. phrasings: "held_out"
-    asks in words that training has not seen."""
+    """Rows that are drawn instead of read."""
 
     phantoms: PositiveInt
+    """Number of rows."""
     seed: NonNegativeInt = 0
+    """Seed of the drawing."""
     modalities: list[str] = Field(default_factory=lambda: list(MODALITIES))
+    """Modalities that are drawn."""
     queries_per_image: PositiveInt = 4
+    """Maximum number of rows that share an image."""
     phrasings: Literal["seen", "held_out"] = "seen"
+    """`held_out`: queries in words that the bundled model was not trained on."""
 
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, (str, Path)) else value
 
 
-Files = Annotated[list[Path], BeforeValidator(_as_list), Field(min_length=1)]
+Files = Annotated[list[Path], BeforeValidator(_as_list, json_schema_input_type=str | list[str]), Field(min_length=1)]
 
 
 def _kind(value: Any) -> str:
@@ -88,78 +92,110 @@ Rows = Annotated[Annotated[Files, Tag("files")] | Annotated[PhantomConfig, Tag("
 """Parquet files in the released schema, or phantoms to draw."""
 
 
-class DataConfig(Config):
-    """train: parquet files in the released schema. The filters keep rows of these names only."""
+class RowFilter(Config):
+    """Which rows of the files are kept."""
+
+    supercategory: list[str] = Field(default_factory=list)
+    """Keep rows of these super-categories only; empty for all."""
+    category: list[str] = Field(default_factory=list)
+    """Keep rows of these categories only; empty for all."""
+    modality: list[str] = Field(default_factory=list)
+    """Keep rows of these modalities only; empty for all."""
+
+
+class SftDataConfig(RowFilter):
+    """The rows of a supervised run."""
 
     train: Files
-    supercategory: list[str] = Field(default_factory=list)
-    category: list[str] = Field(default_factory=list)
-    modality: list[str] = Field(default_factory=list)
+    """Parquet files in the released schema."""
 
 
-class RunDataConfig(DataConfig):
-    """train, eval: parquet files, or phantoms to draw."""
+class TrainDataConfig(RowFilter):
+    """The rows of a training run."""
 
-    train: Rows  # type: ignore[assignment]
+    train: Rows
+    """Parquet files in the released schema, or phantoms to draw. The filters apply to these."""
     eval: Rows
+    """Held-out rows that are evaluated on: parquet files, or phantoms to draw."""
+
+
+class EvaluationDataConfig(RowFilter):
+    """The rows of an evaluation."""
+
+    eval: Rows
+    """Parquet files in the released schema, or phantoms to draw."""
+    seen: Annotated[list[Path], BeforeValidator(_as_list, json_schema_input_type=str | list[str])] = Field(
+        default_factory=list
+    )
+    """The files that the reasoner was trained on, so that figures tell rows of seen phrasings, categories and
+    modalities from others."""
 
 
 class EvaluationConfig(Config):
-    """How held-out rows are asked. limit: so many rows at most. n: sampled answers each, besides the greedy one.
-    every: steps between evaluations on the way; 0 for none, before and after remain. before: measure the model that
-    the run starts from."""
+    """Evaluations of a training run on its held-out rows."""
 
     limit: PositiveInt = 128
+    """Maximum number of rows to evaluate."""
     n: NonNegativeInt = 8
+    """Answers sampled per row, besides the greedy one."""
     every: NonNegativeInt = 0
+    """Evaluate every N steps; 0 for before and after training only."""
     before: bool = True
+    """Evaluate the model that the run starts from."""
 
 
 class RunConfig(ReasonerConfig):
     """What all runs share."""
 
     name: Name
-    """Of the run."""
-    runs: Path = Path("runs")
-    """Folder of all runs, on storage that all nodes share; the run's own is `runs/<name>`."""
-    placement: Literal["pack", "spread"] = "pack"
+    """Name of the run."""
+    runs: MayChange[Path] = Path("runs")
+    """Folder of all runs, on storage that all nodes share; the run's own folder is `runs/<name>`."""
+    placement: MayChange[Literal["pack", "spread"]] = "pack"
     """Whether actors are packed on few nodes or spread over many."""
-    deadlines: DeadlineConfig = DeadlineConfig()
+    deadlines: MayChange[DeadlineConfig] = DeadlineConfig()
 
 
-class TrainConfig(RunConfig):
-    """GRPO: `medreasoner train CONFIG`.
+class LearningConfig(RunConfig):
+    """What training and supervised fine-tuning share."""
 
-    name: of the run; its folder is `runs/<name>`. expert: name or folder of the segmenter. batch: groups a step.
-    steps: how many. dynamic_sampling_retries: how often in a step zero-variance groups give way to fresh ones.
-    staleness: how many steps the rollouts' weights may lag behind. placement: whether actors are packed on few nodes
-    or spread over many. checkpoint_every: steps between two checkpoints; 0 for none but the last; "auto" writes one
-    every ten minutes, less often where that makes training wait. keep: newest checkpoints that stay, and beside them
-    `keep_best` with the highest greedy Dice, of those at whose step the model was evaluated.
-    resume: "auto" goes on from the newest checkpoint of a run folder that exists, "never" refuses such a folder; a
-    checkpoint's folder goes on from that one, whether of this run, which then forgets what came after, or of another.
-    """
+    steps: MayChange[PositiveInt]
+    """Steps of the run."""
+    seed: NonNegativeInt = 0
+    """Seed of everything that is drawn at random."""
+    checkpoint_every: MayChange[Every] = "auto"
+    """Write a checkpoint every N steps; 0 for the last step only; `auto` writes one every ten minutes, less often if
+    that would make training wait."""
+    keep: MayChange[PositiveInt] = 2
+    """How many of the newest checkpoints are kept."""
+    resume: MayChange[Resume] = "never"
+    """`auto`: resume from the newest checkpoint of an existing run folder. `never`: refuse an existing run folder. A
+    checkpoint's folder: resume from that one, either of this run, which then drops everything later, or of another."""
+
+
+class TrainConfig(LearningConfig):
+    """GRPO: `medreasoner train CONFIG`."""
 
     expert: str
-    data: RunDataConfig
+    """Name or folder of the expert."""
+    data: TrainDataConfig
     reward: RewardConfig
     rollout: RolloutConfig = RolloutConfig()
     segmenter: SegmenterConfig = SegmenterConfig()
     learner: LearnerConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     staleness: NonNegativeInt = 0
+    """Steps by which the rollouts' weights may lag behind; only 0 is supported (fully on-policy)."""
     batch: PositiveInt = 16
-    steps: PositiveInt
+    """Groups per step."""
     dynamic_sampling_retries: NonNegativeInt = 0
-    seed: NonNegativeInt = 0
-    checkpoint_every: Every = "auto"
-    keep: PositiveInt = 2
-    keep_best: NonNegativeInt = 1
-    resume: Resume = "never"
+    """How often per step zero-variance groups are replaced by newly sampled ones (dynamic sampling of DAPO)."""
+    keep_best: MayChange[NonNegativeInt] = 1
+    """Number of checkpoints kept besides the newest: those with the highest greedy Dice, among the evaluated ones."""
 
     @property
     def updates(self) -> int:
-        """That the run makes: one a step and mini-batch."""
+        """Number of optimizer updates of the run: one per step and mini-batch."""
         return self.steps * math.ceil(self.batch / (self.learner.mini_batch or self.batch))
 
     @model_validator(mode="after")
@@ -181,40 +217,33 @@ class TrainConfig(RunConfig):
     @classmethod
     def _on_policy(cls, value: int) -> int:
         if value:
-            raise ValueError("only 0 is built: every step's answers come from the newest weights")
+            raise ValueError("only 0 is supported: every step's answers come from the newest weights")
         return value
 
 
-class EvaluationDataConfig(Config):
-    """eval: parquet files, or phantoms to draw. The filters keep rows of these names only. seen: the files that the
-    reasoner was trained on, so that figures tell rows whose words, category or modality it has seen from others."""
-
-    eval: Rows
-    supercategory: list[str] = Field(default_factory=list)
-    category: list[str] = Field(default_factory=list)
-    modality: list[str] = Field(default_factory=list)
-    seen: Annotated[list[Path], BeforeValidator(_as_list)] = Field(default_factory=list)
-
-
 class EvaluateConfig(RunConfig):
-    """An evaluation: `medreasoner evaluate`.
-
-    name: of the run; its folder is `runs/<name>`. endpoint: asked in the model's place; `frame` must then say what its
-    coordinates are. expert: name or folder of the segmenter. n: answers sampled a row at `temperature`, besides the
-    greedy one. answers: `lenient` also takes forms that a foreign model answers in (`umrg.foreign_answers`), and counts
-    them apart. limit: so many rows at most. batch: rows between two writes of results. gallery: rows in the report.
-    """
+    """An evaluation: `medreasoner evaluate`."""
 
     model: ModelFolder | None = None  # type: ignore[assignment]
+    """Folder of a Qwen-VL model, or of a run or a checkpoint that holds one; null with `endpoint`."""
     endpoint: EndpointConfig | None = None
+    """Sampled from in place of `model`; `frame` must then say what its coordinates are."""
     expert: str
+    """Name or folder of the expert."""
     data: EvaluationDataConfig
     n: NonNegativeInt = 0
+    """Answers sampled per row, besides the greedy one."""
     temperature: PositiveFloat = 1.0
+    """Sampling temperature of the answers besides the greedy one."""
     answers: Literal["strict", "lenient"] = "strict"
+    """`lenient` also accepts the forms in which foreign models answer (`umrg.foreign_answers`), and counts them
+    apart."""
     limit: PositiveInt | None = None
+    """Maximum number of rows to evaluate; null for all."""
     batch: PositiveInt = 32
+    """Rows between two writes of results."""
     gallery: PositiveInt = 500
+    """Maximum number of rows shown in the report."""
     rollout: RolloutConfig = RolloutConfig()
     segmenter: SegmenterConfig = SegmenterConfig()
 
@@ -227,7 +256,7 @@ class EvaluateConfig(RunConfig):
         return self
 
     def sampling(self) -> SamplingParams:
-        """How rows are answered, besides greedily."""
+        """Sampling parameters of the answers besides the greedy one."""
         return SamplingParams(n=self.n, temperature=self.temperature, max_tokens=self.rollout.max_tokens)
 
     def spec(self) -> PromptSpec:
@@ -235,26 +264,22 @@ class EvaluateConfig(RunConfig):
         return folder.but(style=self.prompt, think=self.think, frame=self.frame)
 
 
-class SftConfig(RunConfig):
-    """Supervised fine-tuning: `medreasoner sft CONFIG`.
+class SftConfig(LearningConfig):
+    """Supervised fine-tuning: `medreasoner sft CONFIG`."""
 
-    name: of the run; its folder is `runs/<name>`. batch: images a step, each with all rows that ask about it. steps:
-    how many. validation: share of the images that is held out. validate_every: steps between two looks at its loss;
-    a checkpoint is written where it is the lowest yet, and the run's model is that one. patience: so many looks
-    without a lower loss end the run; None for never. The others as in training.
-    """
-
-    data: DataConfig
+    data: SftDataConfig
     learner: ZeroConfig
     batch: PositiveInt = 16
-    steps: PositiveInt
+    """Images per step, each with all rows that ask about it."""
     validation: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the images that is held out for validation."""
     validate_every: PositiveInt = 100
-    patience: PositiveInt | None = None
-    seed: NonNegativeInt = 0
-    checkpoint_every: Every = "auto"
-    keep: PositiveInt = 1
-    resume: Resume = "never"
+    """Validate every N steps, and at the last. A checkpoint is written at each lowest loss, and the run's model is that
+    of the lowest."""
+    patience: MayChange[PositiveInt | None] = None
+    """Early stopping: validations in a row without a lower loss that end the run; null for never."""
+    keep: MayChange[PositiveInt] = 1
+    """Number of newest checkpoints that are kept, besides the one of the lowest validation loss."""
 
     @model_validator(mode="after")
     def _stops_by_something(self) -> Self:
@@ -269,7 +294,7 @@ def load_config(
     """Read a YAML file, lay options and `key.sub=value` overrides over it, and check the whole.
 
     path: None for no file. options: values by key, from a command line's options. Values of overrides are YAML. Raises
-    ValueError with one sentence a fault; an unknown key names the nearest one.
+    ValueError with one sentence per fault; an unknown key names the nearest one.
     """
     tree = {} if path is None else _read(path)
     for key, value in (options or {}).items():
@@ -290,8 +315,7 @@ def config_text(config: Config) -> str:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML."""
-    with written_aside(path) as aside:
-        aside.write_text(config_text(config), encoding="utf-8")
+    write_text(path, config_text(config))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,38 +1,90 @@
-"""What one sees while a run goes on: a live table on a terminal, plain lines elsewhere."""
+"""What a user sees while a job goes on: a live view on a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
-from cluster.config import TrainConfig
+from rewards.answer_metrics import TRAINING_METRICS
+
+if TYPE_CHECKING:
+    from cluster.config import TrainConfig
+
+LINE_EVERY_S = 5.0
+"""Seconds between two lines of `progress` where there is no terminal."""
+
+_GROUP_STATISTICS = ("std", "zero_variance_groups", "resampled_groups")
+
+
+class ShowProgress(Protocol):
+    """Shows how many units are done, and a short text such as the current loss."""
+
+    def __call__(self, done: int, text: str = "") -> None: ...
+
+
+@contextmanager
+def progress(
+    what: str, total: int, *, done: int = 0, unit: str = "rows", console: Console | None = None
+) -> Iterator[ShowProgress]:
+    """Show the progress of a task on stderr: a bar on a terminal, a plain line every few seconds elsewhere.
+
+    what: the task, such as "evaluating". done: units that an earlier run has done. unit: what is counted.
+    """
+    console = console or Console(stderr=True)
+    with Progress(*_columns(), console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total, completed=done, text="")
+        last_line = time.monotonic()
+
+        def show(done: int, text: str = "") -> None:
+            nonlocal last_line
+            bar.update(task, completed=done, text=text)
+            if not console.is_terminal and time.monotonic() > last_line + LINE_EVERY_S:
+                last_line = time.monotonic()
+                _print_line(console, f"{what}: {done} of {total} {unit}" + (f"  {text}" if text else ""))
+
+        yield show
+
+
+def _columns() -> Sequence[ProgressColumn]:
+    return (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+
+
+def _print_line(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 class Display:
-    """Of one run."""
+    """The display of one training run: progress, the latest step's metrics and the evaluations so far."""
 
-    def __init__(self, config: TrainConfig, console: Console | None = None) -> None:
+    def __init__(self, config: "TrainConfig", console: Console | None = None) -> None:
         self._console = console or Console()
         self._config = config
         self._status = ""
         self._metrics: Mapping[str, float] = {}
         self._evaluations: dict[str, Mapping[str, Mapping[str, float]]] = {}
-        self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-        )
-        self._task = self._progress.add_task(config.name, total=config.steps)
+        self._progress = Progress(*_columns(), console=self._console)
+        self._task = self._progress.add_task(config.name, total=config.steps, text="")
         self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=2)
-        self._started = time.monotonic()
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
@@ -45,86 +97,91 @@ class Display:
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Say what is being waited for."""
+        """Show what the run is waiting for."""
         self._status = what
         self._line(what)
         yield
         self._status = ""
 
+    def resumed(self, step: int) -> None:
+        """Show that the run continues after a step."""
+        self._progress.update(self._task, completed=step)
+        self._line(f"resumed after step {step}")
+
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show a step's metrics. Those of masks are absent where the reward needs no mask."""
         self._metrics = metrics
         self._progress.update(self._task, completed=step)
-        seconds = "  ".join(f"{name} {metrics[f'seconds/{name}']:.1f}" for name in _phases(metrics))
+        answers = section(metrics, "answers")
+        formats = {"dice": "dice {:.3f}", "iou": "iou {:.3f}", "well_formed": "well-formed {:.0%}"}
+        measured = [text.format(answers[name]) for name, text in formats.items() if name in answers]
+        seconds = [f"{name} {value:.1f}" for name, value in section(metrics, "seconds").items()]
         self._line(
-            f"step {step}/{self._config.steps}  reward {metrics['reward/total']:.3f}  "
-            f"dice {metrics['answers/dice']:.3f}  iou {metrics['answers/iou']:.3f}  "
-            f"well-formed {metrics['answers/well_formed']:.0%}  | s: {seconds}  | left {self._left(step)}"
+            "  ".join([f"step {step}/{self._config.steps}", f"reward {metrics['reward/total']:.3f}", *measured])
+            + f"  | s: {'  '.join(seconds)}  | left {self._left()}"
         )
 
     def evaluation(self, name: str, summary: Mapping[str, Mapping[str, float]]) -> None:
+        """Show an evaluation's mean figures. summary: those of greedy and of sampled answers."""
         self._evaluations[name] = summary
         for kind, figures in summary.items():
             self._line(f"{name} {kind}  " + "  ".join(f"{figure} {value:.3f}" for figure, value in figures.items()))
 
-    def gain(self, gains: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
-        """What the run gained, with 95 % intervals."""
+    def improvement(self, gains: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+        """Print the improvement over the run, with 95 % intervals, for greedy and sampled answers."""
         for kind, figures in gains.items():
-            self._console.print(
-                f"gain {kind}  "
-                + "  ".join(
-                    f"{name} {pair['gain']:+.3f} ({pair['low']:+.3f} … {pair['high']:+.3f})"
-                    for name, pair in figures.items()
-                ),
-                soft_wrap=True,
-                highlight=False,
+            differences = (
+                f"{name} {pair['gain']:+.3f} ({pair['low']:+.3f} … {pair['high']:+.3f})"
+                for name, pair in figures.items()
             )
-
-    def resumed(self, step: int) -> None:
-        self._progress.update(self._task, completed=step)
-        self._line(f"resumed after step {step}")
+            _print_line(self._console, f"gain {kind}  " + "  ".join(differences))
 
     def _line(self, text: str) -> None:
         if not self._console.is_terminal:
-            self._console.print(text, soft_wrap=True, highlight=False)
+            _print_line(self._console, text)
 
-    def _left(self, step: int) -> str:
-        task = self._progress.tasks[0]
-        seconds = task.time_remaining
+    def _left(self) -> str:
+        seconds = self._progress.tasks[0].time_remaining
         return "?" if seconds is None else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
     def _render(self) -> Group:
         parts: list[Table | Progress | str] = [self._progress]
         if self._metrics:
-            parts.append(_table("this step", self._rows()))
+            parts.append(_two_columns("this step", self._step_rows()))
         if self._evaluations:
             parts.append(self._evaluation_table())
         if self._status:
             parts.append(f"… {self._status}")
         return Group(*parts)
 
-    def _rows(self) -> dict[str, str]:
-        rows = {name: f"{self._metrics[f'answers/{name}']:.3f}" for name in ("dice", "iou", "pdice", "well_formed")}
-        rewards = {
-            name: f"{value:.3f}"
-            for name, value in self._metrics.items()
-            if name.startswith("reward/") and name not in ("reward/spread", "reward/flat_groups")
+    def _step_rows(self) -> dict[str, str]:
+        answers, rewards = section(self._metrics, "answers"), reward_parts(self._metrics)
+        return {
+            **{name: f"{answers[name]:.3f}" for name in TRAINING_METRICS if name in answers},
+            **{f"reward/{name}": f"{value:.3f}" for name, value in rewards.items()},
+            **{f"{name} s": f"{value:.1f}" for name, value in section(self._metrics, "seconds").items()},
         }
-        seconds = {f"{name} s": f"{self._metrics[f'seconds/{name}']:.1f}" for name in _phases(self._metrics)}
-        return {**rows, **rewards, **seconds}
 
     def _evaluation_table(self) -> Table:
-        table = Table("held out", "answers", "Dice", "IoU", "pDice", "well-formed", title_justify="left")
+        table = Table("held out", "answers", *TRAINING_METRICS.values(), title_justify="left")
         for name, summary in self._evaluations.items():
             for kind, figures in summary.items():
-                table.add_row(name, kind, *(f"{figures[f]:.3f}" for f in ("dice", "iou", "pdice", "well_formed")))
+                table.add_row(name, kind, *(f"{figures[metric]:.3f}" for metric in TRAINING_METRICS))
         return table
 
 
-def _phases(metrics: Mapping[str, float]) -> list[str]:
-    return [name.removeprefix("seconds/") for name in metrics if name.startswith("seconds/")]
+def section(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
+    """The metrics named `prefix/…`, without the prefix."""
+    return {name.removeprefix(f"{prefix}/"): value for name, value in metrics.items() if name.startswith(f"{prefix}/")}
 
 
-def _table(title: str, rows: Mapping[str, str]) -> Table:
+def reward_parts(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The total reward and its parts, without the statistics of groups that are named `reward/…` too."""
+    return {name: value for name, value in section(metrics, "reward").items() if name not in _GROUP_STATISTICS}
+
+
+def _two_columns(title: str, rows: Mapping[str, str]) -> Table:
+    """A table of names and values, in two columns side by side."""
     table = Table(title=title, title_justify="left", show_header=False)
     items = list(rows.items())
     half = (len(items) + 1) // 2

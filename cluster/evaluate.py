@@ -5,45 +5,50 @@ rows ──Group──► rollouts or endpoint ──GroupSamples──► segme
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cluster.cli import run_command
 from cluster.config import EvaluateConfig, load_config
 from cluster.data import open_held_out
-from cluster.evaluation import evaluate, questions
-from cluster.figures import Seen, as_malformed, comma_separated, markdown, row_figures, summarise
+from cluster.display import progress
+from cluster.evaluation import evaluate, evaluation_groups
+from cluster.figures import (
+    TrainingCoverage,
+    as_malformed,
+    comma_separated,
+    greedy_record,
+    markdown,
+    row_figures,
+    summarise,
+)
 from cluster.records import Results, as_results
 from cluster.report import write_evaluation_report
 from cluster.run_folder import RunFolder
-from cluster.workers import ActorSpec, Workers, cluster, endpoints, rollouts, segmenters, started
+from cluster.workers import ActorSpec, Workers, endpoints, ray_connection, rollouts, segmenters, started
 from rewards.scoring import Scorer
-from umrg.atomic import written_aside
+from umrg.atomic import write_text
 from umrg.sample import Sample
 
 
 def run_evaluation(config: EvaluateConfig) -> RunFolder:
-    """Evaluate; an evaluation that was interrupted goes on. Raises ValueError where one by that name is finished."""
+    """Evaluate, or continue an interrupted evaluation. Raises ValueError where one of that name is finished."""
     with RunFolder.begun(config.runs / config.name, config, resume=True) as run:
         if run.read_json("metrics.json"):
             raise ValueError(f"the evaluation {run.path} is finished; give another name=… or remove it")
-        rows, seen = open_held_out(config, run), Seen.of_files(config.data.seen)
+        rows, coverage = open_held_out(config, run), TrainingCoverage.of_files(config.data.seen)
         results = Results(run.path / "results.jsonl", n=config.n, hold=run.hold)
         if any(row.id not in results.rows for row in rows):
-            with cluster(), started(actors(config), config) as workers, run.telling():
+            with ray_connection(), started(actors(config), config) as workers, run.telling():
                 answer(workers, rows, config, results)
         results.sort([row.id for row in rows])
-        write_figures(run, rows, seen, results, config)
+        write_figures(run, rows, coverage, results, config)
     return run
 
 
 def actors(config: EvaluateConfig) -> list[ActorSpec]:
-    """The actors of an evaluation: rollouts, or what asks an endpoint in their place, and segmenters."""
+    """The actors of an evaluation: segmenters, and rollouts or the clients of an endpoint."""
     spec = config.spec()
     scorer, lenient = Scorer.of_preset("mask"), config.answers == "lenient"
     if config.endpoint is not None:
@@ -55,38 +60,40 @@ def actors(config: EvaluateConfig) -> list[ActorSpec]:
 
 
 def answer(workers: Workers, rows: Sequence[Sample], config: EvaluateConfig, results: Results) -> None:
-    """Answer and score the rows that are still to be done, `batch` at a time."""
-    left = [group for group in questions(rows) if group.sample.id not in results.rows]
-    with _progress(len(rows), done=len(rows) - len(left)) as advance:
+    """Answer and score the rows that have no results yet, `batch` at a time."""
+    left = [group for group in evaluation_groups(rows) if group.sample.id not in results.rows]
+    done = len(rows) - len(left)
+    with progress("evaluating", len(rows), done=done) as show:
         for start in range(0, len(left), config.batch):
             batch = left[start : start + config.batch]
             found = evaluate(workers, batch, config.sampling(), "ablations")
             results.add([*as_results(found.greedy, "greedy"), *as_results(found.sampled, "sampled")])
-            advance(len(batch))
+            show(done + start + len(batch))
     workers.check_expert()
 
 
-def write_figures(run: RunFolder, rows: Sequence[Sample], seen: Seen, results: Results, config: EvaluateConfig) -> None:
+def write_figures(
+    run: RunFolder, rows: Sequence[Sample], coverage: TrainingCoverage, results: Results, config: EvaluateConfig
+) -> None:
     """Write metrics.json, table.md, table.csv and the report, from the recorded answers alone."""
     figures = {row.id: row_figures(results.rows[row.id], row) for row in rows}
-    strata = {row.id: seen.strata(row) for row in rows}
-    greedy = {row.id: next(r for r in results.rows[row.id] if r["kind"] == "greedy") for row in rows}
+    strata = {row.id: coverage.strata(row) for row in rows}
+    greedy = {row.id: greedy_record(results.rows[row.id]) for row in rows}
     failures = {row: record["failure"] for row, record in greedy.items() if record["failure"]}
     metrics = {"settings": settings(config), **summarise(figures, strata, failures)}
     if config.answers == "lenient":
         metrics["lenient"] = lenient_figures(rows, results, strata)
     for name, text in (("table.md", markdown(metrics)), ("table.csv", comma_separated(metrics))):
-        with written_aside(run.path / name) as aside:
-            aside.write_text(text)
+        write_text(run.path / name, text)
     write_evaluation_report(run, metrics, rows, greedy, figures, limit=config.gallery)
-    # Last: it says that the evaluation is finished.
+    # Written last, because its presence marks the evaluation as finished.
     run.write_json("metrics.json", metrics)
 
 
 def lenient_figures(
     rows: Sequence[Sample], results: Results, strata: Mapping[str, Mapping[str, str]]
 ) -> dict[str, Any]:
-    """How many greedy and sampled answers were read leniently, and the figures that leave them malformed."""
+    """How many greedy and sampled answers were read leniently, and the figures with these counted as malformed."""
     found = [record["kind"] for row in rows for record in results.rows[row.id] if record.get("read") == "lenient"]
     summary = summarise({row.id: row_figures(as_malformed(results.rows[row.id]), row) for row in rows}, strata, {})
     return {
@@ -97,7 +104,7 @@ def lenient_figures(
 
 
 def settings(config: EvaluateConfig) -> dict[str, Any]:
-    """What the figures hang on, to be said beside them."""
+    """The settings reported with the metrics."""
     spec = config.spec()
     return {
         "model": str(config.model) if config.model else f"{config.endpoint.model} at {config.endpoint.url}",  # type: ignore[union-attr]
@@ -113,39 +120,24 @@ def settings(config: EvaluateConfig) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _progress(total: int, *, done: int) -> Iterator[Any]:
-    console = Console(stderr=True)
-    columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=total, completed=done)
-
-        def advance(count: int) -> None:
-            progress.advance(task, count)
-            if not console.is_terminal:
-                print(f"{progress.tasks[0].completed:.0f} of {total} rows", flush=True)
-
-        yield advance
-
-
 def main(arguments: list[str], options: Mapping[str, Any] | None = None) -> None:
-    """arguments: a YAML file, if there is one, then key=value. options: further values by key; None is no value."""
+    """Run an evaluation from the command line.
+
+    arguments: a YAML file, which may be left out, then key=value. options: further values by key; None stands for a
+    value that was not given.
+    """
     file = Path(arguments[0]) if arguments and "=" not in arguments[0] else None
     given = {key: value for key, value in (options or {}).items() if value is not None}
     if "name" not in given and "model" in given and "data.eval" in given:
         given["name"] = _name(given["model"], given["data.eval"][0])
-    finish(run_evaluation(load_config(EvaluateConfig, file, arguments[1 if file else 0 :], given)))
+    run = run_evaluation(load_config(EvaluateConfig, file, arguments[1 if file else 0 :], given))
+    print((run.path / "table.md").read_text())
+    print(f"the evaluation lies in {run.path}; open {run.report / 'index.html'}")
 
 
 def _name(model: Path, data: Path) -> str:
     folder = model.resolve().parent if model.name == "model" else model.resolve()
     return re.sub(r"[^\w.-]+", "-", f"evaluate-{folder.name}-{data.stem}")
-
-
-def finish(run: RunFolder) -> None:
-    """Print the table, and where everything lies."""
-    print((run.path / "table.md").read_text())
-    print(f"the evaluation lies in {run.path}; open {run.report / 'index.html'}")
 
 
 if __name__ == "__main__":

@@ -8,14 +8,15 @@ import numpy as np
 
 from actors.pools import GroupRefs, Ref
 from cluster.workers import Workers
-from rewards.scored import Measured, ScoredGroup
+from rewards.answer_metrics import TRAINING_METRICS
+from rewards.scored import ScoredGroup, ScoringDepth
 from umrg.group import Group, SamplingParams
 from umrg.sample import Sample
 
 SEED = 20_000_003
 """Evaluations use the same random numbers in every run, so that two models are compared on equal terms."""
 
-FIGURES = ("dice", "iou", "pdice", "well_formed")
+SUMMARY_METRICS = tuple(TRAINING_METRICS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ def collect(
     workers: Workers,
     groups: Sequence[Group],
     sampling: SamplingParams,
-    measured: Measured,
+    depth: ScoringDepth,
     *,
     phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
     meanwhile: Callable[[], None] = lambda: None,
@@ -44,7 +45,7 @@ def collect(
     scoring = {}
     with phase("rollout"):
         for id, samples in workers.rollouts.sample(refs, sampling, meanwhile=meanwhile):
-            scoring[id] = workers.segmenters.score(refs[id], samples, measured)
+            scoring[id] = workers.segmenters.score(refs[id], samples, depth)
     with phase("score"):
         scored = workers.segmenters.collect(scoring)
     return [Collected(scored=scored[group.id], refs=(refs[group.id].group, scoring[group.id][1])) for group in groups]
@@ -55,9 +56,9 @@ class Evaluation:
     """The answers to held-out rows, scored."""
 
     greedy: Sequence[ScoredGroup]
-    """One answer a row."""
+    """One answer per row."""
     sampled: Sequence[ScoredGroup]
-    """n answers a row; none where n is 0."""
+    """n answers per row; none if n is 0."""
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Mean figures of the greedy and of the sampled answers; `n` is the number of rows."""
@@ -67,7 +68,7 @@ class Evaluation:
 
 def figures(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     """Each figure's mean over rows of its mean over the row's answers."""
-    means = {name: float(np.mean(row_means(groups, name))) for name in FIGURES}
+    means = {name: float(np.mean(row_means(groups, name))) for name in SUMMARY_METRICS}
     return {**means, "n": len(groups)}
 
 
@@ -76,19 +77,20 @@ def row_means(groups: Sequence[ScoredGroup], metric: str) -> list[float]:
     return [float(np.mean([answer.metrics[metric] for answer in group.answers])) for group in groups]
 
 
-def questions(rows: Sequence[Sample]) -> list[Group]:
-    """Rows as groups to be evaluated. Seeds depend on a row's index, so a batch of rows is answered as among all."""
+def evaluation_groups(rows: Sequence[Sample]) -> list[Group]:
+    """Rows as groups to be evaluated. Seeds depend on a row's index, so its answers do not depend
+    on the batch that it is evaluated in."""
     return [Group(run="evaluation", step=0, index=i, sample=row) for i, row in enumerate(rows)]
 
 
 def evaluate(
-    workers: Workers, groups: Sequence[Group], sampling: SamplingParams, measured: Measured = "masks"
+    workers: Workers, groups: Sequence[Group], sampling: SamplingParams, depth: ScoringDepth = "masks"
 ) -> Evaluation:
     """Answer held-out rows greedily and, if `sampling.n` is above 0, n times at its temperature. The seed is always
     `SEED`."""
     sampled = replace(sampling, seed=SEED)
     greedy = replace(sampled, n=1, temperature=0.0)
     return Evaluation(
-        greedy=[each.scored for each in collect(workers, groups, greedy, measured)],
-        sampled=[each.scored for each in collect(workers, groups, sampled, measured)] if sampling.n else (),
+        greedy=[each.scored for each in collect(workers, groups, greedy, depth)],
+        sampled=[each.scored for each in collect(workers, groups, sampled, depth)] if sampling.n else (),
     )

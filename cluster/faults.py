@@ -2,9 +2,14 @@
 
 import difflib
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel
+
+from cluster.config_keys import models
+
+RENAMED = {"refill": "dynamic_sampling_retries"}
+"""Keys that had another name in earlier versions, by their dotted names then."""
 
 _IN_WORDS = {
     "dict_type": "give keys and values",
@@ -42,6 +47,8 @@ def _place(node: Any, fault: Any) -> list[str]:
 
 
 def _unknown_key(schema: type[BaseModel], place: list[str]) -> str:
+    if (older := ".".join(place)) in RENAMED:
+        return f"unknown key {older!r}; its name is {RENAMED[older]!r}"
     known = _keys(schema, place[:-1])
     near = difflib.get_close_matches(place[-1], known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(sorted(known))}"
@@ -53,12 +60,5 @@ def _keys(schema: type[BaseModel], path: list[str]) -> list[str]:
     for part in path:
         fields = [each.model_fields[part] for each in schemas if part in each.model_fields]
         # A part that is no field is a place in a list.
-        schemas = [found for field in fields for found in _models(field.annotation)] or schemas
+        schemas = [found for field in fields for found in models(field.annotation)] or schemas
     return [key for each in schemas for key in each.model_fields]
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The models that a field's type is, or may be."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [found for part in get_args(annotation) for found in _models(part)]

@@ -1,4 +1,7 @@
-"""Figures of an evaluation from its records: per row, then means with intervals, overall and by stratum.
+"""Figures of an evaluation, computed from its records: per row, then means with intervals, overall and by stratum.
+
+A metric belongs to one answer (`rewards.answer_metrics`), a figure to a row or to several: the metric of the greedy
+answer, or what the sampled answers come to together.
 
 records of a row ──row_figures──► figures of the row ──summarise──► metrics.json ──tables──► table.md, table.csv
 """
@@ -11,35 +14,18 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import bootstrap
 
 from cluster.records import Record
+from rewards.answer_metrics import METRICS
 from umrg.dataset import Dataset
+from umrg.keypoints import tight_box
 from umrg.masks import decode_rle
 from umrg.metrics import box_iou, mask_dice
 from umrg.sample import Sample
 
-DRAWS = 2000
-GREEDY = (
-    "iou",
-    "pdice",
-    "pdice_published",
-    "dice_points",
-    "dice_box",
-    "dice",
-    "mask_iou",
-    "oracle_dice",
-    "well_formed",
-)
 TITLES = {
-    "iou": "IoU",
-    "pdice": "pDice",
-    "pdice_published": "pDice (published)",
-    "dice_points": "Dice, points",
-    "dice_box": "Dice, box",
-    "dice": "Dice, both",
-    "mask_iou": "mask IoU",
-    "oracle_dice": "ceiling",
-    "well_formed": "well-formed",
+    **METRICS,
     "mean_iou": "mean IoU",
     "best_iou": "best IoU",
     "consensus_iou": "consensus IoU",
@@ -47,25 +33,34 @@ TITLES = {
     "best_dice": "best Dice",
     "consensus_dice": "consensus Dice",
 }
+"""Titles of all figures, in the order of the columns."""
+
+_BATCH_VALUES = 2**20
+"""Resampled values that are in memory at a time."""
+
+
+def greedy_record(records: Sequence[Record]) -> Record:
+    """The record of the greedy answer among those of a row."""
+    return next(record for record in records if record["kind"] == "greedy")
 
 
 def row_figures(records: Sequence[Record], sample: Sample) -> dict[str, float]:
-    """Figures of one row. Of the greedy answer its metrics (`GREEDY`; an expert that takes no points has no
-    `dice_points`); of k sampled ones their mean, their best
-    (best@k, by the reference: a ceiling of choosing) and their consensus (by vote, without the reference)."""
-    greedy = [record for record in records if record["kind"] == "greedy"]
+    """Figures of one row: the greedy answer's metrics and, of the k sampled answers, the mean, the best and the
+    consensus. The best is chosen by the reference (best@k), which bounds what choosing among the answers can reach; the
+    consensus is a vote that needs no reference. With an expert that takes no points there is no `dice_points`."""
+    metrics = greedy_record(records)["metrics"]
     sampled = [record for record in records if record["kind"] == "sampled"]
-    found = {name: greedy[0]["metrics"][name] for name in GREEDY if name in greedy[0]["metrics"]}
+    figures = {name: metrics[name] for name in METRICS if name in metrics}
     if sampled:
         for name in ("iou", "dice"):
             values = [record["metrics"][name] for record in sampled]
-            found[f"mean_{name}"], found[f"best_{name}"] = float(np.mean(values)), max(values)
-        found.update(consensus(sampled, sample))
-    return found
+            figures[f"mean_{name}"], figures[f"best_{name}"] = float(np.mean(values)), max(values)
+        figures.update(consensus(sampled, sample))
+    return figures
 
 
 def as_malformed(records: Sequence[Record]) -> list[Record]:
-    """The same answers, with those that were read leniently counted as malformed, as a strict reading has them."""
+    """The same records with the leniently read answers counted as malformed, as strict reading would have them."""
     return [_malformed(record) if record.get("read") == "lenient" else record for record in records]
 
 
@@ -75,9 +70,9 @@ def _malformed(record: Record) -> Record:
 
 
 def consensus(sampled: Sequence[Record], sample: Sample) -> dict[str, float]:
-    """Dice and box IoU of what most of k answers agree on, pixel by pixel: the pixels that more than half of their
-    masks hold, and the tight box of the pixels that more than half of their boxes hold. A malformed answer votes for
-    nothing. The idea is that of spatial voting over sampled regions (GUI-RC, arXiv:2508.05615)."""
+    """Dice and box IoU of the pixel-wise majority of k answers: of the pixels that more than half of the masks cover,
+    and of the tight box around the pixels that more than half of the boxes cover. A malformed answer covers nothing but
+    counts among the k. The idea is that of spatial voting over sampled regions (GUI-RC, arXiv:2508.05615)."""
     size = sample.size
     masks = np.zeros((size.height, size.width), dtype=np.int32)
     boxes = np.zeros_like(masks)
@@ -86,48 +81,43 @@ def consensus(sampled: Sequence[Record], sample: Sample) -> dict[str, float]:
             masks += decode_rle(record["mask"])
             x1, y1, x2, y2 = (round(v) for v in record["box"])
             boxes[max(0, y1) : max(0, y2 + 1), max(0, x1) : max(0, x2 + 1)] += 1
-    agreed = 2 * boxes > len(sampled)
+    majority = 2 * boxes > len(sampled)
     return {
         "consensus_dice": mask_dice(2 * masks > len(sampled), sample.mask()),
-        "consensus_iou": _tight_iou(agreed, sample),
+        "consensus_iou": box_iou(tight_box(majority), sample.box) if majority.any() else 0.0,
     }
 
 
-def _tight_iou(agreed: NDArray[np.bool_], sample: Sample) -> float:
-    if not agreed.any():
-        return 0.0
-    ys, xs = np.flatnonzero(agreed.any(axis=1)), np.flatnonzero(agreed.any(axis=0))
-    return box_iou((float(xs[0]), float(ys[0]), float(xs[-1]), float(ys[-1])), sample.box)
-
-
-class Seen:
-    """What a reasoner was trained on: queries, categories and modalities. Empty where nobody said."""
+class TrainingCoverage:
+    """The queries, categories and modalities that a reasoner was trained on, to tell seen from unseen rows."""
 
     def __init__(self, trained_on: Sequence[Any]) -> None:
+        """trained_on: the infos (`umrg.dataset`) of the training rows; empty where they are unknown."""
         self.known = bool(trained_on)
-        self.words = {info.query for info in trained_on}
+        self.queries = {info.query for info in trained_on}
         self.categories = {info.category for info in trained_on}
         self.modalities = {info.modality for info in trained_on}
 
     @classmethod
     def of_files(cls, files: Sequence[Path]) -> Self:
-        """What is asked in some parquet files."""
+        """The coverage of the rows of some parquet files."""
         return cls(Dataset.open(files).infos if files else ())
 
     def strata(self, sample: Sample) -> dict[str, str]:
-        """The strata that a row belongs to, by their kind. A row may itself say whether its phrasing was held out."""
-        found = {
+        """The strata that a row belongs to, by their kind. Where the training rows are unknown, the row itself may say
+        whether its phrasing was held out."""
+        strata = {
             "supercategory": sample.supercategory,
             "category": sample.category,
             "modality": sample.modality,
         }
         if self.known:
-            found["phrasing"] = _seen(sample.query in self.words)
-            found["category seen"] = _seen(sample.category in self.categories)
-            found["modality seen"] = _seen(sample.modality in self.modalities)
+            strata["phrasing"] = _seen(sample.query in self.queries)
+            strata["category seen"] = _seen(sample.category in self.categories)
+            strata["modality seen"] = _seen(sample.modality in self.modalities)
         elif phrasing := sample.extra.get("phrasing"):
-            found["phrasing"] = "seen" if phrasing == "seen" else "unseen"
-        return found
+            strata["phrasing"] = _seen(phrasing == "seen")
+        return strata
 
 
 def _seen(value: bool) -> str:
@@ -137,9 +127,10 @@ def _seen(value: bool) -> str:
 def summarise(
     rows: Mapping[str, Mapping[str, float]], strata: Mapping[str, Mapping[str, str]], failures: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Means over rows with 95 % intervals, by bootstrap over rows: overall and by stratum, and failures by cause.
+    """Mean figures with 95 % bootstrap intervals, overall and by stratum, and the rows that failed by cause.
 
-    rows: figures by row. strata: of each row, by kind. failures: cause by row, of the rows whose greedy answer failed.
+    rows: figures by row. strata: the strata of each row, by kind. failures: the cause for each row whose greedy answer
+    is malformed.
     """
     overall = {"n": len(rows), **_means(list(rows.values()))}
     by: dict[str, dict[str, Any]] = {}
@@ -156,25 +147,47 @@ def summarise(
 
 def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     names = list(rows[0])
-    values = np.array([[row[name] for name in names] for row in rows])
-    rng = np.random.default_rng(0)
-    # A row drawn k times counts k times: all draws are one matrix product.
-    counts = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=DRAWS)
-    low, high = np.percentile(counts @ values / len(rows), [2.5, 97.5], axis=0)
+    values = np.array([[row[name] for row in rows] for name in names])
+    low, high = interval(values)
     return {
         name: {"mean": round(float(mean), 6), "low": round(float(a), 6), "high": round(float(b), 6)}
-        for name, mean, a, b in zip(names, values.mean(axis=0), low, high, strict=True)
+        for name, mean, a, b in zip(names, values.mean(axis=-1), low, high, strict=True)
     }
 
 
+def interval(values: NDArray[np.float64], *, resamples: int = 2000) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Lower and upper ends of the 95 % percentile-bootstrap intervals of the means over rows; the seed is fixed.
+
+    values: [figures, rows]. The figures share the resampled rows. Where a figure is constant, as it is with one row,
+    both ends are its mean.
+    """
+    mean = values.mean(axis=-1)
+    if values.shape[-1] == 1:
+        # scipy refuses to resample a single observation.
+        return mean, mean
+    found = bootstrap(
+        (values,),
+        np.mean,
+        axis=-1,
+        vectorized=True,
+        method="percentile",
+        n_resamples=resamples,
+        batch=max(1, _BATCH_VALUES // values.size),
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    # Sums over other orders of the same number may differ from it in the last digit.
+    constant = np.ptp(values, axis=-1) == 0
+    return np.where(constant, mean, found.low), np.where(constant, mean, found.high)
+
+
 def markdown(metrics: Mapping[str, Any]) -> str:
-    """The table in the published layout: all rows first, then each super-category; figures in percent. Further strata
-    follow, with the same columns. Where answers were read leniently, a second table counts them as malformed."""
+    """The table in the published layout, in percent: all rows, then each super-category, then the further strata. Where
+    answers were read leniently, a second table counts them as malformed."""
     if "lenient" not in metrics:
         return _markdown_table(metrics)
     lenient, count = metrics["lenient"], metrics["overall"]["n"]
-    said = f"{lenient['greedy']} of {count} greedy answers were read leniently. Counted as malformed:"
-    return f"{_markdown_table(metrics)}\n{said}\n\n{_markdown_table(lenient['as_malformed'])}"
+    heading = f"{lenient['greedy']} of {count} greedy answers were read leniently. Counted as malformed:"
+    return f"{_markdown_table(metrics)}\n{heading}\n\n{_markdown_table(lenient['as_malformed'])}"
 
 
 def _markdown_table(metrics: Mapping[str, Any]) -> str:
@@ -201,8 +214,8 @@ def _line(title: str, part: Mapping[str, Any], figures: Sequence[str], *, interv
 
 
 def comma_separated(metrics: Mapping[str, Any]) -> str:
-    """One line a stratum and figure: kind, stratum, n, figure, mean, low, high. Where answers were read leniently, the
-    kind also says which lines count them as malformed."""
+    """One line per stratum and figure: kind, stratum, n, figure, mean, low, high. Where answers were read leniently,
+    further lines, marked in `kind`, count them as malformed."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["kind", "stratum", "n", "figure", "mean", "low", "high"])

@@ -17,7 +17,7 @@ from tensorboardX import SummaryWriter
 
 from cluster.comparison import compare_run
 from cluster.config import TrainConfig
-from cluster.evaluation import FIGURES, Evaluation
+from cluster.evaluation import SUMMARY_METRICS, Evaluation
 from cluster.records import write_records
 from cluster.run_folder import RunFolder
 from learner.update_report import UpdateReport
@@ -86,7 +86,7 @@ class Journal:
         write_records(self._run.samples / f"{name}-greedy.parquet", evaluation.greedy)
         write_records(self._run.samples / f"{name}-sampled.parquet", evaluation.sampled)
         for kind, figures in evaluation.summary().items():
-            for figure in FIGURES:
+            for figure in SUMMARY_METRICS:
                 self._board.add_scalar(f"evaluation/{kind}_{figure}", figures[figure], step)
         self.clock.lap()
 
@@ -149,7 +149,7 @@ def sample_metrics(groups: Sequence[ScoredGroup], step: int) -> dict[str, float]
     return {
         **metrics,
         "reward/std": _mean(deviations),
-        "reward/zero_variance_groups": _mean(deviation < 1e-9 for deviation in deviations),
+        "reward/zero_variance_groups": _mean(group.zero_variance for group in groups),
         "answers/tokens": _mean(len(completion.token_ids) for completion in completions),
         "answers/finished": _mean(completion.finished for completion in completions),
         "answers/nll": _mean(-np.mean(completion.logprobs) for completion in completions),

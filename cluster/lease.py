@@ -154,7 +154,7 @@ class Lease:
 
 @contextmanager
 def leased(folder: Path, machine: Machine | None = None) -> Iterator[Lease]:
-    """Hold the lease on a run's folder, which need not exist yet. Raises ValueError naming the holder if it is taken."""
+    """Hold the lease on a run's folder, which need not exist yet. Raises ValueError naming the holder if taken."""
     machine = machine or Machine()
     path = folder.resolve().with_name(f".{folder.resolve().name}.lease")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,12 +5,12 @@ from collections.abc import Callable
 
 from actors.pools import RankPool
 from cluster.checkpoints import Checkpoint, CheckpointFolder, Checkpoints, RunState, export
-from cluster.config import SftConfig, TrainConfig, config_text
+from cluster.config import LearningConfig, config_text
 from cluster.run_folder import RunFolder
 from umrg.shuffling import Cursor
 
 
-def checkpoint_to_resume(config: TrainConfig | SftConfig, run: RunFolder) -> Checkpoint | None:
+def checkpoint_to_resume(config: LearningConfig, run: RunFolder) -> Checkpoint | None:
     """The checkpoint that the configuration asks to go on from; None for none. Raises ValueError as
     `CheckpointFolder.chosen` does."""
     return CheckpointFolder(run.checkpoints).chosen(config.resume, config.steps)
@@ -21,14 +21,14 @@ class Loop:
 
     def __init__(
         self,
-        config: TrainConfig | SftConfig,
+        config: LearningConfig,
         run: RunFolder,
         learner: RankPool,
         *,
         keep_best: int,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._settings, self.run = config, run
+        self.config, self.run = config, run
         self.checkpoints = Checkpoints(
             run.checkpoints,
             learner,
@@ -46,7 +46,7 @@ class Loop:
     @property
     def at_end(self) -> bool:
         """All steps are taken."""
-        return self.step >= self._settings.steps
+        return self.step >= self.config.steps
 
     def due(self, every: int) -> bool:
         """Whether an action of every N steps is due after this one. every: N; 0 for never."""
@@ -68,11 +68,11 @@ class Loop:
         if at_once or self.at_end or self.checkpoints.due(self.step):
             position = self.run.metrics_position()
             state = RunState(step=self.step, cursor=self.cursor, metrics=position, score=score)
-            self.checkpoints.save(state, config_text(self._settings))
+            self.checkpoints.save(state, config_text(self.config))
         else:
             self.checkpoints.saved()
 
-    def leave_model(self, resumed: Checkpoint | None, *, best: bool = False) -> Checkpoint:
+    def export_model(self, resumed: Checkpoint | None, *, best: bool = False) -> Checkpoint:
         """Export a checkpoint's model as the run's: the newest one's or, if no step was left to take, that of the one
         resumed from; with `best`, that with the highest score."""
         self.checkpoints.saved(wait=True)

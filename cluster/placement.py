@@ -5,7 +5,8 @@ a role's configuration ──bundles──► one Bundle an actor ──shortage
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+
+from umrg.config import ActorConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,16 +31,6 @@ class Bundle:
         return {name: amount for name, amount in wanted.items() if amount > 0} or {"CPU": 0.001}
 
 
-class Resources(Protocol):
-    """The part of a role's configuration that says what each of its actors takes, as Ray counts it."""
-
-    @property
-    def num_cpus(self) -> float: ...
-
-    @property
-    def num_gpus(self) -> float: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Node:
     """The resources of a machine of the cluster."""
@@ -48,7 +39,7 @@ class Node:
     gpus: float
 
 
-def bundles(role: str, count: int, each: Resources) -> list[Bundle]:
+def bundles(role: str, count: int, each: ActorConfig) -> list[Bundle]:
     """The bundles of all actors of a role."""
     return [Bundle(role=role, index=i, cpus=each.num_cpus, gpus=each.num_gpus) for i in range(count)]
 

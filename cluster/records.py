@@ -10,7 +10,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.run_folder import RunFolder
 from rewards.scored import ScoredGroup
 from umrg.atomic import named, whole_lines, written_aside
 
@@ -67,13 +66,12 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 Record = Mapping[str, Any]
 
 
-def records_of(run: RunFolder, name: str) -> dict[str, list[dict[str, Any]]]:
-    """The records of `samples/<name>.parquet` of a run by row id; empty if there is no such file."""
-    path = run.samples / f"{name}.parquet"
-    found: dict[str, list[dict[str, Any]]] = {}
+def read_samples(path: Path) -> dict[str, list[Record]]:
+    """The records of a run's samples file by row; none where there is no such file."""
+    rows: dict[str, list[Record]] = {}
     for record in read_records(path) if path.exists() else []:
-        found.setdefault(record["sample_id"], []).append(record)
-    return found
+        rows.setdefault(record["sample_id"], []).append(record)
+    return rows
 
 
 class Results:

@@ -14,22 +14,18 @@ import yaml
 from pydantic import ValidationError
 
 from cluster.config import save_config
+from cluster.config_keys import flat, may_change, nested
+from cluster.faults import RENAMED
 from cluster.interruption import first_of_all
 from cluster.lease import Lease, leased
-from umrg.atomic import named, remove_leftovers, whole_lines, written_aside
+from umrg.atomic import named, remove_leftovers, whole_lines, write_text, written_aside
 from umrg.config import Config
 
 SUMMARY = "summary.json"
 Status = Literal["running", "ended", "interrupted", "failed"]
 
-_MAY_CHANGE = (
-    *("resume", "checkpoint_every", "keep", "keep_best", "runs", "deadlines", "placement", "segmenter.actors"),
-    *(f"{role}.{key}" for role in ("rollout", "segmenter", "learner") for key in ("num_cpus", "num_gpus", "threads")),
-    *(f"learner.{key}" for key in ("ranks", "zero_stage", "offload", "micro_batch_tokens", "gradient_checkpointing")),
-    *("steps", "patience", "rollout.actors"),
-)
-"""What a run may go on with otherwise than it began: how it is computed, and how long."""
-
+_REMOVED = {"rollout.reset_caches"}
+"""Keys of older runs' config.yaml that mean nothing anymore."""
 
 _OF_A_BEGINNING = {"config.yaml", SUMMARY, "data/train.parquet", "data/eval.parquet", "results.jsonl"}
 _RAYS_CACHE = {"working_dir_files", "py_modules_files"}
@@ -89,8 +85,8 @@ class RunFolder:
         kept = yaml.safe_load((path / "config.yaml").read_bytes()) if (path / "config.yaml").is_file() else None
         if not isinstance(kept, dict):
             raise ValueError(f"{path} is not a run's folder (no config.yaml); give another name=… or remove it")
-        given, was = _flat(config.model_dump(mode="json")), _as_read_now(type(config), kept)
-        changed = sorted(key for key in given if not _may_change(key) and was.get(key) != given[key])
+        given, was = flat(config.model_dump(mode="json")), _as_read_now(type(config), kept)
+        changed = sorted(key for key in given if not may_change(type(config), key) and was.get(key) != given[key])
         if changed:
             raise ValueError(
                 f"{path} was made with another {', '.join(changed)}; resume with what its config.yaml says"
@@ -214,8 +210,7 @@ class RunFolder:
         self._write_json(name, value)
 
     def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        with written_aside(self.path / name) as aside:
-            aside.write_text(json.dumps(value, indent=2) + "\n")
+        write_text(self.path / name, json.dumps(value, indent=2) + "\n")
 
 
 def is_blank(path: Path) -> bool:
@@ -242,21 +237,10 @@ def refuse_rays_cache(path: Path) -> None:
 
 
 def _as_read_now(schema: type[Config], kept: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's configuration by dotted key. Keys that are younger than the run have their defaults in it."""
+    """A run's configuration by dotted key. Keys that are younger than the run have their defaults in it, and older
+    names are translated."""
+    translated = {RENAMED.get(key, key): value for key, value in flat(kept).items() if key not in _REMOVED}
     try:
-        return _flat(schema.model_validate(kept).model_dump(mode="json"))
+        return flat(schema.model_validate(nested(translated)).model_dump(mode="json"))
     except ValidationError:
-        return _flat(kept)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        inner = isinstance(value, dict)
-        found.update(_flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value})
-    return found
-
-
-def _may_change(key: str) -> bool:
-    return any(key == each or key.startswith(f"{each}.") for each in _MAY_CHANGE)
+        return translated

@@ -12,24 +12,25 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from actors.learner_rank import SupervisedRank
 from actors.pools import SupervisedPool
 from cluster.checkpoints import Checkpoint
 from cluster.cli import run_command
 from cluster.config import SftConfig, load_config
+from cluster.data import opened
+from cluster.display import progress
 from cluster.loop import Loop, checkpoint_to_resume
 from cluster.run_folder import RunFolder
-from cluster.workers import ActorSpec, cluster, ranks, started_supervised
+from cluster.workers import ActorSpec, ranks, ray_connection, started_supervised
 from learner.config import LearnerTask
 from umrg.dataset import Dataset
 from umrg.rows import reasoning_fault
 from umrg.sample import Sample
 from umrg.shuffling import batches
 
-PLAIN_EVERY = 50
-"""Steps between two lines of progress if the output is no terminal."""
+_SHOWN = ("loss", "validation_loss")
+"""Metrics shown beside the progress."""
 
 
 def sft(config: SftConfig) -> RunFolder:
@@ -38,7 +39,7 @@ def sft(config: SftConfig) -> RunFolder:
         run = stack.enter_context(RunFolder.begun(config.runs / config.name, config, resume=config.resume != "never"))
         checkpoint = checkpoint_to_resume(config, run)
         images = Images(config)
-        stack.enter_context(cluster())
+        stack.enter_context(ray_connection())
         print("starting the learner", flush=True)
         learner = stack.enter_context(started_supervised(actors(config, run.path), config))
         stack.enter_context(run.telling())
@@ -56,12 +57,7 @@ class Images:
     """The rows of a run by image, divided into training and held-out images."""
 
     def __init__(self, config: SftConfig) -> None:
-        self._dataset = Dataset.open(
-            config.data.train,
-            supercategory=config.data.supercategory,
-            category=config.data.category,
-            modality=config.data.modality,
-        )
+        self._dataset = opened(config.data.train, config.data)
         if config.spec().think:
             _refuse_unteachable(self._dataset)
         images = self._dataset.rows_by_image()
@@ -92,23 +88,22 @@ def _refuse_unteachable(dataset: Dataset) -> None:
 class Finetuning(Loop):
     """A supervised run."""
 
+    config: SftConfig
+
     def __init__(self, config: SftConfig, run: RunFolder, learner: SupervisedPool, images: Images) -> None:
         super().__init__(config, run, learner, keep_best=1)
-        self.config, self.learner, self.images = config, learner, images
+        self.learner, self.images = learner, images
         self.validations: list[float] = []
 
     def go(self, checkpoint: Checkpoint | None) -> None:
         """Resume or begin, take all steps, and leave the best model behind; without validation that is the last one."""
         started = time.monotonic()
         self.resume(checkpoint)
-        with _progress() as progress:
-            task = progress.add_task("sft", total=self.config.steps, completed=self.step, loss=float("nan"))
+        with progress("sft", self.config.steps, done=self.step, unit="steps") as show:
             for images in self.batches():
                 line = self.take_step(images)
-                progress.update(task, completed=self.step, loss=line["loss"])
-                if not progress.console.is_terminal and (self.step % PLAIN_EVERY == 0 or "validation_loss" in line):
-                    print(_plain(line, self.config.steps), flush=True)
-        chosen = self.leave_model(checkpoint, best=bool(self.images.held_out))
+                show(self.step, "  ".join(f"{name} {line[name]:.4f}" for name in _SHOWN if name in line))
+        chosen = self.export_model(checkpoint, best=bool(self.images.held_out))
         seconds = {"sft": round(time.monotonic() - started, 2)}
         self.run.tell("ended", steps=self.step, model_of_step=chosen.state.step, seconds=seconds)
 
@@ -158,22 +153,6 @@ def out_of_patience(validations: Sequence[float], patience: int | None) -> bool:
     if patience is None or not validations:
         return False
     return len(validations) - 1 - int(np.argmin(validations)) >= patience
-
-
-def _plain(line: dict[str, float], steps: int) -> str:
-    validated = f"  validation loss {line['validation_loss']:.4f}" if "validation_loss" in line else ""
-    return f"step {line['step']}/{steps}  loss {line['loss']:.4f}{validated}"
-
-
-def _progress() -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, refresh_per_second=2)
 
 
 def main(arguments: list[str]) -> None:

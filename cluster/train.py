@@ -16,12 +16,12 @@ from cluster.cli import run_command
 from cluster.config import TrainConfig, load_config
 from cluster.data import open_rows
 from cluster.display import Display
-from cluster.evaluation import Collected, collect, evaluate, questions
+from cluster.evaluation import Collected, collect, evaluate, evaluation_groups
 from cluster.journal import Journal
 from cluster.loop import Loop, checkpoint_to_resume
 from cluster.run_folder import RunFolder
 from cluster.weight_sync import Canary, sync_weights
-from cluster.workers import ActorSpec, Workers, cluster, ranks, rollouts, segmenters, started
+from cluster.workers import ActorSpec, Workers, ranks, ray_connection, rollouts, segmenters, started
 from learner.config import LearnerTask
 from umrg.dataset import Dataset
 from umrg.group import Group
@@ -38,7 +38,7 @@ def train(config: TrainConfig) -> RunFolder:
         display = stack.enter_context(Display(config))
         with display.waiting("reading data"), journal.clock.phase("data"):
             rows, held_out = open_rows(config, run)
-        stack.enter_context(cluster())
+        stack.enter_context(ray_connection())
         with display.waiting("starting actors"), journal.clock.phase("start"):
             workers = stack.enter_context(started(actors(config, run.path), config))
         stack.enter_context(run.telling())
@@ -69,6 +69,8 @@ def actors(config: TrainConfig, run: Path | None = None) -> list[ActorSpec]:
 class Training(Loop):
     """A GRPO run."""
 
+    config: TrainConfig
+
     def __init__(
         self,
         config: TrainConfig,
@@ -80,7 +82,7 @@ class Training(Loop):
         held_out: list[Sample],
     ) -> None:
         super().__init__(config, run, workers.learner, keep_best=config.keep_best, now=journal.clock.now)
-        self.config, self.workers = config, workers
+        self.workers = workers
         self.journal, self.display, self.rows, self.held_out = journal, display, rows, held_out
         self.canary = Canary(rows[0], config)
         self.sampling = config.rollout.sampling(seed=config.seed)
@@ -90,23 +92,23 @@ class Training(Loop):
         self.resume(checkpoint)
         clock = self.journal.clock
         if self.config.evaluation.before and not self.journal.has_evaluation("before"):
-            self.measure("before")
+            self.evaluate_held_out("before")
         while not self.at_end:
             self.take_step()
             if self.due(self.config.evaluation.every) and not self.at_end:
-                self.measure(f"step-{self.step:06d}")
+                self.evaluate_held_out(f"step-{self.step:06d}")
             with clock.phase("checkpoint"):
                 self.save_if_due(self.journal.score())
-        self.measure("after")
+        self.evaluate_held_out("after")
         with clock.phase("save"):
-            self.leave_model(checkpoint)
+            self.export_model(checkpoint)
         self.workers.check_expert()
-        self.display.gain(self.journal.finish(self.held_out))
+        self.display.improvement(self.journal.finish(self.held_out))
 
     def take_step(self) -> None:
         """Sample and score, learn, sync weights, record."""
         clock = self.journal.clock
-        groups, resampled = self.collect()
+        groups, resampled = self.collect_groups()
         with clock.phase("learn"):
             report = self.workers.learner.update([group.refs for group in groups])
         self.step += 1
@@ -117,14 +119,14 @@ class Training(Loop):
         metrics = self.journal.step(self.step, scored, report, canary_gap=gap, resampled=resampled)
         self.display.step(self.step, metrics)
 
-    def collect(self) -> tuple[list[Collected], int]:
-        """The groups of a step, sampled and scored, and how many zero-variance groups were replaced by new ones
+    def collect_groups(self) -> tuple[list[Collected], int]:
+        """The groups of a step, sampled and scored, and how many zero-variance groups were resampled
         (dynamic sampling: DAPO, Yu et al. 2025, arXiv:2503.14476)."""
         kept: list[Collected] = []
-        asked = 0
+        sampled = 0
         for _ in range(self.config.dynamic_sampling_retries + 1):
-            fresh = self.groups(self.config.batch - len(kept), first=asked)
-            asked += len(fresh)
+            fresh = self.groups(self.config.batch - len(kept), first=sampled)
+            sampled += len(fresh)
             collected = collect(
                 self.workers,
                 fresh,
@@ -139,7 +141,7 @@ class Training(Loop):
                 break
         # Zero-variance groups that no retry replaced are kept: every step has the same number of groups.
         kept += zero_variance[: self.config.batch - len(kept)]
-        return kept, asked - len(kept)
+        return kept, sampled - len(kept)
 
     def groups(self, count: int, first: int) -> list[Group]:
         """The next `count` rows of the data as groups of this step, with indices from `first` on."""
@@ -149,12 +151,12 @@ class Training(Loop):
             for i, sample in enumerate(self.rows.samples(rows))
         ]
 
-    def measure(self, name: str) -> None:
+    def evaluate_held_out(self, name: str) -> None:
         """Evaluate on the held-out rows, and record it under a name."""
         with self.display.waiting(f"evaluating {name}"), self.journal.clock.phase("evaluate"):
             evaluation = evaluate(
                 self.workers,
-                questions(self.held_out),
+                evaluation_groups(self.held_out),
                 replace(self.sampling, n=self.config.evaluation.n),
             )
         self.journal.evaluation(name, self.step, evaluation)

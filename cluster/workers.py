@@ -19,7 +19,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from actors.config import EndpointConfig, RolloutConfig, SegmenterConfig
 from actors.connection import connect
 from actors.endpoint import Endpoint
-from actors.experts.registry import find_expert
+from actors.experts.registry import check_expert
 from actors.learner_rank import ZeroActor
 from actors.pools import DeadlinePassed, LearnerPool, Placement, RolloutPool, SegmenterPool, SupervisedPool, gather
 from actors.rollout import Rollout
@@ -39,8 +39,7 @@ class ActorSpec:
 
     bundle: Bundle
     """Its role and index, and the CPUs and GPUs that it takes."""
-    kind: type
-    """The actor's class."""
+    actor_class: type
     arguments: Mapping[str, Any]
     """Of its constructor, by name."""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -52,7 +51,7 @@ def rollouts(model: Path, config: RolloutConfig, spec: PromptSpec) -> list[Actor
     check_reasoner_folder(model)
     arguments = {"model": located(model), "config": config, "spec": spec}
     return [
-        ActorSpec(bundle=bundle, kind=Rollout, arguments=arguments, environment=config.environment)
+        ActorSpec(bundle=bundle, actor_class=Rollout, arguments=arguments, environment=config.environment)
         for bundle in bundles("rollout", config.actors, config)
     ]
 
@@ -61,7 +60,7 @@ def endpoints(endpoint: EndpointConfig, config: RolloutConfig, spec: PromptSpec)
     """The actors that sample from an endpoint, in place of rollouts."""
     arguments = {"config": endpoint, "spec": spec, "key": endpoint.key()}
     return [
-        ActorSpec(bundle=bundle, kind=Endpoint, arguments=arguments, environment=config.environment)
+        ActorSpec(bundle=bundle, actor_class=Endpoint, arguments=arguments, environment=config.environment)
         for bundle in bundles("rollout", config.actors, config)
     ]
 
@@ -71,7 +70,7 @@ def segmenters(
 ) -> list[ActorSpec]:
     """The segmenter actors. lenient: accept foreign forms of answers too. Raises ValueError if there is no such
     expert."""
-    find_expert(expert, config.checkpoint, config.preprocess)
+    check_expert(expert, config.checkpoint, config.preprocess)
     arguments = {
         "expert": located(expert),
         "config": config.located(),
@@ -81,12 +80,12 @@ def segmenters(
         "lenient": lenient,
     }
     return [
-        ActorSpec(bundle=bundle, kind=Segmenter, arguments=arguments)
+        ActorSpec(bundle=bundle, actor_class=Segmenter, arguments=arguments)
         for bundle in bundles("segmenter", config.actors, config)
     ]
 
 
-def ranks(kind: type[ZeroActor], config: ZeroConfig, task: LearnerTask) -> list[ActorSpec]:
+def ranks(actor_class: type[ZeroActor], config: ZeroConfig, task: LearnerTask) -> list[ActorSpec]:
     """The learner's ranks. Raises ValueError if the task's model cannot be loaded."""
     check_reasoner_folder(task.model)
     environment = {"DS_ACCELERATOR": "cuda" if config.num_gpus > 0 else "cpu"}
@@ -94,7 +93,7 @@ def ranks(kind: type[ZeroActor], config: ZeroConfig, task: LearnerTask) -> list[
     return [
         ActorSpec(
             bundle=bundle,
-            kind=kind,
+            actor_class=actor_class,
             arguments={"config": config, "task": here, "rank": bundle.index},
             environment=environment,
         )
@@ -120,7 +119,7 @@ class Workers:
 
 
 @contextmanager
-def cluster() -> Iterator[None]:
+def ray_connection() -> Iterator[None]:
     """A connection to the cluster named by RAY_ADDRESS or by a Ray job, or to a local one, ended with the context."""
     ours = connect()
     try:
@@ -135,9 +134,9 @@ def started(actors: Sequence[ActorSpec], config: RunConfig) -> Iterator[Workers]
     """Start the actors that a job lists, in one placement group. Raises ValueError if the cluster is too small for
     them, or if one cannot load its model, expert or run folder."""
     with _placed(actors, config) as handles:
-        rollouts = RolloutPool(_of("rollout", handles), config.deadlines)
-        segmenters = SegmenterPool(_of("segmenter", handles), config.deadlines)
-        learner = LearnerPool(_of("learner", handles), config.deadlines)
+        rollouts = RolloutPool(_by_role("rollout", handles), config.deadlines)
+        segmenters = SegmenterPool(_by_role("segmenter", handles), config.deadlines)
+        learner = LearnerPool(_by_role("learner", handles), config.deadlines)
         try:
             calls = {**rollouts.starting(), **segmenters.starting(), **learner.starting()}
             results = dict(zip(calls, gather(calls, seconds=config.deadlines.start, doing="starting"), strict=True))
@@ -166,10 +165,10 @@ def _placed(actors: Sequence[ActorSpec], config: RunConfig) -> Iterator[dict[str
     group = placement_group([bundle.resources for bundle in wanted], strategy=config.placement.upper())
     handles: dict[str, Any] = {}
     try:
-        _await_room(group, config.deadlines.resources, wanted)
+        _await_resources(group, config.deadlines.resources, wanted)
         for i, actor in enumerate(actors):
             options = _placement(group, i, actor).options()
-            handles[actor.bundle.name] = ray.remote(actor.kind).options(**options).remote(**actor.arguments)
+            handles[actor.bundle.name] = ray.remote(actor.actor_class).options(**options).remote(**actor.arguments)
         yield handles
     finally:
         for handle in handles.values():
@@ -186,7 +185,7 @@ def cluster_nodes() -> list[Node]:
     ]
 
 
-def _await_room(group: Any, seconds: float, wanted: Sequence[Bundle]) -> None:
+def _await_resources(group: Any, seconds: float, wanted: Sequence[Bundle]) -> None:
     """Wait until other jobs leave enough resources. Raises DeadlinePassed that says what is missing."""
     deadline = time.monotonic() + seconds
     while True:
@@ -213,5 +212,5 @@ def _placement(group: Any, index: int, actor: ActorSpec) -> Placement:
     )
 
 
-def _of(role: str, handles: Mapping[str, Any]) -> dict[str, Any]:
+def _by_role(role: str, handles: Mapping[str, Any]) -> dict[str, Any]:
     return {name: handle for name, handle in handles.items() if name.startswith(role)}

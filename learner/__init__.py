@@ -1,1 +1,1 @@
-"""GRPO arithmetic, the shared-prefix forward, the ZeRO engine and checkpoints; torch without Ray."""
+"""Objectives, the shared-prefix forward, the ZeRO engine and checkpoints of one rank; torch and DeepSpeed, no Ray."""

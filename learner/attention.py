@@ -1,15 +1,15 @@
-"""Attention over a row of groups, each a prefix and its branches, without a mask.
+"""Attention over a packed sequence of prefix trees, each a prefix and its branches, without a mask.
 
-    row        p p p p a a a b b | q q c c c
-    spans      4 + (3, 2)        | 2 + (3)
+    packed sequence   p p p p a a a b b | q q c c c
+    spans             4 + (3, 2)        | 2 + (3)
 
-A branch's token sees the whole prefix, and its own branch up to itself. That is two attentions: over the prefix all of
-it is seen, over the branch it is plainly causal. Each is a call of torch's flash kernel; the two are merged by their
-log-sum-exps (as Hydragen does for inference, Juravsky et al. 2024, arXiv:2402.05099). The kernel's backward takes the
-merged output and log-sum-exp and gives each part's share of the gradient, so that nothing of the size of a mask, or of
-the prefix times the branches, is ever made.
+A token of a branch sees the whole prefix, and its own branch up to itself. Its attention is therefore two attentions:
+over the prefix, all of which is visible, and over the branch, which is plainly causal. Each is one call of torch's
+flash kernel, and the two results are merged by their log-sum-exps (Hydragen does this for inference, Juravsky et al.
+2024, arXiv:2402.05099). Given the merged output and log-sum-exp, the kernel's backward returns each part's share of
+the gradient, so nothing of the size of a mask, or of prefix times branches, is ever allocated.
 
-On a GPU the same row goes through flex-attention with a block mask.
+On a GPU the same packed sequence goes through flex-attention with a block mask.
 """
 
 from dataclasses import dataclass
@@ -25,66 +25,74 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 NAME = "shared_prefix"
+
+# torch's public `scaled_dot_product_attention` returns the output alone. Merging needs the log-sum-exp too, and a
+# backward that takes the merged pair, so the operators beneath it are called. Those of the CPU have this suffix; the
+# CUDA kernels have other signatures and no float32, and GPUs are given a block mask instead.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """One group in a row. start: column of its first token. prefix: tokens of its prefix. branches: of each branch."""
+    """One prefix tree's place in a packed sequence."""
 
     start: int
+    """Position of its first token in the packed sequence."""
     prefix: int
+    """Tokens of the prefix."""
     branches: tuple[int, ...]
+    """Tokens of each branch."""
 
     @property
     def end(self) -> int:
         return self.start + self.prefix + sum(self.branches)
 
     @cached_property
-    def rows(self) -> torch.Tensor:
-        """[n * L] int64: the branches as rows of equal length L, as columns after the prefix; a row that is too short
-        goes on with its last token."""
+    def padded(self) -> torch.Tensor:
+        """[n * L] int64: for each place of the branches as a padded batch [n, L], which token after the prefix lies
+        there. A branch shorter than L repeats its last token."""
         starts = [0, *accumulate(self.branches)][:-1]
-        width = max(self.branches)
-        steps = torch.arange(width)
+        steps = torch.arange(max(self.branches))
         return torch.cat(
             [start + steps.clamp(max=length - 1) for start, length in zip(starts, self.branches, strict=True)]
         )
 
     @cached_property
-    def columns(self) -> torch.Tensor:
-        """[sum of branches] int64: where each branch token lies in `rows`."""
+    def unpadded(self) -> torch.Tensor:
+        """[B] int64: the place of each of the B branch tokens in the padded batch, flattened."""
         width = max(self.branches)
         return torch.cat([i * width + torch.arange(length) for i, length in enumerate(self.branches)])
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The groups of one row, one after another."""
+    """Where the prefix trees of a packed sequence lie."""
 
     spans: tuple[Span, ...]
+    """One per tree, in order and without gaps."""
 
     def mask(self, device: torch.device) -> BlockMask:
-        """The same for flex-attention."""
-        group = torch.cat([torch.full((span.end - span.start,), i) for i, span in enumerate(self.spans)]).to(device)
-        owner = torch.cat([_owners(span) for span in self.spans]).to(device)
+        """The same visibility as a block mask for flex-attention."""
+        lengths = torch.tensor([span.end - span.start for span in self.spans])
+        tree = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(device)
+        branch = torch.cat([_branch_indices(span) for span in self.spans]).to(device)
 
         def sees(_batch: torch.Tensor, _head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-            own = (owner[k] == 0) | (owner[k] == owner[q])
-            return (group[k] == group[q]) & own & (k <= q)
+            prefix_or_own = (branch[k] == 0) | (branch[k] == branch[q])
+            return (tree[k] == tree[q]) & prefix_or_own & (k <= q)
 
-        return create_block_mask(sees, B=None, H=None, Q_LEN=len(group), KV_LEN=len(group), device=str(device))
+        return create_block_mask(sees, B=None, H=None, Q_LEN=len(tree), KV_LEN=len(tree), device=str(device))
 
 
-def _owners(span: Span) -> torch.Tensor:
-    """0 for the prefix, i for the i-th branch."""
+def _branch_indices(span: Span) -> torch.Tensor:
+    """Of each token: 0 in the prefix, i in the i-th branch."""
     lengths = torch.tensor([span.prefix, *span.branches])
     return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
 
 
 def use_shared_prefix(model: Any) -> None:
-    """Let a Qwen-VL model take a `Layout` or a `BlockMask` as its argument `shared_prefix`; without one it works as
+    """Let a Qwen-VL model take a `Layout` or a `BlockMask` as the argument `shared_prefix`; without one it works as
     before."""
     model.config.text_config._attn_implementation = NAME
 
@@ -104,6 +112,7 @@ def attend(
         return found[0], None
     if shared_prefix is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **rest)[0], None
+    # The CPU kernel knows no grouped-query attention: each key-value head is repeated for its query heads.
     heads = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, heads), repeat_kv(value, heads)
     parts = []
@@ -113,6 +122,7 @@ def attend(
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
+# transformers looks both up by the name in `_attn_implementation`. The mask function serves calls without a layout.
 AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
@@ -130,8 +140,10 @@ class _SharedPrefix(torch.autograd.Function):
         if span.branches:
             q, k, v = (each[:, :, p:] for each in (query, key, value))
             above, above_lse = _flash(q, *prefix, scale=scale)
-            own, own_lse = _flash(*(_rows(each, span) for each in (q, k, v)), is_causal=True, scale=scale)
-            own, own_lse = _columns(own, span), _columns(own_lse[..., None], span)[..., 0]
+            own, own_lse = _flash(*(_pad(each, span) for each in (q, k, v)), is_causal=True, scale=scale)
+            own, own_lse = _unpad(own, span), _unpad(own_lse[..., None], span)[..., 0]
+            # The softmax over the union of both key sets has the sum of their denominators, so each part is weighted
+            # by its share of that sum.
             both = torch.logaddexp(above_lse, own_lse)
             shares = ((part - both).exp()[..., None].to(out.dtype) for part in (above_lse, own_lse))
             merged = above * next(shares) + own * next(shares)
@@ -143,6 +155,8 @@ class _SharedPrefix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # The kernel recomputes its attention weights as exp(q·k - lse). With the merged log-sum-exp these are the
+        # weights within the union of both key sets, so both calls together return the whole gradient.
         span, scale, p = ctx.span, ctx.scale, ctx.span.prefix
         query, key, value, out, lse = ctx.saved_tensors
         prefix = key[:, :, :p], value[:, :, :p]
@@ -155,19 +169,19 @@ class _SharedPrefix(torch.autograd.Function):
         g, q, k, v, o = (each[:, :, p:].contiguous() for each in (gradient, query, key, value, out))
         both = lse[:, :, p:].contiguous()
         dq_above, dk_above, dv_above = _flash_backward(g, q, *prefix, o, both, 0.0, False, scale=scale)
-        # What repeats a row's last token has no gradient, and gives none.
-        rows = [_rows(each, span) for each in (q, k, v, o)]
-        g_rows = torch.zeros_like(rows[0]).transpose(0, 1).flatten(1, 2)
-        g_rows = g_rows.index_copy(1, span.columns.to(g.device), g[0]).unflatten(1, (len(span.branches), -1))
+        # Padding is given a gradient of 0: its repeated tokens would otherwise count more than once.
+        padded = [_pad(each, span) for each in (q, k, v, o)]
+        g_padded = torch.zeros_like(padded[0]).transpose(0, 1).flatten(1, 2)
+        g_padded = g_padded.index_copy(1, span.unpadded.to(g.device), g[0]).unflatten(1, (len(span.branches), -1))
         own = _flash_backward(
-            g_rows.transpose(0, 1),
-            *rows,
-            _rows(both[..., None], span)[..., 0].contiguous(),
+            g_padded.transpose(0, 1),
+            *padded,
+            _pad(both[..., None], span)[..., 0].contiguous(),
             0.0,
             True,
             scale=scale,
         )
-        dq_own, dk_own, dv_own = (_columns(each, span) for each in own)
+        dq_own, dk_own, dv_own = (_unpad(each, span) for each in own)
         return (
             torch.cat([dq, dq_above + dq_own], dim=2),
             torch.cat([dk + dk_above, dk_own], dim=2),
@@ -177,13 +191,13 @@ class _SharedPrefix(torch.autograd.Function):
         )
 
 
-def _rows(packed: torch.Tensor, span: Span) -> torch.Tensor:
+def _pad(packed: torch.Tensor, span: Span) -> torch.Tensor:
     """[1, H, B, D] of all branches, one after another → [n, H, L, D]."""
-    chosen = packed[0].index_select(1, span.rows.to(packed.device))
-    rows: torch.Tensor = chosen.unflatten(1, (len(span.branches), -1)).transpose(0, 1)
-    return rows
+    chosen = packed[0].index_select(1, span.padded.to(packed.device))
+    padded: torch.Tensor = chosen.unflatten(1, (len(span.branches), -1)).transpose(0, 1)
+    return padded
 
 
-def _columns(rows: torch.Tensor, span: Span) -> torch.Tensor:
-    """[n, H, L, D] → [1, H, B, D]; the inverse of `_rows`."""
-    return rows.transpose(0, 1).flatten(1, 2).index_select(1, span.columns.to(rows.device))[None]
+def _unpad(padded: torch.Tensor, span: Span) -> torch.Tensor:
+    """[n, H, L, D] → [1, H, B, D]; the inverse of `_pad`."""
+    return padded.transpose(0, 1).flatten(1, 2).index_select(1, span.unpadded.to(padded.device))[None]

@@ -1,12 +1,12 @@
-"""A rank's part of a checkpoint: all that its next step depends on, and its share of the model's files.
+"""A rank's part of a checkpoint: the state that its next step depends on, and its share of the model's files.
 
     optimizer/rank-RRRRR-NNNNN.safetensors   pieces of the optimizer's state (`learner.optimizer_state`)
-    rng/rank-RRRRR.safetensors               torch's random state
-    learner.json                             updates made; on how many ranks and at which stage it was written
-    model/                                   an ordinary Hugging Face folder, its shards dealt out to the ranks
-    adapter/                                 the adapter alone, as peft reads it, where one learns
+    rng/rank-RRRRR.safetensors               state of torch's random number generators
+    learner.json                             updates made; number of ranks and ZeRO stage that wrote it
+    model/                                   an ordinary Hugging Face folder, its shards distributed over the ranks
+    adapter/                                 the adapter alone in peft's format, if one is trained
 
-All is copied into host memory at once, and written by a thread while training goes on.
+`save` copies everything to host memory; a thread writes it while training continues. `saved` says when it is written.
 """
 
 import json
@@ -26,14 +26,17 @@ from learner.zero import BUCKET_BYTES, ZeroRank
 from umrg.durable import Disk, FileRecord, parents, write_durably
 
 Records = Mapping[str, FileRecord]
+"""Of written files, by their paths in the checkpoint's folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FilePart:
-    """A file to write. name: its path in the folder. data: makes its bytes; called by the thread, once."""
+    """A file to write."""
 
     name: str
+    """Path in the folder."""
     data: Callable[[], bytes]
+    """Makes its bytes; called once, by the writing thread."""
 
 
 class BackgroundWriter:
@@ -44,13 +47,14 @@ class BackgroundWriter:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[Records] | None = None
 
-    def begin(self, folder: Path, parts: Sequence[FilePart]) -> None:
-        """Start to write; what was begun before must have been collected by `written`."""
+    def save(self, folder: Path, parts: Sequence[FilePart]) -> None:
+        """Begin to write. What the call before began must have been collected by `saved`."""
         assert self._writing is None, "the files begun before are still being written"
         self._writing = self._pool.submit(self._write, folder, list(parts))
 
-    def written(self, seconds: float = 0.0) -> Records | None:
-        """Once, what `begin` wrote; None where it is not written within so many seconds. Raises whatever stopped it."""
+    def saved(self, seconds: float = 0.0) -> Records | None:
+        """Records of the files that `save` wrote, returned once; None if they are not written within `seconds`. Raises
+        whatever stopped the writing."""
         assert self._writing is not None, "nothing is being written"
         if not wait([self._writing], timeout=seconds).done:
             return None
@@ -62,7 +66,7 @@ class BackgroundWriter:
         for parent in parents([part.name for part in parts]):
             self._disk.make_folder(folder / parent)
         while parts:
-            # Given up one by one, for each holds memory.
+            # Taken off the list, so that each part's memory is freed as soon as it is written.
             part = parts.pop(0)
             records[part.name] = write_durably(self._disk, folder / part.name, part.data())
         for parent in parents(records):
@@ -71,25 +75,26 @@ class BackgroundWriter:
 
 
 OPTIMIZER, STATE = "optimizer", "learner.json"
+"""Names in a checkpoint: the folder of the optimizer's pieces, and the file of the learner's own state."""
 
 
 class RankCheckpoints:
-    """Of one rank. `begin` and `load` are called on all ranks."""
+    """Checkpoints of one rank. `save` and `load` are collectives."""
 
     def __init__(self, zero: ZeroRank) -> None:
         self._zero, self._writer = zero, BackgroundWriter()
 
-    def begin(self, folder: Path) -> None:
-        """Copy state and model, and begin to write them."""
-        self._writer.begin(folder, [*_state_parts(self._zero), *_model_parts(self._zero), *_adapter_parts(self._zero)])
+    def save(self, folder: Path) -> None:
+        """Copy state and model to host memory, and begin to write them."""
+        self._writer.save(folder, [*_state_parts(self._zero), *_model_parts(self._zero), *_adapter_parts(self._zero)])
 
-    def written(self, seconds: float = 0.0) -> Records | None:
-        """Once, what `begin` wrote; None where it is not written within so many seconds. Raises what stopped it."""
-        return self._writer.written(seconds)
+    def saved(self, seconds: float = 0.0) -> Records | None:
+        """As `BackgroundWriter.saved`."""
+        return self._writer.saved(seconds)
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint, on any number of ranks and at any ZeRO stage. Raises ValueError where it is of
-        another model or of other frozen parts."""
+        """Restore what `save` wrote, on any number of ranks and at any ZeRO stage. Raises ValueError if it belongs to
+        another model or to other frozen parts."""
         zero, trained = self._zero, self._zero.trained()
         with SavedPieces(folder / OPTIMIZER) as saved:
             saved.check({name: int(getattr(each, "ds_numel", each.numel())) for name, each in trained})
@@ -98,6 +103,7 @@ class RankCheckpoints:
         publish(zero.engine.optimizer)
         state = json.loads((folder / STATE).read_text())
         zero.updates_made, zero.checked = state["updates"], state["checked"]
+        # There is none for a rank beyond those that saved: it keeps the state that it was seeded with.
         if (path := folder / _rng_file()).exists():
             _set_rng_state(load_file(path))
 
@@ -118,7 +124,7 @@ def _state_parts(zero: ZeroRank) -> list[FilePart]:
 
 
 def _model_parts(zero: ZeroRank) -> list[FilePart]:
-    """The shards that are this rank's; the first rank adds the other files of the folder."""
+    """This rank's shards of the weights; the first rank adds the other files of the folder."""
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     kept, names, size = {}, [], 0
     for i, bucket in enumerate(zero.named_weights(to_all=True)):
@@ -139,10 +145,10 @@ def _model_parts(zero: ZeroRank) -> list[FilePart]:
 
 
 def _adapter_parts(zero: ZeroRank) -> list[FilePart]:
-    """Of the first rank, where there is an adapter."""
+    """The adapter's files on the first rank; none without an adapter."""
     if zero.config.lora is None:
         return []
-    adapter = zero.adapter()
+    adapter = zero.adapter()  # before the ranks part: gathering it is a collective
     if distributed.get_rank() != 0:
         return []
     settings = adapter_config(zero.config.lora, str(zero.task.model))
@@ -153,14 +159,14 @@ def _adapter_parts(zero: ZeroRank) -> list[FilePart]:
 
 
 def _shard_names(count: int) -> list[str]:
-    """What so many files of weights are called in a Hugging Face folder."""
+    """Names of `count` files of weights in a Hugging Face folder."""
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
 def _rng_state() -> dict[str, torch.Tensor]:
-    """Of torch's generators, by device; the learner draws from no others."""
+    """State of torch's generators, by device; the learner uses no others."""
     state = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()

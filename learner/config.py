@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from umrg.config import Config, located
+from umrg.config import ActorConfig, Config, MayChange, located
 from umrg.prompts import PromptSpec
 
 
@@ -37,32 +37,35 @@ Part = Literal["vision_tower", "merger", "language_model"]
 
 
 class OptimizerConfig(Config):
-    """AdamW, and how a model is taken through it.
-
-    lr: learning rate. warmup: updates in which it rises linearly from nothing. schedule: how it then goes on, over all
-    the run's updates, down to the share `final_lr` of itself. betas: decay rates of the two moments.
-    eps: added to the root of the second moment. A number whose gradient is far below it hardly moves; without it, Adam
-    moves such a number as far as any other, in a direction that rounding decides.
-    vector_lr: learning rate of vectors, that is the norms' gains and all biases; None for `lr`. Adam moves each number
-    by about its learning rate whatever its gradient, and a gain of 1 wants larger steps than one of a matrix's many
-    small numbers; the wider the matrix, the more so (Yang et al. 2022, arXiv:2203.03466).
-    micro_batch_tokens: tokens that go through the model at once; the longest prompt and answer must fit.
-    gradient_checkpointing: keep each layer's input alone, and compute the rest again in the backward pass.
-    freeze: parts of the model that stand still. The merger is what turns the vision tower's features into tokens.
-    """
+    """AdamW, and how the model is run through it."""
 
     lr: PositiveFloat
+    """Peak learning rate."""
     warmup: NonNegativeInt = 0
+    """Updates over which the learning rate rises linearly from 0."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """The learning rate after the warm-up, over all updates of the run."""
     final_lr: float = Field(default=0.1, ge=0, le=1)
+    """Share of the peak learning rate that `linear` and `cosine` end at."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay of AdamW."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's first and second moments."""
     eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment. A parameter whose gradient is far below it hardly moves; with a smaller
+    eps, Adam moves it as far as any other, in a direction that rounding decides."""
     vector_lr: PositiveFloat | None = None
+    """Learning rate of vectors, that is norm gains and biases; null for `lr`. Adam moves each number by about its
+    learning rate whatever its gradient, and a gain of 1 needs larger steps than the many small entries of a matrix, the
+    more so the wider the matrix (Yang et al. 2022, arXiv:2203.03466)."""
     max_grad_norm: PositiveFloat = 1.0
-    micro_batch_tokens: PositiveInt = 4096
-    gradient_checkpointing: bool = False
+    """Gradients are clipped to this global norm."""
+    micro_batch_tokens: MayChange[PositiveInt] = 4096
+    """Tokens of one packed sequence; the longest prompt with its longest answer must fit."""
+    gradient_checkpointing: MayChange[bool] = False
+    """Keep only each layer's input, and recompute the rest in the backward pass."""
     freeze: list[Part] = Field(default_factory=list)
+    """Parts of the model that do not learn. The merger projects the vision tower's features to image tokens."""
 
     @model_validator(mode="after")
     def _something_learns(self) -> Self:
@@ -72,29 +75,37 @@ class OptimizerConfig(Config):
 
 
 class ObjectiveConfig(Config):
-    """What a step of GRPO makes likely; `learner.objective` has the formulas and their sources.
-
-    advantage: of an answer in its group. aggregation: what is averaged over. ratio: of tokens, or of whole answers.
-    clip: the ratio's range is 1 - clip to 1 + clip_high, which is `clip` where it is not given. dual_clip: bound on the
-    loss of bad answers, as a multiple of their advantage; above 1. kl: weight of the divergence from the model that the
-    run started from; at 0 no reference pass is made. entropy: weight of the bonus.
-    correction: of losses for the difference between the engine's and the learner's arithmetic, at most
-    `correction_cap`. unfinished: answers that hit the length limit are kept or left out (overlong filtering of DAPO);
-    the reward term `answer_length` punishes length softly.
-    """
+    """The objective of a GRPO step; `learner.objective` has the formulas and their sources."""
 
     advantage: Literal["group", "mean", "leave_one_out"] = "group"
+    """Advantage of an answer within its group: normalized by the standard deviation (GRPO), centred on the mean
+    (Dr.GRPO), or on the mean of the others (RLOO)."""
     aggregation: Literal["token", "sequence", "constant"] = "token"
+    """How per-token losses are averaged: over all tokens (DAPO), over answers of means over tokens (GRPO), or divided
+    by the longest length (Dr.GRPO)."""
     ratio: Literal["token", "sequence"] = "token"
+    """Importance ratio of each token, or of each whole answer (GSPO)."""
     clip: PositiveFloat = 0.2
+    """The ratio is clipped to the range from 1 - clip to 1 + clip_high."""
     clip_high: PositiveFloat | None = None
+    """Upper clip range (clip-higher of DAPO); null for `clip`."""
     dual_clip: float | None = Field(default=None, gt=1)
+    """Bound on the loss of answers of negative advantage, as a multiple of the advantage; null for none."""
     kl: float = Field(default=0.0, ge=0)
+    """Weight of the KL divergence from the reference model, that which the run started from; at 0 there is no reference
+    model."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Per-token estimator of the divergence."""
     entropy: float = Field(default=0.0, ge=0)
+    """Weight of the entropy bonus."""
     correction: Literal["none", "token", "sequence"] = "none"
+    """Importance weights, per token or per answer, that correct for the difference between the engine's and the
+    learner's log-probs."""
     correction_cap: PositiveFloat = 2.0
+    """Upper bound of these importance weights."""
     unfinished: Literal["keep", "leave_out"] = "keep"
+    """Whether answers that hit the length limit count in the loss (`leave_out`: overlong filtering of DAPO); the reward
+    term `answer_length` penalizes length softly."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -106,30 +117,27 @@ class ObjectiveConfig(Config):
 
 
 class LoraConfig(Config):
-    """Low-rank adapters: rank, and alpha, by whose ratio to the rank they are scaled."""
+    """Low-rank adapters."""
 
     rank: PositiveInt = 16
+    """Rank of each adapter."""
     alpha: PositiveInt = 32
+    """Adapters are scaled by alpha / rank."""
 
 
-class ZeroConfig(OptimizerConfig):
-    """The learner's ranks, one Ray actor each, and how DeepSpeed's ZeRO divides the model among them.
+class ZeroConfig(OptimizerConfig, ActorConfig):
+    """The learner's ranks, each a Ray actor, and how DeepSpeed's ZeRO partitions the model over them."""
 
-    ranks: how many. num_gpus, num_cpus: of each, as Ray counts them. threads: of torch on CPU; None for all cores,
-    shared among the ranks. dtype: of the model's copy; float32 on CPU.
-    zero_stage: what is partitioned over the ranks: nothing, optimizer state (1), gradients (2), parameters (3).
-    offload: to the host's memory: optimizer state (from stage 1 on), or parameters too (stage 3).
-    lora: adapters of the language model learn, and everything else stands still; null for full fine-tuning.
-    """
-
-    ranks: PositiveInt = 1
-    num_gpus: float = Field(default=0.0, ge=0)
-    num_cpus: float = Field(default=1.0, ge=0)
-    threads: PositiveInt | None = None
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    offload: Literal["none", "optimizer", "parameters"] = "none"
+    ranks: MayChange[PositiveInt] = 1
+    """Number of ranks (data-parallel size)."""
+    zero_stage: MayChange[Literal[0, 1, 2, 3]] = 2
+    """What ZeRO partitions over the ranks: nothing, optimizer state (1), gradients too (2), parameters too (3)."""
+    offload: MayChange[Literal["none", "optimizer", "parameters"]] = "none"
+    """What ZeRO keeps in host memory: the optimizer state (from stage 1 on), or the parameters too (stage 3)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the model; float32 on CPU."""
     lora: LoraConfig | None = None
+    """Low-rank adapters of the language model learn, and everything else is frozen; null for full fine-tuning."""
 
     @property
     def entropy_learns(self) -> bool:
@@ -151,10 +159,11 @@ class ZeroConfig(OptimizerConfig):
 
 
 class LearnerConfig(ZeroConfig):
-    """The GRPO learner. objective: what a step makes likely. mini_batch: groups an update; None for the step's."""
+    """The GRPO learner."""
 
     objective: ObjectiveConfig = ObjectiveConfig()
     mini_batch: PositiveInt | None = None
+    """Groups per update; null for all groups of the step."""
 
     @property
     def entropy_learns(self) -> bool:

@@ -1,10 +1,10 @@
-"""The objective: what a step of GRPO makes likely. Pure functions over tensors, chosen by `ObjectiveConfig`.
+"""The policy-gradient objective: pure functions over tensors, selected by `ObjectiveConfig`.
 
     rewards [n] ──advantages──► [n]
     log-probs, advantages [T] ──token_losses──► [T] ──· aggregation_weights [T], summed over all ranks──► the loss
 
-T counts the answer tokens of a micro-batch, n the answers of a group. GRPO: Shao et al. 2024, arXiv:2402.03300; where
-another paper is followed, the function says so.
+n is the number of completions in a group, T the number of completion tokens in a micro-batch. The basis is GRPO (Shao
+et al. 2024, arXiv:2402.03300); a function that follows another paper cites it.
 """
 
 from dataclasses import dataclass
@@ -15,13 +15,14 @@ from learner.config import ObjectiveConfig
 
 
 def advantages(rewards: torch.Tensor, kind: str, epsilon: float = 1e-6) -> torch.Tensor:
-    """Advantages [n] of a group's answers from their rewards [n].
+    """Advantages [n] of a group's completions from their rewards [n].
 
     group: (r - mean) / (std + epsilon), std with n - 1 (GRPO). mean: r - mean (Dr.GRPO, Liu et al. 2025,
     arXiv:2503.20783). leave_one_out: r - mean of the others (RLOO, Ahmadian et al. 2024, arXiv:2402.14740).
-    A group without spread, or of one answer, has nothing to say: zeros.
+    A zero-variance group, or one of a single completion, has advantages of 0.
     """
-    # The mean of equal numbers may be off by rounding, which so small a divisor would blow up.
+    # Compared, not subtracted: the mean of equal numbers may be off by a rounding, which division by epsilon, their
+    # std being 0, would turn into an advantage.
     if len(rewards) < 2 or bool(rewards.max() == rewards.min()):
         return torch.zeros_like(rewards)
     centred = rewards - rewards.mean()
@@ -32,63 +33,67 @@ def advantages(rewards: torch.Tensor, kind: str, epsilon: float = 1e-6) -> torch
 
 @dataclass(frozen=True, kw_only=True)
 class Totals:
-    """Of all ranks' answers in a mini-batch, those left out that count for nothing. tokens, answers: how many.
-    longest: the most tokens that an answer may have."""
+    """Denominators of a mini-batch, over all ranks. Completions that are not in the loss are not counted."""
 
     tokens: int
+    """Completion tokens."""
     answers: int
-    longest: int
+    """Completions."""
+    max_tokens: int
+    """Longest possible completion, in tokens."""
 
 
 def aggregation_weights(lengths: torch.Tensor, kind: str, totals: Totals) -> torch.Tensor:
-    """What each token's loss counts, [T], from the lengths [n] of the answers that the tokens belong to, in order.
+    """Weight of each token's loss, [T], from the lengths [n] of the completions that the tokens belong to, in order.
 
-    token: the mean over all tokens (DAPO, Yu et al. 2025, arXiv:2503.14476, eq. 8). sequence: the mean over answers of
-    means over their tokens (GRPO, eq. 3). constant: the sum over tokens by the longest length, in the mean over
-    answers (Dr.GRPO).
+    token: mean over all tokens (DAPO, Yu et al. 2025, arXiv:2503.14476, eq. 8). sequence: mean over completions of the
+    mean over their tokens (GRPO, eq. 3). constant: sum over tokens divided by the longest possible completion, mean
+    over completions (Dr.GRPO).
     """
     each = {
         "token": torch.full(lengths.shape, 1 / totals.tokens),
         "sequence": 1 / (lengths * totals.answers),
-        "constant": torch.full(lengths.shape, 1 / (totals.longest * totals.answers)),
+        "constant": torch.full(lengths.shape, 1 / (totals.max_tokens * totals.answers)),
     }[kind]
     return torch.repeat_interleave(each.float(), lengths)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """The answer tokens of a micro-batch; each tensor [T].
-
-    logprobs: of the policy that learns, with a gradient; entropy: of its distributions, in nats. old_logprobs: of the
-    policy that sampled, by the learner's arithmetic; engine_logprobs: by the rollout engine's. advantages: of the
-    answer that each belongs to; answer: its index, 0, 1, …. reference_logprobs: of the model that the run began with.
-    """
+    """The completion tokens of a micro-batch."""
 
     logprobs: torch.Tensor
+    """[T], under the learning policy, with a gradient."""
     entropy: torch.Tensor
+    """[T], of the learning policy's distributions, in nats; with a gradient if the objective has an entropy bonus."""
     old_logprobs: torch.Tensor
+    """[T], under the policy that sampled, computed by the learner."""
     engine_logprobs: torch.Tensor
+    """[T], under the policy that sampled, computed by the rollout engine."""
     advantages: torch.Tensor
+    """[T], of the completion that each token belongs to."""
     answer: torch.Tensor
+    """[T] int64, index of that completion: 0, 1, …."""
     reference_logprobs: torch.Tensor | None = None
+    """[T], under the reference model, the one that the run began with; None without a KL term."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLosses:
-    """A loss a token, with a gradient, and what is worth watching about it, without; each [T].
-
-    clipped: 1 where the ratio's gradient was cut off. kl: estimate of the divergence from the reference, 0 without one.
-    truncated: 1 where a correction for the difference between engine and learner is, or would be, cut off at its cap.
-    """
+    """Per-token losses, and detached diagnostics."""
 
     loss: torch.Tensor
+    """[T], with a gradient."""
     clipped: torch.Tensor
+    """[T], 1 where the ratio was clipped, so that the surrogate has no gradient."""
     kl: torch.Tensor
+    """[T], estimate of the divergence from the reference model; 0 without one."""
     truncated: torch.Tensor
+    """[T], 1 where the engine correction is above its cap, whether or not it is applied."""
 
 
 def token_losses(tokens: Tokens, objective: ObjectiveConfig) -> TokenLosses:
-    """-min(r A, clip(r) A) · correction + kl · KL - entropy · H, a token."""
+    """Per-token loss: -min(r A, clip(r) A) · correction + kl · KL - entropy · H."""
     ratio = importance_ratio(tokens.logprobs - tokens.old_logprobs, tokens.answer, objective.ratio)
     surrogate, clipped = clipped_surrogate(ratio, tokens.advantages, objective)
     correction = engine_correction(tokens.old_logprobs - tokens.engine_logprobs, tokens.answer, objective.correction)
@@ -106,10 +111,10 @@ def token_losses(tokens: Tokens, objective: ObjectiveConfig) -> TokenLosses:
 
 
 def importance_ratio(log_ratio: torch.Tensor, answer: torch.Tensor, kind: str) -> torch.Tensor:
-    """Probability under the policy that learns over that under the one that sampled, [T], from the tokens' log-ratios.
+    """Importance ratio of the learning policy to the one that sampled, [T], from the tokens' log-ratios.
 
-    token: each token's own. sequence: of each answer's whole text, to the power of one over its length, the same for
-    all its tokens (GSPO, Zheng et al. 2025, arXiv:2507.18071, eq. 7).
+    token: each token's own. sequence: the geometric mean over each completion's tokens, the same for all of them (GSPO,
+    Zheng et al. 2025, arXiv:2507.18071, eq. 7).
     """
     return (log_ratio if kind == "token" else _mean_of_answer(log_ratio, answer)).exp()
 
@@ -117,9 +122,9 @@ def importance_ratio(log_ratio: torch.Tensor, answer: torch.Tensor, kind: str) -
 def clipped_surrogate(
     ratio: torch.Tensor, advantages: torch.Tensor, objective: ObjectiveConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """min(r A, clip(r, 1 - clip, 1 + clip_high) A), [T], and 1 where the clipped value was taken (PPO, Schulman et al.
-    2017, arXiv:1707.06347; an upper bound of its own: clip-higher of DAPO). dual_clip bounds it by c A from below where
-    A < 0 (Ye et al. 2020, arXiv:1912.09729, eq. 5)."""
+    """The surrogate min(r A, clip(r, 1 - clip, 1 + clip_high) A), [T], and 1 where the clipped value was taken (PPO,
+    Schulman et al. 2017, arXiv:1707.06347; the separate upper bound is DAPO's clip-higher). With dual_clip = c it is at
+    least c A where A < 0 (Ye et al. 2020, arXiv:1912.09729, eq. 5)."""
     high = objective.clip if objective.clip_high is None else objective.clip_high
     free, bound = ratio * advantages, ratio.clamp(1 - objective.clip, 1 + high) * advantages
     surrogate, clipped = torch.minimum(free, bound), bound < free
@@ -131,16 +136,16 @@ def clipped_surrogate(
 
 
 def engine_correction(log_ratio: torch.Tensor, answer: torch.Tensor, kind: str) -> torch.Tensor:
-    """Learner's over engine's probability of what was sampled, [T], without a gradient, from the tokens' log-ratios: of
-    each token, or of each answer's whole text. To be truncated at a cap (Yao et al. 2025, "Your efficient RL framework
-    secretly brings you off-policy RL training"; truncation as in Espeholt et al. 2018, arXiv:1802.01561)."""
+    """Importance weight of the learner's arithmetic over the engine's, [T], detached, from the tokens' log-ratios: of
+    each token, or of each completion as a whole. The caller truncates it at a cap (Yao et al. 2025, "Your efficient RL
+    framework secretly brings you off-policy RL training"; truncation as in Espeholt et al. 2018, arXiv:1802.01561)."""
     log_ratio = log_ratio.detach()
     return (_sum_of_answer(log_ratio, answer) if kind == "sequence" else log_ratio).exp()
 
 
 def divergence(logprobs: torch.Tensor, reference: torch.Tensor, kind: str) -> torch.Tensor:
-    """Estimates of KL(policy | reference) a token, [T]; with x the reference's log-prob less the policy's: k1: -x.
-    k2: x²/2. k3: e^x - x - 1 (Schulman 2020, http://joschu.net/blog/kl-approx.html; GRPO, eq. 4)."""
+    """Per-token estimates of KL(policy | reference), [T]. With x = ln p_reference - ln p_policy: k1 = -x, k2 = x²/2,
+    k3 = e^x - x - 1 (Schulman 2020, http://joschu.net/blog/kl-approx.html; GRPO, eq. 4)."""
     x = reference - logprobs
     if kind == "k1":
         return -x
@@ -148,11 +153,11 @@ def divergence(logprobs: torch.Tensor, reference: torch.Tensor, kind: str) -> to
 
 
 def _sum_of_answer(values: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
-    """The sum over each answer's tokens, [T]."""
+    """The sum over each completion's tokens, repeated for each of them, [T]."""
     sums = torch.zeros(int(answer.max()) + 1, dtype=values.dtype, device=values.device)
     return sums.index_add(0, answer, values)[answer]
 
 
 def _mean_of_answer(values: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
-    """The mean over each answer's tokens, [T]."""
+    """The mean over each completion's tokens, repeated for each of them, [T]."""
     return _sum_of_answer(values, answer) / _sum_of_answer(torch.ones_like(values), answer)

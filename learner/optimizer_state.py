@@ -1,17 +1,21 @@
-"""The optimizer's state in pieces that belong to no rank and to no ZeRO stage.
+"""The optimizer's state in pieces that do not depend on the number of ranks or the ZeRO stage.
 
-A piece is a contiguous part of one trained parameter, addressed by the parameter's name and its place in the flattened
-parameter; it holds the fp32 master, AdamW's two moments and its count of steps. DeepSpeed keeps these in flat buffers
-whose layout depends on stage and ranks:
+A piece is a contiguous range of one trained parameter, identified by the parameter's name and the range's start in the
+flattened parameter. It holds the fp32 master weights, AdamW's two moments and its step count. DeepSpeed keeps these in
+flat buffers whose layout depends on stage and ranks:
 
     stage 0     every rank has all parameters whole
-    stage 1, 2  a group's parameters end to end, cut into as many equal parts as there are ranks; a cut may fall inside
-                a parameter
-    stage 3     each parameter cut into as many equal parts, those of a rank end to end
+    stage 1, 2  the parameters of a parameter group end to end, cut into as many equal partitions as there are ranks; a
+                cut may fall inside a parameter
+    stage 3     each parameter cut into as many equal partitions as there are ranks; those of a rank end to end
 
-Each rank saves the pieces that it has (`pieces`), without talking to the others. Whoever loads them takes what it needs
-out of all that were saved (`SavedPieces`), whatever cut them. Numbers are copied and never computed with, so they come
-back bit for bit, signs of zeros included.
+Each rank saves the pieces that it holds (`pieces`), without communication. A loading rank reads what it needs from all
+saved pieces (`SavedPieces`), however they were cut. Numbers are copied and never computed with, so they are restored
+bit for bit, signs of zeros included.
+
+DeepSpeed has no public interface to these buffers, so its private attributes are read, all of them in this module.
+`tests/learner/test_deepspeed_internals.py` names each one, and fails if it is missing in the installed version. Why not
+DeepSpeed's universal checkpoint: docs/learner.md.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,50 +31,52 @@ from torch import distributed
 MASTER = "fp32"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP = "step"
+"""The last three are the names of torch's AdamW for its state; files of a checkpoint have all four."""
 
 Named = Sequence[tuple[str, torch.nn.Parameter]]
+"""Trained parameters with their names in `torch.nn.Module.named_parameters`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Part of one trained parameter's state, as views into the optimizer's own buffers.
-
-    name: of the parameter, as `torch.nn.Module.named_parameters` has it. start: of the part, in the flattened
-    parameter. values: fp32 [numel] each, under "fp32" (the master), "exp_avg" and "exp_avg_sq". step: one number, of
-    AdamW's steps.
-    """
+    """A range of one trained parameter's state, as views into the optimizer's own buffers."""
 
     name: str
+    """Of the parameter."""
     start: int
+    """Of the range, in the flattened parameter."""
     values: Mapping[str, torch.Tensor]
+    """fp32 [numel] each: "fp32" (the master weights), "exp_avg" and "exp_avg_sq"."""
     step: torch.Tensor
+    """AdamW's step count, one number."""
 
     @property
     def numel(self) -> int:
         return self.values[MASTER].numel()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Copies on the CPU, as they are saved: `KIND/NAME/START`."""
+        """Copies on the CPU, under the names of a checkpoint's files: `KIND/NAME/START`."""
         named = {**self.values, STEP: self.step.reshape(1)}
         return {f"{kind}/{self.name}/{self.start}": _copy(tensor) for kind, tensor in named.items()}
 
 
 def pieces(optimizer: Any, trained: Named) -> list[Piece]:
-    """The pieces that this rank keeps, in order of the parameters. optimizer: of a DeepSpeed engine, around torch's
+    """The pieces that this rank holds, in order of the parameters. optimizer: of a DeepSpeed engine, around torch's
     AdamW."""
-    return [_piece(name, part) for name, parameter in trained if (part := _part(optimizer, parameter)) is not None]
+    found = ((name, _place(optimizer, parameter)) for name, parameter in trained)
+    return [_piece(name, place) for name, place in found if place is not None]
 
 
 def own_pieces(optimizer: Any, trained: Named) -> list[Piece]:
-    """The pieces that this rank is to save: those that it keeps, or its share of what every rank keeps."""
-    kept = pieces(optimizer, trained)
+    """The pieces that this rank saves: those that it holds or, if every rank holds all of them, its share."""
+    held = pieces(optimizer, trained)
     if _is_partitioned(optimizer):
-        return kept
-    return kept[distributed.get_rank() :: distributed.get_world_size()]
+        return held
+    return held[distributed.get_rank() :: distributed.get_world_size()]
 
 
 def publish(optimizer: Any) -> None:
-    """Give the model the masters' values, as a step does; all ranks."""
+    """Copy the master weights to the model's parameters, as an optimizer step does; all ranks."""
     if hasattr(optimizer, "fp16_partitioned_groups_flat"):
         _publish_stage_3(optimizer)
     elif hasattr(optimizer, "update_lp_params"):
@@ -79,13 +85,14 @@ def publish(optimizer: Any) -> None:
         for copies, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             for copy, master in zip(copies, masters, strict=True):
                 copy.data.copy_(master.data)
+    # float32 without ZeRO: torch's AdamW steps the parameters themselves.
 
 
 class SavedPieces:
-    """Saved pieces of all ranks; a context, in which their files are open. Only what is asked for is read."""
+    """The saved pieces of all ranks: a context in which their files are open. Only what is asked for is read."""
 
     def __init__(self, folder: Path) -> None:
-        """folder: its safetensors files hold the pieces. Raises ValueError where there is none."""
+        """folder: holds the pieces as safetensors files. Entering raises ValueError if there is none."""
         self._folder = folder
         self._stack = ExitStack()
         self._files: dict[tuple[str, int], Any] = {}
@@ -107,7 +114,8 @@ class SavedPieces:
         self._stack.close()
 
     def check(self, trained: Mapping[str, int]) -> None:
-        """Raises ValueError unless exactly these parameters, of so many numbers each, were saved, all of them whole."""
+        """Raise ValueError unless exactly these parameters were saved, and each completely. trained: number of elements
+        of each parameter, by name."""
         if unlike := sorted(trained.keys() ^ self._starts.keys()):
             side = "trained here and not there" if unlike[0] in trained else "trained there and not here"
             raise ValueError(
@@ -124,7 +132,7 @@ class SavedPieces:
                 )
 
     def restore(self, piece: Piece) -> None:
-        """Fill a piece with what was saved of that part of its parameter."""
+        """Fill a piece with what was saved of its range."""
         for start, length in self._starts[piece.name]:
             low, high = max(start, piece.start), min(start + length, piece.start + piece.numel)
             if low < high:
@@ -136,12 +144,12 @@ class SavedPieces:
 
 
 def buckets(parts: Sequence[Piece], size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Copies of pieces in host memory, in buckets of about `size` bytes."""
+    """Copies of pieces in host memory, in buckets of about `size` bytes, one file each."""
     bucket: dict[str, torch.Tensor] = {}
     held = 0
     for piece in parts:
         bucket.update(piece.tensors())
-        held += 12 * piece.numel
+        held += 12 * piece.numel  # three fp32 tensors
         if held >= size:
             yield bucket
             bucket, held = {}, 0
@@ -150,47 +158,55 @@ def buckets(parts: Sequence[Piece], size: int) -> Iterator[dict[str, torch.Tenso
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Part:
-    """Where this rank keeps a part of a parameter: `numel` numbers from `offset` of the flattened `buffer`, which is a
-    parameter of torch's optimizer `adam`, are those from `start` of the flattened parameter."""
+class _Place:
+    """Where this rank holds a range of a parameter: elements `offset` … `offset + numel` of a flattened buffer are
+    elements `start` … `start + numel` of the flattened parameter."""
 
     adam: torch.optim.Optimizer
+    """torch's optimizer, within DeepSpeed's."""
     buffer: torch.Tensor
+    """The parameter that `adam` steps, by which it keeps its state."""
     offset: int
     start: int
     numel: int
 
 
-def _part(optimizer: Any, parameter: Any) -> _Part | None:
-    """None where this rank keeps nothing of the parameter."""
+def _place(optimizer: Any, parameter: Any) -> _Place | None:
+    """None if this rank holds nothing of the parameter."""
     if hasattr(optimizer, "fp16_partitioned_groups_flat"):
-        return _part_of_stage_3(optimizer, parameter)
+        return _place_of_stage_3(optimizer, parameter)
     if hasattr(parameter, "_hp_mapping"):
+        # Stages 1 and 2. "hp" is DeepSpeed's high precision, the flat master buffer of this rank; "lp" is the low
+        # precision of the model's parameter.
         if (mapping := parameter._hp_mapping) is None:
             return None
         adam = optimizer.optimizer
-        place, part = mapping.hp_fragment_address, mapping.lp_fragment_address
+        in_buffer, in_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
         buffer = adam.param_groups[mapping.param_group_index]["params"][0]
-        return _Part(adam=adam, buffer=buffer, offset=place.start, start=part.start, numel=part.numel)
+        return _Place(
+            adam=adam, buffer=buffer, offset=in_buffer.start, start=in_parameter.start, numel=in_parameter.numel
+        )
     adam, buffer = optimizer, parameter
     if hasattr(optimizer, "fp32_groups"):
         adam, buffer = optimizer.optimizer, _master_of(optimizer, parameter)
-    return _Part(adam=adam, buffer=buffer, offset=0, start=0, numel=buffer.numel())
+    return _Place(adam=adam, buffer=buffer, offset=0, start=0, numel=buffer.numel())
 
 
-def _part_of_stage_3(optimizer: Any, parameter: Any) -> _Part | None:
-    group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+def _place_of_stage_3(optimizer: Any, parameter: Any) -> _Place | None:
+    # The buffers are those of DeepSpeed's sub-groups, into which it divides the parameter groups.
+    sub_group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
     start = length * distributed.get_rank()
-    # The last part of a parameter, and those after it, hold padding.
+    # All partitions of a parameter have one length, so the last ones are padded, or are padding altogether.
     numel = min(length, parameter.ds_numel - start)
     if numel <= 0:
         return None
-    buffer = optimizer.fp32_partitioned_groups_flat[group]
-    return _Part(adam=optimizer.optimizer, buffer=buffer, offset=offset, start=start, numel=numel)
+    buffer = optimizer.fp32_partitioned_groups_flat[sub_group]
+    return _Place(adam=optimizer.optimizer, buffer=buffer, offset=offset, start=start, numel=numel)
 
 
 def _master_of(optimizer: Any, parameter: Any) -> torch.Tensor:
-    """bf16 without ZeRO: one fp32 tensor a parameter."""
+    """The fp32 master of a parameter in bfloat16 without ZeRO, where each has a tensor of its own. DeepSpeed's names
+    say fp16 for either half precision."""
     for copies, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
         for copy, master in zip(copies, masters, strict=True):
             if copy is parameter:
@@ -203,19 +219,21 @@ def _is_partitioned(optimizer: Any) -> bool:
     return hasattr(optimizer, "fp16_partitioned_groups_flat") or hasattr(optimizer, "update_lp_params")
 
 
-def _piece(name: str, part: _Part) -> Piece:
-    state = part.adam.state[part.buffer]
+def _piece(name: str, place: _Place) -> Piece:
+    state = place.adam.state[place.buffer]
     if not state:
-        # What torch's AdamW begins with at its first step.
+        # Before the first step AdamW has no state, and there would be nothing to save or to restore into. This is what
+        # it starts from.
         state[STEP] = torch.tensor(0.0)
-        state.update({kind: torch.zeros_like(part.buffer) for kind in MOMENTS})
-    held = {MASTER: part.buffer.data, **{kind: state[kind] for kind in MOMENTS}}
-    views = {kind: tensor.view(-1).narrow(0, part.offset, part.numel) for kind, tensor in held.items()}
-    return Piece(name=name, start=part.start, values=views, step=state[STEP])
+        state.update({kind: torch.zeros_like(place.buffer) for kind in MOMENTS})
+    held = {MASTER: place.buffer.data, **{kind: state[kind] for kind in MOMENTS}}
+    views = {kind: tensor.view(-1).narrow(0, place.offset, place.numel) for kind, tensor in held.items()}
+    return Piece(name=name, start=place.start, values=views, step=state[STEP])
 
 
 def _publish_stage_3(optimizer: Any) -> None:
-    # Parameters too small to be worth gathering each time are whole on every rank: they are cut, filled, made whole.
+    # Small parameters stay gathered on every rank (DeepSpeed's persistence threshold). The prologue partitions them, so
+    # that they are filled like all others, and the epilogue gathers them again.
     optimizer.checkpoint_event_prologue()
     for masters, copies in zip(
         optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True

@@ -1,4 +1,4 @@
-"""The trained model as a module with one forward: packed groups in, scores of their answers' tokens out."""
+"""The trained model as a module with one forward: a packed sequence in, scores of its tokens out."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,10 +11,12 @@ from learner.shared_prefix import PackedSequence, TokenScores, branch_scores
 
 
 class Policy(torch.nn.Module):
-    """A reasoner's model under the distribution that its answers are sampled from.
+    """A reasoner's model together with its sampling distribution.
 
-    temperature: of sampling. forbidden: token ids that are never sampled, and so have no probability.
-    DeepSpeed wraps this, so that its hooks see one call a micro-batch.
+    temperature: of sampling. forbidden: token ids that are never sampled, and so have probability 0. entropy_learns:
+    the entropy has a gradient.
+
+    DeepSpeed wraps this module rather than the model, so that one forward call is one micro-batch to its hooks.
     """
 
     def __init__(
@@ -24,10 +26,11 @@ class Policy(torch.nn.Module):
         use_shared_prefix(model)
         self.model = model
         self.temperature, self.entropy_learns = temperature, entropy_learns
+        # A buffer, so that it moves to the model's device; int64, which no cast to bfloat16 touches.
         self.register_buffer("forbidden", torch.tensor(forbidden, dtype=torch.int64), persistent=False)
 
     def forward(self, packed: PackedSequence) -> TokenScores:
-        """Of the scored tokens."""
+        """Log-prob and entropy of each scored token."""
         assert isinstance(self.forbidden, torch.Tensor)
         return branch_scores(
             self.model,
@@ -39,9 +42,9 @@ class Policy(torch.nn.Module):
 
 
 def freeze(model: Any, parts: Sequence[Part]) -> None:
-    """Let these parts of a Qwen-VL model stand still, and the others learn."""
+    """Freeze these parts of a Qwen-VL model, and let all others learn."""
     visual = model.model.visual.requires_grad_("vision_tower" not in parts)
-    # Those of Qwen3-VL's deepstack turn features of inner layers into tokens.
+    # The deepstack mergers of Qwen3-VL project features of inner vision layers to tokens, as the merger does.
     for merger in (visual.merger, *getattr(visual, "deepstack_merger_list", ())):
         merger.requires_grad_("merger" not in parts)
     for part in (model.model.language_model, model.lm_head):

@@ -1,11 +1,15 @@
-"""Supervised fine-tuning on one rank: the reference answer's tokens made likely, through the learner's own forward."""
+"""Supervised fine-tuning on one rank: the likelihood of reference answers, through the learner's own forward.
+
+The queries of one image share a prefix tree: what their prompts have in common is the prefix.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import distributed
 
+from learner.collectives import summed, with_idle
 from learner.shared_prefix import Branches, micro_batches
 from learner.update_report import SftReport
 from learner.zero import ZeroRank
@@ -19,68 +23,59 @@ from umrg.sample import Sample
 Image = Sequence[Sample]
 """The samples that ask about one image."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Share:
-    """This rank's part of a batch. rows: as many as every rank has, the last ones idle. weights: of each row, 0 where
-    it is idle. tokens: that are scored, of all ranks."""
-
-    rows: list[list[Branches]]
-    weights: list[float]
-    tokens: int
+_Weighted = tuple[list[Branches], float]
+"""A packed sequence and the weight of its loss: 1, or 0 if it is idle."""
 
 
 class SftRank:
-    """All ranks call each method, given all images and taking their own."""
+    """A rank that learns from reference answers. All ranks call each method with all images, and each takes its own
+    share."""
 
     def __init__(self, zero: ZeroRank) -> None:
         self._zero = zero
 
     def update(self, images: Sequence[Image]) -> SftReport:
-        """One update. Raises FloatingPointError where the loss is no longer finite, before the weights take it in."""
-        share = self._share(images)
-        summed = torch.zeros((), dtype=torch.float64)
-        for i, (row, weight) in enumerate(zip(share.rows, share.weights, strict=True)):
-            loss = -weight * self._zero.scores(row).logprobs.sum() / share.tokens
-            self._zero.backward(loss, last=i == len(share.rows) - 1)
-            summed += loss.item()
-        distributed.all_reduce(summed)
-        if not torch.isfinite(summed):
-            raise FloatingPointError(f"the loss is {summed.item()}; lower learner.lr")
+        """One update. Raises FloatingPointError if the loss is not finite, before the step applies it."""
+        sequences, tokens = self._share(images)
+        total = torch.zeros((), dtype=torch.float64)
+        for i, (trees, weight) in enumerate(sequences):
+            loss = -weight * self._zero.scores(trees).logprobs.sum() / tokens
+            self._zero.backward(loss, last=i == len(sequences) - 1)
+            total += loss.item()
+        distributed.all_reduce(total)
+        if not torch.isfinite(total):
+            raise FloatingPointError(f"the loss is {total.item()}; lower learner.lr")
         norm = self._zero.step()
-        return SftReport(loss=summed.item(), grad_norm=norm, lr=self._zero.lr, tokens=share.tokens)
+        return SftReport(loss=total.item(), grad_norm=norm, lr=self._zero.lr, tokens=tokens)
 
     @torch.no_grad()
     def loss(self, images: Sequence[Image]) -> tuple[float, int]:
-        """Sum of the negative log-likelihoods of the images' answers, in nats, and how many tokens these are."""
-        share = self._share(images)
-        scored = zip(share.rows, share.weights, strict=True)
-        summed = torch.tensor(
-            sum(-weight * self._zero.scores(row).logprobs.double().sum().item() for row, weight in scored),
+        """Summed negative log-likelihood of the images' reference answers, in nats, and the number of their tokens."""
+        sequences, tokens = self._share(images)
+        total = torch.tensor(
+            sum(-weight * self._zero.scores(trees).logprobs.double().sum().item() for trees, weight in sequences),
             dtype=torch.float64,
         )
-        distributed.all_reduce(summed)
-        return summed.item(), share.tokens
+        distributed.all_reduce(total)
+        return total.item(), tokens
 
-    def _share(self, images: Sequence[Image]) -> _Share:
+    def _share(self, images: Sequence[Image]) -> tuple[list[_Weighted], int]:
+        """This rank's packed sequences, as many as every rank has, and the number of scored tokens of all ranks."""
         rank, ranks = distributed.get_rank(), distributed.get_world_size()
         own = [reference_branches(self._zero.reasoner, samples) for samples in images[rank::ranks]]
-        rows = micro_batches(own, self._zero.config.micro_batch_tokens)
-        rounds, tokens = torch.tensor(len(rows)), torch.tensor(sum(len(t) for group in own for t in group.scored))
-        distributed.all_reduce(rounds, op=distributed.ReduceOp.MAX)
-        distributed.all_reduce(tokens)
-        idle = int(rounds) - len(rows)
-        weights = [1.0] * len(rows) + [0.0] * idle
-        return _Share(rows=rows + [self._filler(images[0])] * idle, weights=weights, tokens=int(tokens))
+        sequences = [(trees, 1.0) for trees in micro_batches(own, self._zero.config.micro_batch_tokens)]
+        (tokens,) = summed(sum(len(answer) for tree in own for answer in tree.scored))
+        return with_idle(sequences, lambda: ([self._first_query(images[0])], 0.0)), tokens
 
-    def _filler(self, image: Image) -> list[Branches]:
-        group = reference_branches(self._zero.reasoner, image)
-        return [replace(group, branches=group.branches[:1], unscored=group.unscored[:1])]
+    def _first_query(self, image: Image) -> Branches:
+        """The image's prefix tree with its first branch alone, which surely fits into a packed sequence."""
+        tree = reference_branches(self._zero.reasoner, image)
+        return replace(tree, branches=tree.branches[:1], unscored=tree.unscored[:1])
 
 
 def reference_branches(reasoner: Reasoner, samples: Sequence[Sample]) -> Branches:
-    """The samples of one image as one group: what their prompts share is the prefix, and each branch is the rest of
-    a prompt, unscored, and its reference answer in the frame that the reasoner speaks."""
+    """The samples of one image as a prefix tree. The prefix is the longest one that their prompts share; each branch is
+    the rest of a prompt, unscored, followed by its reference answer in the reasoner's coordinate frame."""
     image = reasoner.encode_image(samples[0].image())
     prompts = [reasoner.encode(sample.query, image).token_ids for sample in samples]
     shared = _shared_length(prompts)
@@ -93,9 +88,11 @@ def reference_branches(reasoner: Reasoner, samples: Sequence[Sample]) -> Branche
 
 
 def _shared_length(prompts: Sequence[torch.Tensor]) -> int:
+    """Length of the longest common prefix."""
     shortest = min(map(len, prompts))
     first = prompts[0][:shortest]
     agree = torch.stack([prompt[:shortest] == first for prompt in prompts]).all(dim=0)
+    # The running product is 1 up to the first disagreement and 0 after it.
     return int(agree.long().cumprod(0).sum())
 
 
@@ -109,6 +106,7 @@ def _reference_answer(reasoner: Reasoner, sample: Sample, frames: Frames) -> str
 
 
 def _reasoning(sample: Sample) -> str:
+    """The sample's reasoning trace. Raises ValueError if it cannot be learnt from."""
     if fault := reasoning_fault(sample.reasoning):
         raise ValueError(f"{sample.name} has {fault}")
     assert sample.reasoning is not None

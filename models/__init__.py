@@ -1,1 +1,1 @@
-"""The bundled tiny models and the commands that train them."""
+"""The bundled tiny models and the scripts that train them."""

@@ -1,8 +1,8 @@
-"""Build the tiny reasoner untrained: a Qwen2.5-VL of a few million parameters with its own tokenizer and processor.
+"""Build the untrained tiny reasoner: a Qwen2.5-VL of a few million parameters with its own tokenizer and processor.
 
     python -m models.build_tiny_reasoner OUT [--seed 0]
 
-writes an ordinary Hugging Face folder with random weights. `models.train_tiny_reasoner` trains it.
+writes a Hugging Face folder with random weights. `models.train_tiny_reasoner` trains it.
 """
 
 import argparse
@@ -30,12 +30,13 @@ from umrg.answers import TAGS, format_answer
 from umrg.prompts import PromptSpec, PromptStyle, prompt_text
 
 TRAINED_MODALITIES = ("CT", "X-ray")
-"""All ten are too much for a model this small in the time that two cores have."""
+"""A model this small cannot learn all ten modalities in reasonable time on two cores."""
 
 VOCABULARY = 1024
 ROPE_BASE = 10.0
-"""Positions on the image get the lowest frequencies. With the usual base one image token's step to the right turns
-them by 0.003 at most, which a model this small cannot tell; with this one, by 0.24."""
+"""Base of the rotary embedding, whose lowest frequencies encode rows and columns of the image. With the usual base, a
+step of one image token to the right rotates them by at most 0.003, which a model this small cannot distinguish; with
+this base, by 0.24."""
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -58,7 +59,7 @@ CHAT_TEMPLATE = (
 
 
 def corpus(seed: int, count: int = 2000) -> Iterator[str]:
-    """The text the vocabulary is made for: phantom queries and answers, and the full instructions once."""
+    """The text that the tokenizer is trained on: phantom queries and completions, and the full instructions once."""
     for style_think in (True, False):
         yield prompt_text("", PromptSpec(think=style_think))
     for row in rows(count, seed=seed, size=112):
@@ -69,7 +70,7 @@ def corpus(seed: int, count: int = 2000) -> Iterator[str]:
 
 
 def build_tokenizer(seed: int) -> Qwen2Tokenizer:
-    """A byte-level BPE of Qwen's own form: digits stand alone, so that a number is a sequence of digits."""
+    """A byte-level BPE like Qwen's own: each digit is a token of its own."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
@@ -102,7 +103,7 @@ def build_tokenizer(seed: int) -> Qwen2Tokenizer:
 
 
 def build_processor(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLProcessor:
-    """Qwen2.5-VL's own processor; images up to 1,280 tokens (28x28 px each)."""
+    """Qwen2.5-VL's own processor, with images of at most 1,280 tokens of 28×28 px."""
     sizes = {"min_pixels": 56 * 56, "max_pixels": 1280 * 28 * 28}
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(**sizes),
@@ -113,7 +114,8 @@ def build_processor(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLProcessor:
 
 
 def build_model(tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2_5_VLForConditionalGeneration:
-    """Random weights. Embeddings are untied: CPU engines keep a packed copy of a tied head after a weight update."""
+    """The model with random weights. The output head is not tied to the embeddings, because vLLM on CPU keeps a packed
+    copy of a tied head, which a weight update does not reach."""
     torch.manual_seed(seed)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     text = {

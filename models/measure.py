@@ -1,11 +1,11 @@
-"""Print the figures of the bundled models on held-out phantoms.
+"""Evaluate the bundled models on held-out phantoms.
 
     python -m models.measure [--count 512] [--model models/tiny-reasoner] [--expert tiny] [--modality CT …]
                              [--phrasings seen|held_out]
 
-Images and poses are unseen in training, with `--phrasings held_out` the words of the queries as well; the
-modalities are those that the tiny reasoner knows. The mean-box answer is what a reasoner could do without looking:
-each structure's average exact box over other phantoms. Prints tables and, last, one JSON line.
+Images and poses were not seen in training, and with `--phrasings held_out` neither were the queries. By default the
+modalities are those that the tiny reasoner was trained on. The mean box of each structure, over other phantoms, is a
+baseline that does not look at the image. Prints tables and finally one line of JSON.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from umrg.metrics import box_iou, mask_dice, pdice
 from umrg.sample import Sample
 
 HELD_OUT_SEED = 1_000_003
+"""Far from the small seeds of training data."""
 LOOSE = 0.2
 BATCH = 32
 
@@ -57,7 +58,7 @@ def main() -> None:
 
 
 def phantoms(count: int, seed: int, modalities: Sequence[str], phrasings: Literal["seen", "held_out"]) -> list[Sample]:
-    """Phantom rows through the reader, as any other dataset."""
+    """Phantom samples, written to a file and read as any other dataset."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "phantoms.parquet"
         write_rows(path, rows(count, seed=seed, modalities=modalities, phrasings=phrasings))
@@ -65,7 +66,7 @@ def phantoms(count: int, seed: int, modalities: Sequence[str], phrasings: Litera
 
 
 def mean_boxes(modalities: Sequence[str], count: int = 4000) -> dict[str, Box]:
-    """Average exact box (XYXY) of each category, over phantoms of another seed."""
+    """Mean exact box (XYXY) of each category, over phantoms of another seed."""
     boxes: dict[str, list[Box]] = defaultdict(list)
     for sample in phantoms(count, HELD_OUT_SEED + 1, modalities, "seen"):
         boxes[sample.category].append(sample.box)
@@ -75,7 +76,7 @@ def mean_boxes(modalities: Sequence[str], count: int = 4000) -> dict[str, Box]:
 def measure(
     samples: Sequence[Sample], reasoner: Reasoner, expert: Expert, means: dict[str, Box]
 ) -> dict[str, list[float]]:
-    """Figures by name, one value a sample."""
+    """Metrics by name, with one value per sample."""
     found: dict[str, list[float]] = defaultdict(list)
     for start in track(range(0, len(samples), BATCH), "measuring", console=Console(stderr=True)):
         batch = samples[start : start + BATCH]
@@ -92,7 +93,7 @@ def measure(
 
 
 def greedy_answers(reasoner: Reasoner, samples: Sequence[Sample]) -> list[Answer]:
-    """Greedy answers in original pixels."""
+    """Answers by greedy decoding, in original pixels."""
     prompts = [reasoner.encode(sample.query, reasoner.encode_image(sample.image())) for sample in samples]
     texts = reasoner.generate(prompts, max_tokens=160)
     return [
@@ -102,7 +103,7 @@ def greedy_answers(reasoner: Reasoner, samples: Sequence[Sample]) -> list[Answer
 
 
 def expert_figures(sample: Sample, expert: Expert, embedding: Embedding) -> Figures:
-    """Dice of the expert given the reference: box and points, either alone, and boxes 20 % too loose."""
+    """Dice of the expert prompted with the reference: box and points, each alone, and boxes that are 20 % too loose."""
     reference, points = sample.mask(), np.array([sample.points], dtype=np.float64)
     box = np.array([sample.box], dtype=np.float64)
     loose = np.array([loosened(sample)], dtype=np.float64)
@@ -128,7 +129,7 @@ def loosened(sample: Sample) -> Box:
 
 
 def reasoner_figures(sample: Sample, answer: Answer, expert: Expert, embedding: Embedding) -> Figures:
-    """Well-formedness, box IoU, pDice and mask Dice of an answer; a malformed one counts as 0."""
+    """Well-formedness, box IoU, pDice and mask Dice of an answer; all are 0 for a malformed one."""
     if not answer.well_formed() or answer.box is None or answer.points is None:
         return {"well_formed": 0.0, "iou": 0.0, "pdice": 0.0, "dice": 0.0}
     decoded = expert.decode(embedding, boxes=np.array([answer.box]), points=np.array([answer.points]))

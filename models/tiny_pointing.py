@@ -1,10 +1,11 @@
-"""Third stage of the tiny reasoner: having read the query, it points and measures.
+"""Third stage of training the tiny reasoner: the language model learns to locate what the query asks for.
 
-Linear heads on the state of the prompt's last token, one layer before the last, give a distribution over the image's
-tokens, to match the share of each that the coarse box covers, and one over 4-pixel bins for each of the eight
-coordinates of box and points. An answer's loss asks for the same things in digits, among many tokens that are easy to
-guess; asked for alone, over short prompts and with the vision tower's tokens computed once, they are learnt much
-sooner, and the last layer is left to read them off into digits. The heads are thrown away.
+Linear heads read the last prompt token's hidden state before the last layer. One predicts a distribution over the image
+tokens, whose target is the fraction of each token that the coarse box covers. The other classifies each of the eight
+coordinates of box and points into bins of 4 pixels. In the language-model loss of supervised fine-tuning, the
+coordinates' digits are a small part among many tokens that are easy to predict. Trained directly, on short prompts and
+with image features that are computed once, localisation is learnt much sooner, and the last layer only has to write it
+as digits. The heads are discarded.
 """
 
 from collections.abc import Sequence
@@ -25,17 +26,19 @@ from umrg.dataset import Dataset
 from umrg.frames import Frame
 from umrg.sample import Sample
 
-BINS = 56
-COORDINATES = 8
+BINS = 56  # per coordinate, of 4 pixels in an image of side 224
+COORDINATES = 8  # four of the box and two of each point
 
 
 @dataclass(frozen=True, kw_only=True)
 class PointingRecipe:
-    """images: drawn on, with all their queries. batch: images a step."""
+    """Hyperparameters of this stage."""
 
     steps: int = 900
     images: int = 6000
+    """How many images are used, with all their queries."""
     batch: int = 24
+    """Images per step."""
     lr: float = 1e-3
     weight_decay: float = 0.01
     seed: int = 0
@@ -43,18 +46,21 @@ class PointingRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class _Queries:
-    """The queries about one image. tokens: [n, d] of the vision tower. covered: [queries, n], rows sum to 1. bins:
-    [queries, 8] of the coordinates."""
+    """The queries about one image, with their targets."""
 
     prompts: Branches
+    """The prompts, which share the image as their prefix."""
     tokens: torch.Tensor
+    """Features [n, d] of the image tokens from the vision tower."""
     covered: torch.Tensor
+    """Target distribution [queries, n] over the image tokens."""
     bins: torch.Tensor
+    """Target bins [queries, 8] of the coordinates."""
 
 
 def learn_to_point(reasoner: Reasoner, dataset: Dataset, recipe: PointingRecipe) -> float:
-    """Train the language model in place; the share of the last steps' queries whose likeliest token lies in the box.
-    The images must be of one size."""
+    """Train the language model in place. Returns the fraction of queries, over the last 20 steps, whose most likely
+    image token overlaps the box. All images must have the same size."""
     images = dataset.rows_by_image()
     rng = np.random.default_rng(recipe.seed)
     chosen = rng.permutation(len(images))[: recipe.images]
@@ -95,7 +101,7 @@ def _queries(reasoner: Reasoner, samples: Sequence[Sample]) -> _Queries:
         tokens = reasoner.model.model.visual(image.pixel_values, image.grid_thw).pooler_output
     prompts = [reasoner.encode(sample.query, image).token_ids for sample in samples]
     start = int((prompts[0] == reasoner.model.config.image_token_id).nonzero().max()) + 1
-    # The state that predicts a branch's one scored token is that of the prompt's last.
+    # Each branch has one scored token, the end token, and the state that predicts it is that of the last prompt token.
     end = torch.tensor([reasoner.end_token_id])
     covered = torch.stack([torch.from_numpy(covered_cells(image, sample.box)).mean(dim=1) for sample in samples])
     return _Queries(
@@ -119,7 +125,7 @@ def _bins(image: EncodedImage, sample: Sample) -> torch.Tensor:
 
 
 def _last_states(reasoner: Reasoner, batch: Sequence[_Queries]) -> torch.Tensor:
-    """State [queries, d] of the last token of each prompt before the last layer, normalised as that layer does."""
+    """State [queries, d] of each prompt's last token before the last layer, normalised as at that layer's input."""
     use_shared_prefix(reasoner.model)
     packed = pack([queries.prompts for queries in batch], reasoner.model)
     states = reasoner.model.model(

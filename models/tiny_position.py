@@ -1,9 +1,10 @@
-"""Second stage of the tiny reasoner: its first layers learn to write on each image token where it lies.
+"""Second stage of training the tiny reasoner: its first layers learn to encode the position of each image token.
 
-Places reach the model only through its rotary embedding, as differences; nothing in an image token says where it is.
-A linear head reads row and column off each image token after `LAYERS` layers. The vision tower stands still, so its
-tokens are computed once. The head is thrown away; what it taught lets an answer read a place off the token it attends
-to, where without it thousands of rows go by before the model looks at all.
+The model knows positions only through its rotary embedding, as differences; an image token's features do not contain
+its position. A linear head predicts row and column from each image token's state after `LAYERS` layers. The vision
+tower is frozen, so its features are computed once. The head is discarded. After this stage the model can read a
+position off a token that it attends to; without it, supervised fine-tuning takes thousands of rows until the model
+attends to the image at all.
 """
 
 from dataclasses import dataclass
@@ -17,23 +18,25 @@ from reasoner.model import Reasoner
 from reasoner.prompter import EncodedImage
 from umrg.dataset import Dataset
 
-LAYERS = 2
+LAYERS = 2  # of the four, so that later layers can use the positions
 
 
 @dataclass(frozen=True, kw_only=True)
 class PositionRecipe:
-    """images: drawn on, all of one size. batch: images a step."""
+    """Hyperparameters of this stage."""
 
     steps: int = 250
     images: int = 640
+    """How many images are used, all of the same size."""
     batch: int = 24
+    """Images per step."""
     lr: float = 1e-3
     seed: int = 0
 
 
 def learn_positions(reasoner: Reasoner, dataset: Dataset, recipe: PositionRecipe) -> float:
-    """Train the first layers in place; the share of the last batch's tokens whose row and column were read rightly.
-    The images must be of one size."""
+    """Train the first layers in place. Returns the fraction of the last batch's image tokens whose row and column were
+    both predicted correctly. All images must have the same size."""
     images = _encoded_images(reasoner, dataset, recipe)
     visual, text = reasoner.model.model.visual, reasoner.model.model.language_model
     with torch.no_grad():
@@ -63,10 +66,12 @@ def learn_positions(reasoner: Reasoner, dataset: Dataset, recipe: PositionRecipe
 
 @dataclass(frozen=True, kw_only=True)
 class _Prompt:
-    """A prompt up to its last image token: ids [P] and m-rope positions [3, 1, P]."""
+    """A prompt up to its last image token."""
 
     token_ids: torch.Tensor
+    """int64 [P]."""
     position_ids: torch.Tensor
+    """M-RoPE positions [3, 1, P]."""
 
 
 def _encoded_images(reasoner: Reasoner, dataset: Dataset, recipe: PositionRecipe) -> list[EncodedImage]:
@@ -87,12 +92,13 @@ def _prompt_to_image(reasoner: Reasoner, image: EncodedImage) -> _Prompt:
 
 def _places(image: EncodedImage) -> torch.Tensor:
     """Row and column [2, n] of each image token."""
+    # An image token merges 2×2 patches.
     _, rows, columns = (int(side) // 2 for side in image.grid_thw[0])
     return torch.stack([torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)])
 
 
 def _early_states(model: Any, prompt: _Prompt, tokens: torch.Tensor) -> torch.Tensor:
-    """States [B, n, d] of image tokens [B, n, d] after `LAYERS` layers, normalised as the next layer does."""
+    """States [B, n, d] of image tokens [B, n, d] after `LAYERS` layers, normalised as at the next layer's input."""
     text, (images, count, width) = model.model.language_model, tokens.shape
     start = text.embed_tokens(prompt.token_ids[:-count]).expand(images, -1, -1)
     states = text(

@@ -1,9 +1,8 @@
-"""First stage of the tiny reasoner: its vision tower learns where structures lie, from coarse boxes alone.
+"""First stage of training the tiny reasoner: its vision tower learns to locate structures from coarse boxes alone.
 
-A language-model loss is a thin signal for a vision tower that starts from nothing. Here a linear head on each image
-token says, for every category, which of the token's 4x4 cells (7x7 px each) lie within that category's coarse box.
-Only categories that a row of the image asks about are scored: of the others nobody said where they are. The head
-is thrown away.
+A language-model loss is a weak signal for a vision tower with random weights. Here a linear head on each image token
+predicts, for every category, which of the token's 4×4 cells (7×7 px each) lie within the category's coarse box. The
+loss covers only categories that a row asks about, because the positions of others are unknown. The head is discarded.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,24 +21,26 @@ from umrg.frames import Box, Frame, Frames
 from umrg.sample import Sample
 from umrg.shuffling import Cursor, batches
 
-CELLS = 4  # a side, of one image token
-TOKEN_SCALE = 0.15
-FEWEST_STEPS = 4
+CELLS = 4  # along each side of an image token
+TOKEN_SCALE = 0.15  # root mean square of the image features after this stage; see `_quieten`
+FEWEST_STEPS = 4  # so that the learning-rate schedule works with very few images too
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pretraining:
-    """passes: over the images. batch: images a step."""
+    """Hyperparameters of this stage."""
 
     passes: float = 3.0
+    """Epochs over the images."""
     batch: int = 32
+    """Images per step."""
     lr: float = 1e-3
     weight_decay: float = 0.05
     seed: int = 0
 
 
 def pretrain_vision(reasoner: Reasoner, dataset: Dataset, recipe: Pretraining) -> list[float]:
-    """Train the vision tower in place; the loss of each step, in nats a cell."""
+    """Train the vision tower in place. Returns the loss of each step, in nats per cell."""
     categories = {name: i for i, name in enumerate(sorted({info.category for info in dataset.infos}))}
     visual = reasoner.model.model.visual.train()
     head = torch.nn.Linear(reasoner.model.config.text_config.hidden_size, len(categories) * CELLS**2)
@@ -63,10 +64,10 @@ def pretrain_vision(reasoner: Reasoner, dataset: Dataset, recipe: Pretraining) -
 
 
 def _quieten(reasoner: Reasoner, dataset: Dataset) -> None:
-    """Scale what the tower puts out to a root mean square of `TOKEN_SCALE`.
+    """Scale the tower's output to a root mean square of `TOKEN_SCALE`.
 
-    Training for the head leaves it 20 times as large as what the language model's layers add to a token; an image
-    token could then never take up where it lies, which only those layers know.
+    After training with the head it is 20 times as large as the updates that the language model's layers add to a token.
+    Image tokens could then not take up their position, which only those layers know.
     """
     image = reasoner.encode_image(dataset[0].image())
     with torch.no_grad():
@@ -101,10 +102,11 @@ def _loss(
 
 
 def covered_cells(image: EncodedImage, box: Box) -> NDArray[np.float32]:
-    """The share of each cell that a box (XYXY, original pixels) covers, [tokens, CELLS²], rows of cells within rows
-    of tokens."""
+    """The fraction of each cell that a box (XYXY, original pixels) covers, [tokens, CELLS²], with tokens and the cells
+    of each token in row-major order."""
     frames: Frames = image.frames
     left, top, right, bottom = frames.box(box, Frame.ORIGINAL, Frame.MODEL)
+    # An image token merges 2×2 patches.
     _, rows, columns = (int(n) // 2 for n in image.grid_thw[0])
     across = _overlap(left, right + 1, columns * CELLS, frames.model.width)
     down = _overlap(top, bottom + 1, rows * CELLS, frames.model.height)

@@ -1,7 +1,6 @@
-"""Train the tiny expert from nothing on phantoms: `python -m models.train_tiny_expert --minutes 20`.
+"""Train the tiny expert from scratch on phantoms: `python -m models.train_tiny_expert --minutes 20`.
 
-Each image is embedded once and decoded for one prompt of each kind in `PROMPT_KINDS`, as a group of answers
-is in training. No phantom is seen twice.
+Each image is embedded once and decoded for one prompt of each kind in `PROMPT_KINDS`. No phantom is used twice.
 """
 
 import math
@@ -22,13 +21,13 @@ from torch import Tensor, distributed
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
 
-from actors.experts.config import SamConfig, config_json
 from actors.experts.protocol import Expert
 from actors.experts.registry import TINY_FOLDER, load_expert
 from actors.experts.sam import build_sam
+from actors.experts.sam_config import SamConfig, config_json
 from actors.experts.weights import save_weights
 from phantoms import MODALITIES, Phantom, draw
-from umrg.atomic import written_aside
+from umrg.atomic import write_text
 from umrg.frames import Size, rescale
 from umrg.keypoints import reference_points, tight_box
 from umrg.metrics import mask_dice
@@ -48,11 +47,12 @@ TINY = SamConfig(
 )
 PHANTOM_SIDE = 224
 TRAINING, HELD_OUT = 0, 1
+"""Random streams, which never share a phantom."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptKind:
-    """What a prompt is made of: a box or none, and how many points."""
+    """The composition of a prompt: with or without a box, and the number of points."""
 
     name: str
     box: bool
@@ -69,20 +69,23 @@ PROMPT_KINDS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Settings of a training run. `minutes` is the whole budget: the learning rate follows the clock.
-    `batch` is of images, a process."""
+    """Hyperparameters of a training run."""
 
     minutes: float
+    """Time budget; the learning-rate schedule follows the clock."""
     seed: int = 0
     processes: int = 2
     batch: int = 4
+    """Images per step and process."""
     lr: float = 1e-3
     warmup: float = 0.03
+    """Fraction of the time budget."""
     weight_decay: float = 0.01
 
 
 def loosened(box: tuple[int, int, int, int], rng: np.random.Generator) -> NDArray[np.float64]:
-    """A box as annotators and reasoners draw it: each edge from 5 % of the side inward to 25 % outward."""
+    """An inaccurate box, like those of annotators and reasoners: each edge is moved by a random distance between 5 % of
+    the side inward and 25 % outward."""
     x1, y1, x2, y2 = box
     sides = np.array([x1 - x2, y1 - y2, x2 - x1, y2 - y1]) + np.array([-1, -1, 1, 1])
     moved = np.array(box) + sides * rng.uniform(-0.05, 0.25, size=4)
@@ -91,7 +94,7 @@ def loosened(box: tuple[int, int, int, int], rng: np.random.Generator) -> NDArra
 
 
 def two_points(mask: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.float64]:
-    """Two points in the mask, [2, 2] XY in random order: the reference ones half of the time, or any."""
+    """Two points in the mask, [2, 2] XY in random order: with probability 0.5 the reference points, else any pixels."""
     if rng.random() < 0.5:
         points = np.array(reference_points(mask))
     else:
@@ -102,10 +105,10 @@ def two_points(mask: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.
 
 
 def example(phantom: Phantom, rng: np.random.Generator) -> dict[str, Tensor]:
-    """An image with one prompt of each kind, each about one of its targets; coordinates in the expert frame.
+    """An image with one prompt of each kind, each about one of its targets; coordinates are in the expert frame.
 
-    image: uint8 [side, side, 3]. boxes: [kinds, 4]. points: [kinds, 2, 2]. masks: float [kinds, h, w] on the
-    grid of the logits, the share of each cell that the mask covers.
+    Returns `image`, uint8 [side, side, 3]; `boxes`, [kinds, 4]; `points`, [kinds, 2, 2]; and `masks`, float
+    [kinds, h, w] on the grid of the logits, the fraction of each cell that the mask covers.
     """
     order = rng.permutation(len(phantom.targets))
     masks = [phantom.targets[order[i % len(order)]].mask for i in range(len(PROMPT_KINDS))]
@@ -122,7 +125,7 @@ def example(phantom: Phantom, rng: np.random.Generator) -> dict[str, Tensor]:
 
 
 def phantoms(seed: int, stream: int, rank: int = 0) -> Iterator[tuple[Phantom, np.random.Generator]]:
-    """Phantoms without end, all modalities in turn; streams and ranks never share one."""
+    """Endless phantoms of alternating modalities; streams and ranks never share a phantom."""
     rng = np.random.default_rng([seed, stream, rank])
     while True:
         for modality in rng.permutation(MODALITIES):
@@ -130,7 +133,7 @@ def phantoms(seed: int, stream: int, rank: int = 0) -> Iterator[tuple[Phantom, n
 
 
 def batches(recipe: Recipe, rank: int) -> Iterator[dict[str, Tensor]]:
-    """Training batches without end, drawn as they are asked for; ranks never share a phantom."""
+    """Endless training batches, drawn on demand; ranks never share a phantom."""
     stream = phantoms(recipe.seed, TRAINING, rank)
     while True:
         examples = [example(*next(stream)) for _ in range(recipe.batch)]
@@ -138,10 +141,10 @@ def batches(recipe: Recipe, rank: int) -> Iterator[dict[str, Tensor]]:
 
 
 def fresh_sam(seed: int) -> Sam:
-    """A model of the tiny sizes with fresh weights, its image tokens told apart from the start.
+    """A model of the tiny sizes with random weights, except for its positional embedding.
 
-    segment-anything starts the encoder's positions at zero. Starting them as the prompts' own encoding of
-    position lets the decoder relate prompts to places much sooner.
+    segment-anything initialises the encoder's positional embedding with zeros. Initialised with the positional encoding
+    of prompts, the decoder learns to relate prompts to image positions much sooner.
     """
     torch.manual_seed(seed)
     sam = build_sam(TINY)
@@ -151,10 +154,11 @@ def fresh_sam(seed: int) -> Sam:
 
 
 def decode_kind(sam: Sam, features: Tensor, kind: PromptKind, boxes: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [B, h, w] and predicted IoU [B] of one prompt an image."""
+    """Logits [B, h, w] and predicted IoU [B] for one prompt per image."""
     given = (points[:, : kind.points], torch.ones(len(points), kind.points)) if kind.points else None
     sparse, dense = sam.prompt_encoder(points=given, boxes=boxes if kind.box else None, masks=None)
-    # the decoder repeats one image for all prompts; images that differ enter through the dense prompt it adds
+    # The decoder repeats a single image for all prompts. As it adds the dense prompts to the image, a batch of
+    # different images can be passed through them.
     logits, scores = sam.mask_decoder(
         image_embeddings=torch.zeros_like(features[:1]),
         image_pe=sam.prompt_encoder.get_dense_pe(),
@@ -166,18 +170,18 @@ def decode_kind(sam: Sam, features: Tensor, kind: PromptKind, boxes: Tensor, poi
 
 
 def soft_overlap(probability: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Dice and IoU, [n] each, of masks in [0, 1], [n, h, w]."""
+    """Soft Dice [n] and IoU [n] of masks [n, h, w] with values in [0, 1]."""
     intersection = (probability * masks).sum((1, 2))
     total = probability.sum((1, 2)) + masks.sum((1, 2))
     return 2 * intersection / total.clamp(min=1e-6), intersection / (total - intersection).clamp(min=1e-6)
 
 
 def mask_loss(logits: Tensor, scores: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross entropy + Dice loss + squared error of the predicted IoU, as a mean over prompts; and the Dice [n]
-    of the thresholded masks. Masks may cover a cell partly.
+    """The loss, a mean over prompts of cross entropy + Dice loss + squared error of the predicted IoU; and the Dice [n]
+    of the thresholded masks. Masks are the covered fractions of cells.
 
-    SAM itself weighs a focal loss by 20 in place of the cross entropy (Kirillov et al., 2023, appendix A); from
-    fresh weights that ends in empty masks, and stays there for thousands of images.
+    SAM itself uses a focal loss of weight 20 in place of the cross entropy (Kirillov et al., 2023, appendix A). From
+    random weights, that leads to empty masks for thousands of images.
     """
     entropy = functional.binary_cross_entropy_with_logits(logits, masks, reduction="none").mean((1, 2))
     soft_dice, _ = soft_overlap(logits.sigmoid(), masks)
@@ -187,7 +191,7 @@ def mask_loss(logits: Tensor, scores: Tensor, masks: Tensor) -> tuple[Tensor, Te
 
 
 def step_loss(sam: Sam, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Loss of a batch over all prompt kinds, and Dice [kinds] of each."""
+    """The loss of a batch, a mean over all kinds of prompts, and the Dice [kinds] of each."""
     images = sam.preprocess(batch["image"].permute(0, 3, 1, 2))
     features = sam.image_encoder(images)
     losses, dices = [], []
@@ -200,7 +204,7 @@ def step_loss(sam: Sam, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def learning_rate(recipe: Recipe, progress: float) -> float:
-    """Linear warm-up, then a cosine to zero; `progress` is the share of the time budget that is spent."""
+    """Linear warm-up and cosine decay to zero. progress: the fraction of the time budget that is spent."""
     warmed = min(1.0, progress / recipe.warmup)
     return recipe.lr * warmed * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
@@ -215,7 +219,7 @@ def average_over_ranks(tensors: list[Tensor]) -> None:
 
 
 def train(sam: Sam, recipe: Recipe, rank: int) -> None:
-    """Train for the recipe's minutes, one of several equal processes; a line of progress every ten seconds."""
+    """Train for the recipe's minutes as one of several processes. The first prints its progress every ten seconds."""
     parameters = [parameter for parameter in sam.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=recipe.weight_decay, betas=(0.9, 0.98))
     start, reported, running, spent = time.monotonic(), 0.0, torch.zeros(len(PROMPT_KINDS)), torch.zeros(())
@@ -224,7 +228,7 @@ def train(sam: Sam, recipe: Recipe, rank: int) -> None:
         optimizer.zero_grad()
         loss.backward()
         spent.fill_(time.monotonic() - start)
-        # the clock is averaged with the gradients, so that all processes take the same steps and stop together
+        # The elapsed time is averaged together with the gradients, so that all processes stop at the same step.
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         average_over_ranks([*gradients, dices, spent])
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -247,8 +251,8 @@ def report_progress(recipe: Recipe, step: int, seconds: float, loss: float, dice
 
 
 def train_process(rank: int, recipe: Recipe, meeting: str, out: Path) -> None:
-    """One training process, with one thread: on few cores, several of these outrun one of several threads, and
-    other load does not stall them. The first writes the expert into `out`."""
+    """Run one training process, of which the first writes the expert into `out`. Each uses a single thread: on few
+    cores, several such processes are faster than one with several threads, and other load does not stall them."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=recipe.processes)
     sam = fresh_sam(recipe.seed)
@@ -256,18 +260,17 @@ def train_process(rank: int, recipe: Recipe, meeting: str, out: Path) -> None:
     distributed.destroy_process_group()
     if rank == 0:
         save_weights(sam.state_dict(), out / "model.safetensors", metadata={"name": "tiny"})
-        with written_aside(out / "config.json") as aside:
-            aside.write_text(config_json(TINY))
+        write_text(out / "config.json", config_json(TINY))
 
 
 def held_out(count: int, seed: int = 0) -> list[Phantom]:
-    """Phantoms that no training draws."""
+    """Phantoms that are never drawn in training."""
     stream = phantoms(seed, HELD_OUT)
     return [next(stream)[0] for _ in range(count)]
 
 
 def dice_by_prompt(expert: Expert, images: list[Phantom]) -> dict[str, float]:
-    """Mean Dice over all targets of the images, by prompt: reference box and points, fewer, and looser."""
+    """Mean Dice over all targets of the images, by kind of prompt: parts of the reference, and looser boxes."""
     dices: dict[str, list[float]] = {}
     for phantom in images:
         embedding = expert.embed(phantom.image)

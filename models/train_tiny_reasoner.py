@@ -1,12 +1,12 @@
-"""Train the tiny reasoner from nothing.
+"""Train the tiny reasoner from scratch.
 
     python -m models.train_tiny_reasoner [--out models/tiny-reasoner] [--rows 24000] [--passes 2] [key=value …]
 
-Builds the untrained folder, draws phantoms with coarse annotations (loose boxes, jittered points; seen phrasings),
-lets the vision tower learn where structures lie (`models.tiny_vision`, `--passes` over the images), the first layers
-where image tokens are (`models.tiny_position`) and all of them to point (`models.tiny_pointing`), and runs
-`medreasoner sft configs/tiny_reasoner_sft.yaml`; `key=value` goes to that config. By estimate 40 minutes on two cores.
-`python -m models.measure` prints what the model can do. A short trial that only shows that it works:
+Builds the untrained model and draws phantoms with coarse annotations (loose boxes, jittered points) and the seen
+phrasings. Then the vision tower learns to locate structures (`models.tiny_vision`, for `--passes` epochs), the first
+layers learn the positions of image tokens (`models.tiny_position`), and all layers learn to locate what a query asks
+for (`models.tiny_pointing`). Finally it runs `medreasoner sft configs/tiny_reasoner_sft.yaml`, to which `key=value` is
+passed. This takes an estimated 40 minutes on two cores. `python -m models.measure` evaluates the model. A short trial:
 
     python -m models.train_tiny_reasoner --out /tmp/trial --rows 64 --short steps=2
 """
@@ -30,7 +30,7 @@ from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
 
 CONFIG = Path(__file__).parents[1] / "configs" / "tiny_reasoner_sft.yaml"
-PARTS = 2
+PARTS = 2  # processes that draw phantoms, each into its own file; the drawn rows depend on it
 
 
 def main() -> None:
@@ -69,13 +69,14 @@ def main() -> None:
         trained = sft(config).model
         with written_aside(args.out) as aside:
             shutil.copytree(trained, aside)
+            # The new folder replaces the old one, so its model card has to be kept.
             if (card := args.out / "README.md").exists():
                 shutil.copy(card, aside)
     print(f"the model lies in {args.out}")
 
 
 def draw(folder: Path, count: int, seed: int) -> list[str]:
-    """Write the training rows in parts, one process each; paths of the files."""
+    """Write the training rows in parts, one process per part. Returns the paths of the files."""
     paths = [folder / f"part-{part}.parquet" for part in range(PARTS)]
     with ProcessPoolExecutor(PARTS) as pool:
         list(pool.map(_draw_part, paths, [count // PARTS] * PARTS, range(PARTS * seed + 1, PARTS * (seed + 1) + 1)))

@@ -1,4 +1,4 @@
-"""A picture under construction: paints outlines into an image and keeps the exact mask of every named one."""
+"""The canvas on which a phantom is painted; it keeps the exact mask of every structure that is given a name."""
 
 from collections.abc import Sequence
 
@@ -12,15 +12,15 @@ from phantoms.shapes import Outline, Pose, ribbon
 Mask = NDArray[np.bool_]
 Tone = float | tuple[float, float, float] | NDArray[np.float32]
 
-_SUPERSAMPLING = 2
+_SUPERSAMPLING = 2  # subpixels along each side of a pixel, for anti-aliasing
 Window = tuple[slice, slice]
 
 
 class Canvas:
-    """An image float32 [S, S] or [S, S, 3] and the masks bool [S, S] of what has been drawn by name.
+    """An image, float32 [S, S] or [S, S, 3], and the masks, bool [S, S], of the named structures in it.
 
-    Later paint hides earlier paint, in the image and in the masks, unless it is translucent (`hides=False`):
-    a lesion stays part of its organ, and a rib does not cut the lung behind it.
+    Later paint occludes earlier paint, in the image and in the masks. With `hides=False` the masks of what lies beneath
+    keep their pixels: a lesion remains part of its organ, and a rib does not cut the lung behind it.
     """
 
     def __init__(self, size: int, pose: Pose, base: Tone) -> None:
@@ -45,11 +45,13 @@ class Canvas:
     ) -> Mask:
         """Fill an outline given in anatomy units and return its pixels, bool [S, S].
 
-        `soft` blurs the drawn edge by so many anatomy units (the mask's edge stays at the outline), `texture`
-        is a field added to the tone, `within` clips, `name` makes the pixels a target's mask.
+        soft: standard deviation of the blur of the painted edge, in anatomy units; the mask keeps its sharp edge.
+        texture: a field that is added to the tone. within: a mask that clips the paint. name: makes the pixels the
+        mask of that structure. hides: whether they are removed from the masks of other structures.
         """
         mask = np.zeros((self.size, self.size), dtype=np.bool_)
         softness = soft * self.pose.unit
+        # The margin makes room for the blur, which `soften` truncates at 2.5 standard deviations.
         found = rasterise(self.pose.to_pixels(outline), self.size, margin=int(np.ceil(2.5 * softness)))
         if found is not None:
             window, coverage = found
@@ -69,7 +71,8 @@ class Canvas:
         self.mark(mask, name=name, hides=hides)
 
     def mark(self, mask: Mask, *, name: str | None = None, hides: bool = True) -> None:
-        """Record a mask: joined to what bears its name already, and as hiding what has other names."""
+        """Record a mask: join it with an earlier one of the same name and, with `hides`, remove its pixels from the
+        masks of other names."""
         if hides:
             for other, earlier in self.masks.items():
                 if other != name:
@@ -78,7 +81,7 @@ class Canvas:
             self.masks[name] = self.masks[name] | mask if name in self.masks else mask.copy()
 
     def line(self, knots: Outline, tone: Tone, *, width: float, opacity: float = 1.0) -> None:
-        """Stroke a thin open line of `width` anatomy units; it is translucent to masks."""
+        """Draw a thin open line of `width` anatomy units; masks are not affected."""
         thickness = max(width * self.pose.unit, 1.0)
         found = rasterise(ribbon(self.pose.to_pixels(knots), thickness), self.size)
         if found is not None:
@@ -94,7 +97,7 @@ class Canvas:
         opacity: float = 1.0,
         within: Mask | None = None,
     ) -> None:
-        """Fill small discs (centres [N, 2] and radii in anatomy units); they are translucent to masks."""
+        """Fill small discs (centres [N, 2] and radii in anatomy units); masks are not affected."""
         pixels, spans = self.pose.to_pixels(centres), np.asarray(radii) * self.pose.unit
         window = _window(pixels, self.size, margin=int(np.ceil(spans.max())))
         if window is None:
@@ -107,7 +110,7 @@ class Canvas:
         self._blend(window, coverage if within is None else coverage * within[window], tone, None)
 
     def crop(self, view: Mask, outside: Tone = 0.0) -> None:
-        """Keep what lies in the field of view, in the image and in every mask."""
+        """Remove what lies outside the field of view from the image and from every mask."""
         self.image[~view] = outside
         for mask in self.masks.values():
             mask &= view
@@ -132,9 +135,10 @@ def _like(image: Field, field: Field) -> Field:
 
 
 def rasterise(outline: Outline, size: int, margin: int = 0) -> tuple[Window, Field] | None:
-    """A closed outline's window in the image and its anti-aliased coverage in [0, 1] there; None if outside.
+    """The image window that holds a closed outline, and the outline's anti-aliased coverage in [0, 1] within that
+    window; None if it lies outside the image.
 
-    The outline is in pixel XY, [N, 2]; `margin` widens the window by so many pixels.
+    outline: [N, 2], in pixel XY. margin: pixels by which the window is widened on each side.
     """
     window = _window(outline, size, margin)
     if window is None:
@@ -156,7 +160,7 @@ def _layer(window: Window) -> Image.Image:
 
 
 def _in_layer(points: Outline, window: Window) -> list[tuple[float, float]]:
-    # Pixel centres are whole numbers, in the image and in the finer layer alike.
+    # Pixel centres have integer coordinates, both in the image and in the supersampled layer.
     x, y = ((points - (window[1].start, window[0].start) + 0.5) * _SUPERSAMPLING - 0.5).T
     return list(zip(x.tolist(), y.tolist(), strict=True))
 

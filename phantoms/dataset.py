@@ -1,4 +1,4 @@
-"""Phantoms as dataset rows in the released schema."""
+"""Phantoms as dataset rows in the schema of the published dataset."""
 
 import io
 import json
@@ -30,12 +30,12 @@ def rows(
     annotation: Annotation = "exact",
     queries_per_image: int = 4,
 ) -> Iterator[dict[str, object]]:
-    """`count` rows, up to `queries_per_image` for one image, each about another target of it.
+    """Yield `count` rows; each image has up to `queries_per_image` rows, each about a different target.
 
-    Image k is drawn from (seed, k) and is of the modalities in turn, so a longer data set begins with the
-    shorter one. Phrasing and annotation change neither the images nor the masks. Boxes and points are in
-    original pixels; masks are exact whatever the annotation.
-    Raises ValueError for an unknown modality or none at all, and for fewer than one query an image.
+    Image k is drawn from (seed, k), and modalities alternate, so a longer dataset begins with the rows of a shorter
+    one. Phrasing and annotation change neither the images nor the masks. Boxes and points are in original pixels;
+    masks are always exact.
+    Raises ValueError for an unknown modality or none at all, and for fewer than one query per image.
     """
     if not modalities or (unknown := [name for name in modalities if name not in MODALITIES]):
         given = ", ".join(unknown) if modalities else "none"
@@ -54,7 +54,7 @@ def _all_rows(
         image_id = f"phantom-{seed}-{index:06d}-{phantom.modality.lower()}"
         image: dict[str, object] = {"bytes": _png(phantom.image), "path": f"{image_id}.png"}
         for k in rng.permutation(len(phantom.targets))[:queries].tolist():
-            # One stream a row, so that the phrasing and the annotation of one row do not move the next.
+            # Each row has its own random stream, so that its phrasing and annotation do not affect the next row.
             row_rng = np.random.default_rng([seed, index, 1 + k])
             yield _row(phantom, k, image_id, image, phrasings, annotation, row_rng)
 

@@ -1,4 +1,4 @@
-"""Phantoms: a synthetic image of one modality and the exact masks of the structures seen in it."""
+"""Phantoms: synthetic images with the exact masks of the structures that they show."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,9 +23,10 @@ from phantoms.canvas import Canvas, Mask
 from phantoms.optical import OPTICAL
 from phantoms.radiology import RADIOLOGY
 from phantoms.structure import Structure
+from phantoms.tomography import TOMOGRAPHY
 from umrg.keypoints import tight_box
 
-STRUCTURES: tuple[Structure, ...] = RADIOLOGY + OPTICAL
+STRUCTURES: tuple[Structure, ...] = TOMOGRAPHY + RADIOLOGY + OPTICAL
 
 _PAINTERS: dict[str, Callable[[np.random.Generator, int], Canvas]] = {
     "CT": ct.draw,
@@ -42,7 +43,7 @@ _PAINTERS: dict[str, Callable[[np.random.Generator, int], Canvas]] = {
 MODALITIES: tuple[str, ...] = tuple(_PAINTERS)
 
 SMALLEST_IMAGE = 112
-# A target smaller than this, in an image of 224 pixels, is not asked for.
+# Structures smaller than this are no targets; in pixels of an image of side 224.
 SMALLEST_AREA = 250
 SMALLEST_SIDE = 16
 FEWEST_TARGETS, MOST_TARGETS = 2, 6
@@ -52,23 +53,26 @@ _BY_NAME = {structure.name: structure for structure in STRUCTURES}
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A structure in an image and its visible pixels, bool [H, W]."""
+    """A structure that is visible in an image."""
 
     structure: Structure
     mask: NDArray[np.bool_]
+    """Its visible pixels, bool [H, W]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phantom:
-    """One synthetic image, uint8 [H, W, 3] RGB, with two to six targets."""
+    """A synthetic image with its targets."""
 
     modality: str
     image: NDArray[np.uint8]
+    """uint8 [H, W, 3] RGB."""
     targets: tuple[Target, ...]
+    """Two to six structures."""
 
 
 def draw(modality: str, rng: np.random.Generator, *, size: int = 224) -> Phantom:
-    """Draw one phantom of `size` by `size` pixels, again until at least two targets are large enough.
+    """Draw a phantom of `size` by `size` pixels, repeatedly until at least two structures are large enough.
 
     Raises ValueError for an unknown modality or a size below 112.
     """
@@ -87,7 +91,7 @@ def draw(modality: str, rng: np.random.Generator, *, size: int = 224) -> Phantom
 
 
 def large_enough(mask: Mask) -> bool:
-    """Whether a mask has the area and its box the sides that a target needs at the image's size."""
+    """Whether a mask's area and its box's sides are large enough for a target in an image of its size."""
     scale = mask.shape[0] / 224
     if np.count_nonzero(mask) < SMALLEST_AREA * scale**2:
         return False

@@ -1,8 +1,7 @@
-"""Outlines of anatomy in a normalised frame, and the pose that carries them into an image.
+"""Outlines of anatomy in a normalised frame, and the pose that maps them into an image.
 
-An outline is a closed curve, float64 [N, 2], XY in anatomy units: x to the right, y downwards, the scene's
-middle at (0, 0), and one unit half the image's side when the pose's zoom is 1. Angles are degrees, clockwise
-on screen.
+An outline is a closed curve, float64 [N, 2], XY in anatomy units: x to the right and y downwards from the scene's
+centre (0, 0). With a zoom of 1, one unit is half of the image's side. Angles are in degrees, clockwise on screen.
 """
 
 from collections.abc import Sequence
@@ -18,15 +17,16 @@ XY = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Pose:
-    """Where the anatomy frame lies in the image.
-
-    `centre` is the pixel XY of the frame's origin, `unit` the pixels per anatomy unit, `turn` degrees.
-    """
+    """The position of the anatomy frame in the image."""
 
     centre: XY
+    """Pixel XY of the frame's origin."""
     unit: float
+    """Pixels per anatomy unit."""
     turn: float
+    """Rotation in degrees."""
     mirrored: bool
+    """Whether left and right are exchanged."""
 
     @classmethod
     def sample(
@@ -39,10 +39,10 @@ class Pose:
         turn: float,
         mirror: float = 0.5,
     ) -> Self:
-        """Draw a pose, each part uniformly.
+        """Sample a pose uniformly.
 
-        `zoom` is a range, `shift` the most (x, y) either way in half image sides, `turn` the most degrees
-        either way, `mirror` the probability of a left-right mirror.
+        zoom: range of the zoom. shift: largest displacement along x and y, in half image sides. turn: largest rotation
+        in degrees. mirror: probability of mirroring.
         """
         half = size / 2
         dx, dy = rng.uniform(-1, 1, 2)
@@ -54,18 +54,18 @@ class Pose:
         )
 
     def to_pixels(self, points: ArrayLike) -> Outline:
-        """Anatomy XY [N, 2] to pixel XY [N, 2]."""
+        """Convert anatomy XY [N, 2] to pixel XY [N, 2]."""
         flipped = np.asarray(points, dtype=np.float64) * ((-1.0 if self.mirrored else 1.0), 1.0)
         return rotate(flipped, self.turn) * self.unit + self.centre
 
     def to_anatomy(self, points: ArrayLike) -> Outline:
-        """Pixel XY [N, 2] to anatomy XY [N, 2]."""
+        """Convert pixel XY [N, 2] to anatomy XY [N, 2]."""
         upright = rotate((np.asarray(points, dtype=np.float64) - self.centre) / self.unit, -self.turn)
         return upright * ((-1.0 if self.mirrored else 1.0), 1.0)
 
 
 def rotate(points: ArrayLike, angle: float) -> Outline:
-    """Turn points [N, 2] about the origin."""
+    """Rotate points [N, 2] about the origin."""
     cosine, sine = np.cos(np.radians(angle)), np.sin(np.radians(angle))
     turned: Outline = np.asarray(points, dtype=np.float64) @ np.array([[cosine, sine], [-sine, cosine]])
     return turned
@@ -86,7 +86,8 @@ def blob(
     lobes: int = 5,
     angle: float = 0.0,
 ) -> Outline:
-    """An ellipse whose radius wavers by about `roughness` in harmonics 2 to `lobes`."""
+    """An irregular ellipse, whose radius varies by a fraction of about `roughness` in harmonics 2 to `lobes`."""
+    # Harmonic 1 is left out, because it would mostly displace the shape.
     theta = np.linspace(0, 2 * np.pi, 64, endpoint=False)
     orders = np.arange(2, lobes + 1)[:, None]
     weights = rng.normal(0, roughness, (len(orders), 1)) / np.sqrt(orders)
@@ -119,14 +120,14 @@ def _catmull_rom(before: Outline, start: Outline, end: Outline, after: Outline, 
 
 
 def tube(knots: ArrayLike, widths: float | Sequence[float]) -> Outline:
-    """A band along an open curve; `widths` is its full width, or widths spread evenly from start to end."""
+    """A band along an open curve. widths: its full width, or several widths at equal steps from start to end."""
     line = curve(knots)
     given = np.atleast_1d(np.asarray(widths, dtype=np.float64))
     return ribbon(line, np.interp(np.linspace(0, 1, len(line)), np.linspace(0, 1, len(given)), given))
 
 
 def ribbon(line: Outline, widths: float | NDArray[np.float64]) -> Outline:
-    """A band along a polyline [N, 2], of one full width or of one width a vertex."""
+    """A band along a polyline [N, 2]. widths: its full width, or one width per vertex."""
     half = np.broadcast_to(np.asarray(widths, dtype=np.float64), len(line))[:, None] / 2
     along = np.gradient(line, axis=0)
     normal = np.stack([-along[:, 1], along[:, 0]], axis=1) / (np.linalg.norm(along, axis=1, keepdims=True) + 1e-9)
@@ -142,7 +143,7 @@ def vary(
     turn: float = 10.0,
     jitter: float = 0.012,
 ) -> Outline:
-    """Move, stretch, turn and jitter points about their own middle, so that no two organs are alike."""
+    """Randomly move, scale, rotate and jitter points about their centre, so that no two organs are alike."""
     knot = np.asarray(points, dtype=np.float64)
     middle = knot.mean(axis=0)
     factors = rng.uniform(1 - stretch, 1 + stretch) * rng.uniform(1 - stretch / 3, 1 + stretch / 3, 2)
@@ -154,7 +155,7 @@ def vary(
 def scatter(
     rng: np.random.Generator, radii: Sequence[float], *, reach: XY, gap: float = 0.03, tries: int = 60
 ) -> list[XY | None]:
-    """Centres within +-reach for discs of the given radii, none overlapping; None where no room is."""
+    """Centres within ±reach for discs of the given radii that do not overlap; None for a disc without room."""
     centres: list[XY | None] = []
     placed: list[tuple[float, float, float]] = []
     for radius in radii:

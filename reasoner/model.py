@@ -1,4 +1,4 @@
-"""The reasoner: a Qwen-VL folder's model together with its prompter."""
+"""The reasoner: the model of a Qwen-VL folder together with its prompter."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,12 +20,14 @@ class Reasoner(Prompter):
     """A prompter and its model."""
 
     model: Any
+    """A transformers model of one of the supported Qwen-VL architectures."""
 
     @torch.inference_mode()
     def generate(self, prompts: list[EncodedPrompt], *, max_tokens: int = 512) -> list[str]:
-        """Greedy completions, one a prompt, as `completion_text` gives them."""
+        """Greedy completions, one per prompt, as text by `completion_text`."""
         width = max(len(prompt.token_ids) for prompt in prompts)
         ids = torch.full((len(prompts), width), self.processor.tokenizer.pad_token_id)
+        # Padded on the left, because generation continues at the right end of each sequence.
         for row, prompt in zip(ids, prompts, strict=True):
             row[width - len(prompt.token_ids) :] = prompt.token_ids
         attention = torch.stack([torch.arange(width) >= width - len(prompt.token_ids) for prompt in prompts]).long()
@@ -37,8 +39,8 @@ class Reasoner(Prompter):
             image_grid_thw=torch.cat([p.image.grid_thw for p in prompts]).to(self.model.device),
             max_new_tokens=max_tokens,
             do_sample=False,
-            suppress_tokens=list(self.vision_tokens),  # as the engine's logit bias does
-            repetition_penalty=1.0,  # folders of Qwen's bring another, which neither rollout nor service knows
+            suppress_tokens=list(self.vision_tokens),  # the engine excludes them by a logit bias
+            repetition_penalty=1.0,  # overrides that of Qwen's folders, which neither rollout nor service applies
         )
         return [self.completion_text(ids) for ids in output[:, width:].tolist()]
 
@@ -49,7 +51,7 @@ class Reasoner(Prompter):
         self.prompt.save(folder)
 
     def other_files(self) -> dict[str, bytes]:
-        """All that `save` writes but the weights: bytes by name of file."""
+        """All files that `save` writes except the weights, as bytes by file name."""
         with TemporaryDirectory() as name:
             folder = Path(name)
             self.model.config.save_pretrained(folder)
@@ -60,12 +62,12 @@ class Reasoner(Prompter):
             return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
     def as_saved(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Weights under the names that they have in a folder, from the names of the model's own parameters."""
+        """Weights renamed from the model's parameter names to those in a saved folder."""
         return dict(revert_weight_conversion(self.model, dict(weights)))
 
     def shard_index(self, shards: Mapping[str, Sequence[str]], size: int) -> bytes:
-        """`model.safetensors.index.json` of files whose weights are given by the names of the model's parameters. size:
-        of all weights, in bytes."""
+        """The content of `model.safetensors.index.json`. shards: the model's parameter names by the file that holds
+        them. size: the size of all weights in bytes."""
         places = {
             name: file
             for file, names in shards.items()
@@ -77,7 +79,7 @@ class Reasoner(Prompter):
 def load_reasoner(
     folder: Path, spec: PromptSpec | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Reasoner:
-    """Load a Qwen-VL folder. Raises ValueError as `load_prompter` does, and where weights are missing."""
+    """Load a Qwen-VL folder. Raises ValueError as `load_prompter` does, and if weights are missing."""
     with loading(folder):
         prompter = prompter_of_folder(folder, spec)
         model, found = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
@@ -87,5 +89,5 @@ def load_reasoner(
 
 
 def with_model(prompter: Prompter, model: Any) -> Reasoner:
-    """The prompter with its model."""
+    """A prompter combined with its model."""
     return Reasoner(model=model, **{field.name: getattr(prompter, field.name) for field in fields(prompter)})

@@ -1,5 +1,5 @@
-"""How a reasoner is asked: a Qwen-VL folder's processor and prompt spec, which make the same prompt for rollout,
-learner, evaluation and serving. Imports no model code."""
+"""The prompter: a Qwen-VL folder's processor and prompt spec, which make the same prompt for rollout, learner,
+evaluation and serving. Imports no model code."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -31,45 +31,46 @@ from umrg.prompts import PromptSpec, prompt_messages
 from umrg.reasoner_folder import check_reasoner_folder
 
 _PROCESSORS = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}
-"""By architecture, as vLLM loads them: whatever class a folder's files name."""
+"""Processor classes by architecture. As in vLLM, the class that a folder's files name is ignored."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedImage:
-    """One image as the model sees it.
-
-    pixel_values: [patches, features] float32. grid_thw: [1, 3] int64, patches along time, height and width.
-    tokens: placeholders that it takes up in a prompt. frames: its coordinate frames.
-    """
+    """An image as input of the model."""
 
     pixel_values: torch.Tensor
+    """Patches, float32 [patches, features]."""
     grid_thw: torch.Tensor
+    """Number of patches along time, height and width, int64 [1, 3]."""
     tokens: int
+    """Number of placeholder tokens that the image occupies in a prompt."""
     frames: Frames
+    """The image's coordinate frames."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedPrompt:
-    """One prompt as the model sees it. token_ids: [P] int64, image placeholders expanded."""
+    """A prompt as input of the model."""
 
     token_ids: torch.Tensor
+    """int64 [P], with one image placeholder for each token of the image."""
     image: EncodedImage
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompter:
-    """A folder's processor and prompt spec: what turns a query about an image into the model's prompt.
-
-    image_token_id, vision_tokens: the image's placeholder, and the ids of all such placeholders and marks.
-    positions: tokens that the model has positions for, prompt and answer together.
-    resize: how the processor chooses the model frame.
-    """
+    """A folder's processor and prompt spec, which turn a query about an image into the model's prompt."""
 
     processor: Any
+    """The folder's transformers processor."""
     prompt: PromptSpec
+    """The prompt and the coordinate frame of the answers."""
     image_token_id: int
+    """Id of the image placeholder token."""
     vision_tokens: tuple[int, ...]
+    """Ids of all image and video tokens (placeholders, start and end marks), which are never sampled."""
     positions: int
+    """The model's maximum sequence length, prompt and completion together."""
 
     @property
     def end_token_id(self) -> int:
@@ -78,6 +79,7 @@ class Prompter:
 
     @property
     def resize(self) -> ResizeRule:
+        """How the processor resizes images, which determines the model frame."""
         size, processor = self.processor.image_processor.size, self.processor.image_processor
         return ResizeRule(
             factor=processor.patch_size * processor.merge_size,
@@ -86,18 +88,18 @@ class Prompter:
         )
 
     def chat_text(self, query: str) -> str:
-        """The prompt as text, with one image placeholder: what a rollout engine is given."""
+        """The prompt as text with a single image placeholder, which is the input of vLLM."""
         messages = prompt_messages(query, self.prompt)
         return str(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
     @cached_property
     def opening(self) -> str:
-        """What the chat template itself writes of every answer: `<think>`, perhaps with its closing tag, and the white
-        space after it; "" where it leaves that to the model."""
+        """The part of every completion that the chat template writes itself: `<think>`, in some templates with its
+        closing tag, and the white space after it; empty if the model writes the whole completion."""
         question = "What?"
         messages = [{"role": "user", "content": [{"type": "text", "text": question}]}]
         text = str(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        # Only behind the question: the instructions, and a system's prompt, may speak of the tags.
+        # Only the text after the question counts, because a system prompt may mention the tags.
         _, opening, rest = text.rpartition(question)[2].partition("<think>")
         return opening + rest
 
@@ -121,34 +123,33 @@ class Prompter:
         )
 
     def encode(self, query: str, image: EncodedImage) -> EncodedPrompt:
-        """Encode a query about an image; the same ids as the whole processor gives."""
+        """Encode a query about an image. The ids equal those of the complete processor."""
         placeholder = self.processor.image_token
         text = self.chat_text(query).replace(placeholder, placeholder * image.tokens)
         ids = self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
         return EncodedPrompt(token_ids=ids, image=image)
 
     def image_tokens(self, original: Size) -> int:
-        """How many placeholders an image of this size takes up. Raises ValueError for an aspect ratio that the
+        """Number of placeholder tokens for an image of this size. Raises ValueError for an aspect ratio that the
         processor refuses."""
         model = self.frames(original).model
         return model.width * model.height // self.resize.factor**2
 
     def prompt_tokens(self, query: str, original: Size) -> int:
-        """How many tokens `encode` makes of a query about an image of this size. Raises ValueError as `image_tokens`
-        does."""
+        """Number of prompt tokens of a query about an image of this size. Raises ValueError as `image_tokens` does."""
         ids = self.processor.tokenizer(self.chat_text(query), add_special_tokens=False)["input_ids"]
-        # The text holds one of the placeholders.
+        # The text contains one of the placeholders already.
         return len(ids) - 1 + self.image_tokens(original)
 
     def completion_ids(self, text: str) -> torch.Tensor:
-        """Token ids [L] of what a model has to write of a completion, `opening` left out and its end token included.
-        Raises ValueError where the completion cannot begin as the chat template does."""
+        """Token ids [L] that a model has to generate for a completion: without `opening`, and with the end token.
+        Raises ValueError if the completion does not begin with what the chat template writes."""
         ids = self.processor.tokenizer(self._continuation(text), add_special_tokens=False)["input_ids"]
         return torch.tensor([*ids, self.end_token_id])
 
     def completion_text(self, token_ids: Sequence[int]) -> str:
-        """The completion that a model wrote, from its token ids: `opening` before it, special tokens left out. The tags
-        of thoughts and answer stay, though some tokenizers call them special."""
+        """The completion for the token ids that a model generated: it begins with `opening` and has no special tokens.
+        The think and answer tags are kept, although some tokenizers declare them as special."""
         kept = [token for token in token_ids if token not in self._left_out]
         return self.opening + str(self.processor.tokenizer.decode(kept))
 
@@ -168,10 +169,10 @@ class Prompter:
 
 
 def load_prompter(folder: Path, spec: PromptSpec | None = None) -> Prompter:
-    """Load the processor of a Qwen-VL folder. spec: how it is asked; None as the folder says.
+    """Load the processor of a Qwen-VL folder. spec: the prompt; None for that of the folder.
 
-    Raises ValueError where the folder is none, where files that its model needs are not there or not whole, and where
-    its processor does not fit its model.
+    Raises ValueError if it is not such a folder, if files that its model needs are missing or damaged, or if its
+    processor does not match its model.
     """
     with loading(folder):
         return prompter_of_folder(folder, spec)
@@ -193,7 +194,7 @@ def prompter_of(config: Any, processor: Any, prompt: PromptSpec) -> Prompter:
 
 @contextmanager
 def loading(folder: Path) -> Iterator[None]:
-    """Whatever a folder that is no reasoner makes transformers say becomes one ValueError."""
+    """Check a folder, and turn the exceptions that transformers raises while loading it into ValueError."""
     check_reasoner_folder(folder)
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -204,24 +205,25 @@ def loading(folder: Path) -> Iterator[None]:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ValueError(f"{folder} cannot be loaded as a reasoner: {reason}") from error
     except (LookupError, TypeError, AttributeError) as error:
-        # Of JSON that is sound and says other things than the library expects.
+        # Raised for valid JSON with content that the library does not expect.
         reason = f"transformers cannot read its files ({type(error).__name__}: {error})"
         raise ValueError(f"{folder} cannot be loaded as a reasoner: {' '.join(reason.split())}") from error
 
 
 def _check_tokenizer(file: Path) -> None:
-    """Raise ValueError where a file of sound JSON is no tokenizer."""
+    """Raise ValueError if a valid JSON file does not describe a tokenizer."""
     try:
         if file.exists():
             Tokenizer.from_file(str(file))
     except Exception as error:
-        # The library has no class of its own for it.
+        # The library raises plain Exception, so its subclasses are other errors.
         if type(error) is not Exception:
             raise
         raise ValueError(f"tokenizer.json is not a tokenizer's ({error}); copy that of its base model") from error
 
 
 def prompter_of_folder(folder: Path, spec: PromptSpec | None) -> Prompter:
+    """The prompter of a folder, to be called within `loading`, which turns errors into ValueError."""
     config = AutoConfig.from_pretrained(folder)
     _check_tokenizer(folder / "tokenizer.json")
     processor = _PROCESSORS[config.model_type].from_pretrained(folder)
@@ -248,7 +250,7 @@ def _check_processor(config: Any, processor: Any) -> None:
 
 
 def _check_resize(vision: Any, images: Any) -> None:
-    """Raise ValueError where an image processor does not resize by `ResizeRule`, in transformers and in vLLM alike."""
+    """Raise ValueError unless the image processor resizes as `ResizeRule` does, both in transformers and in vLLM."""
     expected = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
     found = (images.patch_size, images.merge_size, images.temporal_patch_size)
     if found != expected:

@@ -1,1 +1,1 @@
-"""Answers and masks to named rewards. Pure numpy: no torch, no Ray."""
+"""Rewards: answers and masks are turned into named reward terms and their weighted sum. numpy only, no torch."""

@@ -1,8 +1,8 @@
-"""The box against the reference box.
+"""Terms that compare the predicted box with the reference box.
 
-The published terms (DESIGN section 4) are smoothed and damped; `smooth` and `damped` say how strongly, from 0, the raw
-value, to 1, as published. A malformed box gives 0. The box counts by itself: malformed points or missing keys take
-nothing from it.
+The published terms (Yan et al., 2025, arXiv:2508.08177; docs/rewards.md, "Terms") are smoothed and damped; the options
+`smooth` and `damped` set the strength of each, from 0 (the raw value) to 1 (as published). A malformed box gives 0. The
+box is scored on its own: malformed points or missing keys do not lower its reward.
 """
 
 import math
@@ -18,7 +18,7 @@ from umrg.metrics import box_area, box_iou
 
 
 def bbox_iou(case: Case, *, smooth: Share = 1.0, damped: Share = 1.0) -> float:
-    """slog of the boxes' IoU, damped; raw, the IoU."""
+    """slog(IoU), damped. Raw value: the IoU."""
     box, reference = case.answer.box, case.reference
     if box is None:
         return 0.0
@@ -27,8 +27,8 @@ def bbox_iou(case: Case, *, smooth: Share = 1.0, damped: Share = 1.0) -> float:
 
 
 def bbox_align(case: Case, *, smooth: Share = 1.0, damped: Share = 1.0) -> float:
-    """sexp (c = 1) of the mean distance of the four edges over the reference box's diagonal, at most 2, damped; raw,
-    1 less half of it."""
+    """sexp (c = 1) of the relative error e, damped: e is the mean distance of the four edges divided by the reference
+    box's diagonal, at most 2. Raw value: 1 - e/2."""
     box, reference = case.answer.box, case.reference.box
     if box is None:
         return 0.0
@@ -37,7 +37,7 @@ def bbox_align(case: Case, *, smooth: Share = 1.0, damped: Share = 1.0) -> float
 
 
 def bbox_scale(case: Case, *, smooth: Share = 1.0, damped: Share = 1.0) -> float:
-    """sexp (c = 0.5) of min(1, √(Δln area² + Δln aspect²)), damped; raw, 1 less it."""
+    """sexp (c = 0.5) of e = min(1, √((Δ ln area)² + (Δ ln aspect)²)), damped. Raw value: 1 - e."""
     box, reference = case.answer.box, case.reference.box
     if box is None:
         return 0.0
@@ -48,7 +48,7 @@ def bbox_scale(case: Case, *, smooth: Share = 1.0, damped: Share = 1.0) -> float
 
 
 def bbox_iou_above(case: Case, *, threshold: Annotated[float, Field(ge=0, lt=1)] = 0.5) -> float:
-    """1 if the boxes' IoU is above the threshold, else 0."""
+    """1 if the IoU is above the threshold, else 0."""
     box = case.answer.box
     return float(box is not None and box_iou(box, case.reference.box) > threshold)
 
@@ -60,7 +60,7 @@ def bbox_l1_below(case: Case, *, distance: Pixels = 10.0) -> float:
 
 
 def bbox_position_valid(case: Case) -> float:
-    """Product of 0.5 for each reference point outside the predicted box."""
+    """1, halved for each reference point outside the predicted box."""
     box = case.answer.box
     if box is None:
         return 0.0
@@ -69,17 +69,17 @@ def bbox_position_valid(case: Case) -> float:
 
 
 def bbox_area_valid(case: Case) -> float:
-    """1 if the predicted area is more than half and less than twice the reference's, else 0.5."""
+    """1 if the predicted area is more than half and less than twice the reference area, else 0.5."""
     box = case.answer.box
     if box is None:
         return 0.0
     area, reference = box_area(box), box_area(case.reference.box)
-    # Equality matters for a reference without area, such as a line of pixels.
+    # The strict bounds can never hold for a reference without area, such as a line of pixels.
     return 1.0 if 0.5 * reference < area < 2.0 * reference or area == reference else 0.5
 
 
 def contains(box: Box, point: Point) -> bool:
-    """The point (XY) lies in the box (XYXY) or on its edge."""
+    """Whether the point (XY) lies in the box (XYXY) or on its edge."""
     return box[0] <= point[0] <= box[2] and box[1] <= point[1] <= box[3]
 
 
@@ -89,7 +89,7 @@ def edge_distance(a: Box, b: Box) -> float:
 
 
 def relative_error(error: float, scale: float) -> float:
-    """min(2, error / scale); of a reference without extent, 0 for no error and 2 for any."""
+    """min(2, error / scale). For a reference without extent, 0 if there is no error and 2 otherwise."""
     if error == 0.0:
         return 0.0
     return min(2.0, error / scale) if scale > 0.0 else 2.0
@@ -100,7 +100,8 @@ def _damped(reward: float, case: Case, strength: float) -> float:
 
 
 def _log_ratio(side: float, reference: float) -> float:
-    """ln(side / reference); infinite where only one of them is zero."""
+    """ln(side / reference); infinite if only one of them is zero."""
+    # Before the logarithms: two sides of zero length are equal.
     if side == reference:
         return 0.0
     return math.log(side) - math.log(reference) if side > 0.0 and reference > 0.0 else math.inf

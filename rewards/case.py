@@ -1,8 +1,8 @@
-"""What a reward term is, and what it sees: one answer beside its reference."""
+"""What a reward term is and what it is given: one answer together with its reference."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,44 +14,51 @@ from umrg.sample import Sample
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Reference:
-    """What an answer is measured against, in original pixels. One reference serves a whole group.
-
-    box: XYXY, inclusive maximum. points: the two key points, XY. size: extent of the image.
-    mask: bool [H, W], or None where no term looks at it.
-    name: how error messages name the sample, "" where it has no name.
-    """
+    """What an answer is compared with, in original pixels. All answers of a group share one reference."""
 
     box: Box
+    """XYXY with inclusive maximum."""
     points: PointPair
+    """The two key points, XY."""
     size: Size
+    """Size of the image."""
     mask: NDArray[np.bool_] | None = field(default=None, repr=False)
+    """bool [H, W]; None where no term looks at it."""
     name: str = ""
+    """The sample's name in error messages; "" where it has none."""
 
     @classmethod
     def of_sample(cls, sample: Sample, *, with_mask: bool) -> Self:
-        """The reference of a dataset row. Raises ValueError where its mask is wanted and cannot be read."""
+        """The reference of a dataset row. Raises ValueError if the mask is wanted and cannot be read."""
         mask = sample.mask() if with_mask else None
         return cls(box=sample.box, points=sample.points, size=sample.size, mask=mask, name=sample.name)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Case:
-    """One answer to be scored.
-
-    answer: what the completion says, in original pixels, and its text.
-    reference: what it is measured against.
-    mask: the expert's mask for this answer, bool [H, W]; None where none was asked for.
-    pixel: length, in original pixels, that thresholds call one pixel.
-    think: the prompt asked for reasoning.
-    """
+    """One answer to be scored."""
 
     answer: Answer
+    """What the completion says, in original pixels, and its text."""
     reference: Reference
+    """What the answer is compared with."""
     mask: NDArray[np.bool_] | None = field(default=None, repr=False)
+    """The expert's mask for this answer, bool [H, W]; None where none was decoded."""
     pixel: float = 1.0
+    """Length, in original pixels, of one pixel of the thresholds."""
     think: bool = True
+    """Whether the prompt asked for reasoning."""
 
 
 Term = Callable[..., float]
-"""A reward term, `term(case, *, option=default …)`: a case to a value in [0, 1], finite for any answer whatever.
+"""A reward term, `term(case, *, option=default, …)`: maps a case to a finite value in [0, 1], whatever the answer.
 Its keyword-only parameters are its options (`rewards.options`)."""
+
+_T = TypeVar("_T", bound=Term)
+
+
+def looks_at_masks(term: _T) -> _T:
+    """Decorator of a term that uses `case.mask` or the reference's mask. A reward without such a term is computed
+    without decoding any mask."""
+    term.__dict__["looks_at_masks"] = True
+    return term

@@ -10,21 +10,25 @@ from umrg.config import Config
 
 
 class TermConfig(Config):
-    """A reward term by name or import path (`my_pkg.my_module:my_term`), its weight, and its options as further keys:
-    numbers, true, false, or a schedule `{start: …, end: …, steps: …}` in place of a number."""
+    """A reward term, with its options as further keys: numbers, true, false, or a schedule
+    `{start: …, end: …, steps: …}` in place of a number."""
 
-    # Which keys a term has, its signature says; `rewards.options` checks them.
+    # A term's signature says which options it has; `rewards.options` checks them.
     model_config = ConfigDict(frozen=True, extra="allow")
 
     name: str
+    """Name of a term, or import path of one of your own (`my_pkg.my_module:my_term`)."""
     weight: float = Field(default=1.0, ge=0)
+    """Its weight in the sum; 0 reports the term only."""
 
 
 class RewardConfig(Config):
-    """Either a preset's name, or weighted terms."""
+    """The reward: either a preset, or weighted terms."""
 
     preset: str | None = None
+    """`base`, `soft`, `hard` (as published) or `mask`."""
     terms: list[TermConfig] = Field(default_factory=list)
+    """Weighted terms, summed."""
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:

@@ -1,5 +1,5 @@
-"""Is the completion well formed? `format_think` and `format_seg` search the text for blocks, and text outside them
-costs nothing, as published for `soft` and `hard`; `format_strict` reads the text as a whole."""
+"""Terms for the form of the completion. `format_think` and `format_seg` search the text for blocks and ignore all text
+outside them, as published for `soft` and `hard`; `format_strict` judges the text as a whole."""
 
 from rewards.case import Case
 from umrg.answers import Form
@@ -24,13 +24,13 @@ def format_think(case: Case) -> float:
 
 def format_seg(case: Case) -> float:
     """0 without an answer block, 0.2 if it is not a JSON object, 0.4 if keys are missing or box and points
-    are both malformed, 0.6 if one of the two is, 1 if it is correct."""
+    are both malformed, 0.6 if one of the two is malformed, 1 if both are well formed."""
     return _FORM_REWARD[case.answer.form]
 
 
 def format_strict(case: Case) -> float:
-    """1 if the whole text is exactly one think block and then exactly one answer block, white space around them
-    aside, else 0. Where the prompt asks for no thinking, one answer block alone. What they hold does not matter."""
+    """1 if the whole text is exactly one think block followed by exactly one answer block, apart from white space
+    around them, else 0. If the prompt asks for no thinking, exactly one answer block. The content does not matter."""
     answer = case.answer
     return float(answer.strict and (answer.think is not None) == case.think)
 

@@ -1,4 +1,4 @@
-"""The options of a reward term are its keyword-only parameters; a configuration sets them by name.
+"""The options of a reward term are its keyword-only parameters, which a configuration sets by name.
 
 def bbox_iou_above(case: Case, *, threshold: Annotated[float, Field(ge=0, lt=1)] = 0.5) -> float: ...
 
@@ -20,12 +20,13 @@ Share = Annotated[float, Field(ge=0, le=1)]
 """A float in [0, 1]; true and false pass for 1 and 0."""
 
 Pixels = Annotated[float, Field(gt=0)]
-"""A length in pixels of a frame whose long side is 840, where thresholds grow with the image; else in pixels."""
+"""A length in pixels of an image whose long side is 840, to which thresholds are scaled; with a published preset, in
+pixels of the image as it is."""
 
 
 class Schedule(Config):
-    """A number that changes with the training step: from `start` at step 0 linearly to `end` at step `steps`, and `end`
-    ever after."""
+    """A number that changes linearly with the training step, from `start` at step 0 to `end` at step `steps`, and stays
+    at `end` from there on."""
 
     start: float
     end: float
@@ -41,10 +42,10 @@ Option = bool | int | float | Schedule
 
 
 def checked_options(name: str, term: Term, given: Mapping[str, object]) -> dict[str, Option]:
-    """The options given to the term of that name, of the types and within the ranges that its signature states.
+    """Check the options given to a term against the types and ranges in its signature.
 
-    A mapping is read as a `Schedule`, both ends of which must be in range. Raises ValueError for an unknown option,
-    naming the nearest right one, for a value that does not fit, and for a function that is no term.
+    A mapping is read as a `Schedule`, both ends of which must be in range. Raises ValueError for an unknown option
+    (naming the closest known one), for a value of the wrong type or out of range, and for a function that is no term.
     """
     types = option_types(name, term)
     for option in given:
@@ -57,9 +58,9 @@ def checked_options(name: str, term: Term, given: Mapping[str, object]) -> dict[
 
 
 def option_types(name: str, term: Term) -> dict[str, Any]:
-    """The type of each option, `bool`, `int` or `float`, where need be `Annotated` with a pydantic `Field`.
+    """The type of each option: `bool`, `int` or `float`, possibly `Annotated` with a pydantic `Field`.
 
-    Raises ValueError where the term does not take one case and otherwise only keywords with such a type and a default.
+    Raises ValueError unless the term takes one case and, apart from it, only keywords with such a type and a default.
     """
     try:
         parameters = list(inspect.signature(term, eval_str=True).parameters.values())
@@ -80,7 +81,7 @@ def option_types(name: str, term: Term) -> dict[str, Any]:
 
 
 def at_step(options: Mapping[str, Option], step: int) -> dict[str, bool | int | float]:
-    """The options' values at a training step."""
+    """The values of the options at a training step."""
     return {name: value.at(step) if isinstance(value, Schedule) else value for name, value in options.items()}
 
 

@@ -1,8 +1,8 @@
-"""The two key points against the reference points.
+"""Terms that compare the two predicted key points with the reference points.
 
-The published terms (DESIGN section 4) are smoothed and damped; `smooth` and `damped` say how strongly, from 0, the raw
-value, to 1, as published. Malformed points give 0; a malformed box takes nothing from the published terms. The order of
-the two points never matters.
+The published terms (Yan et al., 2025, arXiv:2508.08177; docs/rewards.md, "Terms") are smoothed and damped; the options
+`smooth` and `damped` set the strength of each, from 0 (the raw value) to 1 (as published). Malformed points give 0; a
+malformed box does not lower the published terms. The order of the two points never matters.
 """
 
 import math
@@ -15,11 +15,12 @@ from umrg.frames import Point, PointPair
 from umrg.metrics import pdice_published
 
 _SPREAD = 10.0
+"""Least distance of the two points, in pixels of the thresholds, as published."""
 
 
 def points_dice(case: Case, *, smooth: Share = 1.0, damped: Share = 1.0) -> float:
-    """slog of the published d = 2I/(A + B - I) of the two circles, damped; raw, d. As d reaches 2, circles of an
-    IoU of one half and more all get the full reward."""
+    """slog of the published d = 2I/(A + B - I) of the two circles, damped. Raw value: d. Because d goes up to 2 and the
+    reward is clamped to 1, all pairs of circles with an IoU of at least one half get the full reward."""
     points = case.answer.points
     if points is None:
         return 0.0
@@ -28,8 +29,8 @@ def points_dice(case: Case, *, smooth: Share = 1.0, damped: Share = 1.0) -> floa
 
 
 def points_align(case: Case, *, smooth: Share = 1.0, damped: Share = 1.0) -> float:
-    """sexp (c = 1) of the mean absolute difference of the four coordinates, in the better of the two orders,
-    over the reference box's diagonal, at most 2, damped; raw, 1 less half of it."""
+    """sexp (c = 1) of the relative error e, damped: e is the mean absolute difference of the four coordinates, in the
+    better of the two orders, divided by the reference box's diagonal, at most 2. Raw value: 1 - e/2."""
     points, reference = case.answer.points, case.reference
     if points is None:
         return 0.0
@@ -42,8 +43,8 @@ def points_align(case: Case, *, smooth: Share = 1.0, damped: Share = 1.0) -> flo
 
 
 def points_angle(case: Case, *, smooth: Share = 1.0, damped: Share = 1.0) -> float:
-    """slog of |cos| of the angle between the lines through the two pairs, damped; raw, |cos|. It is 0 where one of
-    the pairs has no direction, and 1 where neither has."""
+    """slog of |cos| of the angle between the lines through the two pairs, damped. Raw value: |cos|, which is 0 if the
+    two points of one pair coincide, and 1 if those of both do."""
     points = case.answer.points
     if points is None:
         return 0.0
@@ -52,8 +53,8 @@ def points_angle(case: Case, *, smooth: Share = 1.0, damped: Share = 1.0) -> flo
 
 
 def points_near(case: Case, *, distance: Pixels = 100.0) -> float:
-    """1 if both points lie in the predicted box and are on average, in the better of the two orders, nearer to the
-    reference points than the threshold, else 0."""
+    """1 if both points lie in the predicted box and their mean distance from the reference points, in the better of the
+    two orders, is below the threshold, else 0."""
     box, points = case.answer.box, case.answer.points
     if box is None or points is None:
         return 0.0
@@ -65,7 +66,7 @@ def points_near(case: Case, *, distance: Pixels = 100.0) -> float:
 
 
 def points_position_valid(case: Case) -> float:
-    """Product of 0.5 for each predicted point outside the reference box."""
+    """1, halved for each predicted point outside the reference box."""
     points, box = case.answer.points, case.reference.box
     if points is None:
         return 0.0
@@ -73,7 +74,7 @@ def points_position_valid(case: Case) -> float:
 
 
 def points_spread_valid(case: Case) -> float:
-    """1 if the two points are more than 10 px apart, else 0.5; `case.pixel` says how long a pixel is."""
+    """1 if the two points are more than 10 px (`case.pixel`) apart, else 0.5."""
     points = case.answer.points
     if points is None:
         return 0.0
@@ -96,7 +97,7 @@ def _abs_cosine(a: PointPair, b: PointPair) -> float:
 
 
 def _direction(points: PointPair) -> Point:
-    """Unit vector from the first point to the second, (0, 0) where they are one."""
+    """Unit vector from the first point to the second; (0, 0) if they coincide."""
     (ax, ay), (bx, by) = points
     length = math.hypot(bx - ax, by - ay)
     return ((bx - ax) / length, (by - ay) / length) if length > 0.0 else (0.0, 0.0)

@@ -1,4 +1,9 @@
-"""The terms by name, and the named sets of weighted terms."""
+"""All reward terms by name, and the presets: named sets of weighted terms.
+
+To add a term, write it in a module of this package and list it in `TERMS`; its options follow from its signature
+(`rewards.options`), and whether masks are decoded for it from its decorator (`rewards.case.looks_at_masks`). A term
+that stays outside this project needs neither: a configuration names it by import path (`rewards.user_terms`).
+"""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -7,13 +12,6 @@ from dataclasses import dataclass
 from rewards import box, format, mask, points, text
 from rewards.case import Term
 from rewards.user_terms import load_user_term
-
-MASK_TERMS: Mapping[str, Term] = {
-    "mask_dice": mask.mask_dice,
-    "mask_iou": mask.mask_iou,
-    "boundary": mask.boundary,
-}
-"""The terms that look at masks, so that the expert must run."""
 
 TERMS: Mapping[str, Term] = {
     "format_think": format.format_think,
@@ -33,23 +31,26 @@ TERMS: Mapping[str, Term] = {
     "points_near": points.points_near,
     "points_position_valid": points.points_position_valid,
     "points_spread_valid": points.points_spread_valid,
-    **MASK_TERMS,
+    "mask_dice": mask.mask_dice,
+    "mask_iou": mask.mask_iou,
+    "boundary": mask.boundary,
     "answer_length": text.answer_length,
     "repetition": text.repetition,
 }
-"""Every term of ours, under its published name where it has one."""
+"""Every term of this project, under its published name where it has one."""
+
+MASK_TERMS: Mapping[str, Term] = {name: term for name, term in TERMS.items() if hasattr(term, "looks_at_masks")}
+"""The terms for which the expert must run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A named set of terms.
-
-    weights: weight of each term, by name.
-    published: it is scored as the published code does it (`rewards.scoring.Scorer`).
-    """
+    """A named set of terms."""
 
     weights: Mapping[str, float]
+    """The weight of each term, by name."""
     published: bool = True
+    """Whether completions are read and thresholds scaled as in the published code (`rewards.scoring.Scorer`)."""
 
 
 _BASE = {
@@ -66,9 +67,9 @@ PRESETS: Mapping[str, Preset] = {
     "base": Preset(weights=_BASE),
     "soft": Preset(weights=_SOFT),
     "hard": Preset(weights=_SOFT | _HARD),
-    # The mask is the aim and weighs most. The box counts half as much: it says where to go while the mask is
-    # still empty. Many pairs of points prompt a mask equally well, and a form once learnt needs little
-    # reward to stay, so these weigh least.
+    # The mask is the goal and weighs most. The box counts half as much; it gives a direction while the mask does not
+    # overlap yet. Many pairs of points prompt the same mask equally well, and a format once learnt needs little reward
+    # to persist, so these weigh least.
     "mask": Preset(
         weights={
             "format_think": 0.5,
@@ -80,14 +81,14 @@ PRESETS: Mapping[str, Preset] = {
         published=False,
     ),
 }
-"""`base`, `soft` and `hard` are the published ones, unweighted sums. `mask` is ours: format, box, points and the
-expert's mask, 4.5 at most."""
+"""`base`, `soft` and `hard` are the published presets, unweighted sums. `mask` is this project's own: format, box,
+points and the expert's mask, 4.5 at most."""
 
 
 def find_term(name: str) -> Term:
     """The term of that name, or at that import path (`my_pkg.my_module:my_term`).
 
-    Raises ValueError that names the nearest one, or says what the path lacks.
+    Raises ValueError, which suggests the closest name or says what is wrong with the path.
     """
     if ":" in name:
         return load_user_term(name)
@@ -97,7 +98,7 @@ def find_term(name: str) -> Term:
 
 
 def find_preset(name: str) -> Preset:
-    """The preset of that name. Raises ValueError that names the nearest one."""
+    """The preset of that name. Raises ValueError, which suggests the closest name."""
     if name not in PRESETS:
         raise ValueError(_unknown("reward preset", name, PRESETS))
     return PRESETS[name]

@@ -1,10 +1,10 @@
 """Score completions in a file: `python -m rewards.score FILE.jsonl --preset base|soft|hard`.
 
-A line is an object with `completion`, a text, and `ground_truth`, a released row's
-`{"bbox_2d": [x1, y1, x2, y2], "point_2d": [[x, y], [x, y]]}` as JSON text or as an object, both in one frame; other
-fields are left alone. For each line one JSON object is printed: `score` and the parts under the names of the published
-code, 0 for parts that the preset leaves out. Completions are taken as they stand; where the chat template opened the
-thoughts, and the file lacks what it wrote, `--prefilled '<think>'` puts it back.
+Each line is a JSON object with `completion`, a text, and `ground_truth` as in a released row,
+`{"bbox_2d": [x1, y1, x2, y2], "point_2d": [[x, y], [x, y]]}`, as JSON text or as an object; both are in the same
+coordinate frame, and other fields are ignored. For each line one JSON object is printed: `score`, and the parts under
+the names of the published code, 0 for parts that the preset does not have. Completions are scored as they are; if the
+chat template opened the thoughts and the file lacks that text, `--prefilled '<think>'` restores it.
 """
 
 import argparse
@@ -36,16 +36,17 @@ _PUBLISHED: Mapping[str, Mapping[str, str]] = {
     "soft": {name: name for name in _GEOMETRY},
     "hard": {name: name for name in _GEOMETRY},
 }
-"""Our terms by the names under which the published code reports them."""
+"""This project's term for each name under which the published code reports a part."""
 
 _RELEASED = Size(840, 840)
+"""The image size of the released dataset. Published presets do not scale thresholds, so any size would do."""
 
 
 def score_lines(lines: Iterable[bytes], preset: str, *, prefilled: str = "") -> Iterator[dict[str, float]]:
-    """The score and the published parts of each line that is not blank. prefilled: what the prompt already wrote of
-    every completion, such as "<think>".
+    """The score and the published parts of each line that is not blank. prefilled: the beginning of every completion
+    that the chat template wrote and the file lacks, such as "<think>".
 
-    Raises ValueError that names the line where one cannot be read, and for a preset that does not fit.
+    Raises ValueError for a line that cannot be read, naming it, and for a preset that needs masks.
     """
     scorer, names = _published_scorer(preset), _PUBLISHED[preset]
     for number, line in enumerate(lines, start=1):
@@ -60,7 +61,7 @@ def _published_scorer(preset: str) -> Scorer:
     weights = dict(find_preset(preset).weights)
     if preset not in _PUBLISHED:
         raise ValueError(f"preset {preset!r} looks at masks, which such a file does not hold; give base, soft or hard")
-    # The validities damp the parts and are no parts of the sum; weight 0 reports them.
+    # The validities damp other parts and are not in the sum; with weight 0 they are reported all the same.
     reported = {name: 0.0 for name in _VALIDITIES if name in _PUBLISHED[preset]}
     return Scorer(weights | reported, published=True)
 

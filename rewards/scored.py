@@ -1,4 +1,4 @@
-"""A scored group: what sampling and scoring make of a prompt, as journal, report, evaluation and learner read it."""
+"""A scored group: a prompt's completions with their rewards, as journal, report, evaluation and learner read it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from rewards.scoring import Reward
 from umrg.answers import Answer
 from umrg.group import Group, GroupSamples
 
-Measured = Literal["reward", "masks", "ablations"]
+ScoringDepth = Literal["reward", "masks", "ablations"]
 """How much of a group is measured. reward: what the reward looks at; where it looks at no mask, none is decoded. masks:
 the metrics of the expert's masks too. ablations: also those of masks from the box alone and from the points alone, and
 the ceiling that the expert reaches with the reference."""
@@ -16,7 +16,7 @@ the ceiling that the expert reaches with the reference."""
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredAnswer:
-    """What one completion says, and what it is worth."""
+    """A completion's parsed answer, reward and metrics."""
 
     reward: Reward
     """Total and named parts."""
@@ -25,7 +25,7 @@ class ScoredAnswer:
     failure: str | None
     """Why the answer is not well formed; None where it is."""
     metrics: Mapping[str, float]
-    """Measured against the reference, by name; those of masks only where masks were decoded."""
+    """ScoringDepth against the reference, by name; those of masks only where masks were decoded."""
     mask: Mapping[str, object] | None = field(default=None, repr=False)
     """The expert's mask, COCO run-length encoded [H, W]; None where none was decoded."""
     expert_score: float | None = None
@@ -34,17 +34,14 @@ class ScoredAnswer:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredGroup:
-    """A group with its completions and what each is worth; made by a segmenter actor.
-
-    Completions that could not be scored are left out of `samples` and `answers` alike, so that the group's mean and
-    spread are those of the rest."""
+    """A group with its completions and their rewards; made by a segmenter actor."""
 
     group: Group
     """Without the row's files (`Group.without_files`); who needs the image joins the group to it again."""
     samples: GroupSamples
     """Its n completions, as sampled."""
     answers: tuple[ScoredAnswer, ...]
-    """One a completion, in the same order."""
+    """One per completion, in the same order."""
 
     @property
     def rewards(self) -> tuple[float, ...]:
@@ -58,5 +55,5 @@ class ScoredGroup:
 
     @property
     def zero_variance(self) -> bool:
-        """All answers are worth the same, so that their advantages are 0."""
+        """All rewards are equal, so that the advantages are 0."""
         return max(self.rewards) - min(self.rewards) < 1e-9

@@ -1,9 +1,9 @@
-"""Weighted terms to a reward.
+"""The scorer: from weighted terms to a reward.
 
 scorer = Scorer.of_preset("mask")
 reference = Reference.of_sample(sample, with_mask=scorer.uses_mask)
 answer = scorer.read(completion.text).to_original(frames, Frame.MODEL)
-mask = segment(answer) if scorer.needs_mask(answer) else None
+mask = segment(answer) if scorer.uses_mask and answer.promptable else None
 reward = scorer.score(answer, reference, mask, step=group.step)     # reward.total, reward.parts["bbox_iou"]
 """
 
@@ -22,19 +22,22 @@ from rewards.user_terms import UserTerm
 from umrg.answers import Answer, parse_answer, parse_published
 
 _RELEASED_SIDE = 840.0
+"""Side of the released dataset's images, to which the published thresholds in pixels refer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reward:
-    """total: the weighted sum of the parts. parts: each term's value in [0, 1], before weighting, by name."""
+    """What an answer is worth."""
 
     total: float
+    """The weighted sum of the parts."""
     parts: Mapping[str, float]
+    """The value of each term in [0, 1], before weighting, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightedTerm:
-    """A term as a scorer uses it: checked, with its weight and the options that were given."""
+    """A term as a scorer uses it, with its weight and its checked options."""
 
     name: str
     term: Term
@@ -43,7 +46,7 @@ class WeightedTerm:
 
     @classmethod
     def find(cls, name: str, weight: float, options: Mapping[str, object]) -> Self:
-        """The term of that name. Raises ValueError for an unknown one, and for a weight or option out of range."""
+        """The term of that name. Raises ValueError for an unknown name, and for a weight or option out of range."""
         term = find_term(name)
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"the weight of reward term {name!r} is {weight}; give a finite one, 0 or more")
@@ -54,22 +57,23 @@ class WeightedTerm:
 
     def value(self, case: Case, step: int) -> float:
         """The term's value at a training step, in [0, 1]."""
+        # The common case, a term without given options, skips the schedules.
         value = self.term(case, **at_step(self.options, step)) if self.options else self.term(case)
         assert 0.0 <= value <= 1.0, f"reward term {self.name!r} gave {value}, outside [0, 1]"
         return value
 
 
 class Scorer:
-    """Scores answers by weighted terms.
+    """Scores answers by a weighted sum of terms.
 
-    weights: weight of each term, by name or import path; a term of weight 0 is reported and does not count.
-    options: options of a term, by its name, as a configuration gives them (`rewards.options`).
+    weights: the weight of each term, by name or import path; a term with weight 0 is reported without counting.
+    options: the options of each term, by its name, as in a configuration (`rewards.options`).
     think: whether the prompt asks for reasoning.
-    published: as the published code does it, the first blocks of a completion count, and thresholds in pixels are of
-        the released 840 frame, whatever the image. Otherwise the answer after the thoughts counts (`umrg.answers`), and
-        thresholds are taken times the image's long side / 840.
+    published: as in the published code, the first think block and the first answer block of a completion count, and
+        thresholds in pixels are not scaled. Otherwise the answer after the thoughts counts (`umrg.answers`), and
+        thresholds are scaled by the image's long side / 840.
 
-    Raises ValueError for an unknown term, a weight or option out of range, and no weight above 0.
+    Raises ValueError for an unknown term, for a weight or option out of range, and if no weight is above 0.
     """
 
     def __init__(
@@ -87,12 +91,12 @@ class Scorer:
         self.maximum = sum(self.weights.values())
         if self.maximum == 0:
             raise ValueError("the reward is always 0; give at least one term a weight above 0")
-        # What a user's own term looks at is not known, so it is given all there is.
+        # What a user's own term looks at is unknown, so it is given everything.
         self.uses_mask = any(term.name in MASK_TERMS or isinstance(term.term, UserTerm) for term in self._terms)
 
     @classmethod
     def of_preset(cls, name: str, *, think: bool = True) -> Self:
-        """The scorer of a preset; without `format_think` where the prompt asks for no thinking.
+        """The scorer of a preset; `format_think` is left out if the prompt asks for no thinking.
 
         Raises ValueError for an unknown name.
         """
@@ -101,22 +105,18 @@ class Scorer:
         return cls(weights, think=think, published=preset.published)
 
     def read(self, completion: str) -> Answer:
-        """What a completion says, as this scorer wants it read."""
+        """Parse a completion with the parser that belongs to this reward."""
         return parse_published(completion) if self._published else parse_answer(completion)
-
-    def needs_mask(self, answer: Answer) -> bool:
-        """`score` wants the expert's mask for this answer."""
-        return self.uses_mask and answer.promptable
 
     def score(
         self, answer: Answer, reference: Reference, mask: NDArray[np.bool_] | None = None, *, step: int = 0
     ) -> Reward:
-        """Score one answer, given in original pixels, like the reference and the expert's mask (bool [H, W]).
+        """Score one answer. Answer, reference and the expert's mask (bool [H, W]) are in original pixels.
 
-        step: the training step, by which scheduled options change; 0 in evaluation.
+        step: the training step, which scheduled options follow; 0 in evaluation.
 
-        Raises MissingMask where `needs_mask` and there is none, ValueError where the reference lacks its own, and
-        RewardTermError where a user's own term fails.
+        Raises MissingMask if `uses_mask` and a promptable answer comes without a mask, ValueError if the reference has
+        no mask then, and RewardTermError if a user's own term fails.
         """
         pixel = 1.0 if self._published else reference.size.long_side / _RELEASED_SIDE
         case = Case(answer=answer, reference=reference, mask=mask, pixel=pixel, think=self._think)

@@ -1,4 +1,4 @@
-"""Reward terms of the user's own, by import path: `my_pkg.my_module:my_term`."""
+"""Users' own reward terms, named by import path: `my_pkg.my_module:my_term`."""
 
 import importlib
 import inspect
@@ -17,23 +17,24 @@ from umrg.frames import Size
 
 
 class RewardTermError(RuntimeError):
-    """A user's term raised, or gave no number in [0, 1]: a fault of the grader, never of the answer."""
+    """A user's term raised or returned something else than a number in [0, 1]: a fault of the grader, never of the
+    answer."""
 
 
 @dataclass(frozen=True)
 class UserTerm:
-    """A term of the user's own. It is pickled as its path, so that an actor imports it for itself."""
+    """A user's own term. It is pickled as its import path, so that each actor imports the function itself."""
 
     path: str
     function: Term
 
     def __call__(self, case: Case, **options: float) -> float:
-        """Raises RewardTermError, which names the term and the sample."""
+        """The term's value. Raises RewardTermError, which names the term and the sample."""
         try:
             value = self.function(case, **options)
         except Exception as error:
             raise RewardTermError(f"{self._about(case)}: {type(error).__name__}: {error}") from error
-        # Anything that compares, such as an array or a tensor of one element, would pass for a number.
+        # Without `Real`, whatever can be compared, such as a tensor of one element, would pass for a number.
         if not (isinstance(value, Real) and 0 <= value <= 1):
             raise RewardTermError(f"{self._about(case)}: it gave {value!r}, not a finite number in [0, 1]")
         return float(value)
@@ -46,7 +47,7 @@ class UserTerm:
         return load_user_term, (self.path,)
 
     def try_out(self, options: Mapping[str, Option]) -> None:
-        """Score a perfect and an empty answer. Raises ValueError where either gives no number in [0, 1]."""
+        """Score a perfect and an empty answer. Raises ValueError if either value is not a number in [0, 1]."""
         for case in _trial_cases():
             try:
                 self(case, **at_step(options, 0))
@@ -60,12 +61,13 @@ class UserTerm:
 
 
 def load_user_term(path: str) -> UserTerm:
-    """Import a term. The working directory counts, as it does in Ray's actors and for `python -m`, though it does not
-    for a command that an installation made.
+    """Import a term from an installed package or the working directory.
 
-    Raises ValueError where there is no such module or no such function in it.
+    Raises ValueError if there is no such module or no such function in it.
     """
     module, _, name = path.partition(":")
+    # Installed commands such as `medreasoner` do not have the working directory on the path, unlike Ray's actors and
+    # `python -m`.
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:

@@ -172,7 +172,7 @@ class Ingress:
         """The image file as uint8 [H, W, 3]."""
         limit = self._config.max_image_mib
         if len(data) > limit << 20:
-            raise HTTPException(413, f"{name} has {len(data) / 2**20:.1f} MiB; at most {limit} are taken")
+            raise HTTPException(413, f"{name} has {len(data) / 2**20:.1f} MiB; at most {limit} are accepted")
         try:
             levels = None if window is None else Window.parse(window)
             return decode_image(data, name, window=levels, frame=frame)

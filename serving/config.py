@@ -1,4 +1,4 @@
-"""What the service is started with."""
+"""The service's configuration."""
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -7,11 +7,15 @@ from umrg.prompts import ReasonerConfig
 
 
 class ServeConfig(ReasonerConfig):
-    """expert: name or folder of the segmenter. rollout, segmenter: the engine and the expert, as in training.
-    max_image_mib: largest image file that is taken. timeout: seconds that one request may last."""
+    """The service: the fields of a Serve application's `args`."""
 
     expert: str = "tiny"
+    """Name or folder of the expert."""
     rollout: RolloutConfig = Field(default_factory=lambda: RolloutConfig(num_cpus=0.5))
+    """The engine's replicas, as in training; n and temperature are not used: answers are greedy."""
     segmenter: SegmenterConfig = Field(default_factory=lambda: SegmenterConfig(num_cpus=0.1))
+    """The expert's replicas, as in training."""
     max_image_mib: PositiveInt = 32
+    """Largest image file that is accepted, in MiB."""
     timeout: PositiveFloat = 120.0
+    """Seconds that one request may last."""

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from umrg.answers import Answer, parse_answer
-from umrg.atomic import written_aside
+from umrg.atomic import write_bytes, written_aside
 from umrg.frames import Box, PointPair
 from umrg.images import decode_image, encode_png
 from umrg.pictures import overlay
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from reasoner.model import Reasoner
 
 MAX_TOKENS = 2048
-"""Longest completion, in tokens."""
+"""Longest completion by default, in tokens. A service has its own limit, `rollout.max_tokens`."""
 
 _DTYPES = ("float32", "bfloat16")
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
@@ -81,8 +81,7 @@ class Grounding:
         if self.mask is not None:
             files[mask] = encode_png(self.mask)
         for path, content in files.items():
-            with written_aside(path) as aside:
-                aside.write_bytes(content)
+            write_bytes(path, content)
         return list(files)
 
     def _record(self) -> bytes:
@@ -99,8 +98,8 @@ class Grounding:
 class Grounder:
     """A reasoner and a frozen expert, loaded into this process.
 
-    It decodes greedily, as the service does: in float32 both give the same answer; in bfloat16 the answers agree up to
-    rounding, which may change single tokens.
+    It decodes greedily, as the service does: in float32 both give the same answer, up to the shorter of their token
+    limits; in bfloat16 the answers agree up to rounding, which may change single tokens.
     """
 
     def __init__(self, reasoner: "Reasoner", expert: "Expert") -> None:
@@ -133,20 +132,22 @@ class Grounder:
         # Seconds of imports, which a mistake above need not wait for.
         import torch
 
-        from actors.experts.registry import find_expert, load_expert
+        from actors.experts.registry import check_expert, load_expert
         from reasoner.model import load_reasoner
 
         _check_device(device)
         weights = None if checkpoint is None else Path(checkpoint)
-        find_expert(str(expert), weights, "published")
+        check_expert(str(expert), weights, "published")
         reasoner = load_reasoner(config.model, spec, device=device, dtype=getattr(torch, dtype))
         return cls(reasoner, load_expert(str(expert), checkpoint=weights, device=device))
 
-    def ground(self, image: str | Path | Image.Image | NDArray[np.uint8], query: str) -> Grounding:
+    def ground(
+        self, image: str | Path | Image.Image | NDArray[np.uint8], query: str, *, max_tokens: int = MAX_TOKENS
+    ) -> Grounding:
         """Answer a query about an image, and draw the mask.
 
         image: path of a file, PIL image, or array uint8 [H, W, 3] in RGB. Of a file with several pages, or with more
-        than 8 bits a channel, `read_image` makes such an array.
+        than 8 bits a channel, `read_image` makes such an array. max_tokens: longest completion.
         Raises ValueError for what is no image, for an empty query, and for a prompt that is too long for the model.
         """
         from actors.experts.drawing import draw_masks
@@ -160,7 +161,7 @@ class Grounder:
                 f"the prompt has {len(prompt.token_ids)} tokens, {prompt.image.tokens} of them for the image, and the "
                 f"model has {self.reasoner.positions} positions; shorten the question or make the image smaller"
             )
-        (completion,) = self.reasoner.generate([prompt], max_tokens=min(MAX_TOKENS, room))
+        (completion,) = self.reasoner.generate([prompt], max_tokens=min(max_tokens, room))
         answer = parse_answer(completion).to_original(prompt.image.frames, self.reasoner.prompt.frame)
         mask, score = draw_masks(self.expert, self.expert.embed(pixels), [answer]).get(0, (None, None))
         return Grounding(answer=answer, completion=completion, image=pixels, mask=mask, score=score)

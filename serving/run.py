@@ -12,7 +12,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeInstanceDetails
 
 from actors.connection import connect
-from actors.experts.registry import find_expert
+from actors.experts.registry import check_expert
 from reasoner.prompter import load_prompter
 from serving.app import build_app
 from serving.config import ServeConfig
@@ -91,7 +91,7 @@ def check(args: dict[str, Any]) -> None:
     """Raise ValueError for a folder that holds no model, and for an expert that does not exist."""
     config = ServeConfig.model_validate(args)
     load_prompter(config.model, config.spec())
-    find_expert(config.expert, config.segmenter.checkpoint, config.segmenter.preprocess)
+    check_expert(config.expert, config.segmenter.checkpoint, config.segmenter.preprocess)
 
 
 def run(args: dict[str, Any], *, port: int) -> None:

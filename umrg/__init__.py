@@ -1,1 +1,1 @@
-"""The task vocabulary: sample, prompt, answer, coordinate frames, metrics, dataset readers, phantoms."""
+"""The task's vocabulary: sample, prompt, answer, coordinate frames, metrics, dataset readers."""

@@ -1,5 +1,5 @@
-"""Nothing is half-written: files and folders are written aside, then renamed into place; files that grow by lines are
-read up to their last whole one."""
+"""Atomic writes: a file or folder is written under a temporary name beside its target and then renamed, so that a
+reader never sees half of it. Files that grow by appended lines are read up to the last complete line."""
 
 import json
 import os
@@ -12,8 +12,8 @@ from typing import Any
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write a file or make a folder at. It is renamed to `path` at the end, over what lies
-    there; where the writing fails it is removed, and `path` stays as it was. An OSError names `path`."""
+    """Yield a temporary path beside `path`, at which to write a file or make a folder. On success it replaces `path`;
+    on failure it is removed and `path` stays as it was. An OSError names `path`, not the temporary one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -24,22 +24,33 @@ def written_aside(path: Path) -> Iterator[Path]:
                 shutil.rmtree(path)
             aside.replace(path)
     finally:
-        # What cannot be removed, on a disk that takes no changes, was not made; the error that says so is under way.
+        # On a read-only disk the removal fails too, but then nothing was written, and the first error is on its way.
         with suppress(OSError):
             shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically."""
+    with written_aside(path) as aside:
+        aside.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, in UTF-8."""
+    write_bytes(path, text.encode())
+
+
 @contextmanager
 def named(path: Path, aside: Path | None = None) -> Iterator[None]:
-    """An OSError that names no file, as where a disk is full, names `path`; one that names `aside`, or a file in it,
-    names `path`, or the file in that."""
+    """Make every OSError name the file that the user knows: `path` where the error names none (a full disk), and the
+    corresponding place in `path` where it names `aside` or a file within it."""
     try:
         yield
     except OSError as error:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
         for name in (error.filename, error.filename2):
-            # A failed copy names its target second.
+            # A failed copy names its source first and its target second.
             if aside is not None and name is not None and Path(name).is_relative_to(aside):
                 error.filename = str(path / Path(name).relative_to(aside))
                 del error.filename2
@@ -47,7 +58,7 @@ def named(path: Path, aside: Path | None = None) -> Iterator[None]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what writers that were killed left aside, anywhere in a folder."""
+    """Remove the temporary files that killed writers left anywhere in a folder."""
     for aside in list(folder.rglob(".*.part")):
         if aside.is_dir():
             shutil.rmtree(aside)
@@ -56,10 +67,10 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def whole_lines(path: Path) -> list[Any]:
-    """The values of a JSON-lines file, none where there is no file. The last line of a process that was killed may be
-    half a line: it is left out."""
+    """The values of a JSON-lines file; an empty list where there is no file. A killed process may have left an
+    incomplete last line, which is skipped."""
     if not path.exists():
         return []
-    # Other line separators may stand within a value.
+    # Not `splitlines`: JSON strings may contain other line separators, such as U+2028.
     *whole, _ = path.read_text().split("\n")
     return [json.loads(line) for line in whole]

@@ -1,9 +1,9 @@
-"""Checks of a dataset's rows: what makes a row unusable, and what somebody should look at.
+"""Quality checks of dataset rows: errors that make a row unusable, and warnings to review.
 
     row ──read_info, read_sample──► Sample ──image, mask──► check_reference, check_mask ──► Finding …
-         └─ what fails on the way is a finding, too ─┘
+         └─ a failure on the way is a finding as well ─┘
 
-`CHECKS` is the list of them. A row without a finding of severity "error" is one that `umrg.dataset.Dataset` reads.
+`CHECKS` lists all checks. `umrg.dataset.Dataset` can read every row without a finding of severity "error".
 """
 
 import hashlib
@@ -34,26 +34,31 @@ from umrg.rows import (
 )
 from umrg.sample import Sample
 
+# A mask with fewer pixels than either limit, a number and a share of the image, is probably an annotation error.
 TINY_PIXELS = 16
 TINY_SHARE = 0.0002
-# Of the long side: two pixels of the released frame of 840.
+# As a share of the long side: two pixels at the long side of 840 that the released images have.
 LOOSE_SHARE = 2 / 840
 
 
 class Severity(StrEnum):
-    """error: the row cannot be used. warning: look at it."""
+    """How serious a finding is."""
 
     ERROR = "error"
+    """The row cannot be used."""
     WARNING = "warning"
+    """The row can be used, but should be reviewed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """name: as in tables. about: what is wrong with a row that it finds, in a few words."""
+    """A check that a row may fail."""
 
     name: str
+    """Its name in tables."""
     severity: Severity
     about: str
+    """A short description of the fault."""
 
 
 def _error(name: str, about: str) -> Check:
@@ -117,22 +122,18 @@ CHECKS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What a check found in a row.
-
-    message: a sentence that says what to change. degree: how bad it is, to compare findings of one check.
-    """
+    """A fault that a check found in a row."""
 
     check: Check
     message: str
+    """A sentence that states the fault and how to fix it."""
     degree: float = 0.0
+    """Larger is worse; comparable between findings of the same check only."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedRow:
-    """A row and what was found in it.
-
-    info, sample, mask: as far as the row could be read. pixels: digest of the decoded image, where it could be decoded.
-    """
+    """A row with its findings, and with its content as far as it could be read."""
 
     file: Path
     row: int
@@ -141,6 +142,7 @@ class CheckedRow:
     sample: Sample | None = field(default=None, repr=False)
     mask: NDArray[np.bool_] | None = field(default=None, repr=False)
     pixels: bytes | None = None
+    """Digest of the decoded image."""
 
     @property
     def usable(self) -> bool:
@@ -149,15 +151,15 @@ class CheckedRow:
 
 @dataclass(frozen=True, kw_only=True)
 class _FirstUse:
-    """The first row of an image, and the first rows of its questions and of its masks, by digest."""
+    """The first row of an image, and the first row of each of its questions and masks, keyed by digest."""
 
     info: RowInfo
     questions: dict[bytes, RowInfo] = field(default_factory=dict)
     masks: dict[bytes, RowInfo] = field(default_factory=dict)
 
 
-class Seen:
-    """Ids and images of the rows so far. It keeps what the rows say, and digests of their images."""
+class DuplicateIndex:
+    """Detects repeated ids, images and masks. It stores the metadata of earlier rows and digests of their images."""
 
     def __init__(self) -> None:
         self._ids: dict[str, RowInfo] = {}
@@ -171,16 +173,19 @@ class Seen:
             yield Finding(check=REPEATED_ID, message=message)
 
     def pixels(self, sample: Sample) -> bytes:
-        """Digest of a sample's decoded image. A file that was decoded before is not decoded again. Raises ValueError
-        where it cannot be decoded."""
+        """Digest of a sample's decoded image. Identical encoded files are decoded only once.
+
+        Raises ValueError if the image cannot be decoded.
+        """
         encoded = _digest(sample.image_bytes)
         if encoded not in self._pixels:
             image = sample.image()
+            # The shape is included, because images of different shapes can have the same bytes.
             self._pixels[encoded] = _digest(repr(image.shape).encode() + image.tobytes())
         return self._pixels[encoded]
 
     def check_image(self, info: RowInfo, pixels: bytes) -> Iterator[Finding]:
-        """One image may be asked about in several rows of a file, under one name, in different words."""
+        """Check that an image recurs only within one file, under one name and with different questions."""
         first = self._images.setdefault(pixels, _FirstUse(info=info))
         question = _digest(clean_query(info.query).casefold().encode())
         asked = first.questions.setdefault(question, info)
@@ -201,7 +206,7 @@ class Seen:
         yield Finding(check=DUPLICATED_IMAGE, message=message)
 
     def check_target(self, info: RowInfo, pixels: bytes, mask: NDArray[np.bool_]) -> Iterator[Finding]:
-        """One mask of an image, of the image's size, has one category. The image has been through `check_image`."""
+        """Check that a mask of an image has one category only. `check_image` must have been called for the image."""
         first = self._images[pixels].masks.setdefault(_digest(np.packbits(mask).tobytes()), info)
         if mask.any() and first.category != info.category:
             message = (
@@ -211,38 +216,40 @@ class Seen:
             yield Finding(check=SHARED_MASK, message=message)
 
 
-def check_row(row: Row | Damage, file: Path, number: int, seen: Seen) -> CheckedRow:
-    """All checks that need no model. Those that come after what makes a row unreadable are not made."""
+def check_row(row: Row | Damage, file: Path, number: int, duplicates: DuplicateIndex) -> CheckedRow:
+    """Run all checks that need no model. Checks that depend on an unreadable part of the row are skipped."""
     checked = CheckedRow(file=file, row=number, findings=[])
     if isinstance(row, Damage):
         return _found(checked, DAMAGED_ROW, f"the row cannot be read: {row.reason}; write the file again")
     try:
         info = read_info(row, file, number, "the row")
-        checked = replace(checked, info=info, findings=[*seen.check_id(info), *check_words(info), *check_texts(row)])
-        # The table names the file; the sentences need not.
+        checked = replace(
+            checked, info=info, findings=[*duplicates.check_id(info), *check_words(info), *check_texts(row)]
+        )
+        # Messages need not name the file, because it has a column of its own in the table of findings.
         sample = replace(read_sample(row, info, "the row"), source="")
     except ValueError as error:
         return _found(checked, SCHEMA, str(error))
-    return _check_pictures(replace(checked, sample=sample), info, sample, seen)
+    return _check_pictures(replace(checked, sample=sample), info, sample, duplicates)
 
 
-def _check_pictures(checked: CheckedRow, info: RowInfo, sample: Sample, seen: Seen) -> CheckedRow:
+def _check_pictures(checked: CheckedRow, info: RowInfo, sample: Sample, duplicates: DuplicateIndex) -> CheckedRow:
     try:
-        pixels = seen.pixels(sample)
+        pixels = duplicates.pixels(sample)
     except ValueError as error:
         return _found(checked, UNREADABLE_IMAGE, str(error))
-    found = [*checked.findings, *seen.check_image(info, pixels), *check_reference(sample)]
+    found = [*checked.findings, *duplicates.check_image(info, pixels), *check_reference(sample)]
     checked = replace(checked, pixels=pixels, findings=found)
     try:
         mask = sample.mask_union()
     except ValueError as error:
         return _found(checked, UNREADABLE_MASK, str(error))
-    found = [*checked.findings, *check_mask(sample, mask), *seen.check_target(info, pixels, mask)]
+    found = [*checked.findings, *check_mask(sample, mask), *duplicates.check_target(info, pixels, mask)]
     return replace(checked, mask=mask, findings=found)
 
 
 def check_words(info: RowInfo) -> Iterator[Finding]:
-    """The question and the names."""
+    """Check the question and the category names."""
     if not clean_query(info.query):
         yield Finding(check=SCHEMA, message="the question has no words of its own; write one, or leave the row out")
     if tokens := special_tokens(info.query):
@@ -258,7 +265,7 @@ def check_words(info: RowInfo) -> Iterator[Finding]:
 
 
 def check_texts(row: Row) -> Iterator[Finding]:
-    """What else the row says: turns beside the question, and reasoning."""
+    """Check the remaining texts: further turns of the prompt, and the reasoning."""
     *others, last = [role for role, _ in turns(row)]
     if others or last != "user":
         said = ", ".join(role for role, _ in turns(row))
@@ -273,7 +280,7 @@ def check_texts(row: Row) -> Iterator[Finding]:
 
 
 def check_reference(sample: Sample) -> Iterator[Finding]:
-    """Box and points against the image. The image's header must be readable."""
+    """Check that box and points lie within the image, whose header must be readable."""
     if fault := box_fault(sample.box, sample.size):
         yield Finding(check=BOX_OUTSIDE, message=f"the row has {fault}")
     for point in sample.points:
@@ -282,7 +289,7 @@ def check_reference(sample: Sample) -> Iterator[Finding]:
 
 
 def check_mask(sample: Sample, mask: NDArray[np.bool_]) -> Iterator[Finding]:
-    """The mask, bool [H, W] of the image's size, and box and points against it."""
+    """Check a mask, bool [H, W] of the image's size, and compare box and points with it."""
     if mask.any():
         yield from check_shape(mask)
         yield from check_tightness(sample.box, mask)
@@ -293,7 +300,7 @@ def check_mask(sample: Sample, mask: NDArray[np.bool_]) -> Iterator[Finding]:
 
 
 def check_shape(mask: NDArray[np.bool_]) -> Iterator[Finding]:
-    """Size and parts of a mask that is not empty. Pixels that touch at a corner belong together."""
+    """Check size and connected components (8-connectivity) of a non-empty mask."""
     area = int(np.count_nonzero(mask))
     if area < max(TINY_PIXELS, TINY_SHARE * mask.size):
         message = (
@@ -314,8 +321,10 @@ def check_shape(mask: NDArray[np.bool_]) -> Iterator[Finding]:
 
 
 def check_tightness(box: Box, mask: NDArray[np.bool_]) -> Iterator[Finding]:
-    """A box against the tight box of a mask that is not empty: no edge may be off by more than a pixel or, in large
-    images, `LOOSE_SHARE` of the long side."""
+    """Compare a box with the tight box of a non-empty mask.
+
+    Each edge may differ by one pixel or, in large images, by `LOOSE_SHARE` of the long side.
+    """
     tight = tight_box(mask)
     off = max(abs(edge - best) for edge, best in zip(box, tight, strict=True))
     if off > max(1.0, LOOSE_SHARE * max(mask.shape)):
@@ -327,7 +336,7 @@ def check_tightness(box: Box, mask: NDArray[np.bool_]) -> Iterator[Finding]:
 
 
 def check_points(points: PointPair, mask: NDArray[np.bool_]) -> Iterator[Finding]:
-    """Points against a mask that is not empty. A point lies on the nearest pixel."""
+    """Check that the pixel nearest to each point belongs to the mask, which must not be empty."""
     for point in points:
         if off := _distance(point, mask):
             better = " and ".join(map(coordinates, reference_points(mask)))
@@ -336,9 +345,9 @@ def check_points(points: PointPair, mask: NDArray[np.bool_]) -> Iterator[Finding
 
 
 def _distance(point: Point, mask: NDArray[np.bool_]) -> float:
-    """Pixels from a point to the nearest pixel of a mask; 0 on it."""
+    """Distance in pixels from a point to the nearest pixel of a mask, 0 on the mask."""
     height, width = mask.shape
-    # The reader lets a point lie on the far edge.
+    # `point_fault` accepts x = width and y = height, and a point outside the image is a finding of its own.
     x, y = (min(side - 1, max(0, round(value))) for value, side in zip(point, (width, height), strict=True))
     if mask[y, x]:
         return 0.0
@@ -363,6 +372,6 @@ def _pixels(length: float) -> str:
 
 
 def _percent(share: float) -> str:
-    """With two significant digits and no exponent, as people write it."""
+    """Format a share as per cent with two significant digits and no exponent."""
     digits = np.format_float_positional(100 * share, precision=2, fractional=False, trim="-")
     return f"{digits} %"

@@ -1,11 +1,11 @@
-"""Columns as people's tools write them, and how they become those of the released schema.
+"""Conversion of columns written by common tools to the released schema.
 
-    Arrow schema ──plain_columns──► names and types ──check_columns──► accepted, or a sentence that says what is wrong
-    row          ──plain_row──────► the same row, its values as the released schema has them
+    Arrow schema ──plain_columns──► names and types ──check_columns──► accepted, or a ValueError that says what is wrong
+    row          ──plain_row──────► the same row with values in the form of the released schema
 
-pandas, polars, Hugging Face `datasets` and plain Arrow write one thing in several types (views, large offsets, fixed
-sizes, dictionaries, extensions) and shapes (a struct for a list of one, a dict of lists, dotted names). Where the
-meaning is plain, it is read.
+pandas, polars, Hugging Face `datasets` and plain Arrow write the same content in different types (views, large offsets,
+fixed sizes, dictionaries, extensions) and shapes (a struct for a list of one, a dict of lists, dotted names). Every
+form with an unambiguous meaning is accepted.
 """
 
 import json
@@ -54,12 +54,13 @@ INFO_LEAVES = frozenset(
         *(f"extra_info.{name}" for name in ("id", "supercategory", "category", "modality", "phrasing", "no_target")),
     }
 )
-"""What rows are told apart by: ids, names and questions, and no image."""
+"""Leaf columns that make up a `RowInfo`: ids, names, questions and image paths, but no image bytes."""
+# An unset flag may be written as an empty text, so this counts as false.
 _FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False, "": False}
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
-    """What a type holds, whoever wrote it: without views, large offsets, fixed sizes, dictionaries, extensions."""
+    """Reduce a type to its plain equivalent: no views, large offsets, fixed sizes, dictionaries or extensions."""
     if isinstance(kind, pa.BaseExtensionType):
         return plain_type(kind.storage_type)
     if types.is_dictionary(kind):
@@ -76,7 +77,7 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
 
 
 def plain_columns(schema: pa.Schema) -> dict[str, pa.DataType]:
-    """Names and plain types of a file's columns. Columns such as `extra_info.id` are fields of one `extra_info`."""
+    """Names and plain types of a file's columns, with dotted columns such as `extra_info.id` merged into one struct."""
     return {name: _joined(kind) for name, kind in _nested({f.name: plain_type(f.type) for f in schema}).items()}
 
 
@@ -85,7 +86,7 @@ def _joined(kind: Any) -> pa.DataType:
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"extra_info.id": 7}` as `{"extra_info": {"id": 7}}`; other names than those of columns read here stay."""
+    """Turn `{"extra_info.id": 7}` into `{"extra_info": {"id": 7}}`. Dotted names of unrelated columns are kept."""
     nested: dict[str, Any] = {}
     for name, value in flat.items():
         *outer, last = name.split(".") if _is_read(name) else [name]
@@ -101,13 +102,12 @@ def _is_read(name: str) -> bool:
 
 
 def read_columns(schema: pa.Schema) -> list[str]:
-    """The columns that a sample is made of."""
+    """Names of the columns that a sample is built from."""
     return [name for name in schema.names if _is_read(name)]
 
 
 def check_columns(schema: pa.Schema, path: Path) -> None:
-    """Raise ValueError, naming them, where a file lacks columns that it needs, or has them in a type that does not say
-    plainly what is meant."""
+    """Raise ValueError if required columns are missing or have a type whose meaning is ambiguous."""
     _refuse_repeated_names(schema.names, path)
     columns = plain_columns(schema)
     found = {name: _leaf(columns, name) for name in _WANTED}
@@ -125,7 +125,7 @@ def check_columns(schema: pa.Schema, path: Path) -> None:
 def _refuse_repeated_names(names: list[str], path: Path) -> None:
     known = set[str]()
     for name in sorted(names):
-        # A column and one that would be a field of it.
+        # `extra_info` beside `extra_info.id` is a conflict too: both define the same field.
         outer = {name.rsplit(".", count)[0] for count in range(1, name.count(".") + 1)} if _is_read(name) else set()
         for other in known & {name, *outer}:
             raise ValueError(f"{path} has the columns {other} and {name}; keep one of the two")
@@ -133,7 +133,7 @@ def _refuse_repeated_names(names: list[str], path: Path) -> None:
 
 
 def _leaf(columns: Mapping[str, pa.DataType], name: str) -> tuple[str, pa.DataType | None]:
-    """What stands for a column of the released schema: how it is called in the file, and its type, None without."""
+    """Find the column that provides a field of the released schema: its name in the file, and its type or None."""
     outer, field = name.split(".")
     kind = columns.get(outer)
     if kind is None:
@@ -159,7 +159,7 @@ def _fits(name: str, there: str, kind: pa.DataType | None) -> bool:
 
 
 def _holds_words(kind: pa.DataType) -> bool:
-    """Texts, or the parts of a chat message: `[{type: text, text: …}, {type: image, …}]`."""
+    """Whether a type holds texts or the parts of a chat message: `[{type: text, text: …}, {type: image, …}]`."""
     item = _item_type(kind)
     text = _field_type(item, "text") if types.is_struct(item) else item
     return text is not None and _is_text(text)
@@ -180,7 +180,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _item_type(kind: pa.DataType) -> pa.DataType:
-    """The type of an item of a list, of which one may stand alone, and which may be written as a struct of lists."""
+    """The item type of a list. The list may be written as a single item or as a struct of lists."""
     if types.is_list(kind):
         return kind.value_type
     if types.is_struct(kind) and any(types.is_list(field.type) for field in kind):
@@ -191,7 +191,7 @@ def _item_type(kind: pa.DataType) -> pa.DataType:
 
 
 def leaf_columns(schema: pa.Schema) -> list[str]:
-    """Names of a file's leaf columns, in its order, lists passed through: `images: list<struct<bytes>>` has
+    """Names of a file's leaf columns in file order. List levels are skipped: `images: list<struct<bytes>>` has the leaf
     "images.bytes"."""
     return [leaf for field in schema for leaf in _leaves(field.name, field.type)]
 
@@ -211,8 +211,8 @@ def _leaves(name: str, kind: pa.DataType) -> Iterator[str]:
 
 
 def released_columns(schema: pa.Schema) -> pa.Schema:
-    """The schema that a file's rows have once they are written by us: columns that are read here as in the released
-    schema, what else they hold and all other columns in plain types."""
+    """The schema in which a file's rows are written. Known columns take their released types; their additional fields
+    and all other columns keep their own types in plain form."""
     columns = plain_columns(schema)
     return pa.schema([(name, _released_type(name, kind)) for name, kind in columns.items()])
 
@@ -230,9 +230,9 @@ def _released_type(name: str, kind: pa.DataType) -> pa.DataType:
 
 
 def released_batch(rows: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    """Rows of a file in a schema as `released_columns` gives it, which may have more columns than the file.
+    """Convert rows of a file to a schema made by `released_columns`, which may have more columns than the file.
 
-    Raises ValueError where a value has no place in the schema.
+    Raises ValueError if a value does not fit the schema.
     """
     plain: list[Row] | None = None
     columns = []
@@ -241,6 +241,7 @@ def released_batch(rows: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
         if column is not None and _differs_in_type_only(field.name, column.type):
             columns.append(_cast(column, field))
         elif field.name in _READ:
+            # Conversion to Python objects copies all image bytes, so it is done at most once and only if needed.
             if plain is None:
                 plain = [plain_row(row) for row in rows.select(read_columns(rows.schema)).to_pylist()]
             columns.append(_array([row.get(field.name) for row in plain], field))
@@ -262,7 +263,7 @@ def _array(values: list[Any], field: pa.Field) -> pa.Array:
 
 
 def _cast(column: pa.Array, field: pa.Field) -> pa.Array:
-    # Arrow does not cast every type to its plain one, and makes broken lists of list views.
+    # Arrow cannot cast every type to its plain form, and its casts of list views produce corrupt lists.
     if "list_view" not in str(column.type):
         with suppress(pa.ArrowException):
             return column.cast(field.type)
@@ -270,13 +271,13 @@ def _cast(column: pa.Array, field: pa.Field) -> pa.Array:
 
 
 def plain_row(row: Mapping[str, Any]) -> Row:
-    """A row's columns that are read here, with their values as the released schema has them. What cannot be is left as
-    it is, for the reader to refuse."""
+    """The columns of a row that a sample is built from, with values in the form of the released schema. Values that
+    cannot be converted are left unchanged, and the reader rejects them."""
     return {name: _PLAIN[name](value) for name, value in _nested(row).items() if name in _READ}
 
 
 def _items(value: Any) -> list[Any]:
-    """The items of a list, of which one may stand alone, and which may be written as a dict of lists."""
+    """The items of a list. The list may be written as a single item or as a dict of lists."""
     if isinstance(value, list):
         return [item for item in value if item is not None]
     lists = value if isinstance(value, dict) else {}
@@ -300,7 +301,7 @@ def _messages(value: Any) -> list[Row]:
 
 
 def _loaded_messages(text: Any) -> Any:
-    """A text is the question itself, unless it is the JSON text of messages."""
+    """Parse a JSON list of messages. Any other text is the question itself and is returned unchanged."""
     try:
         loaded = json.loads(text) if isinstance(text, str) and text.lstrip().startswith("[") else None
     except (ValueError, RecursionError):
@@ -329,7 +330,7 @@ def _reward_model(value: Any) -> Any:
 
 
 def _json_text(value: Any) -> Any:
-    # Decimals are numbers, too.
+    # parquet may hold numbers as Decimal, which json cannot encode by itself.
     return json.dumps(value, default=float) if isinstance(value, dict) else _text(value)
 
 
@@ -341,8 +342,8 @@ def _extra_info(value: Any) -> Any:
 
 
 def _text(value: Any) -> Any:
-    """A value as text: whole numbers without a point, as pandas turns a column of integers with gaps into floats; no
-    text for NaN, which is its gap."""
+    """A value as text. Whole floats lose their decimal point and NaN becomes None, because pandas stores an integer
+    column with missing values as floats."""
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, bytes):
@@ -351,7 +352,7 @@ def _text(value: Any) -> Any:
         except UnicodeDecodeError:
             return value
     if isinstance(value, (float, Decimal)):
-        if value != value:
+        if value != value:  # NaN is the only value that differs from itself.
             return None
         return str(int(value)) if value % 1 == 0 else str(value)
     return str(value)

@@ -1,7 +1,7 @@
-"""Datasets in the released schema: parquet files read lazily, image by image.
+"""Datasets in the released schema: parquet files whose images are read lazily.
 
-Opening reads ids, names and queries of all rows, without touching a byte of an image; `dataset[i]` then reads
-the row group that holds the row, and checks the row. Which columns are understood, `umrg.columns` says.
+Opening a dataset reads ids, names and queries of all rows, but no image bytes. `dataset[i]` then reads the row group
+that holds the row, and validates the row. `umrg.columns` lists the accepted columns.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -29,11 +29,12 @@ from umrg.shuffling import Cursor, batches
 
 __all__ = ["Cursor", "Dataset", "RowInfo", "batches", "check_names", "parse_ground_truth", "write_rows"]
 
+# Bytes of decoded row groups in memory: 256 MiB.
 _MEMORY = 256 << 20
 
 
 class Dataset:
-    """Rows of one or more parquet files. Build it with `Dataset.open`; it can be pickled."""
+    """The rows of one or more parquet files. Create it with `Dataset.open`. It can be pickled."""
 
     def __init__(self, files: Sequence[RowFile], infos: Sequence[RowInfo], memory: int) -> None:
         self._files = {file.path: file for file in files}
@@ -50,12 +51,12 @@ class Dataset:
         modality: str | Sequence[str] | None = None,
         memory: int = _MEMORY,
     ) -> "Dataset":
-        """Open files, and keep the rows that pass every filter.
+        """Open files and select the rows that pass every filter.
 
-        A filter is one name or several, in any spelling; a modality's family ("MRI") matches all sequences.
-        memory: bytes of decoded row groups that are kept; a row group larger than that is streamed.
-        Raises ValueError for a file that is missing, not parquet or without the columns needed, for an id
-        that occurs twice, and where there is no row, or none passes.
+        A filter is one or several names in any spelling. A modality family ("MRI") matches all of its sequences.
+        memory: Bytes of decoded row groups to cache. A row group larger than that is streamed.
+        Raises ValueError if a file is missing, not parquet or lacks required columns, if an id occurs twice, if a
+        filter names something that no row has, or if no row is left.
         """
         files = open_files(paths)
         infos = [info for file in files for info in _read_infos(file)]
@@ -78,15 +79,19 @@ class Dataset:
         return len(self._infos)
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample of a row. Raises ValueError for a row that is not sound: no question, image, mask, box
-        or points, a box or a point outside the image, or an image whose header cannot be read."""
+        """The sample of a row.
+
+        Raises ValueError if the row is invalid: image, mask, box or points are missing, the box or a point lies outside
+        the image, or the image's header cannot be read.
+        """
         return _sound_sample(self.row(index), self.info(index))
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
 
     def samples(self, rows: Sequence[int]) -> list[Sample]:
-        """The samples of these rows, in this order; each row group is read once."""
+        """The samples of the given rows, in the given order."""
+        # Reading in file order reads each row group only once.
         order = sorted(set(rows), key=lambda i: (str(self.info(i).file), self.info(i).row))
         read = {i: self[i] for i in order}
         return [read[i] for i in rows]
@@ -99,7 +104,7 @@ class Dataset:
         return self._infos
 
     def reasonings(self) -> Iterator[tuple[RowInfo, str | None]]:
-        """Each row with its reasoning, without reading an image."""
+        """Each row's metadata and reasoning, without reading images."""
         infos = {(info.file, info.row): info for info in self._infos}
         for file in self._files.values():
             for number, row in _light_rows(file, {"extra_info.id", "extra_info.reasoning"}):
@@ -107,24 +112,24 @@ class Dataset:
                     yield info, row["extra_info"].get("reasoning")
 
     def rows_by_image(self) -> list[list[int]]:
-        """Rows that name the same image file, together; a row without one stands alone."""
+        """Row numbers by image path, one list per image of a file. A row without an image path has its own list."""
         groups: dict[tuple[Path, str | int], list[int]] = {}
         for index, info in enumerate(self._infos):
             groups.setdefault((info.file, info.image or index), []).append(index)
         return list(groups.values())
 
     def row(self, index: int) -> Row:
-        """The row's columns that are read here, unchecked. Raises ValueError where the file is damaged."""
+        """The row's columns that a sample is built from, not validated. Raises ValueError if the file is damaged."""
         info = self.info(index)
         return self._groups.row(self._files[info.file], info.row)
 
     @property
     def schema(self) -> pa.Schema:
-        """The schema that the rows of all files have once they are written. Raises ValueError where they contradict."""
+        """The schema in which rows of all files can be written. Raises ValueError if their column types conflict."""
         return common_schema(list(self._files.values()))
 
     def copied(self, rows: Sequence[int]) -> Iterator[pa.RecordBatch]:
-        """These rows, in rising order, with all their columns, in the dataset's schema."""
+        """Yield the given rows, in ascending order, with all columns in the dataset's schema."""
         schema = self.schema
         for path, infos in groupby(map(self.info, rows), key=lambda info: info.file):
             yield from copied(self._files[path], [info.row for info in infos], schema)
@@ -133,7 +138,7 @@ class Dataset:
 def check_names(
     infos: Sequence[RowInfo], field: str, wanted: Sequence[str], matches: Callable[[str, str], bool]
 ) -> None:
-    """Raise ValueError, with the nearest name there is, for a wanted name that no row carries."""
+    """Raise ValueError, suggesting the closest known name, if no row has a wanted name."""
     known = sorted({getattr(info, field) for info in infos})
     for name in wanted:
         if not any(matches(other, name) for other in known):
@@ -143,8 +148,11 @@ def check_names(
 
 
 def open_files(paths: Path | str | Sequence[Path | str]) -> list[RowFile]:
-    """The files, each once. Raises ValueError for one that is missing, not parquet or without the columns needed, for
-    none, and where all are without rows."""
+    """Open the files, without repetitions.
+
+    Raises ValueError if no file is given, if one is missing, not parquet or lacks required columns, or if all files are
+    empty.
+    """
     files = [RowFile.open(path) for path in _distinct(paths)]
     for file in files:
         check_columns(file.schema, file.path)
@@ -154,11 +162,11 @@ def open_files(paths: Path | str | Sequence[Path | str]) -> list[RowFile]:
 
 
 def _distinct(paths: Path | str | Sequence[Path | str]) -> list[Path]:
-    """The paths, each once. Raises ValueError for none."""
+    """The paths without repetitions. Raises ValueError if there are none."""
     several = [paths] if isinstance(paths, (Path, str)) else paths
     if not several:
         raise ValueError("no dataset file was given; name at least one parquet file")
-    # A file that is named twice would be taken for two that hold the same ids.
+    # A file given twice would otherwise be rejected for duplicate ids.
     return list(dict.fromkeys(Path(path) for path in several))
 
 

@@ -1,4 +1,4 @@
-"""Writing rows in the released schema."""
+"""Writing parquet files in the released schema."""
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from umrg.atomic import written_aside
 from umrg.columns import RELEASED_SCHEMA, Row
 
+# Row groups are small because reading a single row decodes its whole row group.
 _GROUP_ROWS = 64
 _GROUP_BYTES = 64 << 20
 
@@ -22,11 +23,11 @@ def write_rows(
     rows_per_group: int = _GROUP_ROWS,
     progress: Callable[[int], object] = lambda written: None,
 ) -> int:
-    """Write rows to a parquet file, one row group in memory at a time; returns how many.
+    """Write rows to a parquet file, one row group in memory at a time, and return their number.
 
-    The file is written aside and renamed when complete. Columns and fields that a row lacks become null; ones
-    that the schema lacks raise ValueError. `progress` is told the number of rows written so far, after each
-    row group.
+    The file is written under a temporary name and renamed when complete. Columns and fields missing from a row become
+    null; those missing from the schema raise ValueError. After each row group, `progress` is called with the number of
+    rows written so far.
     """
     written = 0
     with written_aside(path) as aside, pq.ParquetWriter(aside, schema, compression="zstd") as writer:
@@ -45,8 +46,10 @@ def write_batches(
     schema: pa.Schema,
     progress: Callable[[int], object] = lambda written: None,
 ) -> int:
-    """Write batches of one schema to a parquet file, aside, as `write_rows` does; returns how many rows. A row group
-    has up to 64 rows, and fewer where they are large."""
+    """Write record batches of one schema to a parquet file and return the number of rows.
+
+    A row group is closed once it has 64 rows or 64 MiB. Temporary file and `progress` work as in `write_rows`.
+    """
     written = 0
     with written_aside(path) as aside, pq.ParquetWriter(aside, schema, compression="zstd") as writer:
         for group in _batched(batches):

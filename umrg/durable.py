@@ -1,7 +1,6 @@
-"""Files that outlive a crash: the operations that a durable write consists of, and manifests that tell whole from
-damaged.
+"""Crash-safe files: durable writes, and manifests with checksums that reveal damaged files.
 
-`umrg.atomic` keeps readers from half-written files; here a file is also on the disk, and checked, before it counts.
+`umrg.atomic` only ensures that readers never see a partial file. Here, files are also synced to disk and verified.
 """
 
 import hashlib
@@ -19,7 +18,7 @@ MANIFEST = "manifest.json"
 
 
 class Disk:
-    """The operations, one method each, so that a test can count them and stop at any."""
+    """File-system operations behind one interface, so that a test can simulate a crash at any of them."""
 
     def make_folder(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
@@ -29,7 +28,7 @@ class Disk:
             path.write_bytes(data)
 
     def sync(self, path: Path) -> None:
-        """Wait until a file, or a folder's list of names, is on the disk."""
+        """Flush a file, or a folder's directory entries, to disk."""
         handle = os.open(path, os.O_RDONLY)
         try:
             with named(path):
@@ -41,7 +40,7 @@ class Disk:
         source.replace(target)
 
     def remove(self, path: Path) -> None:
-        """A file or a whole folder, where there is one."""
+        """Remove a file or a folder with its content, if it exists."""
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -50,31 +49,44 @@ class Disk:
 
 @dataclass(frozen=True, kw_only=True)
 class FileRecord:
-    """size: in bytes. sha256: of what was to be written, in hexadecimal."""
+    """Size and checksum of a file, computed from the data in memory rather than from the disk."""
 
     size: int
+    """Size in bytes."""
     sha256: str
+    """Hexadecimal digest."""
 
 
 class Damaged(ValueError):
-    """A file or folder is not what was written; the message says what is wrong with which."""
+    """Raised for a file or folder that differs from what was written."""
 
 
 def write_durably(disk: Disk, path: Path, data: bytes) -> FileRecord:
-    """Write a file and wait until it is on the disk. Its folder must be synced after it."""
+    """Write a file and sync it to disk. The caller must sync its folder afterwards."""
     disk.write(path, data)
     disk.sync(path)
     return FileRecord(size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
+def replace_durably(disk: Disk, path: Path, data: bytes) -> None:
+    """Replace a file atomically: after a crash, it has either its old or its new content."""
+    aside = path.with_name(f".{path.name}.part")
+    write_durably(disk, aside, data)
+    disk.rename(aside, path)
+    disk.sync(path.parent)
+
+
 def manifest(files: Mapping[str, FileRecord]) -> bytes:
-    """A folder's manifest: size and sha256 of each file by its path in the folder, and a sha256 of all that."""
+    """The manifest of a folder: size and sha256 of each file by relative path, and a sha256 of this list."""
     listed = {name: asdict(files[name]) for name in sorted(files)}
     return json.dumps({"files": listed, "sha256": _digest(listed)}, indent=1).encode()
 
 
 def verify(folder: Path) -> str:
-    """Check every file of a folder against its manifest; the manifest's sha256. Raises Damaged."""
+    """Check every file of a folder against its manifest and return the manifest's sha256.
+
+    Raises Damaged if a file is missing or differs.
+    """
     data = _manifest_bytes(folder)
     files = _listed(folder, data)
     with ThreadPoolExecutor(max_workers=4) as pool:
@@ -85,7 +97,7 @@ def verify(folder: Path) -> str:
 
 
 def manifest_digest(folder: Path) -> str:
-    """The manifest's sha256, as `verify` gives it, without a look at the files."""
+    """The manifest's sha256, as `verify` returns it, without reading the files."""
     return hashlib.sha256(_manifest_bytes(folder)).hexdigest()
 
 
@@ -97,7 +109,7 @@ def _manifest_bytes(folder: Path) -> bytes:
 
 
 def _listed(folder: Path, data: bytes) -> dict[str, FileRecord]:
-    """What a manifest lists. Raises Damaged unless the bytes are those that `manifest` made."""
+    """The files that a manifest lists. Raises Damaged unless the bytes are exactly those that `manifest` made."""
     try:
         files = {name: FileRecord(**record) for name, record in json.loads(data)["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -123,5 +135,5 @@ def _digest(listed: Mapping[str, Mapping[str, object]]) -> str:
 
 
 def parents(names: Iterable[str]) -> list[Path]:
-    """The folders that relative paths lie in, the deepest first."""
+    """All parent folders of relative paths, the deepest first, which is the order in which to sync them."""
     return sorted({parent for name in names for parent in Path(name).parents}, key=lambda path: -len(path.parts))

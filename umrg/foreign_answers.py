@@ -1,16 +1,17 @@
-"""Answers in the forms that foreign models give them, for their evaluation only: a training that took them would teach
-nothing of the form.
+"""Lenient parsing of answers in the formats of other models. It is for evaluation only: a reward that accepted these
+formats would not teach the required one.
 
-Beside the answer's own grammar (`umrg.answers`), which goes first, this reads after the thoughts
+The project's own format (`umrg.answers`) is tried first. Then the text after the thoughts is searched for
 
-- JSON in a code fence, amid prose, or without answer tags: the first object, or list of objects, that there is;
-- Qwen's native form, `[{"bbox_2d": [x1, y1, x2, y2], "point_2d": [x, y], "label": "…"}, …]`, one object or several, the
-  box also called `bbox`, and points also `points_1` and `points_2`, `points`, or a list of them in `point_2d`;
-- in relative coordinates also fractions of the image's sides, 0 to 1, in place of 0 to 1000.
+- JSON in a code fence, within prose, or without answer tags: the first object or list of objects counts;
+- Qwen's native format, `[{"bbox_2d": [x1, y1, x2, y2], "point_2d": [x, y], "label": "…"}, …]`, with one object or
+  several; the box may also be called `bbox`, and the points `points_1` and `points_2`, `points`, or be a list in
+  `point_2d`;
+- in relative coordinates, fractions of the image's sides (0 to 1) in place of 0 to 1000.
 
-The first box counts, with the points of its own object and of those that have no box; further boxes are other regions.
-Of several points the first two count. Where there is one, it stands for both, and where there is none, the box's centre
-does, which earns nothing by itself: a pair without extent has a pDice of 0. Without a box, an answer stays malformed.
+The first box counts, with the points of its own object and of objects without a box; further boxes are other regions.
+The first two points count. A single point is used twice, and without any point the box's centre is. That gains nothing
+by itself, because a pair of equal points has a pDice of 0. Without a box, an answer stays malformed.
 """
 
 import json
@@ -28,9 +29,9 @@ _POINTS = ("points_1", "points_2", "point_2d", "points")
 
 
 def parse_lenient(completion: str, *, frame: Frame) -> Answer:
-    """Read a completion as `parse_answer` does and, where that finds no usable box and points, in foreign forms; the
-    answer then says that it is `lenient`. frame: the coordinates that the reasoner was asked for. Total and linear in
-    time, as `parse_answer` is."""
+    """Parse a completion as `parse_answer` does and, if that finds no valid box and points, in foreign formats; the
+    answer is then marked as `lenient`. frame: the coordinates that the prompt asked for. Like `parse_answer`, it never
+    fails and takes linear time."""
     answer = parse_answer(completion)
     if answer.box is not None and answer.points is not None:
         box, points, lenient = answer.box, answer.points, False
@@ -44,13 +45,13 @@ def parse_lenient(completion: str, *, frame: Frame) -> Answer:
 
 
 def _body(completion: str) -> str:
-    """Where the answer is to be looked for: its block or, without one, all that is no thought, after the last ones."""
+    """The text to search for an answer: the answer block or, without one, the text after the last thoughts."""
     _, block = split_completion(completion)
     return block if block is not None else completion.rpartition("</think>")[2].partition("<think>")[0]
 
 
 def _objects(text: str) -> list[_Fields]:
-    """The JSON objects of a text's first code fence or, without one, the first of the text; in a list or alone."""
+    """The first JSON object, or list of objects, in the text's first code fence or, if there is none, in the text."""
     start = _JSON.search(text, max(0, text.find("```"))) or _JSON.search(text)
     if start is None:
         return []
@@ -65,7 +66,7 @@ def _objects(text: str) -> list[_Fields]:
 
 
 def _found(objects: Sequence[_Fields]) -> tuple[Box, PointPair] | None:
-    """The first box and its points; None where it is malformed, or there is none."""
+    """The first box and its points; None if the box is malformed or missing."""
     boxes = [[as_box(fields[name]) for name in _BOXES if name in fields] for fields in objects]
     first = next((i for i, found in enumerate(boxes) if found), None)
     if first is None or (box := boxes[first][0]) is None:
@@ -83,7 +84,8 @@ def _points(fields: _Fields) -> Iterator[Point]:
 
 
 def _fractions(numbers: Sequence[float]) -> bool:
-    """In a frame of 0 to 1000 this would be a region of one thousandth of the image: fractions are meant."""
+    """Whether numbers in the relative frame must be fractions: taken as 0 to 1000, they would describe a region of one
+    thousandth of the image's sides."""
     return all(0 <= v <= 1 for v in numbers) and any(0 < v < 1 for v in numbers)
 
 

@@ -1,28 +1,68 @@
-"""Files that people were handed in place of others: what one is, by its first bytes, and what is to be done."""
+"""Recognises, by its first bytes, a file of another kind than expected: a Git LFS pointer, a web page, an archive.
 
+Failed downloads and incomplete checkouts leave such files behind, so error messages name them and say what to do.
+"""
+
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 _LOOK = 512
+"""How many bytes are examined. The pattern that reaches farthest, NIfTI's, ends at byte 348."""
 
-_LFS, _ANNEX = b"version https://git-lfs", b"/annex/objects/"
 
-_PAGES = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")
+@dataclass(frozen=True, kw_only=True)
+class ForeignFile:
+    """A kind of file that may be found in place of the expected one."""
 
-_BINARY = {
-    b"PK\x03\x04": "a zip archive",
-    b"\x1f\x8b": "a gzip archive; unpack it first",
-    b"BZh": "a bzip2 archive; unpack it first",
-    b"\xfd7zXZ": "an xz archive; unpack it first",
-    b"7z\xbc\xaf": "a 7z archive; unpack it first",
-    b"Rar!": "a rar archive; unpack it first",
-    b"GGUF": "a GGUF file, made for other programs; get the original weights",
-    b"\x89HDF": "an HDF5 file",
-    b"\x93NUMPY": "a numpy array",
-}
+    pattern: bytes
+    """Regular expression that the first bytes match."""
+    name: str
+    """What the file is, as a continuation of "the file is …"."""
+    remedy: str = ""
+    """What to do about it; empty if that depends on the file that was expected."""
+
+    def matches(self, start: bytes) -> bool:
+        return re.match(self.pattern, start, re.DOTALL) is not None
+
+
+ZIP = ForeignFile(pattern=rb"PK\x03\x04", name="a zip archive")
+GZIP = ForeignFile(pattern=rb"\x1f\x8b", name="a gzip archive", remedy="unpack it first")
+HDF5 = ForeignFile(pattern=rb"\x89HDF", name="an HDF5 file")
+NUMPY = ForeignFile(pattern=rb"\x93NUMPY", name="a numpy array")
+
+FOREIGN_FILES = (
+    ForeignFile(
+        pattern=rb"version https://git-lfs",
+        name="a Git LFS pointer, not the file itself",
+        remedy="get that with `git lfs pull`",
+    ),
+    ForeignFile(
+        pattern=rb"/annex/objects/",
+        name="a git-annex pointer, not the file itself",
+        remedy="get that with `git annex get`",
+    ),
+    ForeignFile(
+        # A byte order mark and white space may precede the first tag.
+        pattern=rb"(\xef\xbb\xbf)?\s*<(?i:!doctype|html|\?xml|head|body)",
+        name="a web page (HTML), not the file itself",
+        remedy="download that again",
+    ),
+    ZIP,
+    GZIP,
+    ForeignFile(pattern=rb"BZh", name="a bzip2 archive", remedy="unpack it first"),
+    ForeignFile(pattern=rb"\xfd7zXZ", name="an xz archive", remedy="unpack it first"),
+    ForeignFile(pattern=rb"7z\xbc\xaf", name="a 7z archive", remedy="unpack it first"),
+    ForeignFile(pattern=rb"Rar!", name="a rar archive", remedy="unpack it first"),
+    ForeignFile(pattern=rb"GGUF", name="a GGUF file, made for other programs", remedy="get the original weights"),
+    HDF5,
+    NUMPY,
+)
+"""Kinds of files that may be found in place of any file; `umrg.image_files` adds unsupported image formats."""
 
 
 def first_bytes(path: Path, count: int = _LOOK) -> bytes:
-    """The beginning of a file. Raises ValueError where it is not there, is no file, or cannot be read."""
+    """The first bytes of a file. Raises ValueError if it does not exist, is not a regular file, or cannot be read."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the file in it")
     try:
@@ -37,31 +77,23 @@ def first_bytes(path: Path, count: int = _LOOK) -> bytes:
 
 
 def what_it_is(path: Path) -> str | None:
-    """A phrase that goes on from "the file is …", with what to do where it is no sound file at all; None where the
-    bytes tell nothing. Raises ValueError as `first_bytes` does."""
+    """What a file is, as a continuation of "the file is …" with a remedy; None if it is not recognised. Raises
+    ValueError as `first_bytes` does."""
     return what_it_is_but_text(path) or _text(first_bytes(path))
 
 
 def what_it_is_but_text(path: Path) -> str | None:
-    """As `what_it_is`, where a text may be in its place."""
+    """As `what_it_is`, for files that are expected to be text."""
     start = first_bytes(path)
     if not start:
         return "an empty file; download it again"
-    if start.startswith(_LFS):
-        return "a Git LFS pointer, not the file itself; get that with `git lfs pull`"
-    if start.startswith(_ANNEX):
-        return "a git-annex pointer, not the file itself; get that with `git annex get`"
-    if start.lstrip(b"\xef\xbb\xbf \r\n\t").lower().startswith(_PAGES):
-        return "a web page (HTML), not the file itself; download that again"
-    for magic, kind in _BINARY.items():
-        if start.startswith(magic):
-            return kind
-    return None
+    kind = next((kind for kind in FOREIGN_FILES if kind.matches(start)), None)
+    return None if kind is None else "; ".join(filter(None, (kind.name, kind.remedy)))
 
 
 def _text(start: bytes) -> str | None:
-    """Of a file of text, its first words."""
-    # The last character may be cut.
+    """A phrase with the first words of a text file; None for a binary file."""
+    # UTF-8 has up to four bytes per character, so the last character may be truncated by up to three.
     text = start.decode("utf-8", errors="ignore")
     readable = all(char.isprintable() or char in "\r\n\t" for char in text)
     if not text.strip() or not readable or len(text.encode()) < len(start) - 3:

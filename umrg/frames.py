@@ -1,14 +1,14 @@
-"""Coordinate frames, and the only place where a number changes frame.
+"""Coordinate frames, and the only place where coordinates are converted between them.
 
-Four frames exist. Each is an extent (width, height) laid over the whole image, so that changing frame is
-a scaling of x and y, and nothing else:
+There are four frames. Each spans the whole image with its own extent (width, height), so a change of frame only scales
+x and y:
 
-- *original*: pixels of the image file. Datasets, masks, rewards and the served answer use it.
-- *model*: pixels after the reasoner's processor has resized the image. Qwen2-VL and Qwen2.5-VL speak it.
-- *relative*: 0-1000 along each axis. Qwen3-VL speaks it.
-- *expert*: pixels of the image inside the segmenter's input, padding left out.
+- *original*: pixels of the upright image. Datasets, masks, rewards and served answers use it.
+- *model*: pixels after the reasoner's processor has resized the image. Qwen2-VL and Qwen2.5-VL answer in it.
+- *relative*: 0 to 1000 along each axis. Qwen3-VL answers in it.
+- *expert*: pixels of the image within the segmenter's input, excluding padding.
 
-Boxes are XYXY with inclusive maximum, points are XY.
+Boxes are XYXY with inclusive maximum, and points are XY.
 """
 
 import math
@@ -24,7 +24,7 @@ PointPair = tuple[Point, Point]
 
 
 class Frame(StrEnum):
-    """The frames an answer may be written in."""
+    """The frames in which an answer may be written."""
 
     ORIGINAL = "original"
     MODEL = "model"
@@ -33,7 +33,7 @@ class Frame(StrEnum):
 
 @dataclass(frozen=True)
 class Size:
-    """An extent in pixels (or in thousandths, for the relative frame)."""
+    """An extent in pixels or, for the relative frame, in thousandths of the image's sides."""
 
     width: int
     height: int
@@ -51,7 +51,7 @@ RELATIVE = Size(1000, 1000)
 
 
 def rescale(coordinates: NDArray[np.floating], source: Size, target: Size) -> NDArray[np.float64]:
-    """Scale coordinates [..., 2k], alternating x and y, from one frame's extent to another's."""
+    """Scale coordinates [..., 2k], with x and y alternating, from the extent of one frame to that of another."""
     pair = np.array([target.width / source.width, target.height / source.height])
     scale: NDArray[np.float64] = np.tile(pair, coordinates.shape[-1] // 2)
     return np.asarray(coordinates, dtype=np.float64) * scale
@@ -59,13 +59,12 @@ def rescale(coordinates: NDArray[np.floating], source: Size, target: Size) -> ND
 
 @dataclass(frozen=True, kw_only=True)
 class Frames:
-    """The frames of one image.
-
-    original: extent of the image file. model: extent after the reasoner's processor.
-    """
+    """The extents of one image's frames."""
 
     original: Size
+    """Extent of the upright image."""
     model: Size
+    """Extent after resizing by the reasoner's processor."""
 
     def size(self, frame: Frame) -> Size:
         return {Frame.ORIGINAL: self.original, Frame.MODEL: self.model, Frame.RELATIVE: RELATIVE}[frame]
@@ -88,20 +87,23 @@ class Frames:
 
 @dataclass(frozen=True, kw_only=True)
 class ResizeRule:
-    """How a Qwen-VL processor chooses the model frame: sides are multiples of `factor` (patch x merge), the
-    area lies within [min_pixels, max_pixels], and the aspect is kept as nearly as that allows.
+    """The rule by which a Qwen-VL processor resizes an image, which determines the model frame.
 
-    The rule is `smart_resize` of the Qwen2-VL image processor; the defaults are its own.
+    It is `smart_resize` of the Qwen2-VL image processor, with the same defaults. The aspect ratio is preserved as
+    closely as the constraints allow.
     """
 
     factor: int = 28
+    """Both sides are multiples of this: patch size times merge size."""
     min_pixels: int = 56 * 56
+    """Lower limit of the area."""
     max_pixels: int = 28 * 28 * 1280
+    """Upper limit of the area, which is 1280 visual tokens by default."""
 
     def model_size(self, original: Size) -> Size:
-        """The model frame's extent for an image of this size.
+        """The extent of the model frame for an image of a given size.
 
-        Raises ValueError for an aspect ratio over 200, which the processor refuses as well.
+        Raises ValueError for an aspect ratio over 200, which the processor rejects as well.
         """
         height, width = original.height, original.width
         if max(height, width) > 200 * min(height, width):

@@ -3,7 +3,7 @@
     Sample ──► Group ──rollout──► GroupSamples (Completion × n) ──segmenter──► ScoredGroup ──► learner
 
 Worked example: group (run "demo", step 3, index 5) has the id "demo/3/5"; its third answer is "demo/3/5/2" and is
-sampled with the seed `group.seed(run_seed, 2)`.
+sampled with the seed `group.seed(run_seed) + 2`.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ class SamplingParams:
     that the engine's log-probs are those of the distribution that is learnt from."""
 
     n: int
-    """Completions a prompt."""
+    """Completions per prompt."""
     temperature: float
     """0 for the greedy completion."""
     max_tokens: int
@@ -50,16 +50,16 @@ class Group:
     def answer_id(self, i: int) -> str:
         return f"{self.id}/{i}"
 
-    def seed(self, run_seed: int, i: int) -> int:
-        """Sampling seed of completion i, in [0, 2**31): a hash, so that the seeds that an engine derives by adding
-        small numbers to one group's seed never meet another group's."""
-        text = f"{run_seed}/{self.step}/{self.index}/{i}".encode()
+    def seed(self, run_seed: int) -> int:
+        """Sampling seed of the first completion, in [0, 2**31). It is a hash, so that the seeds that an engine derives
+        by adding small numbers to one group's seed never meet another group's."""
+        text = f"{run_seed}/{self.step}/{self.index}/0".encode()
         return int.from_bytes(hashlib.sha256(text).digest()[:4]) >> 1
 
     def seeded(self, sampling: SamplingParams) -> SamplingParams:
         """The run's sampling parameters with this group's own seed."""
         assert sampling.seed is not None, "a run has a seed"
-        return replace(sampling, seed=self.seed(sampling.seed, 0))
+        return replace(sampling, seed=self.seed(sampling.seed))
 
     def without_masks(self) -> "Group":
         """The group as rollouts and learner ranks get it."""
@@ -79,7 +79,7 @@ class Completion:
     token_ids: tuple[int, ...] = field(repr=False)
     """The tokens that were sampled, the end token included; () where an endpoint does not tell."""
     logprobs: tuple[float, ...] = field(repr=False)
-    """Of each token, under the sampling distribution (temperature-scaled, before any bias)."""
+    """Of each token, under the sampling distribution (temperature-scaled, image tokens excluded)."""
     policy_version: int
     """Version of the weights that produced it."""
     finished: bool

@@ -1,6 +1,6 @@
-"""Encoded image files, before a pixel is decoded: what they are, how deep, how many pictures, which way up.
+"""Properties of encoded image files before they are decoded: format, bit depth, pages and orientation.
 
-`opened` is the one place where Pillow is given bytes. What a user can do about a file that cannot be read is said here.
+Only `opened` passes bytes to Pillow. It also makes the messages that tell users how to mend a file that cannot be read.
 """
 
 import io
@@ -14,8 +14,10 @@ from contextlib import contextmanager
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-# Readers of still pictures that decode in this process. Not here: what starts other programs or hands over to them
-# (EPS, WMF, HDF5, GRIB), what is a film, and what holds icons, layers or textures, of which no one is *the* picture.
+from umrg.foreign_files import FOREIGN_FILES, GZIP, HDF5, NUMPY, ZIP, ForeignFile
+
+# Pillow's readers of still images that decode within this process. Excluded are formats that need other programs (EPS,
+# WMF, HDF5, GRIB), videos, and collections of icons, layers or textures, which have no single main image.
 FORMATS = (
     "PNG",
     "JPEG",
@@ -33,7 +35,7 @@ FORMATS = (
     "TGA",
 )
 
-# What Pillow's readers raise for damaged files.
+# The exceptions that Pillow's readers raise for damaged files.
 UNDECODABLE = (
     ArithmeticError,
     AssertionError,
@@ -51,7 +53,7 @@ UNDECODABLE = (
     Image.DecompressionBombError,
 )
 
-# What makes pixels upright that are stored in an orientation (EXIF 2.32, 4.6.4).
+# The transposition that makes pixels of a stored orientation upright (EXIF 2.32, 4.6.4).
 TURNS: dict[object, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -61,9 +63,9 @@ TURNS: dict[object, Image.Transpose] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SIDEWAYS = (5, 6, 7, 8)  # these exchange width and height
-_REDUCED, _MASK = 1, 4  # bits of TIFF's NewSubfileType: not a picture of its own
-_OLD_REDUCED = 2  # the same in SubfileType
+_SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange width and height
+_REDUCED, _MASK = 1, 4  # bits of TIFF's NewSubfileType for pages that are not images of their own
+_OLD_REDUCED = 2  # the same in the older tag SubfileType
 
 _PREFIXES = {
     "PNG": rb"\x89PNG",
@@ -77,19 +79,13 @@ _PREFIXES = {
 }
 _AS_PICTURE = "save it as PNG, JPEG or TIFF"
 _AS_SLICE = "export the slice that is meant as PNG, windowed to 8 bits"
-# What people have under an image's name: pattern of the first bytes, what it is, what to do.
-_OTHERS = (
-    (rb"version https://git-lfs", "a Git LFS pointer, not the file itself", "fetch it with `git lfs pull`"),
-    (rb"(\xef\xbb\xbf)?\s*<(!doctype html|html)", "a web page", "download the image itself"),
-    (rb"(\xef\xbb\xbf)?\s*<(\?xml|svg|!--)", "an XML text, such as SVG", _AS_PICTURE),
+_UNREAD_FORMATS = (
+    (rb"(\xef\xbb\xbf)?\s*<(?i:\?xml|svg|!--)", "an XML text, such as SVG", _AS_PICTURE),
     (rb".{128}DICM|\x08\x00\x05\x00", "DICOM", _AS_SLICE),
     (rb".{344}n[i+]1\x00", "NIfTI", _AS_SLICE),
     (rb"NRRD", "NRRD", _AS_SLICE),
     (rb"(ObjectType|NDims) *=", "MetaImage", _AS_SLICE),
-    (rb"\x89HDF", "HDF5", _AS_SLICE),
-    (rb"\x93NUMPY", "a NumPy array", _AS_SLICE),
-    (rb"\x1f\x8b", "gzip", f"unpack it, and if it is a volume, {_AS_SLICE}"),
-    (rb"PK\x03\x04", "a ZIP archive", "unpack it"),
+    # HEIC comes before videos, because both are ISO base media files that differ in their brand.
     (rb"....ftyp(hei|hev|mif1|msf1)", "HEIC", _AS_PICTURE),
     (rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ", "a film", "save the frame that is meant as PNG"),
     (rb"\xff\x0a|\x00\x00\x00\x0cJXL ", "JPEG XL", _AS_PICTURE),
@@ -98,19 +94,33 @@ _OTHERS = (
     (rb"8BPS", "Photoshop", _AS_PICTURE),
     (rb"\x00\x00[\x01\x02]\x00", "an icon", _AS_PICTURE),
 )
+_NOT_READ = (
+    *(ForeignFile(pattern=pattern, name=name, remedy=remedy) for pattern, name, remedy in _UNREAD_FORMATS),
+    *FOREIGN_FILES,
+)
+"""Files that users may pass as images and that are not supported. Image formats come first, so that an XML text is
+called an SVG here, although `FOREIGN_FILES` calls it a web page."""
+_REMEDIES = {
+    ZIP: "unpack it",
+    GZIP: f"unpack it, and if it is a volume, {_AS_SLICE}",
+    HDF5: _AS_SLICE,
+    NUMPY: _AS_SLICE,
+}
+"""Remedies for the kinds of `FOREIGN_FILES` that may contain the image, in place of their general remedies."""
 
 
 class ImageRefused(ValueError):
-    """A file that is no picture as it is needed here; the sentence says what to change."""
+    """A file that cannot be used as an image; the message says what to change."""
 
 
 @contextmanager
 def opened(encoded: bytes, what: str, frame: int | None = None) -> Iterator[ImageFile.ImageFile]:
-    """An encoded image, its pixels not decoded yet, and what is raised while it is read as ImageRefused.
+    """An encoded image, opened but not decoded. Errors while it is decoded within the context become ImageRefused too.
 
-    what: names the image in messages. frame: which of the file's pages, counted from 0.
-    Raises ImageRefused for what is no image, is damaged, has more pixels than Pillow's limit, or has several pages of
-    which none is named. What Pillow warns of (text and profiles that it cannot read) does not matter to the pixels.
+    what: the image's name in messages. frame: the page to open, counted from 0.
+    Raises ImageRefused if the file is not an image, is damaged, has more pixels than Pillow's limit, or has several
+    pages and no frame is given. Pillow's warnings, about unreadable texts and profiles, do not concern the pixels and
+    are ignored.
     """
     try:
         with warnings.catch_warnings():
@@ -137,19 +147,19 @@ def _check_pixels(image: Image.Image) -> None:
 
 
 def _not_opened(encoded: bytes) -> str:
-    """What a file is that none of the readers takes, and what to do about it."""
+    """The kind of a file that no reader accepts, and what to do about it."""
     if not encoded:
         return "(the file is empty); write or download it again"
     if _kind(encoded):
         return f"(its header cannot be read); {_broken(encoded)}"
-    for pattern, kind, advice in _OTHERS:
-        if re.match(pattern, encoded, re.DOTALL | re.IGNORECASE):
-            return f"({kind}); {advice}"
+    for kind in _NOT_READ:
+        if kind.matches(encoded):
+            return f"({kind.name}); {_REMEDIES.get(kind, kind.remedy)}"
     return f"(unknown format); {_broken(encoded)}"
 
 
 def _kind(encoded: bytes) -> str | None:
-    """The format that a file says it has."""
+    """The image format that the file's first bytes announce."""
     return next((name for name, prefix in _PREFIXES.items() if re.match(prefix, encoded, re.DOTALL)), None)
 
 
@@ -158,14 +168,14 @@ def _broken(encoded: bytes) -> str:
         case None:
             return "it must be a PNG, JPEG, TIFF, WebP or the like"
         case "JPEG" | "TIFF" as kind:
-            # Lossless JPEG, or TIFF in floating point of another width than 32 bits, are kinds of their own.
+            # Pillow does not read lossless JPEG, nor TIFF in floating point of a width other than 32 bits.
             return f"the {kind} is damaged or cut short, or of a kind that is not read here; save it as PNG"
         case kind:
             return f"the {kind} is damaged or cut short; write or download it again"
 
 
 def _choose_page(image: ImageFile.ImageFile, what: str, frame: int | None) -> None:
-    """Go to the page that is named, or see that there is no choice."""
+    """Go to the given page or, if none is given, check that there is only one."""
     count = int(getattr(image, "n_frames", 1))
     if frame is None:
         if count > 1 and _several(image, count):
@@ -181,8 +191,8 @@ def _choose_page(image: ImageFile.ImageFile, what: str, frame: int | None) -> No
 
 
 def _several(image: ImageFile.ImageFile, count: int) -> bool:
-    """Whether pages after the first are pictures of their own, rather than companions of it: a TIFF's smaller versions
-    and transparency masks; a phone's preview or gain map."""
+    """Whether any page after the first is an image of its own, rather than an auxiliary of the first: a smaller version
+    or a transparency mask in a TIFF, a preview or a gain map in a phone's MPO."""
     if image.format == "MPO":
         return any(_is_view(image, page) for page in range(1, count))
     if isinstance(image, TiffImageFile):
@@ -201,7 +211,8 @@ def _is_page(image: TiffImageFile, page: int) -> bool:
 
 
 def _is_view(image: ImageFile.ImageFile, page: int) -> bool:
-    """Of an MPO (CIPA DC-007): a picture that is declared to be one of several, or says nothing and looks like one."""
+    """Whether a page of an MPO (CIPA DC-007) is an image of its own: it is declared as one of several, or it has no
+    declared type and the size and mode of the first."""
     kind: str = image.mpinfo[0xB002][page]["Attribute"]["MPType"]  # type: ignore[attr-defined]
     first = (image.size, image.mode)
     try:
@@ -213,9 +224,9 @@ def _is_view(image: ImageFile.ImageFile, page: int) -> bool:
 
 
 def depth(image: ImageFile.ImageFile, encoded: bytes) -> int:
-    """Bits a channel in the file. Pillow itself reduces colours of 16 bits to 8 without a word.
+    """Bits per channel in the file. They are read from the file, because Pillow silently reduces 16-bit colours to 8.
 
-    image: `encoded`, open at the page that counts, not decoded. Formats that are not named here know no more than 8.
+    image: `encoded`, opened at the chosen page and not decoded. Formats that are not listed have at most 8 bits.
     """
     match image.format:
         case "PNG":
@@ -236,14 +247,15 @@ def depth(image: ImageFile.ImageFile, encoded: bytes) -> int:
 
 
 def _depth_of_jpeg2000(encoded: bytes) -> int:
-    """The codestream's SIZ segment: at 40 the number of components, then three bytes each (ISO 15444-1, A.5.1)."""
+    """Read from the codestream's SIZ segment, which has the number of components at byte 40 and then three bytes per
+    component (ISO 15444-1, A.5.1)."""
     siz = encoded[encoded.index(b"\xff\x4f\xff\x51") :]
     (count,) = struct.unpack_from(">H", siz, 40)
     return max((ssiz & 0x7F) + 1 for ssiz in siz[42 : 42 + 3 * count : 3])
 
 
 def _depth_of_avif(encoded: bytes) -> int:
-    """The flags high_bitdepth and twelve_bit of the AV1 configuration box."""
+    """Read from the flags high_bitdepth and twelve_bit of the AV1 configuration box."""
     flags = encoded[encoded.index(b"av1C") + 6]
     return 8 if not flags & 0x40 else 12 if flags & 0x20 else 10
 
@@ -258,27 +270,27 @@ def _depth_of_ppm(image: ImageFile.ImageFile) -> int:
 
 
 def orientation(image: Image.Image) -> object:
-    """1 to 8, where the image says which way up it is stored. Of a PNG that is not decoded yet, what comes before its
-    pixels counts; of a TIFF that is, what Pillow has not taken account of already."""
+    """The EXIF orientation, 1 to 8, or None if the image has none. For a PNG that is not decoded, only metadata before
+    the pixels is read. For a decoded TIFF, it is the orientation that Pillow has not applied already."""
     try:
-        # PNG's own method would decode the pixels to see what comes after them.
+        # The PNG class's own method would decode the pixels to read the metadata after them.
         return Image.Image.getexif(image).get(ExifTags.Base.Orientation)
     except UNDECODABLE:
         return None
 
 
 def upright_size(image: ImageFile.ImageFile, encoded: bytes) -> tuple[int, int]:
-    """Width and height of an image that is not decoded, once it is turned as its orientation says."""
+    """Width and height that an undecoded image has once it is upright."""
     if image.format == "PNG" and _speaks_late(encoded):
         image.load()
     width, height = image.size
-    # Of a TIFF's own tag Pillow has taken account already.
+    # Pillow reports the size of a TIFF with its orientation tag already applied.
     counted = isinstance(image, TiffImageFile) and image.tag_v2.get(ExifTags.Base.Orientation) in _SIDEWAYS
     return (height, width) if not counted and orientation(image) in _SIDEWAYS else (width, height)
 
 
 def _speaks_late(encoded: bytes) -> bool:
-    """Whether a PNG has what may say its orientation after its pixels."""
+    """Whether a PNG has metadata that may hold its orientation after its pixels (IDAT)."""
     texts = (b"Raw profile type exif", b"XML:com.adobe.xmp")
     place, pixels = 8, False
     while place + 8 <= len(encoded):

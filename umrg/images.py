@@ -1,10 +1,10 @@
-"""The one way in which an image is decoded here, for datasets, models, experts, endpoints and services alike.
+"""Image decoding, the same for datasets, models, experts, endpoints and services.
 
     encoded file ──opened──► one page, not decoded ──load, turn──► upright ──window──► 8 bits ──composite──► RGB
 
-Orientation (EXIF, XMP or TIFF's tag) is applied, transparency lies on white, more than 8 bits a channel are refused or
-windowed, and of several pages one must be named. Where nothing is to be windowed or chosen, the pixels are those of
-vLLM's own loader.
+The orientation (EXIF, XMP or TIFF tag) is applied, transparency is composited on white, more than 8 bits per channel
+are refused or windowed, and a page must be given if the file has several. Without a window and a page, the pixels are
+those of vLLM's own loader.
 """
 
 import io
@@ -18,11 +18,12 @@ from umrg.image_files import TURNS, ImageRefused, depth, opened, orientation, up
 from umrg.windowing import Window, eight_bits
 
 _Layers = tuple[Image.Image, Image.Image | None]
+"""Colours, and the alpha channel if there is one."""
 
 
 def image_size(encoded: bytes, what: str) -> Size:
-    """Extent of an image as it is decoded, turned upright, from the file's header. Raises ValueError that names `what`
-    for what is no image, is damaged or has several pages."""
+    """The size that an image has once it is decoded and upright, from the file's header. Raises ValueError, naming
+    `what`, if the file is not an image, is damaged, or has several pages."""
     with opened(encoded, what) as image:
         return Size(*upright_size(image, encoded))
 
@@ -32,10 +33,11 @@ def decode_image(
 ) -> NDArray[np.uint8]:
     """Decode an image file to uint8 [H, W, 3] RGB: upright, and opaque on white.
 
-    window: makes 8 bits of more; the colours of an image that has no more are windowed as they are. frame: which of a
-    file's pages, counted from 0.
-    Raises ValueError that names `what` where the image cannot be decoded, has several pages of which none is named, or
-    has more than 8 bits a channel and no window is given: a conversion would clip it, or read it almost black.
+    window: maps the values of an image to 8-bit levels; an image of 8 bits is windowed by its RGB colours. frame: the
+    page to decode, counted from 0.
+    Raises ValueError, naming `what`, if the image cannot be decoded, if it has several pages and no frame is given, or
+    if it has more than 8 bits per channel and no window is given: Pillow's conversion would clip such an image, or make
+    it almost black.
     """
     with opened(encoded, what, frame) as image:
         bits = depth(image, encoded)
@@ -54,11 +56,11 @@ def decode_image(
 
 
 def decode_mask(encoded: bytes, what: str) -> NDArray[np.bool_]:
-    """Decode a mask file to bool [H, W], true where it is 128 or more: upright, and what is transparent is background,
-    as if it lay on black.
+    """Decode a mask file to bool [H, W], true where the gray value is at least 128. The mask is made upright, and
+    transparent pixels are background.
 
-    Raises ValueError that names `what` where the mask cannot be decoded, has several pages, or has colours of more than
-    8 bits; gray values of more than 8 bits are taken as they are.
+    Raises ValueError, naming `what`, if the mask cannot be decoded, has several pages, or has colours of more than
+    8 bits. Gray values of more than 8 bits are not rescaled.
     """
     with opened(encoded, what) as image:
         deep = depth(image, encoded) > 8
@@ -81,17 +83,17 @@ def encode_png(pixels: NDArray[np.uint8] | NDArray[np.bool_]) -> bytes:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Decode and turn."""
+    """The decoded image, turned upright."""
     image.load()
     turn = TURNS.get(orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
 def _layers(image: Image.Image, window: Window | None = None) -> _Layers:
-    """RGB, and alpha where the image has some, of a decoded image of 8 bits."""
+    """RGB, and alpha if there is any, of a decoded image of 8 bits."""
     alpha = None
     if image.has_transparency_data:
-        # Premultiplied gray has no direct way.
+        # Pillow cannot convert premultiplied gray (La) to RGBA directly.
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         alpha = image.getchannel("A")
     colours = image.convert("RGB")

@@ -6,10 +6,10 @@ from scipy.ndimage import distance_transform_edt
 
 
 def tight_box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
-    """Smallest box around a mask's pixels.
+    """The smallest box that encloses a mask.
 
-    `mask` is bool [H, W]; the result is XYXY in the mask's pixels with inclusive maximum.
-    Raises ValueError when the mask is empty.
+    `mask` is bool [H, W]. The box is XYXY with inclusive maximum, in the mask's pixels.
+    Raises ValueError if the mask is empty.
     """
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if rows.size == 0:
@@ -18,16 +18,17 @@ def tight_box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
 
 
 def reference_points(mask: NDArray[np.bool_]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The two key points of a mask, as the published method defines them.
+    """The two key points of a mask, as defined by MedReasoner (arXiv:2508.08177).
 
-    The first is where the Euclidean distance transform is largest; the second is where it is largest among
-    mask pixels farther from the first than the median of all mask pixels' distances from it. What lies beyond
-    the image border counts as outside the mask. A mask of a single pixel gives the same point twice.
+    The first point maximises the Euclidean distance transform of the mask. The second maximises it among the mask
+    pixels whose distance from the first exceeds the median distance of all mask pixels. Pixels beyond the image border
+    count as background. For a mask of one pixel, both points are the same.
 
-    `mask` is bool [H, W]; points are XY in the mask's pixels. Ties go to the first pixel in row order.
-    Raises ValueError when the mask is empty.
+    `mask` is bool [H, W], and the points are XY in its pixels. Ties are resolved to the first pixel in row-major order.
+    Raises ValueError if the mask is empty.
     """
     left, top, right, bottom = tight_box(mask)
+    # Only the box is transformed, which is faster. The padding provides background beyond the image's border.
     padded = np.pad(mask[top : bottom + 1, left : right + 1], 1)
     depth = distance_transform_edt(padded)
     rows, columns = np.nonzero(padded)

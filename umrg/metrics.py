@@ -1,4 +1,4 @@
-"""Metrics of boxes, points and masks against a reference."""
+"""Metrics that compare boxes, points and masks with a reference."""
 
 import math
 
@@ -10,25 +10,26 @@ from umrg.frames import Box, PointPair
 from umrg.keypoints import tight_box
 
 _HALF = math.sqrt(0.5)
-# By code 8·a + 4·b + 2·c + d of the 2x2 neighbourhood a b / c d: no outline passes through none or all four, half a
-# diagonal cuts off one, a side runs between two beside each other, and two halves between two across.
+# Length of the marching-squares outline within a 2x2 neighbourhood of pixels a b / c d, indexed by 8·a + 4·b + 2·c + d:
+# 0 if all four pixels agree, half a diagonal around a single one, 1 between two adjacent pairs, and two half diagonals
+# for two pixels on a diagonal.
 _OUTLINE = np.array([0, _HALF, _HALF, 1, _HALF, 1, 2 * _HALF, _HALF, _HALF, 2 * _HALF, 1, _HALF, 1, _HALF, _HALF, 0])
 
 
 def box_area(box: Box) -> float:
-    """Area of an XYXY box as (x2 - x1)(y2 - y1), the published reward's convention (and torchvision's)."""
+    """Area of an XYXY box as (x2 - x1)(y2 - y1), the convention of the published reward and of torchvision."""
     return _area(box[2] - box[0], box[3] - box[1])
 
 
 def box_iou(a: Box, b: Box) -> float:
-    """Intersection over union of two XYXY boxes in one frame, in [0, 1]; equal boxes without area give 1."""
+    """Intersection over union of two XYXY boxes in one frame, in [0, 1]. Equal boxes of zero area give 1."""
     intersection = _area(min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1]))
     union = box_area(a) + box_area(b) - intersection
     return intersection / union if union > 0 else float(a == b)
 
 
 def circle_overlap(a: PointPair, b: PointPair) -> tuple[float, float, float]:
-    """Areas (a, b, intersection) of the circles whose diameters are the two point pairs."""
+    """Areas (a, b, intersection) of the two circles that have the point pairs as diameters."""
     (ax, ay, ar), (bx, by, br) = _circle(a), _circle(b)
     area_a, area_b = math.pi * ar * ar, math.pi * br * br
     distance = math.hypot(ax - bx, ay - by)
@@ -36,7 +37,7 @@ def circle_overlap(a: PointPair, b: PointPair) -> tuple[float, float, float]:
         return area_a, area_b, 0.0
     if distance <= abs(ar - br):
         return area_a, area_b, min(area_a, area_b)
-    # The law of cosines, arranged so that no product of small radii can underflow to a division by zero.
+    # Law of cosines, rearranged so that products of small radii cannot underflow and cause a division by zero.
     difference = (ar - br) / distance * (ar + br)
     cos_a, cos_b = (distance + difference) / (2 * ar), (distance - difference) / (2 * br)
     kite = (ar + br - distance) * (distance + ar - br) * (distance - ar + br) * (distance + ar + br)
@@ -46,42 +47,43 @@ def circle_overlap(a: PointPair, b: PointPair) -> tuple[float, float, float]:
 
 
 def pdice(a: PointPair, b: PointPair) -> float:
-    """Dice of the circles spanned by two point pairs, 2I / (A + B), in [0, 1]."""
+    """Dice coefficient of the circles spanned by two point pairs, 2I / (A + B), in [0, 1]."""
     area_a, area_b, intersection = circle_overlap(a, b)
     total = area_a + area_b
     return min(1.0, 2 * intersection / total) if total > 0 else float(set(a) == set(b))
 
 
 def pdice_published(a: PointPair, b: PointPair) -> float:
-    """The published evaluation's "pDice", 2I / (A + B - I), in [0, 2]: twice the circles' IoU."""
+    """The "pDice" of the published evaluation code, 2I / (A + B - I), in [0, 2], which is twice the circles' IoU."""
     area_a, area_b, intersection = circle_overlap(a, b)
     union = area_a + area_b - intersection
     return min(2.0, 2 * intersection / union) if union > 0 else 2.0 * float(set(a) == set(b))
 
 
 def mask_dice(prediction: NDArray[np.bool_], reference: NDArray[np.bool_]) -> float:
-    """Dice of two boolean masks [H, W], in [0, 1]; two empty masks give 1 (a row declared without target)."""
+    """Dice coefficient of two masks, bool [H, W], in [0, 1]. Two empty masks give 1, as for a `no_target` row."""
     intersection, total = _mask_counts(prediction, reference)
     return 2 * intersection / total if total else 1.0
 
 
 def mask_iou(prediction: NDArray[np.bool_], reference: NDArray[np.bool_]) -> float:
-    """Intersection over union of two boolean masks [H, W], in [0, 1]; two empty masks give 1."""
+    """Intersection over union of two masks, bool [H, W], in [0, 1]. Two empty masks give 1."""
     intersection, total = _mask_counts(prediction, reference)
     return intersection / (total - intersection) if total else 1.0
 
 
 def surface_dice(prediction: NDArray[np.bool_], reference: NDArray[np.bool_], *, tolerance: float) -> float:
-    """Normalised surface Dice of two boolean masks [H, W], in [0, 1]: the share of both outlines' length that is no
-    farther than `tolerance` pixels from the other outline.
+    """Normalised surface Dice of two masks, bool [H, W], in [0, 1] (Nikolov et al., 2021, arXiv:1809.04430).
 
-    An outline runs between the pixels' centres, as marching squares draw it, and beyond the image's border everything
-    is outside. Two empty masks give 1, one empty mask 0. As Nikolov et al. (2021, arXiv:1809.04430) define it.
+    It is the fraction of both outlines' length that lies within `tolerance` pixels of the other outline. Outlines are
+    those of marching squares, and pixels beyond the image border count as background. Two empty masks give 1, one empty
+    mask gives 0.
     """
     _check_sizes(prediction, reference)
     both = prediction | reference
     if not both.any():
         return 1.0
+    # The common box holds both outlines, so the distance transforms need not cover the whole image.
     x1, y1, x2, y2 = tight_box(both)
     first, second = (_outline(mask[y1 : y2 + 1, x1 : x2 + 1]) for mask in (prediction, reference))
     far = _length_far_from(second, first, tolerance) + _length_far_from(first, second, tolerance)
@@ -89,7 +91,7 @@ def surface_dice(prediction: NDArray[np.bool_], reference: NDArray[np.bool_], *,
 
 
 def _outline(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Length of the outline at each corner of the pixels of a mask [H, W], float [H + 1, W + 1]."""
+    """Length of a mask's outline at each pixel corner, float [H + 1, W + 1] for a mask [H, W]."""
     cells = np.pad(mask, 1).astype(np.uint8)
     lengths: NDArray[np.float64] = _OUTLINE[
         8 * cells[:-1, :-1] + 4 * cells[:-1, 1:] + 2 * cells[1:, :-1] + cells[1:, 1:]
@@ -98,6 +100,7 @@ def _outline(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
 
 
 def _length_far_from(other: NDArray[np.float64], outline: NDArray[np.float64], tolerance: float) -> float:
+    """Length of an outline that lies farther than `tolerance` pixels from the other outline."""
     if not other.any():
         return float(outline.sum())
     return float(outline[distance_transform_edt(other == 0) > tolerance].sum())

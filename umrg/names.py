@@ -1,8 +1,8 @@
-"""Names of categories, super-categories and modalities, normalised: spellings of one thing become one.
+"""Normalisation of category, super-category and modality names.
 
-Spelling only: case, white space, underscores, the plural of words in the table, British and American forms,
-and known slips of the released data. Different things stay apart ("kidney" and "left kidney"). All functions
-are idempotent.
+Only spelling is unified: case, white space, underscores, plurals of words in the table, British and American forms, and
+known errors in the released data. Different structures stay distinct ("kidney" and "left kidney"). Normalising a name
+twice changes nothing.
 """
 
 import re
@@ -46,13 +46,14 @@ _WORDS = {
 }
 
 _PHRASES = {
+    # A spelling error in the released data.
     "public symphysis": "pubic symphysis",
     # The veterinary name, which the released abdominal CT rows use.
     "postcava": "inferior vena cava",
     "ivc": "inferior vena cava",
 }
 
-# Words of a category that do not give away what is meant.
+# Words of a category that say where a structure lies or of which kind it is, without identifying it.
 _PLACES = {
     "anterior",
     "inferior",
@@ -69,7 +70,8 @@ _PLACES = {
 _PLACES |= {"superior", "upper"}
 _KINDS = {"area", "organ", "part", "region", "structure", "the", "tissue"}
 
-# Of the plural and of British spelling, longest first; what becomes itself is no plural.
+# Plural endings and their singular; the first match applies, so longer endings come first. An ending that maps to
+# itself is not a plural ("pelvis", "abscess", "humerus").
 _ENDINGS = (("sses", "ss"), ("ies", "y"), ("ae", "a"), ("is", "is"), ("ss", "ss"), ("us", "us"), ("i", "us"), ("s", ""))
 
 _FAMILIES = {
@@ -112,16 +114,16 @@ _SEQUENCES = {
 
 
 def category_name(name: object) -> str:
-    """A category's or super-category's normalised name; "unknown" for None and for blank text."""
+    """Normalise the name of a category or super-category. None and blank text become "unknown"."""
     words = _spaced(name).split()
     text = " ".join(_WORDS.get(word, word) for word in words)
     return _PHRASES.get(text, text) or UNKNOWN
 
 
 def modality_name(name: object) -> str:
-    """A modality's normalised name: the family, and after dashes what the data adds to it ("MRI-T1-Gd").
+    """Normalise the name of a modality: its family, followed by sequence or phase after dashes ("MRI-T1-Gd").
 
-    "unknown" for None and for blank text; a modality that the table does not have keeps its name.
+    None and blank text become "unknown". A modality that is not in the table keeps its name.
     """
     text = _spaced(name)
     family, rest = _split_family(text)
@@ -130,19 +132,21 @@ def modality_name(name: object) -> str:
 
 
 def modality_family(name: object) -> str:
-    """The modality without its sequence or phase: "MRI" for "MRI-T1-Gd", "X-ray" for "X-Ray"."""
+    """The modality without sequence or phase: "MRI" for "MRI-T1-Gd", "X-ray" for "X-Ray"."""
     return _split_family(_spaced(name))[0] or modality_name(name)
 
 
 def category_matches(name: str, wanted: str) -> bool:
-    """Whether a row's category or super-category is the wanted one, in any spelling."""
+    """Whether two spellings name the same category or super-category."""
     return category_name(wanted) == category_name(name)
 
 
 def names_outright(text: str, category: str) -> bool:
-    """Whether a text names a category: all its words occur, in any order, spelling and number, except those that only
-    say where it lies or that it is an organ or a structure ("left kidney" is named by "the kidneys", but not by
-    "the left-sided organ")."""
+    """Whether a text names a category explicitly, that is, contains all of its words in any order, spelling or number.
+
+    Words that only state a location or a kind are ignored: "the kidneys" names "left kidney", but "the left-sided
+    organ" does not.
+    """
     wanted = _bare_words(category)
     return bool(wanted) and (wanted - _PLACES - _KINDS or wanted) <= _bare_words(text)
 
@@ -157,11 +161,12 @@ def _bare_words(text: str) -> set[str]:
 
 def _singular(word: str) -> str:
     ending, bare = next((pair for pair in _ENDINGS if len(word) > 3 and word.endswith(pair[0])), ("", ""))
+    # The digraphs ae and oe are British ("anaemia", "oedema").
     return (word.removesuffix(ending) + bare).replace("ae", "e").replace("oe", "e")
 
 
 def modality_matches(name: str, wanted: str) -> bool:
-    """Whether a row's modality is the wanted one. A family matches its sequences, a sequence itself."""
+    """Whether a row's modality matches the wanted one. A family matches all of its sequences."""
     return modality_name(wanted) in (modality_name(name), modality_family(name))
 
 

@@ -1,8 +1,9 @@
-"""Pictures for people: overlays of masks, boxes and points on an image, contact sheets, heat maps.
+"""Visualisation: overlays of masks, boxes and points on an image, contact sheets and heat maps.
 
-Every line is painted from its signed distance, so edges are smooth at any size; a dark casing keeps it
-visible on bright and on dark images. Colours are Okabe and Ito's (https://jfly.uni-koeln.de/color/), which
-colour-blind readers can tell apart; prediction and reference differ in stroke as well (solid and dashed).
+Lines are rendered from signed distance fields, which gives anti-aliased edges at any size, and have a dark casing that
+keeps them visible on bright and dark images. The colours are from the colour-blind-safe palette of Okabe and Ito
+(https://jfly.uni-koeln.de/color/). Masks and boxes also differ in stroke: solid for the prediction, dashed for the
+reference.
 """
 
 import math
@@ -25,12 +26,13 @@ Colour = tuple[int, int, int]
 PREDICTION: Colour = (230, 159, 0)
 REFERENCE: Colour = (86, 180, 233)
 _CASING: Colour = (16, 16, 20)
+# Opacity of the mask's tint, low enough to keep the image beneath visible.
 _FILL = 0.22
 _LONGEST = 1600
 _PAPER: Colour = (250, 250, 248)
 _INK: Colour = (28, 28, 32)
 _PALE_INK: Colour = (96, 98, 106)
-# Stops of a dark-to-bright scale whose lightness rises evenly, also for colour-blind eyes.
+# Stops of a dark-to-bright colour map whose lightness rises evenly, also for colour-blind viewers.
 _HEAT = ((0, 24, 56), (24, 62, 110), (86, 98, 116), (140, 135, 118), (196, 176, 98), (255, 233, 72))
 
 
@@ -45,16 +47,20 @@ def overlay(
     reference_points: PointPair | None = None,
     long_side: int | None = None,
 ) -> Picture:
-    """The image with a mask (tinted, outlined), a box and two key points (first a disc, second a ring).
+    """Draw a mask (tinted and outlined), a box and two key points (a disc and a ring) on an image.
 
-    The reference has another colour, dashes and no tint. image: uint8 [H, W, 3]; masks:
-    bool [H, W]; box and points: original pixels, XYXY with inclusive maximum and XY. long_side: pixels of the
-    picture's long side; by default the image's own, but no more than 1600.
+    The reference is drawn in another colour, with dashed lines and without a tint.
+
+    image: The image, uint8 [H, W, 3].
+    mask, reference_mask: Masks, bool [H, W].
+    box, reference_box: Boxes, XYXY with inclusive maximum, in original pixels.
+    points, reference_points: Pairs of points, XY in original pixels.
+    long_side: Long side of the result in pixels. The default is the image's own, but at most 1600.
     """
     own = max(image.shape[:2])
     scale = (long_side or min(own, _LONGEST)) / own
     canvas = _Canvas(_resized(image, scale), scale)
-    # What covers most comes first, so that no tint lies over a line or a point.
+    # Larger shapes are drawn first, so that no tint covers a line or a point.
     if mask is not None:
         canvas.mask(mask, PREDICTION, dashed=False)
     if reference_mask is not None:
@@ -72,22 +78,26 @@ def overlay(
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """One picture of a sheet, uint8 [H, W, 3], with its caption: a title and a text that wraps."""
+    """A picture of a contact sheet with its caption."""
 
     picture: Picture
+    """uint8 [H, W, 3]."""
     title: str
+    """The caption's first line, shortened if it does not fit."""
     text: str = ""
+    """The caption's body, wrapped to at most three lines."""
 
 
 def contact_sheet(tiles: Sequence[Tile], columns: int, *, side: int = 280, heading: str = "") -> Picture:
-    """The tiles in rows of `columns`, each fitted into a square of `side` pixels, captions below, a heading.
+    """Arrange tiles in a grid below a heading, each scaled into a square of `side` pixels with its caption below.
 
-    A picture that is not square is centred; a text of more than three lines ends in an ellipsis.
-    Raises ValueError for no tiles.
+    Pictures that are not square are centred. Captions that do not fit end in an ellipsis.
+    Raises ValueError if there are no tiles or no columns.
     """
     if not tiles or columns < 1:
         raise ValueError("a contact sheet needs at least one tile and one column")
     columns = min(columns, len(tiles))
+    # All spacing and font sizes scale with the tile's side.
     gap, line = side // 14, side // 14
     head = 3 * line if heading else gap
     font = _font(round(line * 0.78))
@@ -111,7 +121,7 @@ def contact_sheet(tiles: Sequence[Tile], columns: int, *, side: int = 280, headi
 
 
 def heat_map(density: NDArray[np.floating], side: int) -> Picture:
-    """A density [H, W] of any scale as a square of `side` pixels, dark for 0, bright for its maximum."""
+    """Render a density [H, W] as a square of `side` pixels, from dark at 0 to bright at its maximum."""
     peak = float(density.max())
     levels = (density / peak if peak > 0 else density).astype(np.float32)
     smooth = np.asarray(Image.fromarray(levels).resize((side, side), Image.Resampling.BICUBIC)).clip(0, 1)
@@ -121,13 +131,14 @@ def heat_map(density: NDArray[np.floating], side: int) -> Picture:
 
 
 class _Canvas:
-    """A picture in the making; coordinates come in original pixels and are scaled to its own."""
+    """A picture being drawn. Coordinates are given in original pixels and scaled to the picture."""
 
     def __init__(self, image: Picture, scale: float) -> None:
         self._pixels = image.astype(np.float32)
         self._scale = scale
         height, width = image.shape[:2]
         self._line = max(1.5, max(height, width) / 260)
+        # Pixel i covers [i, i + 1), so its centre is at i + 0.5.
         self._y = np.arange(height, dtype=np.float32)[:, None] + 0.5
         self._x = np.arange(width, dtype=np.float32)[None, :] + 0.5
 
@@ -143,7 +154,7 @@ class _Canvas:
         self._stroke(distance, colour, (self._x + self._y) if dashed else None)
 
     def box(self, box: Box, colour: Colour, *, dashed: bool) -> None:
-        # Centred on the outermost pixels: a thin line between two pixels would be pale on both.
+        # Lines run through the centres of the outermost pixels: between two pixels, a thin line would be pale on both.
         left, top = (round(edge * self._scale) + 0.5 for edge in box[:2])
         right, bottom = (round((edge + 1) * self._scale) - 0.5 for edge in box[2:])
         dx = np.abs(self._x - (left + right) / 2) - (right - left) / 2
@@ -154,7 +165,7 @@ class _Canvas:
         self._stroke(distance, colour, along if dashed else None)
 
     def points(self, points: PointPair, colour: Colour) -> None:
-        # Both lie within the target, so their distance tells how small it may be.
+        # Both points lie within the target, so discs shrink with their distance to leave a small target visible.
         apart = math.dist(*points) * self._scale
         radius = self._line * min(2.1, max(1.1, 0.3 * apart / self._line))
         for number, (x, y) in enumerate(points):
@@ -180,7 +191,7 @@ class _Canvas:
 
 
 def _coverage(distance: _Field) -> _Field:
-    """The share of each pixel that lies inside, from its signed distance (negative inside)."""
+    """The fraction of each pixel inside a shape, from its signed distance (negative inside)."""
     return np.clip(0.5 - distance, 0, 1).astype(np.float32)
 
 
@@ -191,14 +202,15 @@ def _dashes(along: _Field, period: float) -> _Field:
 
 
 def _mask_distance(mask: NDArray[np.bool_], shape: tuple[int, ...]) -> _Field:
-    """Signed distance (px) to the smoothed outline of a mask resized to `shape`, negative inside."""
+    """Signed distance in pixels to the smoothed outline of a mask resized to `shape`, negative inside."""
     height, width = shape
     soft = Image.fromarray(mask.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
     inside = np.asarray(soft) >= 0.5
     if not inside.any():
+        # A mask of few pixels can vanish when it is shrunk; its strongest pixels keep it visible.
         inside = np.asarray(soft) >= np.asarray(soft).max()
     signed = distance_transform_edt(~inside) - distance_transform_edt(inside)
-    # Between an inside and an outside pixel lies the outline, half a pixel from either.
+    # Distances are measured between pixel centres, but the outline lies halfway between an inner and an outer pixel.
     signed -= 0.5 * np.sign(signed)
     blur = max(1.0, 0.4 * max(width / mask.shape[1], height / mask.shape[0]))
     return np.asarray(gaussian_filter(signed, blur), dtype=np.float32)
@@ -212,7 +224,7 @@ def _resized(image: Picture, scale: float) -> Picture:
 
 
 def _wrapped(text: str, font: Any, width: float, lines: int) -> str:
-    """The text in at most so many lines of `width` pixels, with an ellipsis where it does not fit."""
+    """Wrap text to at most `lines` lines of `width` pixels, with an ellipsis if it does not fit."""
     done: list[str] = []
     words = text.split()
     while words and len(done) < lines:
@@ -220,13 +232,13 @@ def _wrapped(text: str, font: Any, width: float, lines: int) -> str:
         done.append(" ".join(words[:count]))
         words = words[count:]
     if words and done:
-        # Something follows that has no place.
+        # The remaining words do not fit.
         done[-1] = done[-1].rstrip(" ,;") + "…"
     return "\n".join(_cut(line, font, width) for line in done)
 
 
 def _cut(line: str, font: Any, width: float) -> str:
-    """The line as far as it fits, with an ellipsis where it does not: a path is one long word."""
+    """Truncate a line that is too wide, with an ellipsis. A single long word, such as a path, cannot be wrapped."""
     if font.getlength(line) <= width:
         return line
     kept = line.removesuffix("…")

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError
 
-from umrg.atomic import written_aside
+from umrg.atomic import write_text
 from umrg.config import Config, ModelFolder
 from umrg.foreign_files import first_bytes
 from umrg.frames import Frame
@@ -78,21 +78,25 @@ _UNITS = {
 
 
 class PromptStyle(StrEnum):
-    """`full`: the instructions a general model needs. `compact`: the bare query, for a model trained on it."""
+    """The built-in prompts."""
 
     FULL = "full"
+    """The instructions that a general model needs."""
     COMPACT = "compact"
+    """The query alone, for a model that was trained on it."""
 
 
 QUERY, ANSWER = "{query}", "{answer}"
-"""The places in a template: the question, and how to answer."""
+"""A template's placeholders for the query and for the description of the answer format."""
 
 _LONGEST_TEMPLATE = 1 << 20
+"""In bytes: large enough for any prompt, and small enough to refuse other files, such as weights, at once."""
 _SAID_WORDS = 8
+"""How many words of a template its name shows."""
 
 
 def _style(value: object) -> PromptStyle | str:
-    """A style by its name, or a template by its text. Raises ValueError for what is neither."""
+    """A style from its name, or a template's text. Raises ValueError for anything else."""
     if isinstance(value, str) and value in list(PromptStyle):
         return PromptStyle(value)
     if isinstance(value, str) and QUERY in value:
@@ -105,7 +109,7 @@ def _sound_template(text: str) -> str:
         if not least <= (count := text.count(place)) <= 1:
             wanted = "exactly once" if least else "at most once"
             raise ValueError(f"a template has {place} {wanted}, and this has it {count or 'no'} times")
-    # With a place filled: what would become a token with the query in it is one too.
+    # The placeholders are filled before the check, because a filled placeholder can complete a special token.
     if found := special_tokens(text.replace(QUERY, "x").replace(ANSWER, "x")):
         named = ", ".join(dict.fromkeys(found))
         raise ValueError(f"a template has no special tokens, and this has {named}; remove them")
@@ -113,12 +117,13 @@ def _sound_template(text: str) -> str:
 
 
 def read_template(path: Path) -> str:
-    """The template in a text file, without the white space around it. Raises ValueError where there is none."""
+    """The template in a text file, without the white space around it. Raises ValueError if the file is not a valid
+    template."""
     start = first_bytes(path, _LONGEST_TEMPLATE)
     if len(start) == _LONGEST_TEMPLATE or b"\0" in start:
         raise ValueError(f"{path} is no text of a prompt's length in UTF-8; give a template")
     try:
-        # Editors on Windows begin a file with a mark, and end its lines in two characters.
+        # Windows editors write a byte order mark and CRLF line ends.
         text = start.decode("utf-8-sig").replace("\r\n", "\n").strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8; save it as that") from error
@@ -131,8 +136,8 @@ def read_template(path: Path) -> str:
 
 
 def chosen_prompt(value: object) -> PromptStyle | str | None:
-    """What `prompt` of a configuration or a command line chooses: a style by its name, a template by its text or by the
-    file that holds it. None for the model folder's own. Raises ValueError for what is none of these."""
+    """The style or template that the value of `prompt` selects: a style's name, a template's text, or the path of a
+    file with a template. None selects the prompt of the model folder. Raises ValueError for anything else."""
     if value is None:
         return None
     if isinstance(value, str) and (value in list(PromptStyle) or QUERY in value):
@@ -141,7 +146,7 @@ def chosen_prompt(value: object) -> PromptStyle | str | None:
         raise ValueError(f"{value!r} is no prompt; give full, compact, or a text file with {QUERY} in it")
     try:
         there = Path(value).exists()
-    except (OSError, ValueError):  # too long for a path, or with a character that none has
+    except (OSError, ValueError):  # too long for a path, or a character that paths cannot have
         there = False
     if there:
         return read_template(Path(value))
@@ -151,23 +156,26 @@ def chosen_prompt(value: object) -> PromptStyle | str | None:
 
 
 class PromptSpec(BaseModel):
-    """How a reasoner is asked and in which frame it answers.
+    """The prompt of a reasoner and the coordinate frame of its answers.
 
-    style: one of ours, or a template's text, with `{query}` where the question goes and, where it has that place,
-    `{answer}` for how to answer. A model folder of ours keeps all this as `prompt.json`; a folder without one is asked
-    in full, with thinking, and answers in model pixels, as Qwen2.5-VL does.
+    Models written by this project keep it as `prompt.json` in their folder. A folder without that file gets the
+    defaults: full instructions, reasoning, and the coordinates that its architecture was trained on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     style: Annotated[PromptStyle | str, PlainValidator(_style)] = PromptStyle.FULL
+    """A built-in style, or a template's text, in which `{query}` stands for the query and `{answer}`, which is
+    optional, for the description of the answer format."""
     think: bool = True
+    """Whether the prompt asks for reasoning before the answer."""
     frame: Frame = Frame.MODEL
+    """The coordinate frame of the answers."""
 
     @classmethod
     def of_model(cls, folder: Path) -> Self:
-        """The spec kept in a model folder, or the default in the frame that its architecture speaks. Raises ValueError
-        for a damaged file."""
+        """The spec in a model folder's `prompt.json`, or the default in the coordinate frame of its architecture.
+        Raises ValueError for a damaged file."""
         path = folder / "prompt.json"
         if not path.exists():
             return cls(frame=_frame_of(folder))
@@ -180,7 +188,7 @@ class PromptSpec(BaseModel):
 
     @property
     def name(self) -> str:
-        """The style's name, or of a template its digest and first words."""
+        """The style's name or, for a template, its digest and first words."""
         if isinstance(self.style, PromptStyle):
             return self.style.value
         words = self.style.split()
@@ -191,14 +199,13 @@ class PromptSpec(BaseModel):
     def but(
         self, *, style: PromptStyle | str | None = None, think: bool | None = None, frame: Frame | None = None
     ) -> Self:
-        """The same, asked otherwise; None leaves a part as it is."""
+        """A copy with the given parts replaced; None keeps a part."""
         changes = {"style": style, "think": think, "frame": frame}
         return self.model_copy(update={name: value for name, value in changes.items() if value is not None})
 
     def save(self, folder: Path) -> None:
-        with written_aside(folder / "prompt.json") as aside:
-            text = json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False)
-            aside.write_text(text + "\n", encoding="utf-8")
+        text = json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False)
+        write_text(folder / "prompt.json", text + "\n")
 
 
 def _frame_of(folder: Path) -> Frame:
@@ -208,67 +215,67 @@ def _frame_of(folder: Path) -> Frame:
 
 
 class ReasonerConfig(Config):
-    """Which reasoner is asked, and how.
-
-    model: a Qwen-VL folder, or a run or a checkpoint that holds one. prompt, think, frame: asked otherwise than the
-    folder's prompt.json says: in another style, with or without reasoning, in other coordinates. prompt is `full`,
-    `compact`, a file that holds a template, or a template's text, which is what it becomes: a run goes on without the
-    file.
-    """
+    """Which reasoner is prompted, and how."""
 
     model: ModelFolder
-    prompt: Annotated[PromptStyle | str | None, PlainValidator(chosen_prompt)] = None
+    """Folder of a Qwen-VL model, or of a run or a checkpoint that holds one."""
+    prompt: Annotated[PromptStyle | str | None, PlainValidator(chosen_prompt, json_schema_input_type=str | None)] = None
+    """`full`, `compact`, a file that holds a template, or a template's text; null for what the model folder's
+    prompt.json says. A file is read at once: a run resumes without it."""
     think: bool | None = None
+    """Whether the prompt asks for reasoning; null for what prompt.json says."""
     frame: Frame | None = None
+    """The coordinates that the model answers in; null for what prompt.json or the architecture says."""
 
     def spec(self) -> PromptSpec:
-        """How it is asked. Raises ValueError for a damaged prompt.json."""
+        """The prompt spec. Raises ValueError for a damaged prompt.json."""
         return PromptSpec.of_model(self.model).but(style=self.prompt, think=self.think, frame=self.frame)
 
 
 def prompt_messages(query: str, spec: PromptSpec) -> list[dict[str, Any]]:
-    """The chat messages that ask `query` of one image: an image slot, then the text.
+    """The chat messages that ask `query` about one image: an image slot, then the text.
 
-    Special tokens are taken out of the query: a literal image placeholder would break the processor, and
-    control tokens would end the user's turn.
+    Special tokens are removed from the query: a literal image placeholder would break the processor, and control
+    tokens would end the user's turn.
     """
     return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt_text(query, spec)}]}]
 
 
 def prompt_text(query: str, spec: PromptSpec) -> str:
-    """The user's text, without the image."""
+    """The text of the user's message."""
     query = clean_query(query)
     if spec.style is PromptStyle.COMPACT:
         return query
-    # The query goes in by concatenation: its braces mean nothing.
+    # Concatenation instead of `str.format`, because the query may contain braces.
     if spec.style is PromptStyle.FULL:
         before, after = _TASK.split(QUERY)
         return before + query + after + (_GUIDE if spec.think else "") + _answer_form(spec)
     filled = {QUERY: query, ANSWER: _answer_form(spec).strip()}
     parts = re.split(f"({re.escape(QUERY)}|{re.escape(ANSWER)})", spec.style)
-    # A query's end and the template's next characters could make a token together.
+    # The query's last characters and the template's next ones could form a special token together.
     return _without_special_tokens("".join(filled.get(part, part) for part in parts))
 
 
 def _answer_form(spec: PromptSpec) -> str:
-    """What is to be written, with the frame of the coordinates and an example."""
+    """The description of the answer format, with the coordinate frame and an example."""
     example = f"<think>reasoning</think>{_EXAMPLE}" if spec.think else _EXAMPLE
     form = _FORMAT_THINK if spec.think else _FORMAT_ANSWER
     return form + _RULES.format(unit=_UNITS[spec.frame], example=example)
 
 
 def special_tokens(query: str) -> list[str]:
-    """The literal special tokens that `clean_query` takes out of a query."""
+    """The literal special tokens that `clean_query` removes from a query."""
     return _SPECIAL.findall(query)
 
 
 def clean_query(query: str) -> str:
-    """The query without special tokens, and with its white space folded."""
+    """The query without special tokens, with each run of white space replaced by one space."""
     return " ".join(_without_special_tokens(query).split())
 
 
 def _without_special_tokens(text: str) -> str:
     previous = None
+    # Removing one token can join its neighbours into another.
     while previous != text:
         previous, text = text, _SPECIAL.sub(" ", text)
     return text

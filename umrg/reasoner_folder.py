@@ -1,6 +1,6 @@
-"""A reasoner's folder, checked by names, JSON and headers: what is wrong with it is said before anything starts.
+"""A check of a reasoner's folder by file names, JSON and safetensors headers, before anything is started.
 
-Where a folder is sound by this check, transformers and vLLM have the files that they load.
+A folder that passes has all files that transformers and vLLM load.
 """
 
 import json
@@ -19,7 +19,7 @@ _OBJECTS = (
     *("added_tokens.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
     *("chat_template.json",),
 )
-"""Files of JSON that transformers or vLLM read where they are there."""
+"""Optional JSON files that transformers or vLLM read."""
 
 _IMAGE_PROCESSOR = "Qwen2VLImageProcessor"
 
@@ -27,8 +27,8 @@ _TEXTS = ("merges.txt", "chat_template.jinja")
 
 
 def check_reasoner_folder(folder: Path) -> None:
-    """Raise ValueError, a sentence that names the file, where a folder holds no reasoner that could be loaded: another
-    architecture, missing or damaged files, pointers in place of files, weights in another format."""
+    """Raise ValueError, naming the file, if a folder holds no reasoner that can be loaded: because of another
+    architecture, missing or damaged files, Git LFS pointers in place of files, or weights in another format."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a model folder ({_instead(folder)}); give a Hugging Face folder")
     try:
@@ -52,14 +52,14 @@ def check_reasoner_folder(folder: Path) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The keys and values of a JSON file. Raises ValueError that names it where it is none."""
+    """The object in a JSON file. Raises ValueError, naming the file, if it does not hold one."""
     first_bytes(path)
     data = path.read_bytes()
     try:
         tree = json.loads(data)
     except (ValueError, RecursionError) as error:
         kind = what_it_is(path) or "no JSON"
-        # What begins as JSON is it, and broken.
+        # A file that begins like JSON is damaged JSON, whatever else it looks like.
         kind = "damaged JSON; get it again" if data.lstrip()[:1] in (b"{", b"[") else kind
         raise ValueError(f"{path} is {kind}") from error
     if not isinstance(tree, dict):
@@ -68,7 +68,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _instead(folder: Path) -> str:
-    """What a folder without a config.json is."""
+    """What a folder without a config.json is, for the error message."""
     if not folder.exists():
         return "it is not there"
     if not folder.is_dir():
@@ -89,8 +89,8 @@ def _check_tokenizer(folder: Path) -> None:
 
 
 def _check_processor(folder: Path) -> None:
-    """Images are cut by the one image processor whose resize is `umrg.frames.ResizeRule`."""
-    # As transformers reads them: what processor_config.json says of images comes first.
+    """Raise ValueError unless the image processor is the one whose resizing is that of `umrg.frames.ResizeRule`."""
+    # In the order in which transformers reads them: processor_config.json takes precedence.
     for name, part in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
         tree = read_object(folder / name) if (folder / name).exists() else {}
         images = tree.get(part) if part else tree
@@ -124,7 +124,8 @@ def _check_weights(folder: Path) -> None:
 
 
 def _check_shards(folder: Path, index: dict[str, Any]) -> None:
-    """The files that an index names are there, whole, and have the tensors that it says."""
+    """Raise ValueError unless the files that an index names exist, are complete and have the tensors it assigns to
+    them."""
     places = index.get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()) or not places:
         raise ValueError(f"{folder / INDEX} has no weight_map that names a file for each tensor; get it again")

@@ -1,4 +1,4 @@
-"""Rows of parquet files whose row groups may be larger than memory should hold: in order, at random, or copied."""
+"""Reading parquet rows sequentially, at random or for copying, even if a row group does not fit into memory."""
 
 import os.path
 from bisect import bisect_left, bisect_right
@@ -15,7 +15,7 @@ from umrg.foreign_files import what_it_is_but_text
 
 _STREAMED_ROWS = 8
 _STREAMED_BYTES = 32 << 20
-# Without images.
+# Columns without image bytes are small, so more rows fit into one batch.
 _LIGHT_ROWS = 1024
 _UNREADABLE = (pa.ArrowException, OSError)
 _NO_ROWS = pa.record_batch({})
@@ -23,7 +23,7 @@ _NO_ROWS = pa.record_batch({})
 
 @dataclass(frozen=True, kw_only=True)
 class RowFile:
-    """A parquet file's path, footer and arrow schema."""
+    """A parquet file with its footer and Arrow schema."""
 
     path: Path
     metadata: pq.FileMetaData = field(repr=False)
@@ -31,7 +31,7 @@ class RowFile:
 
     @classmethod
     def open(cls, path: Path) -> "RowFile":
-        """Read the footer. Raises ValueError for a missing file, a folder, or a file that is not parquet."""
+        """Read the footer. Raises ValueError if the path is missing, a folder or not a parquet file."""
         try:
             metadata = pq.read_metadata(path)
             schema = pq.ParquetFile(path, metadata=metadata).schema_arrow
@@ -48,7 +48,7 @@ class RowFile:
         return int(self.metadata.num_rows)
 
     def paths(self, leaves: Collection[str]) -> list[str]:
-        """What parquet calls the leaf columns of these names."""
+        """Parquet's own paths of the leaf columns with these names. Its paths include list levels."""
         schema = self.metadata.schema
         named = zip(leaf_columns(self.schema), range(len(schema)), strict=True)
         return [schema.column(i).path for leaf, i in named if leaf in leaves]
@@ -56,8 +56,9 @@ class RowFile:
     def batches(
         self, group: int, columns: Sequence[str] | None = None, most: int = _STREAMED_ROWS
     ) -> Iterator[pa.RecordBatch]:
-        """The rows of a row group, a few at a time: up to `most` or, where the first row is large, as many as fit into
-        32 MiB. How large rows are is not known before one is read: an image that repeats is stored once."""
+        """The rows of a row group in batches of up to `most` rows or, if the first row is large, of about 32 MiB."""
+        # The first row is read to learn the decoded size: the footer understates it, because dictionary encoding
+        # stores a repeated image once.
         file = pq.ParquetFile(self.path, metadata=self.metadata, pre_buffer=False, buffer_size=1 << 20)
         first = next(file.iter_batches(1, row_groups=[group], columns=columns), None)
         size = max(1, first.get_total_buffer_size()) if first else 1
@@ -66,13 +67,13 @@ class RowFile:
         return batches
 
     def groups(self) -> Iterator[range]:
-        """The rows of each row group."""
+        """The range of row numbers of each row group."""
         first = 0
         for group in range(self.metadata.num_row_groups):
             yield range(first, first := first + self.metadata.row_group(group).num_rows)
 
     def locate(self, row: int) -> tuple[int, int]:
-        """(row group, row within it) of a row of the file."""
+        """The row group that holds a row, and the row's offset within it."""
         for group, rows in enumerate(self.groups()):
             if row in rows:
                 return group, row - rows.start
@@ -88,13 +89,13 @@ def _kind_of(path: Path) -> str:
 
 
 def _counts_agree(metadata: pq.FileMetaData) -> bool:
-    # Of damaged column chunks even the footer's entries cannot be asked: pyarrow would end the process.
+    # Only row counts are compared: accessing the metadata of a damaged column chunk crashes pyarrow's process.
     counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
     return min(counts, default=0) >= 0 and sum(counts) == metadata.num_rows
 
 
 def common_schema(files: Sequence[RowFile]) -> pa.Schema:
-    """The schema that the rows of all files have once they are written. Raises ValueError where they contradict."""
+    """The schema in which rows of all files can be written. Raises ValueError if their column types conflict."""
     schemas = [released_columns(file.schema) for file in files]
     try:
         return pa.unify_schemas(schemas, promote_options="permissive")
@@ -105,16 +106,18 @@ def common_schema(files: Sequence[RowFile]) -> pa.Schema:
 
 @dataclass(frozen=True, kw_only=True)
 class Damage:
-    """Why a row cannot be read from its file."""
+    """A row that cannot be read from its file."""
 
     reason: str
+    """The cause, phrased to complete the sentence "the row cannot be read: …"."""
 
 
 def scan(file: RowFile, leaves: Collection[str] | None = None) -> Iterator[tuple[int, Row | Damage]]:
-    """Every row of a file with its number, in order, a few in memory at a time.
+    """Yield every row of a file with its number, in order, holding only a few rows in memory.
 
-    leaves: the leaf columns to read, without which all are. Where a row group's bytes are damaged, its rows from there
-    on are given as `Damage`, and so is a row whose text is not UTF-8; the others are read.
+    leaves: The leaf columns to read, all by default.
+    If a row group's bytes are damaged, its rows from the damage on are yielded as `Damage`, and so is a row whose text
+    is not UTF-8. All other rows are read.
     """
     columns, most = (None, _STREAMED_ROWS) if leaves is None else (file.paths(leaves), _LIGHT_ROWS)
     for group, rows in enumerate(file.groups()):
@@ -134,11 +137,12 @@ def _rows(batch: pa.RecordBatch) -> list[Row | Damage]:
     try:
         return [plain_row(row) for row in read.to_pylist()]
     except (ValueError, OverflowError):
+        # One bad value fails the conversion of the whole batch; row by row, only its own row is lost.
         return [_row_or_damage(read.slice(offset, 1)) for offset in range(read.num_rows)]
 
 
 def _row_or_damage(row: pa.RecordBatch) -> Row | Damage:
-    """The row of a batch that has one; none where the file ends before it."""
+    """Convert a batch of one row, or of no row if the row group ended early."""
     if not row.num_rows:
         return Damage(reason="its row group ends before it")
     try:
@@ -158,8 +162,10 @@ def _short(error: object) -> str:
 
 
 def copied(file: RowFile, rows: Sequence[int], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """These rows of a file, in rising order, all their columns, a few in memory at a time, in a schema as
-    `common_schema` gives it. Raises ValueError where they are damaged."""
+    """Yield the given rows, in ascending order, with all columns in a schema made by `common_schema`.
+
+    Only a few rows are in memory at a time. Raises ValueError if a row is damaged.
+    """
     for group, inside in enumerate(file.groups()):
         wanted = [row - inside.start for row in rows[bisect_left(rows, inside.start) : bisect_left(rows, inside.stop)]]
         try:
@@ -179,13 +185,15 @@ def _copied(file: RowFile, group: int, wanted: Sequence[int], schema: pa.Schema)
             yield from (released_batch(batch.slice(row, 1), schema) for row in here)
         first = end
         if first > wanted[-1]:
-            # What comes after may be damaged.
+            # Reading on could fail, because rows after the last wanted one may be damaged.
             return
 
 
 class RowGroups:
-    """Reads single rows. The row groups used last are kept while together they fit in `budget` bytes, decoded; one
-    that is larger by itself is streamed a few rows at a time, which is quick in rising order of rows only."""
+    """Random access to rows through an LRU cache of decoded row groups that holds at most `budget` bytes.
+
+    A row group larger than the budget is streamed a few rows at a time, which is fast only in ascending row order.
+    """
 
     def __init__(self, budget: int) -> None:
         self._budget = budget
@@ -193,6 +201,7 @@ class RowGroups:
         self._large: set[tuple[Path, int]] = set()
         self._stream: _Stream | None = None
 
+    # Only the budget is pickled: open streams cannot be, and the cache would be large.
     def __getstate__(self) -> int:
         return self._budget
 
@@ -200,8 +209,10 @@ class RowGroups:
         RowGroups.__init__(self, budget)
 
     def row(self, file: RowFile, row: int) -> Row:
-        """One row's columns that are read here; `row` counts from the file's start. Raises ValueError where it is
-        damaged."""
+        """The columns of one row that a sample is built from; `row` counts from the start of the file.
+
+        Raises ValueError if the row is damaged.
+        """
         group, offset = file.locate(row)
         try:
             found = _row_or_damage(self._batch(file, group, offset))
@@ -223,7 +234,7 @@ class RowGroups:
         return self._stream.row(offset)
 
     def _keep(self, file: RowFile, group: int) -> None:
-        """Read a row group, or find out that it is too large. Others make room for it."""
+        """Cache a row group, evicting the least recently used ones, or mark it as too large for the budget."""
         kept = _Kept()
         for batch in file.batches(group, read_columns(file.schema)):
             kept.add(batch)
@@ -236,10 +247,11 @@ class RowGroups:
 
 
 class _Kept:
-    """A row group in memory. size: in bytes."""
+    """A decoded row group in memory."""
 
     def __init__(self) -> None:
         self.size = 0
+        """Size in bytes."""
         self._starts: list[int] = []
         self._batches: list[pa.RecordBatch] = []
         self._rows = 0
@@ -253,12 +265,13 @@ class _Kept:
     def row(self, offset: int) -> pa.RecordBatch:
         if offset >= self._rows:
             return _NO_ROWS
+        # The last batch that starts at or before the offset holds the row.
         at = bisect_right(self._starts, offset) - 1
         return self._batches[at].slice(offset - self._starts[at], 1)
 
 
 class _Stream:
-    """A pass over one row group that holds only the few rows it is at."""
+    """A forward pass over one row group that holds only the current batch."""
 
     def __init__(self, file: RowFile, group: int) -> None:
         self._key = (file.path, group)

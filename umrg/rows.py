@@ -1,6 +1,6 @@
-"""One row of the released schema, and how it becomes a sample.
+"""Parsing a row of the released schema into a sample.
 
-`where` names a row at the head of an error's sentence, such as "row 3 of train.parquet".
+Functions take `where`, the subject of their error messages, such as "row 3 of train.parquet".
 """
 
 import json
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from umrg.answers import as_point, finite_numbers
 from umrg.columns import Row
 from umrg.frames import Box, Point, PointPair, Size
 from umrg.names import category_name, modality_name
@@ -23,27 +24,28 @@ _TAG = re.compile(r"<\s*/?\s*(?:think|answer)\s*>", re.IGNORECASE)
 
 @dataclass(frozen=True, kw_only=True)
 class RowInfo:
-    """A row without its images.
-
-    id: `extra_info.id`. query: the bare question. supercategory, category, modality: normalised names.
-    phrasing: "seen" or "held_out" where the row says so. image: the image's own path, "" where the row has none.
-    file, row: where the row is, counted within the file.
-    """
+    """The metadata of a row, without image bytes."""
 
     id: str
+    """`extra_info.id`, unique in a dataset."""
     query: str
+    """The question without instructions."""
     supercategory: str
+    """Normalised name, "unknown" if missing, as are `category` and `modality`."""
     category: str
     modality: str
     phrasing: str | None
+    """"seen", "held_out" or, without a mark, None."""
     image: str = ""
+    """The path that the row gives for its image, "" if there is none."""
     file: Path
+    """The parquet file that holds the row."""
     row: int
+    """The row's number within the file, from 0."""
 
 
 def read_info(row: Row, file: Path, number: int, where: str) -> RowInfo:
-    """What a row says without its images. Raises ValueError for a row without id or question, or with a flag that is
-    neither true nor false."""
+    """Read the metadata of a row. Raises ValueError if id or question is missing or `no_target` is not a boolean."""
     extra = row["extra_info"] or {}
     if not isinstance(extra.get("id"), str) or not extra["id"]:
         raise ValueError(f"{where} has no extra_info.id; give each row one of its own")
@@ -51,7 +53,7 @@ def read_info(row: Row, file: Path, number: int, where: str) -> RowInfo:
         raise ValueError(f"{where} has the no_target {extra['no_target']!r}; write true or false")
     return RowInfo(
         id=extra["id"],
-        # Rows that ask the same share the text.
+        # Many rows repeat the same question; interning keeps one copy in memory.
         query=sys.intern(_query(row, where)),
         supercategory=category_name(extra.get("supercategory")),
         category=category_name(extra.get("category")),
@@ -64,7 +66,7 @@ def read_info(row: Row, file: Path, number: int, where: str) -> RowInfo:
 
 
 def turns(row: Row) -> list[tuple[str, str]]:
-    """Role and text of the messages of a row's prompt that have a text. A message without a role is a user's."""
+    """Role and text of the non-empty messages of a row's prompt. A message without a role counts as the user's."""
     messages = [(str(message.get("role") or "").casefold(), message["content"]) for message in row["prompt"] or ()]
     return [("user" if role in _ASKING else role, text) for role, text in messages if isinstance(text, str) and text]
 
@@ -77,13 +79,16 @@ def _query(row: Row, where: str) -> str:
         raise ValueError(f"{where} has no question, only turns of {roles}; its prompt needs a message of the user")
     if not asked:
         raise ValueError(f"{where} has no question; its prompt needs a message with content")
-    # What a model would be answering.
+    # In a chat of several turns, a model answers the user's last message.
     return asked[-1]
 
 
 def read_sample(row: Row, info: RowInfo, where: str) -> Sample:
-    """The row as a sample, its images still encoded. Raises ValueError for a row without an image, a mask, or a box
-    and points; where those lie is not looked at."""
+    """Build a sample whose images are still encoded.
+
+    Raises ValueError if the row lacks an image, a mask, a box or points. Whether box and points lie within the image is
+    not checked.
+    """
     images = _encoded(row, "images", where)
     if len(images) != 1:
         raise ValueError(f"{where} has {len(images)} images with bytes; it must have one")
@@ -110,7 +115,7 @@ def read_sample(row: Row, info: RowInfo, where: str) -> Sample:
 
 
 def _encoded(row: Row, column: str, where: str) -> list[bytes]:
-    """The encoded files of `images` or `masks`. Raises ValueError for one of which the row has the name alone."""
+    """The encoded files of `images` or `masks`. Raises ValueError for a file that has a path but no bytes."""
     files = row[column] or ()
     for file in files:
         if file.get("path") and not file.get("bytes"):
@@ -122,8 +127,10 @@ def _encoded(row: Row, column: str, where: str) -> list[bytes]:
 
 
 def reasoning_fault(reasoning: str | None) -> str | None:
-    """What keeps a reasoning from being taught, as the end of a sentence about its row: there is none, or it holds tags
-    or control tokens, which would end or begin a part of the answer where it stands."""
+    """Why a reasoning cannot be used as a training target, phrased to complete "row … has …"; None if it can.
+
+    It is missing or blank, or it contains tags or control tokens, which would break the structure of the answer.
+    """
     if reasoning is None or not reasoning.strip():
         what = "no" if reasoning is None else "a blank"
         return f"{what} extra_info.reasoning to learn from; set think=false or add it"
@@ -134,23 +141,24 @@ def reasoning_fault(reasoning: str | None) -> str | None:
 
 
 def parse_ground_truth(truth: object, where: str) -> tuple[Box, PointPair]:
-    """Box and points of a row's `reward_model.ground_truth`, an object or its JSON text. Raises ValueError that names
-    `where` they are missing."""
+    """Box and points of a row's `reward_model.ground_truth`, which is a mapping or JSON text.
+
+    Raises ValueError if they are missing or malformed.
+    """
     fields = _loaded(truth, where)
     if "ground_truth" in fields and "bbox_2d" not in fields:
-        # The text of a whole `reward_model`.
+        # A file with `reward_model` as one text column has the whole object here.
         fields = _loaded(fields["ground_truth"], where)
-    box = _numbers(fields.get("bbox_2d"), 4)
+    box = finite_numbers(fields.get("bbox_2d"), 4)
     pair = fields.get("point_2d")
-    points = [_numbers(point, 2) for point in pair] if isinstance(pair, list) else []
+    points = [as_point(point) for point in pair] if isinstance(pair, list) else []
     if box is None or len(points) != 2 or points[0] is None or points[1] is None:
         raise ValueError(
             f"{where} has a ground_truth without a usable bbox_2d and point_2d; it must read "
             '{"bbox_2d": [x1, y1, x2, y2], "point_2d": [[x, y], [x, y]]}'
         )
-    first: Point = (points[0][0], points[0][1])
-    second: Point = (points[1][0], points[1][1])
-    return (box[0], box[1], box[2], box[3]), (first, second)
+    # Inverted boxes pass here, because `box_fault` describes the fault better.
+    return (box[0], box[1], box[2], box[3]), (points[0], points[1])
 
 
 def _loaded(truth: object, where: str) -> Mapping[str, object]:
@@ -163,28 +171,19 @@ def _loaded(truth: object, where: str) -> Mapping[str, object]:
     return loaded if isinstance(loaded, Mapping) else {}
 
 
-def _numbers(value: object, count: int) -> list[float] | None:
-    if not isinstance(value, list) or len(value) != count:
-        return None
-    # The bound fails for NaN and infinity, which Python's JSON lets through.
-    if not all(type(v) in (int, float) and abs(v) < 1e9 for v in value):
-        return None
-    return [float(v) for v in value]
-
-
 def box_fault(box: Box, size: Size) -> str | None:
-    """What is wrong with a box XYXY in an image of this size, in original pixels: inverted, or outside the image."""
+    """Describe why a box (XYXY, original pixels) is invalid: inverted or outside the image. None if it is valid."""
     x1, y1, x2, y2 = box
     if x1 > x2 or y1 > y2:
         return f"the inverted box {coordinates(box)}; it must be x1, y1, x2, y2 with x1 <= x2 and y1 <= y2"
-    # Up to the full width: some annotators write the edge's coordinate instead of the last pixel's.
+    # x2 = width passes although the last pixel is width - 1: some annotators write the coordinate of the image's edge.
     if x1 < 0 or y1 < 0 or x2 > size.width or y2 > size.height:
         return f"the box {coordinates(box)} outside its image of {size.width}x{size.height} px"
     return None
 
 
 def point_fault(point: Point, size: Size) -> str | None:
-    """What is wrong with a point XY in an image of this size, in original pixels: it lies outside."""
+    """Describe why a point (XY, original pixels) is invalid: it lies outside the image. None if it is valid."""
     x, y = point
     if 0 <= x <= size.width and 0 <= y <= size.height:
         return None
@@ -192,5 +191,5 @@ def point_fault(point: Point, size: Size) -> str | None:
 
 
 def coordinates(values: Box | Point) -> str:
-    """A box or a point as people write it: `[3, 4.25]`, large numbers in full."""
+    """Format a box or a point like `[3, 4.25]`, without an exponent."""
     return "[" + ", ".join(f"{value:.4f}".rstrip("0").rstrip(".") for value in values) + "]"

@@ -1,6 +1,6 @@
-"""A safetensors file's header, from which its tensors are known before a byte of them is read.
+"""The header of a safetensors file, which describes the tensors without reading them.
 
-The format: eight bytes, little-endian, that say how long the header is; the header, JSON; the tensors' bytes.
+The file format is the header's length in bytes (8 bytes, little-endian), the header (JSON), and the tensors' bytes.
 """
 
 import json
@@ -12,20 +12,22 @@ from typing import Any
 from umrg.foreign_files import first_bytes, what_it_is
 
 _LONGEST = 100_000_000
-"""Bytes of a header, as the format limits them."""
+"""The largest header in bytes that the format allows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """shapes: of the tensors by name. metadata: what the writer added."""
+    """The header of a safetensors file."""
 
     shapes: dict[str, tuple[int, ...]]
+    """Shapes of the tensors by name."""
     metadata: dict[str, str]
+    """Free text by key, from the program that wrote the file."""
 
 
 def read_header(path: Path) -> Header:
-    """Read it, and see that all bytes it tells of are there. Raises ValueError where the file is no safetensors file,
-    and says what else it is, or where it is cut short."""
+    """Read the header and check that the file has the size it implies. Raises ValueError if the file is not a
+    safetensors file, with what it is instead, or if it is truncated."""
     size, start = path.stat().st_size if path.is_file() else 0, first_bytes(path, 9)
     length = int.from_bytes(start[:8], "little")
     if len(start) < 9 or start[8:9] != b"{" or length > _LONGEST:
@@ -47,7 +49,7 @@ def read_header(path: Path) -> Header:
 
 
 def _parsed(tree: dict[str, Any]) -> tuple[Header, int]:
-    """The header, and where the last tensor's bytes end."""
+    """The header, and the offset at which the last tensor ends."""
     metadata = tree.pop("__metadata__", {})
     shapes = {name: tuple(int(side) for side in entry["shape"]) for name, entry in tree.items()}
     ends = [0]

@@ -1,4 +1,4 @@
-"""A sample: one row of a dataset in the released schema. Images stay encoded until somebody looks at them."""
+"""A sample: one row of a dataset in the released schema, with images that are decoded on demand."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,51 +13,49 @@ from umrg.images import decode_image, decode_mask, image_size
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One image, one implicit query, and the reference answer.
-
-    id: `extra_info.id`, unique in a dataset.
-    query: the bare question, as the row has it.
-    image_bytes: the encoded image file (PNG, JPEG, ...), as `umrg.images` reads it.
-    mask_bytes: encoded masks, one file a part, 0 background and 255 target; () where there is none.
-    box: reference box, XYXY with inclusive maximum, original pixels: those of the image as it is decoded, upright.
-    points: the two reference key points, XY, original pixels.
-    supercategory, category, modality: normalised names; modality is "unknown" where the row has none.
-    reasoning: reference reasoning for supervised training, where the row has it.
-    extra: the other fields of `extra_info`.
-    source: the file that the row was read from, "" where there is none; error messages name it.
-    """
+    """One image, one implicit query and the reference answer."""
 
     id: str
+    """`extra_info.id`, unique in a dataset."""
     query: str
+    """The question as it stands in the row, without instructions."""
     image_bytes: bytes = field(repr=False)
+    """The encoded image file, in one of the formats that `umrg.images` decodes."""
     mask_bytes: tuple[bytes, ...] = field(repr=False)
+    """Encoded masks whose union is the target; gray values of 128 or more mark it. Empty if there is no mask."""
     box: Box
+    """Reference box, XYXY with inclusive maximum, in original pixels (those of the decoded, upright image)."""
     points: PointPair
+    """The two reference key points, XY in original pixels."""
     supercategory: str
+    """Normalised name, "unknown" if missing, as are `category` and `modality`."""
     category: str
     modality: str
     reasoning: str | None = None
+    """Reference reasoning for supervised fine-tuning, if the row has one."""
     extra: Mapping[str, object] = field(default_factory=dict, repr=False)
+    """The remaining fields of `extra_info`."""
     source: str = field(default="", repr=False)
+    """The file that the row was read from, for error messages; "" if there is none."""
 
     @property
     def name(self) -> str:
-        """How error messages name the sample: by its id and, where known, its file."""
+        """The sample's name in error messages: its id and, if known, its file."""
         return f"sample {self.id!r}" + (f" of {self.source}" if self.source else "")
 
     @cached_property
     def size(self) -> Size:
-        """Extent of the image, upright, read from its file's header."""
+        """Size of the upright image, read from the header of the encoded file."""
         return image_size(self.image_bytes, f"the image of {self.name}")
 
     def image(self) -> NDArray[np.uint8]:
-        """The image, uint8 [H, W, 3] RGB. Raises ValueError where it cannot be decoded."""
+        """The decoded image, uint8 [H, W, 3] RGB. Raises ValueError if it cannot be decoded."""
         return decode_image(self.image_bytes, f"the image of {self.name}")
 
     def mask(self) -> NDArray[np.bool_]:
         """The reference mask, bool [H, W].
 
-        Raises ValueError as `mask_union` does, and where the mask is empty in a row that does not declare
+        Raises ValueError in the cases of `mask_union`, and if the mask is empty although the row does not declare
         `extra_info.no_target`.
         """
         union = self.mask_union()
@@ -67,13 +65,13 @@ class Sample:
 
     @property
     def no_target(self) -> bool:
-        """Whether the row declares that its image does not show what is asked for."""
+        """Whether the row declares that the image does not show the target of the query."""
         return bool(self.extra.get("no_target"))
 
     def mask_union(self) -> NDArray[np.bool_]:
-        """The union of the mask's parts, bool [H, W], which may be empty.
+        """The union of all masks, bool [H, W], which may be empty.
 
-        Raises ValueError where the row has no mask, and where one cannot be decoded or has another size than the image.
+        Raises ValueError if the row has no mask, or if a mask cannot be decoded or differs in size from the image.
         """
         if not self.mask_bytes:
             raise ValueError(f"{self.name} has no mask; add one to its `masks` or leave the row out")

@@ -1,4 +1,4 @@
-"""A deterministic, endless, shuffled pass over a dataset's rows, with a cursor that can be saved."""
+"""Deterministic, endless, shuffled iteration over a dataset's rows, resumable from a cursor."""
 
 from collections.abc import Iterator, Sized
 
@@ -8,28 +8,29 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
 
 class Cursor(BaseModel):
-    """A place in the pass: `position` rows of epoch `epoch` have been given out.
-
-    JSON through `model_dump_json` and `model_validate_json`.
-    """
+    """A position in the shuffled iteration."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     seed: NonNegativeInt
+    """The seed that determines the order of every epoch."""
     epoch: NonNegativeInt = 0
+    """The current epoch, from 0."""
     position: NonNegativeInt = 0
+    """The number of rows of the current epoch that were already yielded."""
 
 
 def epoch_order(length: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The order of the rows [length] in one epoch."""
+    """The order of row numbers [length] in one epoch."""
+    # Seeding with the epoch as well gives each epoch its own order without replaying earlier ones on resume.
     return np.random.default_rng([seed, epoch]).permutation(length)
 
 
 def batches(dataset: Sized, batch_size: int, cursor: Cursor) -> Iterator[tuple[list[int], Cursor]]:
-    """Row numbers of batch after batch, each with the cursor that continues right after it; never ends.
+    """Yield endless batches of row numbers, each with the cursor that resumes right after it.
 
-    Every epoch gives each row once. A batch at an epoch's end is filled up from the next epoch, so none is
-    dropped. Raises ValueError for no rows, an empty batch, or a cursor of another, longer dataset.
+    Every epoch yields each row once. The last batch of an epoch is filled up from the next epoch, so no row is dropped.
+    Raises ValueError if the dataset or the batch is empty, or if the cursor lies beyond the end of the dataset.
     """
     length = len(dataset)
     if length < 1 or batch_size < 1:

@@ -1,4 +1,4 @@
-"""Dividing a dataset so that what is held out is new in one respect: phrasing, category or modality."""
+"""Splitting a dataset so that the held-out rows have unseen phrasings, categories, super-categories or modalities."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ _PARQUETS = ("train.parquet", "held_out.parquet")
 
 
 class SplitBy(StrEnum):
-    """What no row of the one side shares with any row of the other."""
+    """The attribute whose values do not overlap between training and held-out rows."""
 
     PHRASING = "phrasing"
     CATEGORY = "category"
@@ -33,15 +33,15 @@ class SplitBy(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Which rows go where.
-
-    held_names: the names held out or, by phrasing, the query texts. train, held_out: row numbers, rising.
-    """
+    """An assignment of rows to training and held-out data."""
 
     by: SplitBy
     held_names: tuple[str, ...]
+    """The held-out names or, when splitting by phrasing, the held-out queries."""
     train: tuple[int, ...]
+    """Numbers of the training rows, ascending."""
     held_out: tuple[int, ...]
+    """Numbers of the held-out rows, ascending."""
 
 
 def plan_split(
@@ -52,13 +52,13 @@ def plan_split(
     share: float = 0.2,
     seed: int = 0,
 ) -> Split:
-    """Decide what to hold out.
+    """Choose the rows to hold out.
 
-    By category, super-category or modality: the names in `hold_out` or, without any, a share of all names
-    drawn from `seed` (of modalities: families). By phrasing: the queries of rows marked "held_out" and, of
-    rows without a mark (of all rows, if none is so marked), a share of each category's distinct queries. A
-    query is told apart without regard to case and white space; a category's only query stays.
-    Raises ValueError for an unknown name, a share outside (0, 1), and where either side would be empty.
+    By category, super-category or modality, the names in `hold_out` are held out or, if it is empty, a random share of
+    all names (of the families, for modalities). By phrasing, the queries of rows marked "held_out" are held out,
+    together with a random share of each category's distinct queries among unmarked rows (or among all rows, if none is
+    marked "held_out"). Queries are compared ignoring case and white space, and a category's only query is never drawn.
+    Raises ValueError if a name is unknown, the share is outside (0, 1), or either side would be empty.
     """
     if not 0 < share < 1:
         raise ValueError(f"the share to hold out is {share}; it must lie between 0 and 1")
@@ -99,18 +99,19 @@ def _by_name(
 def write_split(
     dataset: Dataset, split: Split, folder: Path, progress: Callable[[int], object] = lambda done: None
 ) -> dict[str, object]:
-    """Write train.parquet, held_out.parquet and split.json; returns what split.json says.
+    """Write train.parquet, held_out.parquet and split.json, and return the content of split.json.
 
     Rows are copied with all columns, in the dataset's schema. `images_on_both_sides` counts images that occur in both
-    files (with different questions), which matters where a model could have learned the image itself.
-    `progress` is told the number of rows written. The three files appear together, when complete.
-    Raises ValueError where one of them would replace a file of the dataset.
+    files (with different questions), because a model may have memorised them. `progress` is called with the number of
+    rows written so far. The three files are moved into the folder once all are complete.
+    Raises ValueError if one of them would overwrite a file of the dataset.
     """
     schema = dataset.schema
     _refuse_overwriting(dataset, folder)
     sides = {"train": split.train, "held_out": split.held_out}
     images: dict[str, set[bytes]] = {side: set() for side in sides}
     folder.mkdir(parents=True, exist_ok=True)
+    # Within the target folder, so that the final renames stay on one file system.
     with TemporaryDirectory(dir=folder, prefix=".split-") as aside, named(folder, Path(aside)):
         before = 0
         for side, rows in sides.items():
@@ -147,6 +148,7 @@ def _counting_on(progress: Callable[[int], object], before: int) -> Callable[[in
 
 
 def _copied(dataset: Dataset, rows: Sequence[int], images: set[bytes]) -> Iterator[pa.RecordBatch]:
+    """Copy rows, and add the digests of their encoded images to `images`."""
     for batch in dataset.copied(rows):
         for image in filter(None, chain.from_iterable(filter(None, batch.column("images").to_pylist()))):
             images.add(hashlib.sha256(image["bytes"] or b"").digest())
@@ -160,6 +162,7 @@ def _held_queries(infos: Sequence[RowInfo], share: float, rng: np.random.Generat
         if info.phrasing is None or not held:
             queries[info.category].add(_query_key(info))
     drawn = set[str]()
+    # Sorted, so that the draw depends on the seed alone and not on the order of rows.
     for _, texts in sorted(queries.items()):
         drawn.update(_drawn(sorted(texts), share, rng))
     return held | drawn
@@ -173,7 +176,7 @@ def _drawn_names(infos: Sequence[RowInfo], by: SplitBy, share: float, rng: np.ra
 
 
 def _drawn(names: Sequence[str], share: float, rng: np.random.Generator) -> list[str]:
-    """About a share of the names, at least one and never all; none of a single name."""
+    """Draw about a share of the names: at least one, but never all of them, so none from a single name."""
     count = min(max(1, round(share * len(names))), len(names) - 1)
     return sorted(names[i] for i in rng.permutation(len(names))[:count])
 

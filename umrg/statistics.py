@@ -1,4 +1,4 @@
-"""Statistics of a dataset: how many rows of what, and how large and where their targets are."""
+"""Dataset statistics: row counts by modality and category, and sizes and positions of the targets."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,44 +16,45 @@ from umrg.sample import Sample
 MEASURES = ("area", "centre_x", "centre_y", "width", "height")
 GROUPINGS = ("modality", "supercategory", "category")
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+# Side of the occupancy maps: fine enough for a heat map, and small to accumulate.
 _GRID = 96
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One row's target, relative to its image.
-
-    area: the mask's share of the image. centre_x, centre_y: the box's centre; width, height: the box's sides;
-    all as shares of the image's sides, in [0, 1]. image_size: "WIDTHxHEIGHT" in pixels.
-    """
+    """Size and position of one row's target, relative to its image."""
 
     modality: str
     supercategory: str
     category: str
     image_size: str
+    """"WIDTHxHEIGHT" in pixels."""
     area: float
+    """Fraction of the image covered by the mask."""
     centre_x: float
+    """Centre of the box as a fraction of the image's width."""
     centre_y: float
+    """Centre of the box as a fraction of the image's height."""
     width: float
+    """Width of the box as a fraction of the image's width."""
     height: float
+    """Height of the box as a fraction of the image's height."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """What a pass over a dataset found.
-
-    measurements: one a row. occupancy: per super-category, float64 [96, 96] over the image's extent, the
-    share of its masks that cover each place.
-    """
+    """Measurements and occupancy maps of a whole dataset."""
 
     measurements: Sequence[Measurement]
+    """One measurement per row."""
     occupancy: Mapping[str, NDArray[np.float64]]
+    """For each super-category, the fraction of its masks that cover each place of the image, float64 [96, 96]."""
 
 
 def survey(dataset: Dataset, progress: Callable[[int], object] = lambda done: None) -> Survey:
-    """Measure every row, in file order. `progress` is told the number of rows done.
+    """Measure every row in file order. `progress` is called with the number of rows done.
 
-    Raises ValueError for the first row that is not sound.
+    Raises ValueError at the first invalid row.
     """
     measurements = []
     occupancy: dict[str, NDArray[np.float64]] = defaultdict(lambda: np.zeros((_GRID, _GRID)))
@@ -69,7 +70,8 @@ def survey(dataset: Dataset, progress: Callable[[int], object] = lambda done: No
 
 
 def measure(sample: Sample, mask: NDArray[np.bool_]) -> Measurement:
-    """Measure one row with its mask, bool [H, W]. A box's inclusive maximum counts as a whole pixel."""
+    """Measure one row's target. `mask` is the sample's mask, bool [H, W]."""
+    # The box's maximum is inclusive, hence + 1. A box may end at the image's edge, hence the limit of 1.
     x1, y1, x2, y2 = sample.box
     width, height = sample.size.width, sample.size.height
     return Measurement(
@@ -86,7 +88,7 @@ def measure(sample: Sample, mask: NDArray[np.bool_]) -> Measurement:
 
 
 def summary(measurements: Sequence[Measurement]) -> dict[str, object]:
-    """Counts, means and quantiles as plain data for JSON: overall, and by each of `GROUPINGS`."""
+    """Counts, means and quantiles as JSON-serialisable data, overall and for each of `GROUPINGS`."""
     return {
         "rows": len(measurements),
         "image_sizes": dict(Counter(m.image_size for m in measurements).most_common()),
@@ -124,7 +126,10 @@ def _coarse(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
 
 
 def spread(infos: Sequence[RowInfo], count: int, seed: int = 0) -> list[int]:
-    """Up to `count` rows, sorted, of as many modalities, and within each of as many categories, as can be."""
+    """Choose up to `count` random rows that cover as many modalities, and within each as many categories, as possible.
+
+    The row numbers are sorted by modality and category.
+    """
     order = np.random.default_rng(seed).permutation(len(infos)).tolist()
     by_modality: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for i in order:
@@ -134,14 +139,14 @@ def spread(infos: Sequence[RowInfo], count: int, seed: int = 0) -> list[int]:
 
 
 def _in_turns(queues: Iterable[Sequence[int]]) -> list[int]:
-    """The first of each queue, then the second of each, and so on."""
+    """Round-robin order: the first item of each queue, then the second of each, and so on."""
     waiting = [list(queue) for queue in queues]
     longest = max(map(len, waiting), default=0)
     return [queue[turn] for turn in range(longest) for queue in waiting if turn < len(queue)]
 
 
 def sample_sheet(dataset: Dataset, count: int, *, columns: int = 7, side: int = 280, seed: int = 0) -> Picture:
-    """A contact sheet of rows spread over modalities and categories, with masks, boxes and points."""
+    """A contact sheet of rows from many modalities and categories, with masks, boxes and points drawn in."""
     rows = spread(dataset.infos, count, seed)
     tiles = [_tile(sample, side) for sample in dataset.samples(rows)]
     heading = f"{len(tiles)} of {len(dataset)} rows · tinted: mask · rectangle: box · disc and ring: key points"
@@ -149,7 +154,7 @@ def sample_sheet(dataset: Dataset, count: int, *, columns: int = 7, side: int = 
 
 
 def occupancy_sheet(found: Survey, *, columns: int = 6, side: int = 200) -> Picture:
-    """Where each super-category's masks lie: heat maps, each from 0 (dark) to its own maximum (bright)."""
+    """Heat maps of mask positions by super-category, each scaled from 0 (dark) to its own maximum (bright)."""
     counts = Counter(m.supercategory for m in found.measurements)
     tiles = [
         Tile(

@@ -1,4 +1,4 @@
-"""Images of more than 8 bits a channel, made ones of 8 through a window of their values."""
+"""Windowing: images of more than 8 bits per channel are mapped to 8 bits through a window of their values."""
 
 import math
 import sys
@@ -13,26 +13,28 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from umrg.image_files import ImageRefused, opened
 
-# Values [H, W] or [H, W, 3], and alpha [H, W] in 8 bits where there is some.
+# Values [H, W] or [H, W, 3], and alpha [H, W] in 8 bits if there is any.
 _Decoded = tuple[NDArray[Any], NDArray[np.uint8] | None]
 
-_WHITE_IS_ZERO = 0
-_SEPARATE = 2  # planes of one colour each
-# Pillow takes the high byte of values that are little-endian, big-endian, or as this machine has them.
+_WHITE_IS_ZERO = 0  # TIFF's PhotometricInterpretation for inverted gray
+_SEPARATE = 2  # TIFF's PlanarConfiguration for one plane per colour
+# Pillow reads only the high byte of a 16-bit value, which a raw mode names by byte order: little-endian (L), big-endian
+# (B) or native (N). In the opposite byte order it reads the low byte.
 _OTHER_BYTE = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
 
 
 @dataclass(frozen=True)
 class Window:
-    """Which of a file's values become black and white, as DICOM's Window Center and Window Width say it.
+    """The range of stored values that is mapped to levels from black to white.
 
-    centre, width: in the values that are stored in the file. Levels follow DICOM's LINEAR function for whole numbers,
-    and LINEAR_EXACT for floating point (PS3.3, C.11.2.1.2 and C.11.2.1.3): with 128 and 256, 8-bit values stay as they
-    are.
+    The mapping is DICOM's LINEAR function for integers and LINEAR_EXACT for floating point (PS3.3, C.11.2.1.2 and
+    C.11.2.1.3). The window 128,256 leaves 8-bit values as they are.
     """
 
     centre: float
+    """DICOM's Window Center, in stored values."""
     width: float
+    """DICOM's Window Width, in stored values."""
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.centre) and np.isfinite(self.width) and self.width > 0):
@@ -52,14 +54,15 @@ class Window:
         return cls(centre, width)
 
     def apply(self, values: NDArray[Any]) -> NDArray[np.uint8]:
-        """Levels from 0 to 255, of the same shape; what is no number becomes 0."""
+        """Levels from 0 to 255, of the same shape; NaN becomes 0."""
         if values.dtype in (np.uint8, np.uint16):
-            # A table takes an eighth of the memory that floating point would.
+            # A lookup table needs an eighth of the memory that floating-point arithmetic would.
             levels: NDArray[np.uint8] = self._levels(np.arange(1 << 8 * values.itemsize))[values]
             return levels
         return self._levels(values)
 
     def _levels(self, values: NDArray[Any]) -> NDArray[np.uint8]:
+        # LINEAR is LINEAR_EXACT with half a level less in the centre and one level less in the width.
         whole = np.issubdtype(values.dtype, np.integer)
         centre, width = (self.centre - 0.5, self.width - 1) if whole else (self.centre, self.width)
         if width <= 0:
@@ -70,10 +73,10 @@ class Window:
 
 
 def eight_bits(image: ImageFile.ImageFile, encoded: bytes, what: str, window: Window) -> Image.Image:
-    """An image of more than 8 bits as L, LA, RGB or RGBA, not turned yet where Pillow leaves that to others: what says
-    its orientation goes along. Alpha is not windowed. Raises ImageRefused for colours whose values are out of reach.
+    """An image of more than 8 bits, windowed to L, LA, RGB or RGBA. It keeps the metadata with its orientation, which
+    is not applied yet. Alpha is not windowed. Raises ImageRefused if Pillow does not give access to the stored values.
 
-    image: `encoded`, open at the page that counts, not decoded.
+    image: `encoded`, opened at the chosen page and not decoded.
     """
     gray = image.mode.startswith(("I", "F"))
     values, alpha = _gray(image) if gray else _colours(image, encoded, what)
@@ -91,19 +94,20 @@ def _gray(image: ImageFile.ImageFile) -> _Decoded:
     args = image.tile[0].args if image.format == "PPM" else None
     values = np.asarray(image)
     if image.mode == "I" and isinstance(args, tuple):
-        # Pillow has stretched them to 65535.
+        # Pillow has scaled the values from the file's own maximum to 65535.
         values = np.rint(values * (float(args[1]) / 65535)).astype(np.int32)
     return values, _keyed(image, values[..., None])
 
 
 def _colours(image: ImageFile.ImageFile, encoded: bytes, what: str) -> _Decoded:
-    """Pillow hands out one byte of each value: the file is decoded for the high bytes, and again for the low ones."""
+    """Values and alpha of a colour image. Pillow returns only one byte of each 16-bit value, so the file is decoded
+    once for the high bytes and once for the low ones."""
     tiles = image.tile
     if image.format == "PPM" and encoded.startswith(b"P6"):
         return _ppm(image, encoded), None
     modes = {_raw_mode(tile) for tile in tiles}
     if modes == {"LA;16B"}:
-        # Pillow has no mode for it: its four bytes pass for red, green, blue and alpha.
+        # Pillow has no mode for 16-bit gray with alpha, so the four bytes of a pixel are read as RGBA.
         decoded = _decoded_as(image, tiles, "RGBA")
         values = decoded[..., 0].astype(np.uint16) << 8 | decoded[..., 1]
         return values, decoded[..., 2]
@@ -120,7 +124,7 @@ def _colours(image: ImageFile.ImageFile, encoded: bytes, what: str) -> _Decoded:
 
 
 def _ppm(image: ImageFile.ImageFile, encoded: bytes) -> NDArray[np.uint16]:
-    """The values as they are: Pillow stretches them."""
+    """The stored values, read from the file's bytes, because Pillow would scale them."""
     start, shape = image.tile[0].offset, (image.height, image.width, 3)
     image.load()
     values = np.frombuffer(encoded, ">u2", math.prod(shape), start)
@@ -128,12 +132,12 @@ def _ppm(image: ImageFile.ImageFile, encoded: bytes) -> NDArray[np.uint16]:
 
 
 def _raw_mode(tile: Any) -> str:
-    """How a tile's bytes make pixels: the decoder's first argument."""
+    """The raw mode, which says how the tile's bytes form pixels: the first argument of its decoder."""
     return str(tile.args if isinstance(tile.args, str) else tile.args[0])
 
 
 def _decoded_as(image: ImageFile.ImageFile, tiles: Sequence[Any], raw_mode: str) -> NDArray[np.uint8]:
-    """The image's tiles, their bytes taken for those of another raw mode of the same width."""
+    """The image, decoded as if its bytes were in another raw mode of the same width."""
     image.tile = [
         tile._replace(args=raw_mode if isinstance(tile.args, str) else (raw_mode, *tile.args[1:])) for tile in tiles
     ]
@@ -141,7 +145,7 @@ def _decoded_as(image: ImageFile.ImageFile, tiles: Sequence[Any], raw_mode: str)
 
 
 def _keyed(image: Image.Image, values: NDArray[Any]) -> NDArray[np.uint8] | None:
-    """Alpha [H, W] of values [H, W, C], where a PNG declares one colour to be transparent."""
+    """Alpha [H, W] of values [H, W, C] if a PNG declares one colour as transparent."""
     if (colour := image.info.get("transparency")) is None:
         return None
     alpha: NDArray[np.uint8] = np.where((values == colour).all(axis=-1), 0, 255).astype(np.uint8)

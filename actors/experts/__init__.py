@@ -1,1 +1,1 @@
-"""Promptable segmentation experts: an image is embedded once, boxes and points become masks cheaply."""
+"""Promptable segmentation experts: an image is embedded once, then boxes and points are decoded into masks cheaply."""

@@ -1,4 +1,4 @@
-"""A checkpoint's file, read without running a byte of it, or what is wrong with it as it is."""
+"""Reading of checkpoint files without executing code from them."""
 
 import pickle
 import re
@@ -13,12 +13,12 @@ from actors.experts.weights import read_tensors
 from umrg.foreign_files import first_bytes, what_it_is
 
 _DAMAGED = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError, struct.error)
-"""What torch's unpickler says of bytes that are not what was written; it unpickles nothing but tables and tensors."""
+"""The exceptions of torch's weights-only unpickler, which accepts only containers and tensors, for damaged files."""
 
 
 def read_checkpoint(source: Path) -> object:
-    """What `torch.save` or safetensors put into a file. Raises ValueError, which says what it is, where it is no
-    checkpoint, is damaged, or holds what cannot be loaded without running code."""
+    """The object that `torch.save` or safetensors wrote to a file. Raises ValueError if the file is not a checkpoint,
+    with what it is instead, if it is damaged, or if it cannot be loaded without executing code."""
     start = first_bytes(source)
     if start.startswith(b"PK\x03\x04"):
         _check_archive(source)
@@ -28,7 +28,7 @@ def read_checkpoint(source: Path) -> object:
         raise ValueError(f"{source} is {kind}; a checkpoint is a .pth or .safetensors file")
     try:
         with warnings.catch_warnings():
-            # Of older pickle protocols: what matters is whether the weights are there.
+            # torch warns of older pickle protocols, which do not matter here.
             warnings.simplefilter("ignore")
             return torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -40,7 +40,7 @@ def read_checkpoint(source: Path) -> object:
 
 
 def _check_archive(source: Path) -> None:
-    """Raise ValueError where a zip archive is not what `torch.save` writes."""
+    """Raise ValueError if a zip archive was not written by `torch.save`."""
     try:
         with zipfile.ZipFile(source) as archive:
             names = archive.namelist()
@@ -57,8 +57,8 @@ def _check_archive(source: Path) -> None:
 
 
 def _refused(error: str) -> str:
-    """What the unpickler would not read, in words."""
-    # Its message goes on with advice to load the file all the same.
+    """A phrase that says what the unpickler refused."""
+    # Only the names are taken from its message, because it goes on to advise loading the file anyway.
     names = sorted(set(re.findall(r"GLOBAL ([\w.]+)", error)))
     if not names:
         return "is no PyTorch checkpoint, or a damaged one; download it again"

@@ -1,4 +1,4 @@
-"""Checkpoints, as released or as one's own training wrote them, to safetensors, once."""
+"""Conversion of checkpoints, whether official or from a training of one's own, to safetensors."""
 
 import hashlib
 from collections.abc import Callable, Iterable
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from actors.experts.checkpoint_file import read_checkpoint
-from actors.experts.config import PUBLISHED_EXPERTS
 from actors.experts.sam import build_sam
+from actors.experts.sam_config import PUBLISHED_EXPERTS
 from actors.experts.unwrapping import unwrapped
 from actors.experts.weights import check_shapes, save_weights, shapes_of, weights_digest
 
@@ -19,13 +19,14 @@ def convert_checkpoint(
 ) -> str:
     """Write a checkpoint as safetensors in float32; returns the digest of the weights (`Expert.digest` in float32).
 
-    key: of the weights among several that the file holds. say: is told, a sentence each, what the weights were taken
-    out of. The file's metadata holds `name`, `source_sha256` (of the source) and `weights_sha256` (that digest).
-    ValueError where the source is no checkpoint, or not one of `name`; then nothing is written.
+    key: selects one of several models in the file. say: is called with a sentence for each change, such as names that
+    were unwrapped. The metadata of the written file has `name`, `source_sha256` (of the source file) and
+    `weights_sha256` (the returned digest). Raises ValueError, and writes nothing, if the source is not a checkpoint of
+    the expert `name`.
     """
     if name not in PUBLISHED_EXPERTS:
         raise ValueError(f"no official checkpoint is called {name!r}; name one of {', '.join(PUBLISHED_EXPERTS)}")
-    with torch.device("meta"):
+    with torch.device("meta"):  # only the shapes are needed, so no memory is allocated
         expected = shapes_of(build_sam(PUBLISHED_EXPERTS[name].config).state_dict())
     found = unwrapped(read_checkpoint(source), expected.keys(), source=source, key=key)
     check_shapes(shapes_of(found.weights), expected, source=source, name=name)
@@ -40,13 +41,14 @@ def convert_checkpoint(
 
 
 def _float32(tensor: Tensor, what: str) -> Tensor:
-    """A copy, which shares no storage with others. Raises ValueError for numbers that are no plain floats."""
+    """A copy in float32 that shares no storage with other tensors, as safetensors requires. Raises ValueError if the
+    tensor is not of a plain floating-point type."""
     if tensor.layout is not torch.strided or tensor.is_quantized or not tensor.is_floating_point():
         raise ValueError(f"{what} is {str(tensor.dtype).removeprefix('torch.')}; give weights that are plain floats")
     return tensor.detach().to(torch.float32, copy=True)
 
 
 def _cast(weights: Iterable[Tensor]) -> list[str]:
-    """What is said of weights that are in another precision."""
+    """A phrase that names the other precisions of the weights, if there are any."""
     kinds = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights} - {"float32"})
     return [f"turned {', '.join(kinds)} into float32"] if kinds else []

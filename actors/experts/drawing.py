@@ -1,4 +1,4 @@
-"""Masks of answers, drawn by an expert: the same for training, evaluation and serving."""
+"""Decoding of answers into masks by an expert, the same for training, evaluation and serving."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,7 +13,7 @@ from umrg.frames import Box, PointPair
 
 
 def load_frozen(expert: str, config: SegmenterConfig) -> Expert:
-    """The expert that a configuration asks for."""
+    """Load the expert that a configuration selects."""
     return load_expert(
         expert,
         checkpoint=config.checkpoint,
@@ -26,8 +26,9 @@ def load_frozen(expert: str, config: SegmenterConfig) -> Expert:
 def draw_masks(
     expert: Expert, embedding: Embedding, answers: Sequence[Answer], *, boxes: bool = True, points: bool = True
 ) -> Mapping[int, tuple[NDArray[np.bool_], float]]:
-    """Mask bool [H, W] and the expert's own score of each promptable answer about an embedded image, by its index; all
-    in one batch. boxes, points: whether the expert is given the one and the other, if it takes both."""
+    """Mask, bool [H, W], and the expert's own score for each promptable answer about an embedded image, by the answer's
+    index. All answers are decoded in one batch. boxes, points: whether they are given to the expert (points only to an
+    expert that takes them)."""
     promptable = [i for i, answer in enumerate(answers) if answer.promptable]
     if not promptable:
         return {}
@@ -40,7 +41,8 @@ def draw_masks(
 
 
 def reference_mask(expert: Expert, embedding: Embedding, box: Box, points: PointPair) -> NDArray[np.bool_]:
-    """The expert's mask, bool [H, W], from a reference box and, if it takes them, points: no answer can do better."""
+    """The expert's mask, bool [H, W], for the reference box and, if the expert takes them, points. It shows what an
+    answer equal to the reference would reach."""
     given = np.array([points]) if expert.takes_points else None
     mask: NDArray[np.bool_] = expert.decode(embedding, boxes=np.array([box]), points=given).masks[0]
     return mask

@@ -1,4 +1,4 @@
-"""What a segmentation expert is to the rest of the system. Free of torch until an expert is loaded."""
+"""The interface of segmentation experts. Imports torch only for type checking."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -12,49 +12,50 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Preprocess = Literal["published", "native"]
-"""published: as the published evaluation runs every expert. native: as the expert's own code does."""
+"""`published`: the preprocessing of the published evaluation for every expert. `native`: that of the expert's own
+code."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Embedding:
-    """An embedded image: what `decode` needs of it.
-
-    features: float [1, C, h, w], on the expert's device.
-    original: extent of the image file.
-    content: extent of the image inside the expert's input (the expert frame), padding left out.
-    """
+    """An embedded image, as input of `decode`."""
 
     features: "Tensor"
+    """float [1, C, h, w], on the expert's device."""
     original: Size
+    """Size of the original image."""
     content: Size
+    """Size of the scaled image within the expert's input (the expert frame), without padding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoded:
-    """The masks of n prompts; where an expert offers several for a prompt, the one of highest score.
-
-    masks: bool [n, H, W], original pixels.
-    scores: float32 [n], the expert's own prediction of each mask's IoU.
-    logits: float32 [n, h, w], low-resolution logits on the expert's own grid (padding included).
-    """
+    """The masks of n prompts. If an expert predicts several masks for a prompt, it is the one of highest score."""
 
     masks: NDArray[np.bool_]
+    """bool [n, H, W], in original pixels."""
     scores: NDArray[np.float32]
+    """float32 [n], the expert's own prediction of each mask's IoU."""
     logits: NDArray[np.float32]
+    """float32 [n, h, w], low-resolution logits on the expert's own grid, padding included."""
 
 
 class Expert(Protocol):
     """A frozen promptable segmenter.
 
-    `embed` is expensive and runs once an image; `decode` is cheap, and batched over prompts. For example, a
-    group of 16 answers about one image is one `embed` and one `decode` with boxes [16, 4], points [16, 2, 2].
+    `embed` is expensive and runs once per image; `decode` is cheap and batched over prompts. For example, a group of 16
+    answers about one image needs one `embed`, and one `decode` with boxes [16, 4] and points [16, 2, 2].
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The name in the registry, or the folder that the expert was loaded from."""
+        ...
 
     @property
-    def preprocess(self) -> Preprocess: ...
+    def preprocess(self) -> Preprocess:
+        """How images are preprocessed."""
+        ...
 
     @property
     def takes_points(self) -> bool:
@@ -62,7 +63,7 @@ class Expert(Protocol):
         ...
 
     def embed(self, image: NDArray[np.uint8]) -> Embedding:
-        """Embed an image: uint8 [H, W, 3], RGB. ValueError for any other layout."""
+        """Embed an image, uint8 [H, W, 3] RGB. Raises ValueError for any other shape or type."""
         ...
 
     def decode(
@@ -72,14 +73,14 @@ class Expert(Protocol):
         boxes: NDArray[np.floating] | None = None,
         points: NDArray[np.floating] | None = None,
     ) -> Decoded:
-        """Masks for n prompts, each a box, k foreground points, or both.
+        """Decode masks for n prompts, each of which is a box, k foreground points, or both.
 
-        boxes: [n, 4] XYXY, inclusive maximum, original pixels. points: [n, k, 2] XY, original pixels.
-        ValueError where both are missing, a shape is wrong, a number is not finite, or this expert cannot
-        take such a prompt.
+        boxes: [n, 4] XYXY with inclusive maximum, in original pixels. points: [n, k, 2] XY, in original pixels.
+        Raises ValueError if both are missing, a shape is wrong, a number is not finite, or the expert does not take
+        such prompts.
         """
         ...
 
     def digest(self) -> str:
-        """sha256 over names, dtypes, shapes and bytes of the weights, as held."""
+        """sha256 over names, dtypes, shapes and bytes of the weights in memory."""
         ...

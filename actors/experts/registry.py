@@ -1,11 +1,17 @@
-"""Experts by name."""
+"""Experts by name.
+
+To add an expert of another architecture, write its class behind `actors.experts.protocol.Expert` in a module of its
+own, with a function that loads it, and name that in `LOADERS`. Another SAM only needs its sizes in
+`actors.experts.sam_config`.
+"""
 
 import difflib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from actors.experts.config import EXPERT_NAMES, PUBLISHED_EXPERTS, SamConfig, read_config
 from actors.experts.protocol import Expert, Preprocess
 from actors.experts.sam import SamExpert, build_sam
+from actors.experts.sam_config import PUBLISHED_EXPERTS, SamConfig, read_config
 from actors.experts.weights import load_into, read_header
 
 TINY_FOLDER = Path(__file__).parents[2] / "models" / "tiny-expert"
@@ -21,22 +27,40 @@ def load_expert(
 ) -> Expert:
     """Load a frozen expert.
 
-    name: one of `EXPERT_NAMES`; or a folder with `config.json` and `model.safetensors`, as training the tiny
-    expert writes; or a file written by `medreasoner expert convert`, which knows its expert's name.
-    checkpoint: safetensors file of the weights; published experts need it, a folder brings its own.
-    ValueError for an unknown name, missing or misshapen weights, or a preprocessing the expert has not.
+    name: one of `LOADERS`; or a folder with `config.json` and `model.safetensors`, as training the tiny expert writes;
+    or a file written by `medreasoner expert convert`, which knows its expert's name. checkpoint: safetensors file of
+    the weights; published experts need it, a folder brings its own. Raises ValueError for an unknown name, for missing
+    weights or weights of other shapes, and for a preprocessing that the expert does not have.
     """
-    name, config, weights = find_expert(name, checkpoint, preprocess)
+    load = LOADERS.get(name, _load_sam)
+    return load(name, checkpoint, device, dtype, preprocess)
+
+
+def check_expert(name: str, checkpoint: Path | None, preprocess: Preprocess) -> None:
+    """Raise ValueError as `load_expert` would, except for weights of other shapes, without loading anything."""
+    if LOADERS.get(name, _load_sam) is _load_sam:
+        _find_sam(name, checkpoint, preprocess)
+
+
+def _load_sam(name: str, checkpoint: Path | None, device: str, dtype: str, preprocess: Preprocess) -> Expert:
+    name, config, weights = _find_sam(name, checkpoint, preprocess)
     sam = build_sam(config)
     load_into(sam, weights, name=name)
     return SamExpert(sam, config, name=name, preprocess=preprocess, device=device, dtype=dtype)
 
 
-def find_expert(name: str, checkpoint: Path | None, preprocess: Preprocess) -> tuple[str, SamConfig, Path]:
-    """Name, sizes and weights file of the expert that `load_expert` would load. ValueError as there, but for weights of
-    other shapes."""
+LOADERS: Mapping[str, Callable[[str, Path | None, str, str, Preprocess], Expert]] = {
+    "tiny": _load_sam,
+    **dict.fromkeys(PUBLISHED_EXPERTS, _load_sam),
+}
+"""The function that loads each expert, from its name, checkpoint, device, dtype and preprocessing. It raises ValueError
+for what a user can get wrong."""
+
+
+def _find_sam(name: str, checkpoint: Path | None, preprocess: Preprocess) -> tuple[str, SamConfig, Path]:
+    """Name, sizes and weights file of a Segment Anything model."""
     given = Path(name)
-    if name not in EXPERT_NAMES and given.is_file():
+    if name not in LOADERS and given.is_file():
         name, checkpoint = read_header(given).metadata.get("name", name), given
     folder = TINY_FOLDER if name == "tiny" else given
     if name in PUBLISHED_EXPERTS:
@@ -44,7 +68,7 @@ def find_expert(name: str, checkpoint: Path | None, preprocess: Preprocess) -> t
     elif folder.is_dir():
         config, weights = read_config(folder / "config.json"), checkpoint or folder / "model.safetensors"
     else:
-        nearest = difflib.get_close_matches(name, EXPERT_NAMES, n=1, cutoff=0)[0]
+        nearest = difflib.get_close_matches(name, LOADERS, n=1, cutoff=0)[0]
         raise ValueError(f"no expert or folder is called {name!r}; the nearest expert is {nearest!r}")
     _check_preprocess(name, preprocess)
     read_header(weights)

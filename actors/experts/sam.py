@@ -1,4 +1,4 @@
-"""Experts made of segment-anything's own parts: SAM, MedSAM, and the bundled tiny expert."""
+"""Experts built from segment-anything's modules: SAM, MedSAM, and the bundled tiny expert."""
 
 from functools import partial
 
@@ -11,11 +11,12 @@ from skimage.transform import resize
 from torch import Tensor
 from torch.nn import functional
 
-from actors.experts.config import SamConfig
 from actors.experts.protocol import Decoded, Embedding, Preprocess
+from actors.experts.sam_config import SamConfig
 from actors.experts.weights import weights_digest
 from umrg.frames import Size, rescale
 
+# segment-anything's own constants: ImageNet's mean and standard deviation in levels of 0 to 255.
 _PIXEL_MEAN = (123.675, 116.28, 103.53)
 _PIXEL_STD = (58.395, 57.12, 57.375)
 
@@ -23,7 +24,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def build_sam(config: SamConfig) -> Sam:
-    """A Segment Anything model of these sizes, in float32 with fresh weights."""
+    """A Segment Anything model of these sizes, in float32 with random weights."""
     side, grid = config.image_side, config.grid
     return Sam(
         image_encoder=ImageEncoderViT(
@@ -61,8 +62,8 @@ def build_sam(config: SamConfig) -> Sam:
 
 
 def content_size(original: Size, side: int) -> Size:
-    """Extent of an image whose longest side is scaled to `side`, by the arithmetic of segment-anything's
-    `ResizeLongestSide` (halves round up); never under 1 px."""
+    """Size of an image whose longest side is scaled to `side`, rounded as by segment-anything's `ResizeLongestSide`
+    (halves up), but at least 1 px."""
     scale = side / original.long_side
     return Size(*(max(1, int(length * scale + 0.5)) for length in (original.width, original.height)))
 
@@ -70,15 +71,15 @@ def content_size(original: Size, side: int) -> Size:
 class SamExpert:
     """A Segment Anything model as an expert (see `actors.experts.protocol.Expert`).
 
-    preprocess: `published` scales the longest side to the input's, normalises by fixed pixel statistics and
-    pads, as SamPredictor does. `native` is MedSAM's own: it squeezes the image into the square input, scales
-    its values to [0, 1], takes boxes only, and upsamples probabilities instead of logits.
+    preprocess: `published` scales the longest side to that of the input, normalises by fixed pixel statistics and pads,
+    as SamPredictor does. `native` is MedSAM's own: it squeezes the image into the square input, scales its values to
+    [0, 1], takes boxes only, and upsamples probabilities instead of logits.
 
-    multimask: True takes, for each prompt, the mask of highest score out of the decoder's alternatives (the
-    default where it has any, as in the published evaluation); False takes its single mask (the default for
-    `native`: MedSAM trains that one only).
+    multimask: with True, each prompt gets the mask of highest score among the decoder's alternatives; this is the
+    default if the decoder has alternatives, as in the published evaluation. With False it gets the decoder's single
+    mask; this is the default for `native`, because MedSAM trains only that one.
 
-    dtype: of the image encoder, where nearly all the work is; prompts and masks are always float32.
+    dtype: precision of the image encoder, which does nearly all the work; prompts and masks are always float32.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class SamExpert:
         points: NDArray[np.floating] | None = None,
         batch: int = 32,
     ) -> Decoded:
-        """See `Expert.decode`. `batch` prompts are decoded at a time, which bounds memory and nothing else."""
+        """See `Expert.decode`. batch: how many prompts are decoded at a time; it affects only memory."""
         n = _prompt_count(boxes, points)
         if points is not None and not self.takes_points:
             raise ValueError("MedSAM's native preprocessing takes boxes only; drop the points, or use `published`")
@@ -159,7 +160,7 @@ class SamExpert:
         return weights_digest(self._sam.state_dict())
 
     def _padded(self, image: NDArray[np.uint8]) -> Tensor:
-        """float32 [1, 3, side, side]: longest side scaled, normalised, padded on the right and below."""
+        """float32 [1, 3, side, side]: the longest side scaled, normalised, and padded on the right and below."""
         scaled = ResizeLongestSide(self.config.image_side).apply_image(image)
         pixels = torch.from_numpy(scaled).to(self._sam.device).permute(2, 0, 1)[None]
         padded: Tensor = self._sam.preprocess(pixels)
@@ -200,8 +201,8 @@ class SamExpert:
 
 
 def _squeezed(image: NDArray[np.uint8], side: int) -> Tensor:
-    """float32 [1, 3, side, side] in [0, 1], the aspect not kept: the preprocessing of MedSAM's own inference
-    (bicubic with anti-aliasing, truncated to uint8, then min-max scaled over the image)."""
+    """float32 [1, 3, side, side] in [0, 1], without keeping the aspect ratio: the preprocessing of MedSAM's own
+    inference (bicubic with anti-aliasing, truncated to uint8, then min-max scaled over the image)."""
     square = resize(image, (side, side), order=3, preserve_range=True, anti_aliasing=True).astype(np.uint8)
     low, high = int(square.min()), int(square.max())
     pixels = (square - low) / max(high - low, 1e-8)
@@ -209,7 +210,7 @@ def _squeezed(image: NDArray[np.uint8], side: int) -> Tensor:
 
 
 def _prompt_count(boxes: NDArray[np.floating] | None, points: NDArray[np.floating] | None) -> int:
-    """How many prompts these are; ValueError where they are none, or of a wrong shape."""
+    """The number of prompts. Raises ValueError if there are none, or if a shape or a number is invalid."""
     if boxes is None and points is None:
         raise ValueError("an expert needs a prompt: give boxes, points, or both")
     if boxes is not None and (boxes.ndim != 2 or boxes.shape[1] != 4):

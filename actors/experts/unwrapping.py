@@ -1,4 +1,5 @@
-"""Weights as people's training wraps them: in tables beside an optimizer, under the names of what held the model.
+"""Unwrapping of a model's weights in training checkpoints, where they are nested beside an optimizer's state and named
+with the prefixes of what wrapped the model.
 
 {"model": {"module.image_encoder.pos_embed": …}, "optimizer": …, "epoch": 7}  ──►  {"image_encoder.pos_embed": …}
 """
@@ -10,27 +11,30 @@ from pathlib import Path
 from torch import Tensor
 
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-"""What data parallelism, `torch.compile`, FSDP and activation checkpointing add to names, wherever they wrap."""
+"""The parts that data parallelism, `torch.compile`, FSDP and activation checkpointing insert anywhere into names."""
 
 _DEEPEST = 8
-"""Tables within tables that are looked through; a pickle may hold itself."""
+"""How deeply nested tables are searched; without a limit, a pickle that contains itself would never end."""
 
 Keys = tuple[Hashable, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """Weights by the model's own names, and in sentences what they were taken out of."""
+    """The weights that were found in a checkpoint."""
 
     weights: dict[str, Tensor]
+    """The weights by the model's own names."""
     said: tuple[str, ...]
+    """Phrases that say what they were extracted from."""
 
 
 def unwrapped(checkpoint: object, expected: Collection[str], *, source: Path, key: str | None) -> Found:
-    """The weights in a checkpoint that have any of the expected names once they are unwrapped.
+    """The weights in a checkpoint that have any of the expected names after unwrapping.
 
-    key: of the table to take, with dots where it lies deeper. Raises ValueError where there is none, and where several
-    could be meant; where none has an expected name, the largest is taken, for its shapes to be compared.
+    key: selects a table of weights, with dots for nested ones. Raises ValueError if there is no table, or if several
+    match. If none has an expected name, the largest is returned, so that the caller's check of names and shapes can say
+    what is missing.
     """
     every = dict(_tables(checkpoint))
     tables = {path: table for path, table in every.items() if key in (None, _dotted(path))}
@@ -55,7 +59,7 @@ def unwrapped(checkpoint: object, expected: Collection[str], *, source: Path, ke
 
 
 def _tables(value: object, path: Keys = ()) -> Iterator[tuple[Keys, dict[str, Tensor]]]:
-    """Every mapping that has tensors by name, and these tensors, by the keys that lead to it."""
+    """The named tensors of every mapping that has some, by the path of keys to the mapping."""
     if not isinstance(value, Mapping) or len(path) > _DEEPEST:
         return
     if tensors := {name: each for name, each in value.items() if isinstance(name, str) and isinstance(each, Tensor)}:
@@ -75,7 +79,7 @@ def _listed(paths: Iterable[Keys]) -> str:
 def _plain(
     table: Mapping[str, Tensor], expected: Collection[str], source: Path
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The table by unwrapped names, and the prefixes that came off."""
+    """The table with unwrapped names, and the prefixes that were removed."""
     taken: dict[str, None] = {}
     plain: dict[str, Tensor] = {}
     for name, tensor in table.items():
@@ -85,7 +89,7 @@ def _plain(
         if bare in plain:
             raise ValueError(f"{source} holds {bare} twice, wrapped and not; save one of them alone")
         plain[bare] = tensor
-    # What held the model, as `self.model` or `self.sam`: a name that all share, and that the model itself has not.
+    # A prefix that all names share and the model itself lacks is the attribute that held the model, such as `self.sam`.
     while plain.keys().isdisjoint(expected) and (prefix := _shared(plain)):
         taken[prefix] = None
         plain = {name.removeprefix(f"{prefix}."): tensor for name, tensor in plain.items()}
@@ -93,13 +97,14 @@ def _plain(
 
 
 def _shared(names: Collection[str]) -> str | None:
-    """The first part that all names begin with, where each has more."""
+    """The first part of the names if it is the same for all and none of them consists of it alone."""
     firsts = {name.partition(".")[0] if "." in name else "" for name in names}
     return firsts.pop() or None if len(firsts) == 1 else None
 
 
 def _beside(checkpoint: object, path: Keys) -> list[str]:
-    """The names of what lies in the file beside the table, and of what lies in the table and is no tensor."""
+    """Names of the file's other content: siblings along the table's path, and values in the table that are not
+    tensors."""
     beside: list[str] = []
     place = checkpoint
     for key in path:

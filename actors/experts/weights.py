@@ -1,4 +1,4 @@
-"""Weights of experts on disk: safetensors, checked from their header before a byte of them is loaded."""
+"""Weights of experts as safetensors files, which are checked by their headers before they are loaded."""
 
 import hashlib
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
-    """sha256 over names, dtypes, shapes and bytes, in the order of the names."""
+    """sha256 over names, dtypes, shapes and bytes, in order of the names."""
     sha = hashlib.sha256()
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
@@ -31,7 +31,7 @@ def shapes_of(weights: Mapping[str, Tensor]) -> Shapes:
 
 
 def check_shapes(found: Shapes, expected: Shapes, *, source: Path, name: str) -> None:
-    """Raise ValueError naming the first tensor, in the model's own order, that is not as `name` has it."""
+    """Raise ValueError, naming the first tensor in the model's own order that is not as in the expert `name`."""
     for tensor, shape in expected.items():
         if tensor not in found:
             raise ValueError(f"{source} is not {name}: it has no tensor {tensor}")
@@ -45,7 +45,7 @@ def check_shapes(found: Shapes, expected: Shapes, *, source: Path, name: str) ->
 
 
 def read_header(path: Path) -> Header:
-    """Shapes and metadata of a safetensors file. ValueError where it is none, or cut short."""
+    """Shapes and metadata of a safetensors file. Raises ValueError if it is not one, or is truncated."""
     if not path.exists():
         raise ValueError(f"there is no checkpoint {path}; give the path of a safetensors file")
     try:
@@ -57,7 +57,7 @@ def read_header(path: Path) -> Header:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. ValueError where it is none, or damaged."""
+    """The tensors of a safetensors file. Raises ValueError if it is not one, or is damaged."""
     read_any(path)
     try:
         return load_file(path)
@@ -66,14 +66,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_into(model: torch.nn.Module, path: Path, *, name: str) -> None:
-    """Load a safetensors file into a model of exactly its shapes; ValueError names the first difference."""
+    """Load a safetensors file into a model of exactly the same shapes. Raises ValueError, naming the first
+    difference."""
     check_shapes(read_header(path).shapes, shapes_of(model.state_dict()), source=path, name=name)
     model.load_state_dict(read_tensors(path))
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path, *, metadata: dict[str, str]) -> None:
-    """Write a safetensors file, so that at no time a half-written one lies at `path`."""
+    """Write a safetensors file; `path` never holds a partial one."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     with written_aside(path) as aside:
-        # `save_file` would make a file that only its owner may read, whatever the umask
+        # safetensors' `save_file` makes a file that only its owner can read, whatever the umask.
         aside.write_bytes(save(tensors, metadata))

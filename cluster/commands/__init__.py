@@ -1,1 +1,1 @@
-"""Commands that are no run: `medreasoner doctor`, `data`, `expert`, and the mend of torchvision."""
+"""Commands that are no run: `medreasoner doctor`, `data` and `expert`, and the torchvision shim."""

@@ -1,31 +1,26 @@
-"""`medreasoner data …`: look at datasets, check and divide them, and make phantoms."""
+"""`medreasoner data …`: commands that describe, check and split datasets, and make phantoms."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from actors.config import RolloutConfig
-from umrg.atomic import written_aside
+from cluster.display import progress
+from umrg.atomic import write_bytes
 from umrg.dataset import Dataset, open_files, write_rows
 from umrg.split import SplitBy, plan_split, write_split
 
 if TYPE_CHECKING:
-    from cluster.commands.data_check import Judge, Report
+    from cluster.commands.data_check import ExtraCheck, Report
 
-_LINE_EVERY = 5.0
-
-data_app = typer.Typer(help="Look at datasets, check and divide them, and make phantoms.", no_args_is_help=True)
+data_app = typer.Typer(help="Describe, check and split datasets, and make phantoms.", no_args_is_help=True)
 
 
 class Phrasings(StrEnum):
@@ -44,7 +39,7 @@ Categories = Annotated[list[str] | None, typer.Option("--category", help="Keep o
 Modalities = Annotated[
     list[str] | None, typer.Option("--modality", help="Keep only these rows; MRI includes MRI-FLAIR.")
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Draws what is chosen at random.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the random choices.")]
 
 
 @data_app.command()
@@ -56,15 +51,15 @@ def stats(
     modality: Modalities = None,
     tiles: Annotated[int, typer.Option(min=1, help="Samples on the contact sheet.")] = 42,
 ) -> None:
-    """Counts, and size and position of the targets, by modality, super-category and category.
+    """Count the rows, and measure size and position of the targets, by modality, super-category and category.
 
-    With --out also a contact sheet of samples and a heat map of where each super-category lies.
+    With --out, write a contact sheet of samples and a heat map of where each super-category lies.
     """
     from umrg.statistics import GROUPINGS, summary, survey
 
     dataset = Dataset.open(files, supercategory=supercategory, category=category, modality=modality)
-    with _progress("measuring", len(dataset)) as progress:
-        found = survey(dataset, progress)
+    with progress("measuring", len(dataset)) as show:
+        found = survey(dataset, show)
     figures = summary(found.measurements)
     console = _console()
     sizes = ", ".join(f"{size} px ({count})" for size, count in list(_dict(figures["image_sizes"]).items())[:8])
@@ -80,39 +75,40 @@ def stats(
 def check(
     files: Files,
     model: Annotated[
-        Path | None, typer.Option(help="Folder of a reasoner, whose limits its prompts must keep.")
+        Path | None, typer.Option(help="Folder of a reasoner, within whose limits the prompts must be.")
     ] = None,
     max_prompt_tokens: Annotated[
-        int, typer.Option(min=1, help="With --model: longest prompt, as rollout.max_prompt_tokens of the run.")
+        int,
+        typer.Option(min=1, help="With --model: longest allowed prompt, the run's rollout.max_prompt_tokens."),
     ] = RolloutConfig().max_prompt_tokens,
     expert: Annotated[
-        str | None, typer.Option(help="Name, folder or file of an expert, to be given the reference box and points.")
+        str | None, typer.Option(help="Name, folder or file of an expert, which is given the reference box and points.")
     ] = None,
     out: Annotated[Path | None, typer.Option(file_okay=False, help="Folder for check.csv and check.png.")] = None,
     clean: Annotated[
         Path | None, typer.Option(metavar="FILE.parquet", dir_okay=False, help="File for the rows without an error.")
     ] = None,
 ) -> None:
-    """Check every row: what cannot be used, and what somebody should look at. The files stay as they are.
+    """Check every row for errors, which make it unusable, and for what deserves a look. The files are not changed.
 
-    Exit code 0 where no row has an error, 1 where one has.
+    The exit code is 1 if any row has an error, otherwise 0.
     """
     from cluster.commands.data_check import check_files, worst_sheet
 
     sources = open_files(files)
-    judges: list[Judge] = []
+    extra_checks: list[ExtraCheck] = []
     if model is not None:
-        from cluster.commands.data_judges import prompt_limits
+        from cluster.commands.data_model_checks import prompt_limits
 
-        judges.append(prompt_limits(model, max_prompt_tokens))
+        extra_checks.append(prompt_limits(model, max_prompt_tokens))
     oracle = None
     if expert is not None:
-        from cluster.commands.data_judges import load_oracle
+        from cluster.commands.data_model_checks import load_oracle
 
-        judges.append(oracle := load_oracle(expert))
-    with _progress("checking", sum(source.rows for source in sources)) as progress:
+        extra_checks.append(oracle := load_oracle(expert))
+    with progress("checking", sum(source.rows for source in sources)) as show:
         table = None if out is None else out / "check.csv"
-        report = check_files(sources, judges=judges, table=table, clean=clean, progress=progress)
+        report = check_files(sources, extra_checks=extra_checks, table=table, clean=clean, progress=show)
     _print_report(report)
     if out is not None:
         sheet = worst_sheet(report, oracle.mask if oracle else None)
@@ -126,17 +122,17 @@ def check(
 @data_app.command()
 def split(
     files: Files,
-    by: Annotated[SplitBy, typer.Option(help="What the held-out rows do not share with the others.")],
+    by: Annotated[SplitBy, typer.Option(help="What held-out rows and training rows must not share.")],
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for train and held_out.parquet.")],
     hold_out: Annotated[list[str] | None, typer.Option(help="A name to hold out; may be repeated.")] = None,
-    share: Annotated[float, typer.Option(help="Share of names or queries, where none is named.")] = 0.2,
+    share: Annotated[float, typer.Option(help="Share of the names or queries to hold out, where none is named.")] = 0.2,
     seed: Seed = 0,
 ) -> None:
     """Hold out phrasings, categories or modalities, to study generalisation."""
     dataset = Dataset.open(files)
     plan = plan_split(dataset.infos, by, hold_out=hold_out or (), share=share, seed=seed)
-    with _progress("writing", len(dataset)) as progress:
-        report = write_split(dataset, plan, out, progress)
+    with progress("writing", len(dataset)) as show:
+        report = write_split(dataset, plan, out, show)
     typer.echo(f"{out}: {len(plan.train)} rows in train.parquet, {len(plan.held_out)} in held_out.parquet")
     typer.echo(f"held out by {by.value}: " + _few(plan.held_names))
     if shared := report["images_on_both_sides"]:
@@ -152,7 +148,7 @@ def phantoms(
     modality: Annotated[list[str] | None, typer.Option(help="A modality; may be repeated. Default: all.")] = None,
     phrasings: Annotated[Phrasings, typer.Option(help="Which queries to ask.")] = Phrasings.SEEN,
     annotation: Annotated[
-        Annotation, typer.Option(help="Exact boxes and points, or loose ones as clinics have them.")
+        Annotation, typer.Option(help="Exact boxes and points, or loose ones like those of clinical annotators.")
     ] = Annotation.EXACT,
 ) -> None:
     """Make synthetic medical images with exact masks, implicit queries and reasoning."""
@@ -167,8 +163,8 @@ def phantoms(
         phrasings=phrasings.value,
         annotation=annotation.value,
     )
-    with _progress("drawing", count) as progress:
-        written = write_rows(path, made, progress=progress)
+    with progress("drawing", count) as show:
+        written = write_rows(path, made, progress=show)
     typer.echo(f"{path}: {written} rows")
 
 
@@ -182,8 +178,7 @@ def _write_statistics(out: Path, dataset: Dataset, found: Any, figures: dict[str
     }
     text = json.dumps(figures, indent=2, ensure_ascii=False) + "\n"
     for name, content in {"stats.json": text.encode(), **pictures}.items():
-        with written_aside(out / name) as aside:
-            aside.write_bytes(content)
+        write_bytes(out / name, content)
 
 
 def _print_report(report: "Report") -> None:
@@ -217,20 +212,19 @@ def _left_out(report: "Report") -> str:
 
 
 def _write_sheet(out: Path, sheet: Any) -> list[str]:
-    """Write check.png where there is something to be seen; the names of all files in the folder."""
+    """Write check.png where there is something to show; returns the names of the files in the folder."""
     from umrg.images import encode_png
 
     if sheet is None:
-        # One of an earlier check would show what is no more.
+        # One from an earlier check would show findings of another dataset.
         (out / "check.png").unlink(missing_ok=True)
         return ["check.csv"]
-    with written_aside(out / "check.png") as aside:
-        aside.write_bytes(encode_png(sheet))
+    write_bytes(out / "check.png", encode_png(sheet))
     return ["check.csv", "check.png"]
 
 
 def _table(grouping: str, groups: dict[str, Any], *, plain: bool) -> Table:
-    """Medians in per cent of the image, with the range from the 5th to the 95th percentile."""
+    """A table of medians in per cent of the image, with the range from the 5th to the 95th percentile."""
     title = f"By {grouping} (per cent of the image: median, 5th to 95th percentile)"
     table = Table(title=title, title_justify="left", box=None if plain else box.SIMPLE_HEAD)
     table.add_column(grouping, no_wrap=True)
@@ -265,22 +259,3 @@ def _console() -> Console:
     console = Console()
     # Piped output must not be cut to a terminal's width.
     return console if console.is_terminal else Console(width=160)
-
-
-@contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr or, without a terminal, a line every few seconds."""
-    console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total)
-        told = monotonic()
-
-        def tell(done: int) -> None:
-            nonlocal told
-            bar.update(task, completed=done)
-            if not console.is_terminal and monotonic() > told + _LINE_EVERY:
-                told = monotonic()
-                typer.echo(f"{what}: {done} of {total} rows", err=True)
-
-        yield tell

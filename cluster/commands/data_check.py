@@ -1,7 +1,7 @@
-"""`medreasoner data check`: the rows of some files through all checks, in one pass; what is sound is copied in another.
+"""`medreasoner data check`: all rows pass through all checks once; a second pass copies the rows without an error.
 
-files ──scan──► row ──check_row──► CheckedRow ──judges──► Report, check.csv
-   └──copied──► where a row has no error ──► cleaned parquet
+files ──scan──► row ──check_row──► CheckedRow ──extra checks──► Report, check.csv
+   └──copied──► rows without an error ──► cleaned parquet
 """
 
 import csv
@@ -15,51 +15,53 @@ import numpy as np
 from numpy.typing import NDArray
 
 from umrg.atomic import written_aside
-from umrg.checks import (
-    CHECKS,
-    LOW_CEILING,
-    Check,
-    CheckedRow,
-    Finding,
-    Seen,
-    check_row,
-)
+from umrg.checks import CHECKS, LOW_CEILING, Check, CheckedRow, DuplicateIndex, Finding, check_row
 from umrg.dataset_writer import write_batches
 from umrg.pictures import Picture, Tile, contact_sheet, overlay
 from umrg.row_groups import RowFile, common_schema, copied, scan
 from umrg.sample import Sample
 
 COLUMNS = ("row", "file", "id", "check", "severity", "message")
-_WORST = 3
+"""Columns of check.csv."""
 
-Judge = Callable[[CheckedRow], Iterable[Finding]]
-"""Further checks of a row, such as those of `cluster.commands.data_judges`, which need a model."""
+_EXAMPLES = 3
+"""Findings kept as examples of each check."""
 
-Draw = Callable[[Sample], NDArray[np.bool_]]
+ExtraCheck = Callable[[CheckedRow], Iterable[Finding]]
+"""A further check of a row, such as those of `cluster.commands.data_model_checks`, which need a model."""
+
+DrawMask = Callable[[Sample], NDArray[np.bool_]]
+"""Gives the expert's mask of a sample."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A finding and where it was made. sample: None where the row could not be read that far."""
+    """A finding, and the row it is about."""
 
     file: Path
     row: int
     finding: Finding
     sample: Sample | None = field(repr=False)
+    """None where the row could not be read that far."""
 
 
 @dataclass(kw_only=True)
 class Report:
-    """What was found. rows, unusable, flagged: numbers of rows, of those with an error, and of those with warnings
-    only. counts: rows with a finding, by check. worst: the worst few findings of each check."""
+    """What the checks found."""
 
     rows: int = 0
+    """Rows checked."""
     unusable: int = 0
+    """Rows with an error."""
     flagged: int = 0
+    """Rows with warnings only."""
     counts: Counter[Check] = field(default_factory=Counter)
+    """Rows with a finding, by check."""
     worst: dict[Check, list[Example]] = field(default_factory=dict)
+    """The few worst findings of each check."""
 
     def add(self, checked: CheckedRow) -> None:
+        """Count a row and its findings."""
         self.rows += 1
         self.unusable += not checked.usable
         self.flagged += checked.usable and bool(checked.findings)
@@ -68,22 +70,22 @@ class Report:
         for check, finding in by_check.items():
             example = Example(file=checked.file, row=checked.row, finding=finding, sample=checked.sample)
             ranked = sorted([*self.worst.get(check, ()), example], key=lambda each: -each.finding.degree)
-            self.worst[check] = ranked[:_WORST]
+            self.worst[check] = ranked[:_EXAMPLES]
 
 
 def check_files(
     files: Sequence[RowFile],
     *,
-    judges: Sequence[Judge] = (),
+    extra_checks: Sequence[ExtraCheck] = (),
     table: Path | None = None,
     clean: Path | None = None,
     progress: Callable[[int], object] = lambda done: None,
 ) -> Report:
-    """Check every row, a few in memory at a time; a row that cannot be read is a finding.
+    """Check every row, with a few in memory at a time; a row that cannot be read is a finding.
 
-    table: CSV file for a line a finding (`COLUMNS`). clean: parquet file for the rows without an error, in the released
-    schema, with all their columns.
-    `progress` is told the number of rows done. Raises ValueError where `clean` is one of the files.
+    table: a CSV file to write, one line per finding (`COLUMNS`). clean: a parquet file to write, with all columns of
+    the rows without an error, in the released schema. progress: called with the number of rows done. Raises ValueError
+    where `clean` is one of the files.
     """
     if clean is not None and clean.resolve() in {file.path.resolve() for file in files}:
         raise ValueError(f"{clean} is one of the files to check; give the cleaned rows another name")
@@ -91,7 +93,7 @@ def check_files(
     report = Report()
     usable: dict[Path, list[int]] = {file.path: [] for file in files}
     with _lines(table) as write:
-        for checked in _checked(files, judges):
+        for checked in _checked(files, extra_checks):
             report.add(checked)
             write(checked)
             progress(report.rows)
@@ -103,13 +105,13 @@ def check_files(
     return report
 
 
-def _checked(files: Sequence[RowFile], judges: Sequence[Judge]) -> Iterator[CheckedRow]:
-    seen = Seen()
+def _checked(files: Sequence[RowFile], extra_checks: Sequence[ExtraCheck]) -> Iterator[CheckedRow]:
+    duplicates = DuplicateIndex()
     for file in files:
         for number, row in scan(file):
-            checked = check_row(row, file.path, number, seen)
-            for judge in judges:
-                checked = replace(checked, findings=[*checked.findings, *judge(checked)])
+            checked = check_row(row, file.path, number, duplicates)
+            for check in extra_checks:
+                checked = replace(checked, findings=[*checked.findings, *check(checked)])
             yield checked
 
 
@@ -131,9 +133,9 @@ def _lines(path: Path | None) -> Iterator[Callable[[CheckedRow], None]]:
         yield write
 
 
-def worst_sheet(report: Report, draw: Draw | None = None, *, columns: int = 6, side: int = 280) -> Picture | None:
+def worst_sheet(report: Report, draw: DrawMask | None = None, *, columns: int = 6, side: int = 280) -> Picture | None:
     """A contact sheet of the worst findings of each check, with the row's mask, box and points; None where no finding
-    can be shown. draw: the expert's mask of a sample, shown where the expert fails."""
+    can be shown. draw: gives the expert's mask, which is shown with the findings about the expert."""
     tiles = [
         tile
         for check in CHECKS
@@ -146,7 +148,7 @@ def worst_sheet(report: Report, draw: Draw | None = None, *, columns: int = 6, s
     return contact_sheet(tiles, columns, side=side, heading=heading + (" · orange: the expert's mask" if draw else ""))
 
 
-def _tile(example: Example, draw: Draw | None, side: int) -> Tile | None:
+def _tile(example: Example, draw: DrawMask | None, side: int) -> Tile | None:
     sample = example.sample
     if sample is None:
         return None

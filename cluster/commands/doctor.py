@@ -1,8 +1,8 @@
-"""`medreasoner doctor`: is this machine ready, and if not, what mends it.
+"""`medreasoner doctor`: whether this machine is ready and, where it is not, how to fix it.
 
-Every check gives `Finding`s. Versions are compared with the tested set under `constraints/`; the heavy
-libraries are tried by `cluster.commands.doctor_probes`, each in a process of its own with a deadline, so that a
-crash or a hang of one is a finding and not the end.
+Versions are compared with the tested set under `constraints/`. The heavy libraries are tried by
+`cluster.commands.doctor_probes`, each in a process of its own with a deadline, so that a crash or a hang is reported
+instead of ending the doctor.
 """
 
 import json
@@ -67,86 +67,90 @@ DEADLINE_MEND = "Stop other heavy work on this machine and run the doctor again.
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One line of the doctor's report. `mend` is one sentence saying what to do, empty when status is ok."""
+class CheckResult:
+    """One line of the doctor's report."""
 
     name: str
     status: Literal["ok", "remark", "fail"]
     detail: str
+    """What was seen."""
     mend: str = ""
+    """One sentence that says what to do; empty where the status is ok."""
 
 
 def normalised(package: str) -> str:
-    """The package name as the index compares it (PEP 503)."""
+    """A package's name as package indexes compare it (PEP 503)."""
     return re.sub(r"[-_.]+", "-", package).lower()
 
 
 def read_constraints(path: Path) -> dict[str, str]:
-    """Name → version of the lines `name==version`; other lines are left out. Names are normalised."""
+    """Versions by normalised name, from the lines `name==version`; other lines are left out."""
     pins = (line.split("==") for line in path.read_text(encoding="utf-8").splitlines() if "==" in line)
     return {normalised(name.strip()): version.strip() for name, version in pins}
 
 
 def installed_versions() -> dict[str, str]:
-    """Normalised name → version of every distribution of this environment."""
+    """Versions by normalised name, of every distribution in this environment."""
     return {normalised(found.metadata["Name"]): found.version for found in distributions()}
 
 
-def check_python(version: tuple[int, int, int]) -> Finding:
+def check_python(version: tuple[int, int, int]) -> CheckResult:
     """Python must be 3.11 or 3.12."""
     detail = ".".join(map(str, version))
     if version[:2] in ((3, 11), (3, 12)):
-        return Finding(name="Python", status="ok", detail=detail)
+        return CheckResult(name="Python", status="ok", detail=detail)
     mend = "Install Python 3.11 or 3.12 and run `make clean setup PYTHON=python3.11`."
-    return Finding(name="Python", status="fail", detail=f"{detail}, tested with 3.11 and 3.12", mend=mend)
+    return CheckResult(name="Python", status="fail", detail=f"{detail}, tested with 3.11 and 3.12", mend=mend)
 
 
-def check_version(package: str, *, tested: str, installed: str | None) -> Finding:
-    """One core package against the tested set; a local label (`2.13.0+cpu`) is no difference."""
+def check_version(package: str, *, tested: str, installed: str | None) -> CheckResult:
+    """Compare one core package with the tested set; a local version label (`2.13.0+cpu`) is no difference."""
     if installed is None:
-        return Finding(name=package, status="fail", detail=f"missing, tested {tested}", mend=REINSTALL)
+        return CheckResult(name=package, status="fail", detail=f"missing, tested {tested}", mend=REINSTALL)
     if installed.split("+")[0] == tested:
-        return Finding(name=package, status="ok", detail=installed)
-    return Finding(name=package, status="fail", detail=f"{installed}, tested {tested}", mend=REINSTALL)
+        return CheckResult(name=package, status="ok", detail=installed)
+    return CheckResult(name=package, status="fail", detail=f"{installed}, tested {tested}", mend=REINSTALL)
 
 
-def check_versions(tested: dict[str, str], installed: dict[str, str]) -> list[Finding]:
-    """A finding for each core package of the tested set, and one for all the others that are installed."""
+def check_versions(tested: dict[str, str], installed: dict[str, str]) -> list[CheckResult]:
+    """A result for each core package of the tested set, and one for all the others that are installed."""
     core = [name for name in CORE if name in tested]
-    findings = [check_version(name, tested=tested[name], installed=installed.get(name)) for name in core]
+    results = [check_version(name, tested=tested[name], installed=installed.get(name)) for name in core]
     others = sorted((tested.keys() & installed.keys()) - set(core))
     changed = [
         f"{name} {installed[name]} (tested {tested[name]})" for name in others if installed[name] != tested[name]
     ]
     if changed:
         detail = f"{len(changed)} of {len(others)} differ: {', '.join(changed)}"
-        return [*findings, Finding(name="other packages", status="remark", detail=detail, mend=REINSTALL)]
-    return [*findings, Finding(name="other packages", status="ok", detail=f"{len(others)} as tested")]
+        return [*results, CheckResult(name="other packages", status="remark", detail=detail, mend=REINSTALL)]
+    return [*results, CheckResult(name="other packages", status="ok", detail=f"{len(others)} as tested")]
 
 
-def check_amount(name: str, amount: float, *, need: float, wish: float, unit: str, mend: str) -> Finding:
-    """Below `need` is a failure, below `wish` a remark; `mend` says how to get more."""
+def check_amount(name: str, amount: float, *, need: float, wish: float, unit: str, mend: str) -> CheckResult:
+    """An amount below `need` is a failure, one below `wish` a remark; `mend` says how to get more."""
     status: Literal["ok", "remark", "fail"] = "ok" if amount >= wish else "remark" if amount >= need else "fail"
     detail = f"{amount:.3g} {unit}"
     if status == "ok":
-        return Finding(name=name, status=status, detail=detail)
-    return Finding(name=name, status=status, detail=f"{detail}, at least {wish:g} advised", mend=mend)
+        return CheckResult(name=name, status=status, detail=detail)
+    return CheckResult(name=name, status=status, detail=f"{detail}, at least {wish:g} advised", mend=mend)
 
 
-def check_gpus(listed: str | None, *, cuda_set: bool) -> Finding:
-    """`listed`: lines of nvidia-smi, None without it. `cuda_set`: the gpu extra is installed."""
+def check_gpus(listed: str | None, *, cuda_set: bool) -> CheckResult:
+    """listed: the output of `list_gpus`. cuda_set: whether the gpu extra is installed."""
     gpus = [line.strip() for line in (listed or "").splitlines() if line.strip()]
     if not gpus:
         mend = "Nothing to mend for the tiny models, which run on the CPU; 3B and 7B models need an NVIDIA GPU."
-        return Finding(name="GPUs", status="remark", detail="none found", mend=mend)
+        return CheckResult(name="GPUs", status="remark", detail="none found", mend=mend)
     if not cuda_set:
         mend = "Run `make clean setup EXTRA=gpu` to use it."
-        return Finding(name="GPUs", status="remark", detail=f"{'; '.join(gpus)}; the CPU set is installed", mend=mend)
-    return Finding(name="GPUs", status="ok", detail="; ".join(gpus))
+        return CheckResult(
+            name="GPUs", status="remark", detail=f"{'; '.join(gpus)}; the CPU set is installed", mend=mend
+        )
+    return CheckResult(name="GPUs", status="ok", detail="; ".join(gpus))
 
 
 def list_gpus() -> str | None:
-    """What nvidia-smi lists, `name, memory` a line; None where there is no working nvidia-smi."""
+    """What nvidia-smi lists, one line `name, memory` per GPU; None where there is no working nvidia-smi."""
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
@@ -165,12 +169,12 @@ def memory_limit() -> int:
     return min(total, int(text)) if text.isdigit() else total
 
 
-def check_machine() -> list[Finding]:
+def check_machine() -> list[CheckResult]:
     """Cores, memory, shared memory and disk of this machine."""
     shared = Path("/dev/shm")
     shared_bytes = shutil.disk_usage(shared).total if shared.exists() else 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    findings = [
+    results = [
         check_amount("cores", cores, need=1, wish=2, unit="cores", mend="Give the container two cores or more."),
         check_amount(
             "memory",
@@ -192,8 +196,8 @@ def check_machine() -> list[Finding]:
     for name, folder in (("disk, here", Path.cwd()), ("disk, temporary", Path(tempfile.gettempdir()))):
         free = shutil.disk_usage(folder).free / GIB
         mend = f"Free space on the disk of {folder}: runs, checkpoints and Ray's sessions need it."
-        findings.append(check_amount(name, free, need=1, wish=5, unit=f"GiB free in {folder}", mend=mend))
-    return findings
+        results.append(check_amount(name, free, need=1, wish=5, unit=f"GiB free in {folder}", mend=mend))
+    return results
 
 
 def cause_of_death(output: str, exit_code: int) -> str:
@@ -204,8 +208,8 @@ def cause_of_death(output: str, exit_code: int) -> str:
     return f"{(exceptions or lines)[-1]} ({ending})"
 
 
-def run_probe(name: str, command: list[str], *, deadline_s: float) -> Finding:
-    """Run `command` in a process group of its own and read the `RESULT …` line it ends with."""
+def run_probe(name: str, command: list[str], *, deadline_s: float) -> CheckResult:
+    """Run `command` in a process group of its own, and read the line `RESULT …` that it ends with."""
     what = f"{name} works"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     with subprocess.Popen(
@@ -220,24 +224,24 @@ def run_probe(name: str, command: list[str], *, deadline_s: float) -> Finding:
             output, _ = process.communicate(timeout=deadline_s)
         except subprocess.TimeoutExpired:
             detail = f"no answer within {deadline_s:g} s"
-            return Finding(name=what, status="fail", detail=detail, mend=DEADLINE_MEND)
+            return CheckResult(name=what, status="fail", detail=detail, mend=DEADLINE_MEND)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-    results = [line.removeprefix(RESULT) for line in output.splitlines() if line.startswith(RESULT)]
-    if process.returncode == 0 and results:
-        return Finding(name=what, status="ok", detail=results[-1])
+    printed = [line.removeprefix(RESULT) for line in output.splitlines() if line.startswith(RESULT)]
+    if process.returncode == 0 and printed:
+        return CheckResult(name=what, status="ok", detail=printed[-1])
     detail = cause_of_death(output, process.returncode)
-    return Finding(name=what, status="fail", detail=detail, mend=PROBE_MENDS.get(name, REINSTALL))
+    return CheckResult(name=what, status="fail", detail=detail, mend=PROBE_MENDS.get(name, REINSTALL))
 
 
-def look_at(name: str, command: list[str], *, deadline_s: float) -> list[Finding]:
-    """The finding of one probe, alone in a list."""
+def check_library(name: str, command: list[str], *, deadline_s: float) -> list[CheckResult]:
+    """The result of one probe, as a list of one."""
     return [run_probe(name, command, deadline_s=deadline_s)]
 
 
-def checks(deadline_s: float = DEADLINE_S) -> Iterator[tuple[str, Callable[[], list[Finding]]]]:
-    """All checks in the order of the report: what is being looked at, and the function that looks."""
+def checks(deadline_s: float = DEADLINE_S) -> Iterator[tuple[str, Callable[[], list[CheckResult]]]]:
+    """All checks in the order of the report: the name of what is checked, and the function that checks it."""
     installed = installed_versions()
     cuda_set = "vllm" in installed
     constraints = ROOT / "constraints" / ("gpu.txt" if cuda_set else "cpu.txt")
@@ -248,35 +252,35 @@ def checks(deadline_s: float = DEADLINE_S) -> Iterator[tuple[str, Callable[[], l
     yield "GPUs", lambda: [check_gpus(list_gpus(), cuda_set=cuda_set)]
     for name in PROBES:
         command = [sys.executable, "-m", "cluster.commands.doctor_probes", name]
-        yield name, partial(look_at, name, command, deadline_s=deadline_s)
+        yield name, partial(check_library, name, command, deadline_s=deadline_s)
 
 
-def examine(console: Console) -> list[Finding]:
-    """Run every check, saying on `console` (stderr) which one is at work."""
-    findings: list[Finding] = []
-    for what, look in checks():
+def examine(console: Console) -> list[CheckResult]:
+    """Run every check, and name the current one on `console` (stderr)."""
+    results: list[CheckResult] = []
+    for what, check in checks():
         if not console.is_terminal:
             console.print(f"checking {what} …")
         with console.status(f"checking {what} …") if console.is_terminal else nullcontext():
-            findings += look()
-    return findings
+            results += check()
+    return results
 
 
-def report(findings: list[Finding]) -> Table:
-    """The findings as a table: status, name, what was seen and how to mend it."""
+def report(results: list[CheckResult]) -> Table:
+    """The results as a table: status, name, what was seen and how to fix it."""
     colours = {"ok": "green", "remark": "yellow", "fail": "red"}
     table = Table("", "check", "finding", title=f"medreasoner on {platform.node()} ({platform.machine()})")
-    for finding in findings:
-        detail = f"{finding.detail}\n→ {finding.mend}" if finding.mend else finding.detail
-        table.add_row(f"[{colours[finding.status]}]{finding.status}[/]", finding.name, escape(detail))
+    for result in results:
+        detail = f"{result.detail}\n→ {result.mend}" if result.mend else result.detail
+        table.add_row(f"[{colours[result.status]}]{result.status}[/]", result.name, escape(detail))
     return table
 
 
 def run_doctor(*, as_json: bool) -> int:
-    """Examine this machine, print the findings on stdout, and return the exit code: 1 if any check failed."""
-    findings = examine(Console(stderr=True))
+    """Examine this machine, print the results on stdout, and return the exit code: 1 if any check failed."""
+    results = examine(Console(stderr=True))
     if as_json:
-        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+        print(json.dumps([asdict(result) for result in results], indent=2))
     else:
-        Console().print(report(findings))
-    return int(any(finding.status == "fail" for finding in findings))
+        Console().print(report(results))
+    return int(any(result.status == "fail" for result in results))

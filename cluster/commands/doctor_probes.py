@@ -1,7 +1,7 @@
-"""What `medreasoner doctor` tries of each heavy library: import it and let it do one tiny thing.
+"""The probes of `medreasoner doctor`: each imports one heavy library and does one tiny thing with it.
 
-`python -m cluster.commands.doctor_probes NAME` runs one probe in a process of its own and prints, last, the line
-`RESULT …` that says what was seen; an exception or a crash is the finding of the caller.
+`python -m cluster.commands.doctor_probes NAME` runs one probe and prints, last, a line `RESULT …` that says what was
+seen. Exceptions and crashes are left to the caller.
 """
 
 import os
@@ -27,7 +27,7 @@ def torch() -> str:
 
 
 def torchvision() -> str:
-    """Resize an image: what the processors of the reasoner need of torchvision."""
+    """Resize an image, which is what the reasoner's processors need torchvision for."""
     import torch
     from torchvision.transforms import v2
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from actors.experts.config import PUBLISHED_EXPERTS
+from actors.experts.sam_config import PUBLISHED_EXPERTS
 
 expert_app = typer.Typer(help="Segmentation experts.", no_args_is_help=True)
 
@@ -20,10 +20,10 @@ def convert(
     source: Annotated[Path, typer.Argument(help="Checkpoint (.pth), as downloaded or as your own training wrote it.")],
     name: Annotated[str, typer.Option(help=f"One of {', '.join(PUBLISHED_EXPERTS)}.")],
     out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
-    key: Annotated[str | None, typer.Option(help="Of the weights, where the file holds several models.")] = None,
+    key: Annotated[str | None, typer.Option(help="Key of the weights, where the file holds several models.")] = None,
 ) -> None:
-    """Turn a checkpoint into safetensors, once."""
-    # torch takes seconds to import, and `--help` should not
+    """Convert a checkpoint to safetensors, which is needed once."""
+    # torch takes seconds to import, and `--help` should be quick.
     from actors.experts.convert import convert_checkpoint
 
     digest = convert_checkpoint(source, out, name=name, key=key, say=typer.echo)

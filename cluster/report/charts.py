@@ -1,4 +1,4 @@
-"""Curves and bars as SVG text, through matplotlib."""
+"""Charts as SVG text, drawn with matplotlib."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ Series = Mapping[str, Sequence[float]]
 
 
 def curves(title: str, steps: Sequence[int], series: Series, *, smooth: bool = True) -> str:
-    """Lines over steps; with `smooth`, a running mean over a tenth of the steps, the values pale behind it."""
+    """Lines over steps; with `smooth`, running means over a tenth of the steps, with the values pale behind them."""
     figure, axes = _figure(title)
     window = max(1, len(steps) // 10) if smooth else 1
     for colour, (name, values) in zip(COLOURS, series.items(), strict=False):
@@ -39,7 +39,7 @@ def curves(title: str, steps: Sequence[int], series: Series, *, smooth: bool = T
 
 
 def stacked(title: str, steps: Sequence[int], series: Series, unit: str) -> str:
-    """Areas over steps, one on another."""
+    """Stacked areas over steps."""
     figure, axes = _figure(title)
     axes.stackplot(steps, *series.values(), labels=list(series), colors=COLOURS, alpha=0.85, linewidth=0)
     axes.set_xlabel("step")
@@ -50,7 +50,7 @@ def stacked(title: str, steps: Sequence[int], series: Series, unit: str) -> str:
 
 
 def histogram(title: str, values: Series, unit: str) -> str:
-    """How values in [0, 1] are distributed, in twenty steps."""
+    """Histograms of values in [0, 1], in twenty bins."""
     figure, axes = _figure(title)
     for colour, (name, found) in zip(COLOURS, values.items(), strict=False):
         axes.hist(found, bins=np.linspace(0, 1, 21).tolist(), color=colour, alpha=0.55, label=name)
@@ -62,7 +62,7 @@ def histogram(title: str, values: Series, unit: str) -> str:
 
 
 def bars(title: str, means: Mapping[str, tuple[float, float, float]], unit: str) -> str:
-    """A bar for each name's mean, with its interval (mean, low, high); the best on top."""
+    """Horizontal bars, the highest mean on top. means: (mean, low, high) by name."""
     order = sorted(means, key=lambda name: means[name][0])
     figure, axes = _figure(title, height=max(1.6, 0.9 + 0.24 * len(order)))
     values = np.array([means[name] for name in order])
@@ -74,7 +74,7 @@ def bars(title: str, means: Mapping[str, tuple[float, float, float]], unit: str)
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Mean of each value and up to window - 1 before it."""
+    """The mean of each value and the up to `window - 1` values before it."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - window)
@@ -90,7 +90,7 @@ def _figure(title: str, height: float = 2.9) -> tuple[Figure, "matplotlib.axes.A
 
 
 def _legend(axes: "matplotlib.axes.Axes") -> None:
-    """Beside the chart, where it hides nothing."""
+    """Put the legend beside the chart, where it hides nothing."""
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0)
 
 

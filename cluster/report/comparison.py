@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cluster.figures import TITLES
 from cluster.records import Record
 from cluster.report.pages import write_page
 from cluster.report.training import pair
+from rewards.answer_metrics import METRICS
 from umrg.sample import Sample
 
 CARDS = 60
+"""Rows that the page shows."""
 
 
 def write_comparison_report(
@@ -21,8 +22,11 @@ def write_comparison_report(
     *,
     note: str = "",
 ) -> Path:
-    """Write the page. rows: those that both evaluations answered. answers: each one's greedy records by row. note: what
-    the figures hang on."""
+    """Write the page.
+
+    differences: `cluster.comparison.paired_interval` by metric. rows: the rows that both evaluations answered. answers:
+    the greedy records of each evaluation by row. note: a remark on how the metrics came about.
+    """
     first, second = answers
 
     def change(sample: Sample) -> float:
@@ -38,7 +42,7 @@ def write_comparison_report(
         "comparison.html",
         name=" → ".join(names),
         names=names,
-        titles=TITLES,
+        titles=METRICS,
         differences=differences,
         cards=cards,
         note=note,

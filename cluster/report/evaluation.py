@@ -1,4 +1,4 @@
-"""The page of an evaluation: table, distributions, failures, and a gallery that the browser filters and sorts."""
+"""The page of an evaluation: tables, distributions, malformed answers, and a gallery to filter and sort."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,8 +23,12 @@ def write_evaluation_report(
     *,
     limit: int,
 ) -> Path:
-    """Write `report/index.html`. greedy: the record of each row's greedy answer. figures: of each row. limit: samples
-    in the gallery; where there are more rows, the worst half of them and others spread evenly."""
+    """Write `report/index.html`.
+
+    metrics: the content of metrics.json. greedy: the record of each row's greedy answer. figures: the figures of each
+    row. limit: the most samples in the gallery; where there are more rows, half of it are the worst rows and the other
+    half are spread evenly over the rest.
+    """
     shown = chosen(rows, figures, limit)
     return write_page(
         run.report / "index.html",
@@ -39,7 +43,7 @@ def write_evaluation_report(
 
 
 def chosen(rows: Sequence[Sample], figures: Figures, limit: int) -> list[Sample]:
-    """At most `limit` rows, worst Dice first."""
+    """The rows of the gallery, at most `limit`, by ascending Dice."""
     order = sorted(rows, key=lambda sample: figures[sample.id]["dice"])
     if len(order) <= limit:
         return order
@@ -64,7 +68,7 @@ def all_charts(metrics: Mapping[str, Any], figures: Figures) -> list[str]:
 
 
 def card(sample: Sample, record: Record, figures: Mapping[str, float]) -> dict[str, Any]:
-    """What the gallery shows of a row."""
+    """The content of a row's card in the gallery."""
     return {
         "id": sample.id,
         "query": sample.query,

@@ -1,5 +1,5 @@
-"""What all pages share: the templates, and a sample with its answers drawn over it as SVG, so that each can be switched
-on and off."""
+"""What all pages share: the templates, and the drawing of a sample with its answer as SVG layers, each of which can be
+switched on and off."""
 
 import base64
 import io
@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from skimage.measure import approximate_polygon, find_contours
 
-from umrg.atomic import written_aside
+from umrg.atomic import write_text
 from umrg.frames import Box, PointPair
 from umrg.masks import decode_rle
 from umrg.sample import Sample
 
 SIDE = 300
+"""Longest side of a picture, in pixels."""
+
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
     autoescape=True,
@@ -29,15 +31,14 @@ _TEMPLATES = jinja2.Environment(
 
 
 def write_page(path: Path, template: str, **content: Any) -> Path:
-    """Render a template of this folder to a file."""
+    """Render a template of this folder to a file; returns the file's path."""
     page = _TEMPLATES.get_template(template).render(**content)
-    with written_aside(path) as aside:
-        aside.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 
 def drawn(sample: Sample, record: Mapping[str, Any]) -> dict[str, Any]:
-    """What the `figure` macro shows: the image, and prediction and reference as shapes in the image's pixels."""
+    """The argument of the templates' `figure` macro: the image, and prediction and reference as shapes over it."""
     points = record["points"]
     return {
         "picture": as_data_url(sample.image()),
@@ -54,8 +55,8 @@ def drawn(sample: Sample, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shapes(mask: NDArray[np.bool_] | None, box: Box | None, points: PointPair | None) -> dict[str, Any]:
-    """A mask's outline as an SVG path, a box as x, y, width, height, and points; in pixels, whose centres lie at
-    halves. Box XYXY with inclusive maximum, as everywhere."""
+    """A mask's outline as an SVG path, a box as (x, y, width, height), and points, in SVG coordinates, where the centre
+    of pixel 0 lies at 0.5. box: XYXY with inclusive maximum."""
     return {
         "mask": "" if mask is None else outline(mask),
         "box": None if box is None else (box[0], box[1], box[2] - box[0] + 1, box[3] - box[1] + 1),
@@ -64,7 +65,7 @@ def shapes(mask: NDArray[np.bool_] | None, box: Box | None, points: PointPair | 
 
 
 def outline(mask: NDArray[np.bool_]) -> str:
-    """The outlines of a mask bool [H, W] as an SVG path, true to half a pixel of the picture."""
+    """The outlines of a mask (bool [H, W]) as an SVG path, exact to half a pixel of the picture."""
     tolerance = max(mask.shape) / SIDE / 2
     parts = []
     for contour in find_contours(np.pad(mask, 1).astype(np.uint8), 0.5):
@@ -74,7 +75,7 @@ def outline(mask: NDArray[np.bool_]) -> str:
 
 
 def as_data_url(picture: NDArray[np.uint8]) -> str:
-    """An image uint8 [H, W, 3] as a WebP data URL of at most `SIDE` pixels a side."""
+    """An image (uint8 [H, W, 3]) as a WebP data URL, scaled down to at most `SIDE` pixels per side."""
     image = Image.fromarray(picture)
     image.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
@@ -83,5 +84,5 @@ def as_data_url(picture: NDArray[np.uint8]) -> str:
 
 
 def spread(rows: Sequence[Sample], count: int) -> list[Sample]:
-    """So many rows at most, spread evenly."""
+    """At most `count` rows, spread evenly."""
     return list(rows[:: max(1, -(-len(rows) // count))])

@@ -1,31 +1,31 @@
-"""The page of a training run: figures before and after, curves, times, and held-out samples side by side."""
+"""The page of a training run: metrics before and after, curves, times, and held-out samples side by side."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.evaluation import FIGURES
-from cluster.records import records_of
+from cluster.display import reward_parts, section
+from cluster.records import Record, read_samples
 from cluster.report import charts
 from cluster.report.pages import drawn, spread, write_page
 from cluster.run_folder import RunFolder
+from rewards.answer_metrics import TRAINING_METRICS
 from umrg.sample import Sample
 
 CARDS = 36
-_TITLES = {"dice": "Dice", "iou": "box IoU", "pdice": "pDice", "well_formed": "well-formed"}
+"""Held-out samples that the page shows."""
 
 
 def write_report(run: RunFolder, summary: Mapping[str, Any], held_out: Sequence[Sample]) -> Path:
-    """Write `report/index.html`, from what lies in the run folder, its summary and the held-out rows."""
-    metrics = run.metrics()
+    """Write `report/index.html` from the run folder, the run's summary and the held-out rows."""
     return write_page(
         run.report / "index.html",
         "training.html",
         name=run.path.name,
         summary=summary,
         config=(run.path / "config.yaml").read_text(encoding="utf-8"),
-        titles=_TITLES,
-        charts=all_charts(metrics),
+        titles=TRAINING_METRICS,
+        charts=all_charts(run.metrics()),
         seconds=summary["seconds"],
         cards=cards(run, held_out),
         count=len(held_out),
@@ -33,48 +33,50 @@ def write_report(run: RunFolder, summary: Mapping[str, Any], held_out: Sequence[
 
 
 def all_charts(metrics: Sequence[Mapping[str, float]]) -> list[str]:
-    """The curves of a run's steps."""
+    """The curves over a run's steps. A curve whose metric some step lacks is left out, such as those of masks where the
+    reward needs none, and so is a chart without any curve."""
     if not metrics:
         return []
     steps = [int(line["step"]) for line in metrics]
+    groups: dict[str, dict[str, str]] = {
+        "Sampled answers": {name: f"answers/{name}" for name in TRAINING_METRICS},
+        "Reward and its parts": {name: f"reward/{name}" for name in reward_parts(metrics[0])},
+        "Negative log-likelihood (nats/token), reward std": {"nll": "answers/nll", "reward std": "reward/std"},
+        "Learner": {name: f"learner/{name}" for name in ("grad_norm", "kl", "clip_fraction")},
+        "Engine against learner (nats)": {name: f"learner/{name}" for name in ("engine_gap", "canary_gap")},
+    }
+    found = []
+    for title, names in groups.items():
+        series = {
+            label: [line[name] for line in metrics]
+            for label, name in names.items()
+            if all(name in line for line in metrics)
+        }
+        if series:
+            found.append(charts.curves(title, steps, series))
+    if seconds := phase_seconds(metrics):
+        found.append(charts.stacked("Seconds per step, by phase", steps, seconds, "s"))
+    return found
 
-    def series(prefix: str, names: Sequence[str]) -> dict[str, list[float]]:
-        # A phase such as the start lies before some steps only.
-        return {name: [line.get(f"{prefix}/{name}", 0.0) for line in metrics] for name in names}
 
-    parts = [name.removeprefix("reward/") for name in metrics[0] if name.startswith("reward/")]
-    parts = [name for name in parts if name not in ("spread", "flat_groups")]
-    phases = [name.removeprefix("seconds/") for name in metrics[0] if name.startswith("seconds/")]
-    return [
-        charts.curves("Sampled answers", steps, series("answers", ("dice", "iou", "pdice", "well_formed"))),
-        charts.curves("Reward and its parts", steps, series("reward", parts)),
-        charts.curves(
-            "Surprise (nats a token) and spread of rewards",
-            steps,
-            {
-                "surprise": [line["answers/surprise"] for line in metrics],
-                "spread": [line["reward/spread"] for line in metrics],
-            },
-        ),
-        charts.curves("Learner", steps, series("learner", ("grad_norm", "kl", "clipped"))),
-        charts.curves("Engine against learner (nats)", steps, series("learner", ("engine_gap", "canary_gap"))),
-        charts.stacked(
-            "Seconds a step, by phase", steps, series("seconds", [name for name in phases if name != "step"]), "s"
-        ),
-    ]
+def phase_seconds(metrics: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Seconds that each step spent in each phase; 0 in the steps without that phase."""
+    lines = [section(line, "seconds") for line in metrics]
+    phases = dict.fromkeys(phase for line in lines for phase in line if phase != "step")
+    return {phase: [line.get(phase, 0.0) for line in lines] for phase in phases}
 
 
 def cards(run: RunFolder, held_out: Sequence[Sample]) -> list[dict[str, Any]]:
-    """Held-out samples as they were answered before and after, greedily; spread evenly over the rows."""
-    before, after = (records_of(run, f"{name}-greedy") for name in ("before", "after"))
+    """Held-out samples with the greedy answers before and after training, spread evenly over the rows."""
+    before, after = (read_samples(run.samples / f"{name}-greedy.parquet") for name in ("before", "after"))
     return [
         pair(sample, [("before", before.get(sample.id)), ("after", after[sample.id])])
         for sample in spread([sample for sample in held_out if sample.id in after], CARDS)
     ]
 
 
-def pair(sample: Sample, answers: Sequence[tuple[str, Sequence[Mapping[str, Any]] | None]]) -> dict[str, Any]:
-    """A sample with the first of each named answers' records side by side."""
+def pair(sample: Sample, answers: Sequence[tuple[str, Sequence[Record] | None]]) -> dict[str, Any]:
+    """A sample with named answers side by side: the first record of each; a name without records is left out."""
     return {
         "query": sample.query,
         "what": f"{sample.modality} · {sample.category}",
@@ -83,7 +85,7 @@ def pair(sample: Sample, answers: Sequence[tuple[str, Sequence[Mapping[str, Any]
                 "name": name,
                 "drawn": drawn(sample, records[0]),
                 "reasoning": records[0]["reasoning"] or records[0]["completion"],
-                "metrics": {_TITLES[figure]: records[0]["metrics"][figure] for figure in FIGURES},
+                "metrics": {title: records[0]["metrics"][metric] for metric, title in TRAINING_METRICS.items()},
             }
             for name, records in answers
             if records

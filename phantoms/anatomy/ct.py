@@ -25,10 +25,11 @@ VERTEBRA = [
 
 
 def draw(rng: np.random.Generator, size: int) -> Canvas:
-    """Body wall with fat rim and ribs, spine, and five organs with contrast medium in the blood."""
+    """Paint a body wall with subcutaneous fat and ribs, the spine, and five organs in contrast-enhanced CT."""
     pose = Pose.sample(rng, size, zoom=(0.86, 1.24), shift=(0.30, 0.26), turn=20, mirror=0.2)
     canvas = Canvas(size, pose, 0.02)
     noise = looks.smooth_noise(rng, size, size // 5) * np.float32(0.022)
+    # The patient table.
     canvas.line(np.array([(-1.3, .86), (-.6, .92), (.6, .92), (1.3, .86)]), 0.35, width=0.025)  # fmt: skip
     _body_wall(canvas, rng)
     _bowel(canvas, rng)
@@ -40,6 +41,7 @@ def draw(rng: np.random.Generator, size: int) -> Canvas:
     canvas.paint(spleen, rng.uniform(0.62, 0.68), name="spleen", texture=noise * 0.6)
     _kidney(canvas, rng)
     _spine(canvas, rng)
+    # The inferior vena cava, which is not a target.
     canvas.paint(ellipse((-0.20, 0.04), (0.10, 0.08)), 0.66)
     aorta = rng.uniform((0.02, -0.02), (0.1, 0.03))
     radius = rng.uniform(0.115, 0.16)
@@ -69,6 +71,7 @@ def _bowel(canvas: Canvas, rng: np.random.Generator) -> None:
 
 
 def _liver_vessels(canvas: Canvas, rng: np.random.Generator, liver: Mask) -> None:
+    # `line` cannot be clipped, so the pixels outside the liver are restored afterwards.
     before = canvas.image[~liver].copy()
     for x, y in rng.uniform((-0.72, -0.36), (-0.3, 0.16), (5, 2)).tolist():
         canvas.line(
@@ -95,7 +98,7 @@ def _stomach(canvas: Canvas, rng: np.random.Generator) -> None:
     middle = wall.mean(axis=0)
     whole = canvas.paint(wall, 0.50, name="stomach")
     lumen = canvas.paint((wall - middle) * 0.82 + middle, 0.36, within=whole, hides=False)
-    # Gas rises to the front of a patient lying on the back, above a level of fluid.
+    # The patient lies on the back, so gas rises to the front of the stomach, above a fluid level.
     _, y = canvas.anatomy_grid()
     canvas.fill(lumen & (y < middle[1] + rng.uniform(-0.10, 0.04)), 0.03, hides=False)
 

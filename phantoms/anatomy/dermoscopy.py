@@ -1,4 +1,4 @@
-"""Dermoscopy: magnified skin under a contact lens."""
+"""Dermoscopy: magnified skin, seen through a contact lens."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ LESIONS = ("melanoma", "naevus", "haemangioma", "seborrhoeic keratosis")
 
 
 def draw(rng: np.random.Generator, size: int) -> Canvas:
-    """Two to four unlike lesions on skin with fine lines, hairs and the lens's dark corners."""
+    """Paint up to four lesions of different kinds on skin, often with hairs, a ruler or a round field of view."""
     pose = Pose.sample(rng, size, zoom=(0.85, 1.2), shift=(0.1, 0.1), turn=180)
     skin = rng.uniform((0.80, 0.60, 0.50), (0.96, 0.78, 0.68)).astype(np.float32)
     canvas = Canvas(size, pose, skin)
@@ -47,6 +47,7 @@ def _naevus(canvas: Canvas, rng: np.random.Generator, place: XY, radius: float) 
     outline = blob(rng, place, (radius, radius * rng.uniform(0.85, 1.0)), roughness=0.03)
     brown = (0.60, 0.37, 0.24)
     whole = canvas.paint(outline, brown, name="naevus", soft=0.02)
+    # The pigment network: two crossing gratings, distorted by smooth noise.
     x, y = canvas.anatomy_grid()
     warp = looks.smooth_noise(rng, canvas.size, 12)
     net = np.maximum(np.sin(66 * x + 16 * y + warp), np.sin(66 * y - 16 * x + warp)).astype(np.float32)

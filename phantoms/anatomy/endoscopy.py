@@ -1,4 +1,4 @@
-"""Endoscopy: a view down the large bowel."""
+"""Endoscopy: a view along the lumen of the large bowel."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ MUCOSA = np.array([0.86, 0.46, 0.38], dtype=np.float32)
 
 
 def draw(rng: np.random.Generator, size: int) -> Canvas:
-    """The wall darkens in folds towards the lumen; a polyp, an ulcer and the forceps lie around it."""
+    """Paint a folded wall that darkens towards the lumen, with a polyp and often an ulcer and forceps around it."""
     pose = Pose.sample(rng, size, zoom=(0.80, 1.15), shift=(0.10, 0.10), turn=180)
     canvas = Canvas(size, pose, MUCOSA * rng.uniform((0.92, 0.85, 0.85), (1.06, 1.1, 1.1)).astype(np.float32))
     radii = [rng.uniform(0.26, 0.42), rng.uniform(0.24, 0.36), rng.uniform(0.20, 0.30)]
@@ -25,6 +25,7 @@ def draw(rng: np.random.Generator, size: int) -> Canvas:
         _forceps(canvas, rng, polyp or lumen)
     _highlights(canvas, rng)
     canvas.image = looks.grain(rng, looks.vignette(looks.soften(canvas.image, 0.6 * size / 224), 0.55), 0.015)
+    # An octagonal field of view, as endoscopes display it.
     axis = np.abs(np.arange(size) - size / 2) / (size / 2)
     across, down = np.meshgrid(axis, axis)
     canvas.crop((across + down < 1.62) & (across < 0.97) & (down < 0.97))
@@ -37,7 +38,7 @@ def _wall(canvas: Canvas, rng: np.random.Generator, lumen: XY, radius: float) ->
     distance = looks.radial(size, (float(column), float(row)))
     canvas.image *= np.clip(0.30 + 0.62 * distance, 0, 1.08)[..., None]
     canvas.image += (looks.smooth_noise(rng, size, 8) * np.float32(0.03))[..., None]
-    # Folds at equal steps of log distance: evenly spaced rings of a tube, seen in perspective.
+    # Evenly spaced rings of a tube, seen in perspective, appear at equal steps of the logarithm of the distance.
     reach = np.maximum(distance * size / (2 * canvas.pose.unit * radius), 0.5)
     phase = np.float32(rng.uniform(7, 10)) * np.log(reach) + looks.smooth_noise(rng, size, 5) * np.float32(0.6)
     crease = np.clip(np.cos(phase), 0, 1) ** 3

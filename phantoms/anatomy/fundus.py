@@ -1,4 +1,4 @@
-"""Fundus photography: the retina through the pupil."""
+"""Fundus photography: the retina, seen through the pupil."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from phantoms import looks
 from phantoms.canvas import Canvas
 from phantoms.shapes import Pose, blob, curve, ellipse, rotate
 
-# The optic disc lies at the left, the macula near the middle; vessels arch from the disc around the macula.
+# The optic disc is on the left and the macula near the centre; vessels arch from the disc around the macula.
 ARCADES = [
     [(-.42, 0), (-.32, -.26), (-.06, -.46), (.34, -.48), (.74, -.30)],
     [(-.42, 0), (-.32, .26), (-.06, .46), (.34, .50), (.74, .30)],
@@ -17,7 +17,7 @@ ARCADES = [
 
 
 def draw(rng: np.random.Generator, size: int) -> Canvas:
-    """Optic disc and macula on a red ground with vessels; often a bleed or an exudate."""
+    """Paint optic disc, macula and vessels on a red background, often with a haemorrhage or an exudate."""
     pose = Pose.sample(rng, size, zoom=(0.92, 1.22), shift=(0.18, 0.18), turn=22, mirror=0.3)
     ground = np.array([0.80, 0.36, 0.14]) * rng.uniform(0.85, 1.1)
     canvas = Canvas(size, pose, ground.astype(np.float32))

@@ -6,7 +6,7 @@ from phantoms import looks
 from phantoms.canvas import Canvas, Mask
 from phantoms.shapes import Pose, blob, curve, ellipse, spline, vary
 
-# The chest wall lies at the left, the nipple points to the right.
+# The chest wall is on the left, and the nipple points to the right.
 BREAST = [
     (-1.4, -1.3), (-.56, -1.25), (-.36, -.84), (.08, -.56), (.44, -.24), (.60, .12), (.54, .44),
     (.24, .72), (-.26, .86), (-.70, .96), (-1.4, 1.1)
@@ -21,7 +21,7 @@ MUSCLE = [
 
 
 def draw(rng: np.random.Generator, size: int) -> Canvas:
-    """Glandular tissue in fat, the chest muscle, the nipple; often a spiculated mass or a lymph node."""
+    """Paint glandular tissue in fat, pectoral muscle and nipple, often with a spiculated mass or a lymph node."""
     pose = Pose.sample(rng, size, zoom=(0.86, 1.15), shift=(0.24, 0.26), turn=14, mirror=0.3)
     canvas = Canvas(size, pose, 0.02)
     canvas.paint(spline(BREAST) * 1.02, 0.30)

@@ -1,4 +1,4 @@
-"""MRI of the head, T1-weighted with contrast: a sagittal or an axial slice."""
+"""MRI of the head: a sagittal or axial slice, T1-weighted with contrast medium."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from phantoms import looks
 from phantoms.canvas import Canvas, Mask
 from phantoms.shapes import Outline, Pose, blob, curve, ellipse, spline, tube, vary
 
-# Sagittal, the face to the left.
+# Sagittal slice, facing left.
 SCALP = [
     (-.30, -.84), (.20, -.90), (.68, -.66), (.88, -.20), (.78, .24), (.58, .52), (.54, .95),
     (.50, 1.4), (-.12, 1.4), (-.20, .98), (-.58, 1.0), (-.68, .82), (-.66, .62), (-.72, .50),
@@ -33,7 +33,7 @@ VENTRICLE = [
     (-.26, -.06), (-.28, -.14), (-.18, -.20), (-.02, -.25), (.16, -.22), (.28, -.12), (.22, -.06),
     (.08, -.12), (-.08, -.12)
 ]  # fmt: skip
-# Axial, the face upwards: one horn of the ventricle on each side of the midline.
+# Axial slice, facing up: each side of the midline has one lateral ventricle.
 HORN = [
     (.05, -.08), (.08, -.26), (.17, -.38), (.22, -.30), (.16, -.12), (.15, .04), (.24, .22),
     (.30, .36), (.22, .38), (.12, .20), (.06, .06)
@@ -41,7 +41,8 @@ HORN = [
 
 
 def draw(rng: np.random.Generator, size: int) -> Canvas:
-    """A sagittal slice in three of five images, else an axial one; both may hold an enhancing tumour."""
+    """Paint a sagittal slice with probability 0.6, else an axial one, often with an enhancing tumour."""
+    # Only sagittal slices show cerebellum and brainstem.
     canvas = _sagittal(rng, size) if rng.random() < 0.6 else _axial(rng, size)
     coil = 1 + np.float32(0.16) * looks.smooth_noise(rng, size, 3)
     blurred = looks.soften(canvas.image * coil, 0.6 * size / 224)

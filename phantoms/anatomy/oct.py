@@ -8,24 +8,29 @@ from phantoms import looks
 from phantoms.canvas import Canvas
 from phantoms.shapes import Pose, blob
 
-# Brightness of the retina from its inner (0) to its outer surface (1).
+# Brightness of the retinal layers by their depth between the inner (0) and the outer surface (1).
 LAYER_DEPTHS = (0.0, 0.04, 0.16, 0.20, 0.36, 0.40, 0.50, 0.54, 0.62, 0.66, 0.84, 0.87, 0.91, 0.94, 1.0)
 LAYER_TONES = (0.55, 0.85, 0.80, 0.50, 0.52, 0.30, 0.32, 0.52, 0.50, 0.20, 0.20, 0.75, 0.75, 0.34, 0.40)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Surfaces:
-    """Anatomy y of the interfaces at every pixel, fields [S, S]: it grows into the eye's wall."""
+    """The interfaces between tissues, as fields [S, S] of anatomy y, which increases outwards from the vitreous."""
 
     inner: looks.Field
+    """Inner surface of the retina."""
     outer: looks.Field
+    """Outer surface of the retina."""
     pigment: looks.Field
+    """Retinal pigment epithelium."""
     bruch: looks.Field
+    """Bruch's membrane."""
     sclera: looks.Field
+    """Inner surface of the sclera."""
 
 
 def draw(rng: np.random.Generator, size: int) -> Canvas:
-    """Layers bent as one, with the foveal pit; one to three lesions lie within, below or between them."""
+    """Paint curved retinal layers with the foveal pit, and one to three lesions."""
     pose = Pose.sample(rng, size, zoom=(0.88, 1.20), shift=(0.24, 0.34), turn=18, mirror=0.5)
     canvas = Canvas(size, pose, 0.06)
     x, y = canvas.anatomy_grid()
@@ -59,7 +64,7 @@ def _surfaces(rng: np.random.Generator, x: looks.Field, lesions: list[str]) -> S
 
 
 def _dome(rng: np.random.Generator, x: looks.Field, place: float, height: tuple[float, float]) -> looks.Field:
-    """A bump that falls to nothing at its edges."""
+    """The height field of a dome that lifts a surface."""
     width = rng.uniform(0.28, 0.40)
     offset = (x - np.float32(place + rng.normal(0, 0.08))) / np.float32(width)
     bump: looks.Field = np.float32(rng.uniform(*height)) * np.clip(1 - offset**2, 0, None) ** np.float32(0.8)
@@ -83,7 +88,7 @@ def _layers(canvas: Canvas, rng: np.random.Generator, y: looks.Field, surfaces: 
 def _cyst(canvas: Canvas, rng: np.random.Generator, x: looks.Field, y: looks.Field, surfaces: Surfaces) -> None:
     place = float(rng.choice((-0.42, 0.42)) + rng.normal(0, 0.10))
     near = np.abs(x - place) < 0.02
-    if not near.any():
+    if not near.any():  # the pose has moved this column out of the image
         return
     depth = (y - surfaces.inner) / (surfaces.outer - surfaces.inner)
     retina = (depth > 0.08) & (depth < 0.92)

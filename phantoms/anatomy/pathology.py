@@ -1,7 +1,7 @@
 """Pathology: a section stained with haematoxylin (blue nuclei) and eosin (pink stroma).
 
-Painted in stain densities: the canvas holds haematoxylin, eosin and blood in its three channels, which become
-colours by the Beer-Lambert law at the end.
+The canvas holds the densities of haematoxylin, eosin and blood in its three channels, which the Beer-Lambert law turns
+into colours at the end.
 """
 
 import numpy as np
@@ -10,12 +10,13 @@ from phantoms import looks
 from phantoms.canvas import Canvas, Mask
 from phantoms.shapes import XY, Outline, Pose, blob, ellipse, scatter
 
+# Glands appear twice, so that they are drawn more often than the others.
 STRUCTURES = ("gland", "tumour nest", "arteriole", "fat tissue", "gland", "lymphoid follicle")
 PALE = (0.02, 0.03, 0.0)
 
 
 def draw(rng: np.random.Generator, size: int) -> Canvas:
-    """Three to five tissue structures without overlap in fibrous stroma."""
+    """Paint up to five tissue structures that do not overlap in fibrous stroma."""
     pose = Pose.sample(rng, size, zoom=(0.85, 1.15), shift=(0.1, 0.1), turn=180)
     canvas = Canvas(size, pose, (0.16, 0.30, 0.0))
     _stroma(canvas, rng)
@@ -45,7 +46,8 @@ def _nuclei(canvas: Canvas, rng: np.random.Generator, centres: Outline, radius: 
 
 
 def _inside(rng: np.random.Generator, outline: Outline, count: int) -> Outline:
-    """Points spread within a star-shaped outline."""
+    """Random points within a star-shaped outline."""
+    # The square root makes the density per area uniform; 0.9 keeps points off the rim.
     middle = outline.mean(axis=0)
     start, share = rng.integers(len(outline), size=count), rng.uniform(0, 1, (count, 1))
     rim = outline[start] * share + outline[(start + 1) % len(outline)] * (1 - share)

@@ -13,7 +13,7 @@ GALLBLADDER = [
 
 
 def draw(rng: np.random.Generator, size: int) -> Canvas:
-    """Speckled tissue in a fan below the probe, brighter near the focus and darker with depth."""
+    """Paint an abdominal or obstetric scan: speckled tissue in a fan below the probe, brightest at the focal depth."""
     canvas = _abdomen(rng, size) if rng.random() < 0.5 else _pregnancy(rng, size)
     distance, angle = _beam(size)
     fan = (np.abs(angle) < 42) & (distance > 0.24) & (distance < 2.05)
@@ -26,7 +26,7 @@ def draw(rng: np.random.Generator, size: int) -> Canvas:
 
 
 def _beam(size: int) -> tuple[looks.Field, looks.Field]:
-    """Each pixel's distance from the fan's apex, in half image sides, and its beam's angle (down is 0)."""
+    """Each pixel's distance from the fan's apex, in half image sides, and its beam angle in degrees (0 is down)."""
     axis = (np.arange(size, dtype=np.float32) + np.float32(0.5)) * np.float32(2 / size)
     x, y = axis[None, :] - 1, axis[:, None] + np.float32(0.14)
     return np.hypot(x, y), np.degrees(np.arctan2(x, y))
@@ -68,7 +68,7 @@ def _gallbladder(canvas: Canvas, rng: np.random.Generator, place: XY) -> None:
     sac = vary(rng, spline(GALLBLADDER), shift=0.0, stretch=0.15, jitter=0, turn=50) * 1.2 + centre
     middle = sac.mean(axis=0)
     canvas.paint((sac - middle) * 1.10 + middle, 0.85)
-    # Sound is weakened less by bile, so what lies behind it is brighter.
+    # Posterior acoustic enhancement: bile attenuates sound less than tissue, so what lies behind it is brighter.
     canvas.image += np.float32(0.20) * _behind(canvas, (float(middle[0]), float(middle[1])), 0.16)
     bile = canvas.paint(sac, 0.03, name="gallbladder")
     if rng.random() < 0.7:
@@ -80,6 +80,7 @@ def _stone(canvas: Canvas, rng: np.random.Generator, sac: Outline, bile: Mask) -
     along = sac[int(rng.integers(len(sac)))] - middle
     radius = float(rng.uniform(0.105, 0.135))
     x, y = (middle + along * max(0.0, 1 - 1.25 * radius / np.linalg.norm(along))).tolist()
+    # A stone reflects the sound and casts an acoustic shadow.
     shadow = _behind(canvas, (x, y), radius * 0.9)
     canvas.image *= 1 - np.float32(0.9) * shadow
     stone = blob(rng, (x, y), (radius, radius * 0.85), roughness=0.05)
@@ -87,7 +88,7 @@ def _stone(canvas: Canvas, rng: np.random.Generator, sac: Outline, bile: Mask) -
 
 
 def _behind(canvas: Canvas, place: XY, radius: float) -> looks.Field:
-    """How far each pixel lies in the sound's path behind a disc, in [0, 1]; the disc in anatomy units."""
+    """How much each pixel lies in the sound's path behind a disc, from 0 to 1; the disc is in anatomy units."""
     distance, angle = _beam(canvas.size)
     column, row = canvas.pose.to_pixels([place])[0]
     x, y = column * 2 / canvas.size - 1, row * 2 / canvas.size + 0.14

@@ -10,7 +10,7 @@ THORAX = [
     (-.24, -1.15), (.24, -1.15), (.30, -.86), (.74, -.76), (1.04, -.52), (1.02, -.10), (.90, .20),
     (.92, 1.2), (-.92, 1.2), (-.90, .20), (-1.02, -.10), (-1.04, -.52), (-.74, -.76), (-.30, -.86)
 ]  # fmt: skip
-# The patient's right lung is on the viewer's left; the heart's apex leaves less room to the other one.
+# The patient's right lung is on the viewer's left; the left lung is smaller because of the heart.
 RIGHT_LUNG = [
     (-.34, -.74), (-.18, -.56), (-.14, -.20), (-.14, .10), (-.16, .38), (-.40, .36), (-.60, .42),
     (-.74, .54), (-.76, .20), (-.70, -.20), (-.56, -.58)
@@ -26,7 +26,7 @@ HEART = [
 
 
 def draw(rng: np.random.Generator, size: int) -> Canvas:
-    """Lungs under ribs and clavicles, the heart and the trachea; often pneumonia or a pacemaker."""
+    """Paint lungs, heart, trachea, ribs and clavicles, often with pneumonia or a pacemaker."""
     pose = Pose.sample(rng, size, zoom=(0.84, 1.18), shift=(0.30, 0.26), turn=16, mirror=0.2)
     canvas = Canvas(size, pose, 0.03)
     canvas.paint(spline(THORAX), 0.46, soft=0.02)

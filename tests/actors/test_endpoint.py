@@ -22,7 +22,7 @@ from umrg.answers import format_answer, parse_answer
 from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
 from umrg.frames import Frame, Size
-from umrg.group import Group
+from umrg.group import Group, SamplingParams
 from umrg.prompts import PromptSpec
 
 BOX, POINTS = (100.0, 200.0, 300.0, 400.0), ((150.0, 250.0), (250.0, 350.0))
@@ -89,7 +89,7 @@ def sample(tmp_path_factory):
 
 def ask(endpoint, sample, n):
     group = Group(run="e", step=0, index=0, sample=sample)
-    return asyncio.run(endpoint.sample(group, n=n, temperature=0.5, max_tokens=64, run_seed=1))
+    return asyncio.run(endpoint.sample(group, SamplingParams(n=n, temperature=0.5, max_tokens=64, seed=1)))
 
 
 def test_a_request_leaves_nothing_to_the_servers_defaults(server, sample, monkeypatch):

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from actors.experts.config import PUBLISHED_EXPERTS, PublishedExpert, SamConfig
 from actors.experts.convert import convert_checkpoint
 from actors.experts.registry import load_expert
 from actors.experts.sam import build_sam
+from actors.experts.sam_config import PUBLISHED_EXPERTS, PublishedExpert, SamConfig
 from cluster.commands.expert import expert_app
 
 SMALL = SamConfig(

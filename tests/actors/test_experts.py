@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from segment_anything import SamPredictor
 from segment_anything.utils.transforms import ResizeLongestSide
 
-from actors.experts.config import PUBLISHED_EXPERTS, VIT_B, SamConfig, config_json
 from actors.experts.protocol import Decoded, Embedding
 from actors.experts.registry import load_expert
 from actors.experts.sam import SamExpert, build_sam, content_size
+from actors.experts.sam_config import PUBLISHED_EXPERTS, VIT_B, SamConfig, config_json
 from actors.experts.weights import shapes_of
 from umrg.frames import Size, rescale
 

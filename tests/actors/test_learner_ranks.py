@@ -11,11 +11,11 @@ import torch
 from actors.learner_rank import LearnerRank
 from actors.weight_files import unpack
 from learner.attention import use_shared_prefix
-from learner.shared_prefix import Branches, branch_scores, pack_groups
+from learner.shared_prefix import Branches, branch_scores, pack
 from phantoms import rows
 from reasoner.model import load_reasoner
 from tests.conftest import TINY_REASONER
-from tests.ranks import STEADY, assert_moved_alike, running
+from tests.ranks import STEADY, assert_moved_alike, running, scored_group
 from umrg.answers import format_answer
 from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
@@ -38,6 +38,7 @@ def groups(tmp_path_factory):
 
 
 def answered(reasoner, group, rng):
+    """The group with three answers near the reference, without rewards."""
     sample = group.sample
     prompt = reasoner.encode(sample.query, reasoner.encode_image(sample.image()))
     boxes = np.clip(np.array(sample.box) + rng.integers(-20, 20, (3, 4)), 0, 223)
@@ -46,7 +47,7 @@ def answered(reasoner, group, rng):
     with torch.no_grad():
         flat = branch_scores(
             reasoner.model,
-            pack_groups([Branches(prefix=prompt, branches=ids)], reasoner.model),
+            pack([Branches(prefix=prompt, branches=ids)], reasoner.model),
             forbidden=torch.tensor(reasoner.vision_tokens),
         ).logprobs
     completions = tuple(
@@ -54,7 +55,6 @@ def answered(reasoner, group, rng):
         for text, i, p in zip(texts, ids, flat.split([len(i) for i in ids]), strict=True)
     )
     samples = GroupSamples(
-        group=group.id,
         prompt_ids=tuple(prompt.token_ids.tolist()),
         frames=prompt.image.frames,
         completions=completions,
@@ -62,11 +62,21 @@ def answered(reasoner, group, rng):
     return group, samples
 
 
+REWARDS = [[0.1, 0.7, 0.4], [0.9, 0.2, 0.3], [0.5, 0.5, 0.5]]
+
+
+def references(groups):
+    """The groups in the object store, of which the last has zero variance."""
+    return [
+        (ray.put(group), ray.put(scored_group(group, samples, rewards)))
+        for (group, samples), rewards in zip(groups, REWARDS, strict=True)
+    ]
+
+
 def learn(pool, groups, steps):
     """Reports of some steps on the same groups."""
-    refs, samples = [ray.put(group) for group, _ in groups], [sampled for _, sampled in groups]
-    rewards = [[0.1, 0.7, 0.4], [0.9, 0.2, 0.3], [0.5, 0.5, 0.5]]
-    return [pool.update(refs, samples, rewards) for _ in range(steps)]
+    refs = references(groups)
+    return [pool.update(refs) for _ in range(steps)]
 
 
 def weights_of(pool):
@@ -82,7 +92,7 @@ def trained(groups, hosts, steps=3, **changes):
 
 def test_an_update_moves_every_parameter_and_reports(groups, hosts):
     (report,), weights = trained(groups, hosts, steps=1)
-    assert report.engine_gap < 1e-5 and report.updates == 1 and report.clipped == 0
+    assert report.engine_gap < 1e-5 and report.updates == 1 and report.clip_fraction == 0
     assert report.tokens == sum(len(c.token_ids) for _, samples in groups for c in samples.completions)
     assert report.grad_norm > 0 and report.lr == 1e-4
     before = dict(load_reasoner(TINY_REASONER).model.named_parameters())
@@ -97,7 +107,7 @@ def plain(groups, hosts):
 
 
 def test_deepspeed_compiles_nothing_at_the_start(hosts):
-    """Its switch for that is no documented one: an upgrade that drops it must not go unseen."""
+    """The switch for that is undocumented, and an upgrade of DeepSpeed might drop it."""
     running(hosts)
     assert ray.get(hosts(1)[0].reduction.remote()) is None
 
@@ -111,18 +121,31 @@ def test_two_ranks_of_zero_2_match_one(groups, hosts, plain):
         assert second.grad_norm == pytest.approx(first.grad_norm, rel=1e-4)
 
 
+def test_a_rank_fetches_its_own_groups_only(groups, hosts):
+    """Here it is not even told where the others' are."""
+    ranks = running(hosts, steps=1, ranks=2)._actors.values()
+    refs = references(groups)
+    calls = [
+        rank.update.remote([ref if i % 2 == number else None for i, ref in enumerate(refs)])
+        for number, rank in enumerate(ranks)
+    ]
+    first, second = ray.get(calls, timeout=300)
+    assert first == second and first.tokens == sum(len(c.token_ids) for _, s in groups for c in s.completions)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"micro_batch_tokens": 260}], ids=str)
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_stage_and_number_of_ranks_agree(groups, hosts, plain, stage, ranks, changes):
-    """Of three groups the second rank has one; a budget of 260 tokens splits each into several rows."""
+    """Of three groups the second rank has one; a budget of 260 tokens splits each into several packed sequences."""
     _, weights = trained(groups, hosts, **STEADY | changes, ranks=ranks, zero_stage=stage)
     assert_moved_alike(weights, plain[1])
 
 
-def test_later_mini_batches_remember_what_sampled(groups, hosts):
-    """Two updates a step: by the second the policy has moved; what sampled is still compared with the engine."""
+def test_later_mini_batches_keep_the_old_log_probs(groups, hosts):
+    """Two updates per step: at the second the policy has moved, and the engine is still compared with the policy that
+    sampled."""
     (report,), _ = trained(groups, hosts, steps=1, mini_batch=2)
     assert report.updates == 2 and report.engine_gap < 1e-5
 

@@ -3,9 +3,9 @@
 import pytest
 
 from actors.config import SegmenterConfig
-from actors.experts.config import SamConfig
 from actors.experts.drawing import draw_masks
 from actors.experts.sam import SamExpert, build_sam
+from actors.experts.sam_config import SamConfig
 from actors.segmenter import Segmenter, ablation_metrics
 from phantoms import rows
 from rewards.case import Reference
@@ -53,6 +53,31 @@ def test_rewards_see_text_mask_and_the_groups_step(sample):
         assert short["bbox_iou_above"] == long["bbox_iou_above"] == above
         assert (short["answer_length"], long["answer_length"]) == (1, 0)
         assert short["mask_dice"] == long["mask_dice"] > 0.5
+
+
+def test_a_reward_that_looks_at_no_mask_decodes_none_in_training(sample, monkeypatch):
+    """Evaluation does, for its metrics. The image is not even embedded, nor the reference mask read."""
+    segmenter = Segmenter(
+        "tiny", SegmenterConfig(), Scorer.of_preset("soft", think=False), frame=Frame.ORIGINAL, think=False
+    )
+    segmenter.start()
+    samples = GroupSamples(
+        prompt_ids=(),
+        frames=Frames(original=sample.size, model=sample.size),
+        completions=(completion(format_answer(box=sample.box, points=sample.points, think=None)),),
+    )
+    group = Group(run="r", step=0, index=0, sample=sample).without_masks()
+    (evaluated,) = segmenter.score(group, sample.mask_bytes, samples, "masks").answers
+    assert evaluated.mask is not None and evaluated.metrics["dice"] > 0.5
+
+    monkeypatch.setattr(SamExpert, "embed", lambda *_: pytest.fail("the expert was run"))
+    scored = segmenter.score(group, (b"no mask",), samples, "reward")
+    (trained,) = scored.answers
+    assert trained.mask is None and trained.reward == evaluated.reward
+    assert trained.metrics == {
+        name: evaluated.metrics[name] for name in ("well_formed", "iou", "pdice", "pdice_published")
+    }
+    assert scored.group.sample.image_bytes == b"", "images travel once, in the group"
 
 
 @pytest.mark.parametrize("lenient", [False, True])

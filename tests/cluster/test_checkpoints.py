@@ -66,10 +66,10 @@ class Learner:
 
     def save(self, folder):
         files = {"optimizer/rank-00000.safetensors": self.content, "model/config.json": b"{}", "learner.json": b"{}"}
-        self.writer.begin(folder, [FilePart(name=name, data=partial(bytes, data)) for name, data in files.items()])
+        self.writer.save(folder, [FilePart(name=name, data=partial(bytes, data)) for name, data in files.items()])
 
     def saved(self, *, wait):
-        return self.writer.written(60 if wait else 0)
+        return self.writer.saved(60 if wait else 0)
 
     def load(self, folder):
         self.content = (folder / "optimizer/rank-00000.safetensors").read_bytes()
@@ -178,7 +178,7 @@ def test_it_is_written_while_training_goes_on(tmp_path):
 
     class Slow(Learner):
         def save(self, folder):
-            self.writer.begin(folder, [FilePart(name="slow", data=lambda: b"x" if gate.wait(60) else b"")])
+            self.writer.save(folder, [FilePart(name="slow", data=lambda: b"x" if gate.wait(60) else b"")])
 
     learner = Slow()
     checkpoints = Checkpoints(tmp_path, learner, keep=1, keep_best=0)

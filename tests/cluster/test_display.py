@@ -1,16 +1,18 @@
-"""What one sees while a run goes on."""
+"""What a user sees while a job goes on."""
 
 import io
 
+import pytest
 from rich.console import Console
 
-from cluster.display import Display
+from cluster.display import Display, progress
 
 METRICS = {
     "reward/total": 2.5,
     "reward/mask_dice": 0.6,
-    "reward/spread": 0.4,
-    "reward/flat_groups": 0.0,
+    "reward/std": 0.4,
+    "reward/zero_variance_groups": 0.0,
+    "reward/resampled_groups": 0.0,
     "answers/dice": 0.61,
     "answers/iou": 0.41,
     "answers/pdice": 0.2,
@@ -20,14 +22,14 @@ METRICS = {
 }
 
 
-def shown(demo_config, *, terminal: bool) -> str:
+def shown(demo_config, *, terminal: bool, metrics=METRICS) -> str:
     text = io.StringIO()
     console = Console(file=text, force_terminal=terminal, width=120, no_color=True)
     with Display(demo_config(), console) as display:
         with display.waiting("starting actors"):
             pass
         display.evaluation("before", {"greedy": {"dice": 0.5, "iou": 0.4, "pdice": 0.1, "well_formed": 1.0, "n": 8}})
-        display.step(3, METRICS)
+        display.step(3, metrics)
     return text.getvalue()
 
 
@@ -43,4 +45,40 @@ def test_on_a_terminal_there_is_a_live_table(demo_config):
     text = shown(demo_config, terminal=True)
     for part in ("demo", "mask_dice", "0.600", "learn s", "held out", "before"):
         assert part in text
-    assert "spread" not in text
+    assert not any(name in text for name in ("std", "zero_variance_groups", "resampled_groups"))
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_without_masks_their_metrics_are_left_out(demo_config, terminal):
+    without = {name: value for name, value in METRICS.items() if name not in ("answers/dice", "reward/mask_dice")}
+    text = shown(demo_config, terminal=terminal, metrics=without)
+    step = text[text.rindex("this step") if terminal else text.index("step 3/") :]
+    step = step.partition("held out")[0]
+    assert "dice" not in step.replace("pdice", "") and "iou" in step
+
+
+def test_the_improvement_is_printed_with_its_intervals(demo_config):
+    text = io.StringIO()
+    pair = {"before": 0.5, "after": 0.7, "gain": 0.2, "low": 0.1, "high": 0.3}
+    Display(demo_config(), Console(file=text)).improvement({"greedy": {"dice": pair}})
+    assert text.getvalue() == "gain greedy  dice +0.200 (+0.100 … +0.300)\n"
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch):
+    text = io.StringIO()
+    with progress("sft", 20, done=3, unit="steps", console=Console(file=text)) as show:
+        show(4, "loss 0.5000")
+        assert text.getvalue() == "", "the first line comes after some seconds"
+        monkeypatch.setattr("cluster.display.LINE_EVERY_S", -1.0)
+        show(5, "loss 0.2500")
+        show(6)
+    assert text.getvalue().splitlines() == ["sft: 5 of 20 steps  loss 0.2500", "sft: 6 of 20 steps"]
+
+
+def test_progress_on_a_terminal_is_a_bar():
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=120, no_color=True)
+    with progress("evaluating", 20, done=3, console=console) as show:
+        show(20, "almost there")
+    for part in ("evaluating", "20/20", "almost there"):
+        assert part in text.getvalue()

@@ -20,8 +20,8 @@ from cluster.comparison import compare
 from cluster.config import EvaluateConfig, load_config
 from cluster.data import open_held_out
 from cluster.evaluate import answer, run_evaluation, settings, write_figures
-from cluster.evaluation import SEED, questions
-from cluster.figures import Seen
+from cluster.evaluation import SEED, evaluation_groups
+from cluster.figures import TrainingCoverage
 from cluster.records import Results, read_results
 from cluster.run_folder import RunFolder
 from phantoms import rows
@@ -49,7 +49,7 @@ def configured(data, runs, name, *overrides, model=TINY_REASONER):
 def evaluated(workers, config):
     """As `run_evaluation`, on actors that run already."""
     run = RunFolder.begin(config.runs / config.name, config, resume=True)
-    samples, seen = open_held_out(config, run), Seen([])
+    samples, seen = open_held_out(config, run), TrainingCoverage([])
     results = Results(run.path / "results.jsonl", n=config.n)
     answer(workers, samples, config, results)
     results.sort([sample.id for sample in samples])
@@ -195,7 +195,7 @@ def replay(whole, data):
     """A server that answers as `whole` was answered, in a form of one's choice for each row's place in the data."""
     samples = open_held_out(configured(data, whole.path.parent, "whole"), whole)
     records = read_results(whole.path / "results.jsonl")
-    known = {group.seed(SEED, 0): i for i, group in enumerate(questions(samples))}
+    known = {group.seed(SEED): i for i, group in enumerate(evaluation_groups(samples))}
     completions = [records[sample.id][0]["completion"] for sample in samples]
 
     def serve(form):

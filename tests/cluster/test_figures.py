@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cluster.comparison import compare_records
-from cluster.figures import Seen, as_malformed, comma_separated, consensus, markdown, row_figures, summarise
+from cluster.figures import TrainingCoverage, as_malformed, comma_separated, consensus, markdown, row_figures, summarise
 from cluster.records import Results, read_results
 from phantoms import rows
 from umrg.dataset import Dataset
@@ -62,7 +62,7 @@ def test_without_samples_there_are_greedy_figures_only(dataset):
 
 def test_means_have_intervals_overall_and_by_stratum(dataset):
     samples = list(dataset)
-    seen = Seen(dataset.infos[:3])
+    seen = TrainingCoverage(dataset.infos[:3])
     figures = {s.id: row_figures([record(s, dice=i / 5)], s) for i, s in enumerate(samples)}
     metrics = summarise(figures, {s.id: seen.strata(s) for s in samples}, {samples[0].id: "no answer block"})
     dice = metrics["overall"]["dice"]
@@ -76,15 +76,15 @@ def test_means_have_intervals_overall_and_by_stratum(dataset):
 
 def test_a_row_may_say_itself_that_its_words_are_new(dataset):
     sample = dataset[0]
-    assert Seen([]).strata(sample)["phrasing"] == "seen"
-    assert Seen(dataset.infos[1:]).strata(sample)["phrasing"] == (
+    assert TrainingCoverage([]).strata(sample)["phrasing"] == "seen"
+    assert TrainingCoverage(dataset.infos[1:]).strata(sample)["phrasing"] == (
         "seen" if sample.query in {info.query for info in dataset.infos[1:]} else "unseen"
     )
 
 
 def test_tables_hold_every_stratum(dataset):
     figures = {s.id: row_figures([record(s)], s) for s in dataset}
-    metrics = summarise(figures, {s.id: Seen([]).strata(s) for s in dataset}, {})
+    metrics = summarise(figures, {s.id: TrainingCoverage([]).strata(s) for s in dataset}, {})
     lines = markdown(metrics).splitlines()
     assert lines[2].startswith("| **all** | 6 | 100.00 (100.0-100.0)")
     assert len({line.count("|") for line in lines}) == 1
@@ -97,7 +97,7 @@ def test_answers_read_leniently_are_counted_apart(dataset):
     rows = {s.id: [{**record(s), "read": "lenient" if i < 2 else "strict"}] for i, s in enumerate(samples)}
     # A row of an evaluation that knew no other way of reading.
     rows[samples[-1].id] = [record(samples[-1])]
-    strata = {s.id: Seen([]).strata(s) for s in samples}
+    strata = {s.id: TrainingCoverage([]).strata(s) for s in samples}
     read, strict = (
         summarise({s.id: row_figures(change(rows[s.id]), s) for s in samples}, strata, {})
         for change in (list, as_malformed)
@@ -155,3 +155,11 @@ def test_two_evaluations_are_compared_over_the_rows_that_both_have(dataset):
     found = compare_records(before, after, ["dice"])["dice"]
     assert found["before"] == pytest.approx(0.4) and found["gain"] == pytest.approx(0.15)
     assert found["low"] <= found["gain"] <= found["high"]
+
+
+def test_metrics_that_one_of_two_evaluations_lacks_are_not_compared(dataset):
+    before, after = ({s.id: [record(s)] for s in dataset} for _ in range(2))
+    for (each,) in after.values():
+        del each["metrics"]["dice_points"]
+    assert compare_records(before, after, ["dice", "dice_points"]).keys() == {"dice"}
+    assert compare_records({}, after, ["dice"]) == {}

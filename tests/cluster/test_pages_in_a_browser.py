@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from cluster.figures import Seen, row_figures, summarise
+from cluster.figures import TrainingCoverage, row_figures, summarise
 from cluster.report import write_evaluation_report
 from cluster.run_folder import RunFolder
 from phantoms import rows
@@ -37,7 +37,7 @@ def report(tmp_path_factory):
         }
         figures[sample.id] = row_figures([greedy[sample.id]], sample)
     failures = {row: found["failure"] for row, found in greedy.items() if found["failure"]}
-    metrics = summarise(figures, {sample.id: Seen([]).strata(sample) for sample in samples}, failures)
+    metrics = summarise(figures, {sample.id: TrainingCoverage([]).strata(sample) for sample in samples}, failures)
     return write_evaluation_report(
         RunFolder(folder), {"settings": {"model": "tiny"}, **metrics}, samples, greedy, figures, limit=500
     )

@@ -9,19 +9,20 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cluster import lease
 from cluster.config import load_config
 from cluster.lease import LeaseLost, leased
 from cluster.run_folder import RunFolder
 from tests.conftest import ROOT
-from umrg.config import Config
+from umrg.config import Config, MayChange
 from umrg.prompts import ReasonerConfig
 
 
 class Small(Config):
     lr: float = 0.1
-    steps: int = 3
+    steps: MayChange[int] = 3
 
 
 def test_a_mistake_before_anything_was_done_leaves_the_name_free(tmp_path):
@@ -54,6 +55,22 @@ def test_what_a_killed_writer_left_aside_goes(tmp_path):
         assert not aside.exists()
         aside.mkdir()
     assert not aside.exists() and run.checkpoints.is_dir()
+
+
+def test_a_run_folder_of_an_earlier_version_resumes(tmp_path, demo_config):
+    """With keys by their names of then, and one that is gone."""
+    config = demo_config(f"runs={tmp_path}", "dynamic_sampling_retries=2")
+    run = RunFolder.create(tmp_path / "demo", config)
+    run.log({"step": 1})
+    kept = yaml.safe_load((run.path / "config.yaml").read_text())
+    kept["refill"] = kept.pop("dynamic_sampling_retries")
+    kept["rollout"]["reset_caches"] = True
+    del kept["evaluation"]["before"]
+    (run.path / "config.yaml").write_text(yaml.safe_dump(kept))
+    with pytest.raises(ValueError, match="was made with another dynamic_sampling_retries, seed;"):
+        RunFolder.begin(run.path, demo_config(f"runs={tmp_path}", "seed=5"), resume=True)
+    RunFolder.begin(run.path, config, resume=True)
+    assert "reset_caches" not in (run.path / "config.yaml").read_text()
 
 
 def test_a_folder_that_was_there_is_never_removed(tmp_path):
@@ -156,7 +173,7 @@ STUBBORN = """
 import hashlib, signal, sys
 from pathlib import Path
 from cluster.run_folder import RunFolder
-from umrg.config import Config
+from umrg.config import Config, MayChange
 
 class Small(Config):
     lr: float = 0.1

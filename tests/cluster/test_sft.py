@@ -79,7 +79,7 @@ def test_ranks_and_stages_learn_alike(hosts, tmp_path, phantoms):
 
 
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(hosts, tmp_path, phantoms):
-    settings = ("steps=4", "validation=0.25", "validate_every=2", "learner.zero=constant", "keep=9")
+    settings = ("steps=4", "validation=0.25", "validate_every=2", "learner.schedule=constant", "keep=9")
     whole = finetuned(hosts, config(tmp_path, phantoms, *settings, "name=whole"))
     finetuned(hosts, config(tmp_path, phantoms, *settings, "name=halves", "steps=2"))
     halves = finetuned(hosts, config(tmp_path, phantoms, *settings, "name=halves", "resume=auto"))

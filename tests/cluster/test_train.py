@@ -17,30 +17,27 @@ from ray.util.state import list_actors
 from safetensors.torch import load_file
 from tensorboardX.proto.event_pb2 import Event
 
+import cluster.train
 from actors.config import DeadlineConfig, SegmenterConfig
 from actors.pools import DeadlinePassed, SegmenterPool, gather
+from actors.rollout import Rollout
 from actors.segmenter import Segmenter
-from actors.weight_files import pack
 from cluster.checkpoints import export_run
 from cluster.data import open_rows
 from cluster.display import Display
-from cluster.evaluation import collect, evaluate, questions
+from cluster.evaluation import evaluate, evaluation_groups
 from cluster.journal import Journal
 from cluster.records import read_records
 from cluster.run_folder import RunFolder
 from cluster.train import Training, actors, train
-from cluster.weight_sync import Canary, WeightsDiffer, sync_weights
-from cluster.workers import started
-from phantoms import rows
+from cluster.weight_sync import WeightsDiffer, sync_weights
+from cluster.workers import rollouts, started
 from reasoner.model import load_reasoner
-from reasoner.prompter import load_prompter
 from rewards.case import Case
-from tests.conftest import ROOT, TINY_REASONER
-from tests.ranks import running
+from tests.conftest import ROOT
 from umrg.config import model_folder
 from umrg.dataset import Dataset
-from umrg.dataset_writer import write_rows
-from umrg.group import Group, SamplingParams
+from umrg.group import SamplingParams
 
 SMALL = (
     "data.train={phantoms: 24, seed: 1, modalities: [CT]}",
@@ -54,13 +51,6 @@ SMALL = (
 
 
 @pytest.fixture(scope="module")
-def samples(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "phantoms.parquet"
-    write_rows(path, rows(6, seed=9, modalities=["CT"], queries_per_image=2))
-    return list(Dataset.open(path))
-
-
-@pytest.fixture(scope="module")
 def finished(ray_cluster, demo_config, tmp_path_factory):
     """A run of three steps, with two rollouts, three segmenters and two learner ranks by configuration alone."""
     folder = tmp_path_factory.mktemp("runs")
@@ -70,96 +60,23 @@ def finished(ray_cluster, demo_config, tmp_path_factory):
     return train(config), config
 
 
-def scored(workers, groups, *, n, max_tokens, seed=7):
-    """Groups sampled at temperature 1 and scored."""
-    sampling = SamplingParams(n=n, temperature=1.0, max_tokens=max_tokens, seed=seed)
-    return [each.scored for each in collect(workers, groups, sampling, "masks")]
+class StaleRollout(Rollout):
+    """Keeps its caches when new weights come."""
+
+    async def start(self):
+        await super().start()
+        llm = self._running()._llm
+        pause = llm.pause_generation
+        llm.pause_generation = lambda **options: pause(**{**options, "clear_cache": False})
 
 
-def test_a_rollout_is_the_same_whichever_actor_draws_it_and_however_it_is_batched(workers, samples):
-    groups = [Group(run="t", step=0, index=i, sample=sample) for i, sample in enumerate(samples)]
-    together = scored(workers, groups, n=4, max_tokens=96)
-    (alone,) = scored(workers, groups[3:4], n=4, max_tokens=96)
-    assert alone.samples == together[3].samples
-    texts = {completion.text for completion in together[0].samples.completions}
-    assert len(texts) > 1, "four answers at temperature 1 should differ"
-
-
-def test_a_prompt_is_prefilled_once_a_group(workers, samples):
-    """All but the last blocks of the prefix cache; the answer that is asked for first fills it for the others."""
-    query = "What may break in old age and cause back pain? " * 20
-    groups = [
-        Group(run="t", step=0, index=i, sample=replace(sample, query=f"{query} {i}"))
-        for i, sample in enumerate(samples[:2])
-    ]
-    for each in scored(workers, groups, n=4, max_tokens=8):
-        prompt = len(each.samples.prompt_ids)
-        assert prompt > 384 and prompt - each.samples.cached <= 128
-
-
-def test_a_prompt_over_the_limit_is_named(workers, samples):
-    long = replace(samples[0], query="Where? " * 600)
-    group = Group(run="t", step=0, index=0, sample=long)
-    with pytest.raises(ValueError, match=rf"rollout 0, sampling: {long.name}: the prompt has \d+ tokens, 64 of them"):
-        scored(workers, [group], n=1, max_tokens=8)
-
-
-def test_vision_tokens_are_never_sampled(workers, samples):
-    """Not even from a model that wants nothing else: whichever way the hidden state points, one of two such tokens has
-    by far the largest logit, some 20 nats above all others."""
-    weights = load_file(TINY_REASONER / "model.safetensors")
-    prompter = load_prompter(TINY_REASONER)
-    vision = sorted(prompter.vision_tokens)
-    head = torch.zeros_like(weights["lm_head.weight"])
-    direction = torch.randn(head.shape[1], generator=torch.Generator().manual_seed(0))
-    head[vision[0]], head[vision[1]] = 1.5 * direction, -1.5 * direction
-    try:
-        workers.rollouts.update_weights(1, [ray.put(pack({**weights, "lm_head.weight": head}))])
-        group = Group(run="t", step=0, index=0, sample=samples[0])
-        (taken,) = scored(workers, [group], n=4, max_tokens=32)
-        for completion in taken.samples.completions:
-            assert not set(vision) & set(completion.token_ids)
-            assert np.isfinite(completion.logprobs).all()
-    finally:
-        sync_weights(workers, version=0)
-
-
-def test_answers_are_scored_by_form_geometry_and_mask(workers, samples):
-    (group,) = scored(workers, [Group(run="t", step=0, index=0, sample=samples[0])], n=4, max_tokens=96)
-    for completion, answer in zip(group.samples.completions, group.answers, strict=True):
-        assert 0 <= answer.reward.total <= 4.5 and np.isfinite(list(answer.metrics.values())).all()
-        assert (answer.mask is not None) == (answer.metrics["well_formed"] == 1.0)
-        assert len(completion.logprobs) == len(completion.token_ids)
-
-
-@pytest.mark.numeric
-def test_the_learners_log_probs_are_the_engines_after_updates(workers, hosts, demo_config, samples):
-    """After two real updates, every token of a new group, to 1e-4."""
-    own = replace(workers, learner=running(hosts, steps=2, lr=3e-4, freeze=["vision_tower", "merger"]))
-    canary = Canary(samples[0], demo_config())
-    try:
-        assert canary.check(own) < 1e-5
-        for step in range(2):
-            groups = [Group(run="t", step=step, index=i, sample=sample) for i, sample in enumerate(samples[:3])]
-            taken = collect(own, groups, SamplingParams(n=4, temperature=1.0, max_tokens=96, seed=7), "reward")
-            report = own.learner.update([each.refs for each in taken])
-            assert report.engine_gap < 1e-5
-            sync_weights(own, version=step + 1)
-            assert canary.check(own) < 1e-5
-        group = Group(run="t", step=2, index=0, sample=samples[4])
-        (new,) = scored(own, [group], n=3, max_tokens=96, seed=8)
-        for completion in new.samples.completions:
-            assert completion.policy_version == 2
-            expected = own.learner.logprobs(ray.put(group), completion.token_ids)
-            assert np.abs(np.subtract(completion.logprobs, expected)).max() < 1e-4
-    finally:
-        sync_weights(workers, version=0)
-
-
-def test_without_the_cache_reset_the_canary_stops_the_run(ray_cluster, demo_config, tmp_path):
+def test_without_the_cache_reset_the_canary_stops_the_run(ray_cluster, demo_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        cluster.train, "rollouts", lambda *part: [replace(actor, actor_class=StaleRollout) for actor in rollouts(*part)]
+    )
     # The phantoms' short prompts fill no block of the prefix cache; what is stale is the image's encoding.
     moving = ("learner.lr=3e-4", "learner.freeze=[]")
-    config = demo_config(*SMALL, *moving, "rollout.reset_caches=false", f"runs={tmp_path}", "name=stale", "steps=3")
+    config = demo_config(*SMALL, *moving, f"runs={tmp_path}", "name=stale", "steps=3")
     with pytest.raises(WeightsDiffer, match="stale weights or caches"):
         train(config)
     summary = json.loads((tmp_path / "stale" / "summary.json").read_text())
@@ -228,7 +145,7 @@ def test_the_final_model_answers_alike_in_vllm(finished, workers):
     evaluated = {record["sample_id"]: record for record in read_records(run.samples / "after-greedy.parquet")}
     try:
         workers.rollouts.update_weights(3, [ray.put((run.model / "model.safetensors").read_bytes())])
-        again = evaluate(workers, questions(rows), SamplingParams(n=0, temperature=1.0, max_tokens=128))
+        again = evaluate(workers, evaluation_groups(rows), SamplingParams(n=0, temperature=1.0, max_tokens=128))
     finally:
         sync_weights(workers, version=0)
     for each in again.greedy:
@@ -349,7 +266,7 @@ def test_zero_variance_groups_give_way_to_others(workers, demo_config, tmp_path)
     gather(own.segmenters.starting(), seconds=300, doing="starting")
     with RunFolder.begun(tmp_path / "resampled", config, resume=False) as run, Journal(run, config) as journal:
         training = Training(config, run, own, journal, Display(config), *open_rows(config, run))
-        kept, resampled = training.collect()
+        kept, resampled = training.collect_groups()
     assert len(kept) == 4 and not any(each.scored.zero_variance for each in kept) and resampled > 0
     indices = sorted(each.scored.group.index for each in kept)
     assert len(set(indices)) == 4 and indices[-1] > 3

@@ -54,7 +54,7 @@ def test_the_configuration_imports_no_torch():
         ),
         ("learner={lr: 1, zero_stage: 2, offload: parameters}", "offload=parameters needs zero_stage 3 or more"),
         ("learner.freeze=[vision_tower, merger, language_model]", "every part of the model is frozen"),
-        ("staleness=2", "only 0 is built"),
+        ("staleness=2", "only 0 is supported"),
         ("reward.preset=sotf", "did you mean 'soft'"),
         ("reward.terms=[{name: mask_dice}]", "give either reward.preset or reward.terms"),
         ("reward={terms: [{name: bbox_iou, smoth: 0}]}", "did you mean 'smooth'"),
@@ -86,3 +86,8 @@ def test_a_file_takes_the_place_of_phantoms(tmp_path):
     save_config(config, tmp_path / "config.yaml")
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["data"]["eval"] == ["a.parquet"]
     assert load_config(TrainConfig, tmp_path / "config.yaml") == config
+
+
+def test_a_key_of_an_earlier_version_is_answered_with_its_name(demo_config):
+    with pytest.raises(ValueError, match="unknown key 'refill'; its name is 'dynamic_sampling_retries'"):
+        demo_config("refill=2")

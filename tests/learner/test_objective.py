@@ -1,4 +1,4 @@
-"""Each objective beside its paper's formula written out in loops, and beside TRL's own."""
+"""Each objective against its paper's formula, written out in loops, and against TRL's own loss."""
 
 import math
 from collections import defaultdict
@@ -34,7 +34,7 @@ def test_advantages_are_those_of_the_papers(kind, expected):
 
 @pytest.mark.parametrize("kind", ["group", "mean", "leave_one_out"])
 @pytest.mark.parametrize("rewards", [[0.7], [0.5, 0.5, 0.5], [2.7] * 8, [3.1234] * 16, [0.1] * 12])
-def test_a_group_without_spread_says_nothing(rewards, kind):
+def test_a_zero_variance_group_has_no_advantages(rewards, kind):
     assert not advantages(torch.tensor(rewards), kind).any()
 
 
@@ -68,25 +68,27 @@ objectives = st.fixed_dictionaries(
 
 
 def tensors(drawn):
-    """Of answers [(advantage, [(log-prob, old, engine, reference, entropy)])] the tokens, in float64."""
+    """The tokens, in float64, of completions [(advantage, [(log-prob, old, engine, reference, entropy)])]."""
     flat = [(a, i, *token) for i, (a, tokens) in enumerate(drawn) for token in tokens]
-    worth, index, new, old, engine, reference, entropy = (torch.tensor(column) for column in zip(*flat, strict=True))
+    advantage, index, new, old, engine, reference, entropy = (
+        torch.tensor(column) for column in zip(*flat, strict=True)
+    )
     return Tokens(
         logprobs=new.double().requires_grad_(),
         entropy=entropy.double().requires_grad_(),
         old_logprobs=old.double(),
         engine_logprobs=engine.double(),
-        advantages=worth.double(),
+        advantages=advantage.double(),
         answer=index,
         reference_logprobs=reference.double(),
     )
 
 
 def objective_of(drawn, config):
-    """The loss by `learner.objective`, and its gradients by log-prob and entropy."""
+    """The loss by `learner.objective`, and its gradients with respect to log-probs and entropies."""
     tokens = tensors(drawn)
     lengths = torch.tensor([len(tokens) for _, tokens in drawn])
-    totals = Totals(tokens=int(lengths.sum()), answers=len(drawn), longest=7)
+    totals = Totals(tokens=int(lengths.sum()), answers=len(drawn), max_tokens=7)
     weights = aggregation_weights(lengths, config.aggregation, totals)
     loss = (token_losses(tokens, config).loss * weights).sum()
     gradients = torch.autograd.grad(loss, [tokens.logprobs, tokens.entropy], allow_unused=True)
@@ -94,7 +96,7 @@ def objective_of(drawn, config):
 
 
 def plain(drawn, config):
-    """The same from the papers, an answer and a token at a time, with torch for the gradient alone."""
+    """The same from the papers, one completion and one token at a time; torch only for the gradient."""
     tokens = tensors(drawn)
     new, entropy = tokens.logprobs, tokens.entropy
     total, at = torch.zeros((), dtype=torch.float64), 0
@@ -136,7 +138,7 @@ def plain(drawn, config):
 @given(drawn=answers, chosen=objectives)
 def test_every_objective_is_its_papers(drawn, chosen):
     config = ObjectiveConfig(**chosen)
-    # At a kink of the clipped surrogate the two may choose different sides.
+    # At a kink of the clipped surrogate the two may take different sides.
     for _, answer in drawn:
         deltas = [new - old for new, old, *_ in answer]
         ratios = [math.exp(d) for d in deltas] + [math.exp(sum(deltas) / len(deltas))]
@@ -150,11 +152,11 @@ def test_every_objective_is_its_papers(drawn, chosen):
 
 
 @given(drawn=answers, kind=st.sampled_from(["token", "sequence", "constant"]))
-def test_parts_on_several_ranks_add_up_to_the_whole(drawn, kind):
+def test_losses_of_several_ranks_sum_to_that_of_one(drawn, kind):
     config = ObjectiveConfig(aggregation=kind)
     whole, _ = objective_of(drawn, config)
     lengths = torch.tensor([len(tokens) for _, tokens in drawn])
-    totals = Totals(tokens=int(lengths.sum()), answers=len(drawn), longest=7)
+    totals = Totals(tokens=int(lengths.sum()), answers=len(drawn), max_tokens=7)
     parts = [
         (token_losses(tensors([answer]), config).loss * aggregation_weights(lengths[i : i + 1], kind, totals)).sum()
         for i, answer in enumerate(drawn)
@@ -172,7 +174,7 @@ def test_on_policy_the_gradient_is_that_of_reinforce():
 GRPO = ObjectiveConfig()
 
 
-def test_a_difference_between_engine_and_learner_is_seen_though_nothing_corrects_it():
+def test_a_mismatch_of_engine_and_learner_is_reported_even_if_it_is_not_corrected():
     tokens = tensors([(1.0, [(0.0, 0.0, -1.0, 0.0, 0.0), (0.0, 0.0, 0.1, 0.0, 0.0)])])
     assert token_losses(tokens, GRPO).truncated.tolist() == [1, 0]
 
@@ -183,15 +185,15 @@ def test_a_difference_between_engine_and_learner_is_seen_though_nothing_corrects
 )
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_the_loss_and_its_gradient_are_trls(loss_type, aggregation, level):
-    """TRL's own `_compute_loss`, given the log-probs that a model would have given."""
+    """TRL's own `_compute_loss`, given the log-probs that a model would have returned."""
     generator = torch.Generator().manual_seed(0)
     new, old, reference = (-torch.rand(5, 7, generator=generator, dtype=torch.float64) for _ in range(3))
     lengths = [7, 3, 1, 5, 7]
     mask = torch.tensor([[i < length for i in range(7)] for length in lengths])
     rewards = torch.tensor([0.3, 2.0, 1.0, 0.0, 4.0])
-    worth = advantages(rewards, "group").double()
+    advantage = advantages(rewards, "group").double()
     theirs = new.clone().requires_grad_()
-    loss = trl_loss(theirs, old, reference, worth, mask, loss_type=loss_type, level=level)
+    loss = trl_loss(theirs, old, reference, advantage, mask, loss_type=loss_type, level=level)
     loss.backward()
 
     config = ObjectiveConfig(aggregation=aggregation, ratio=level, kl=0.04)
@@ -202,11 +204,11 @@ def test_the_loss_and_its_gradient_are_trls(loss_type, aggregation, level):
         entropy=torch.zeros_like(ours),
         old_logprobs=old[mask],
         engine_logprobs=old[mask],
-        advantages=torch.repeat_interleave(worth, counts),
+        advantages=torch.repeat_interleave(advantage, counts),
         answer=torch.repeat_interleave(torch.arange(5), counts),
         reference_logprobs=reference[mask],
     )
-    weights = aggregation_weights(counts, aggregation, Totals(tokens=sum(lengths), answers=5, longest=7))
+    weights = aggregation_weights(counts, aggregation, Totals(tokens=sum(lengths), answers=5, max_tokens=7))
     found = (token_losses(tokens, config).loss * weights).sum()
     found.backward()
     torch.testing.assert_close(found, loss, atol=1e-5, rtol=1e-5)
@@ -214,8 +216,8 @@ def test_the_loss_and_its_gradient_are_trls(loss_type, aggregation, level):
     torch.testing.assert_close(ours.grad, theirs.grad[mask], atol=1e-5, rtol=1e-5)
 
 
-def trl_loss(new, old, reference, worth, mask, *, loss_type, level):
-    """TRL's, at its defaults but for beta (its own KL weight of old), on a trainer that has no model."""
+def trl_loss(new, old, reference, advantage, mask, *, loss_type, level):
+    """TRL's loss at its defaults except beta, the KL weight, from a trainer without a model."""
     from trl import GRPOTrainer
 
     class WithoutModel(GRPOTrainer):
@@ -241,7 +243,7 @@ def trl_loss(new, old, reference, worth, mask, *, loss_type, level):
         "prompt_mask": torch.ones(5, 1),
         "completion_ids": ids,
         "completion_mask": mask.double(),
-        "advantages": worth,
+        "advantages": advantage,
         "old_per_token_logps": old,
         "ref_per_token_logps": reference,
         "num_items_in_batch": mask.sum(),

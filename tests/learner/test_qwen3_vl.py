@@ -1,4 +1,4 @@
-"""Qwen3-VL: another language model and frame, features of the vision tower's inner layers; the same forward."""
+"""Qwen3-VL, which has another coordinate frame, interleaved m-rope and deepstack features, in the same forward."""
 
 import numpy as np
 import pytest
@@ -90,7 +90,7 @@ def samples(tmp_path_factory):
     return list(Dataset.open(path))
 
 
-def test_it_speaks_in_thousandths_of_the_image(folder):
+def test_its_coordinates_are_thousandths_of_the_image(folder):
     assert PromptSpec.of_model(folder).frame is Frame.RELATIVE
 
 
@@ -98,16 +98,16 @@ def test_shared_prefix_equals_single_sequences(folder, samples):
     reasoner = load_reasoner(folder)
     use_shared_prefix(reasoner.model)
     rng = np.random.default_rng(0)
-    groups = [
+    trees = [
         Branches(
             prefix=reasoner.encode(sample.query, reasoner.encode_image(sample.image())),
             branches=[torch.tensor(rng.integers(100, 200, length)) for length in (5, 1, 17)],
         )
         for sample in samples
     ]
-    alone = [Branches(prefix=group.prefix, branches=[branch]) for group in groups for branch in group.branches]
+    alone = [Branches(prefix=tree.prefix, branches=[branch]) for tree in trees for branch in tree.branches]
     found = []
-    for parts in ([groups], [[each] for each in alone]):
+    for parts in ([trees], [[each] for each in alone]):
         reasoner.model.zero_grad()
         logprobs = torch.cat([branch_scores(reasoner.model, pack(part, reasoner.model)).logprobs for part in parts])
         (logprobs * torch.linspace(-1, 1, len(logprobs))).sum().backward()
@@ -121,21 +121,21 @@ def test_shared_prefix_equals_single_sequences(folder, samples):
 
 
 @torch.no_grad()
-def by_transformers(reasoner, group):
-    """Log-probs of the only branch, by the model's own forward of the whole sequence."""
-    (branch,) = group.branches
-    ids = torch.cat([group.prefix.token_ids, branch])[None]
-    image = group.prefix.image
+def by_transformers(reasoner, tree):
+    """Log-probs of the only branch, by the model's own forward over the whole sequence."""
+    (branch,) = tree.branches
+    ids = torch.cat([tree.prefix.token_ids, branch])[None]
+    image = tree.prefix.image
     logits = reasoner.model(
         input_ids=ids,
         mm_token_type_ids=(ids == reasoner.image_token_id).int(),
         pixel_values=image.pixel_values,
         image_grid_thw=image.grid_thw,
-    ).logits[0, len(group.prefix.token_ids) - 1 : -1]
+    ).logits[0, len(tree.prefix.token_ids) - 1 : -1]
     return logits.log_softmax(dim=1).gather(1, branch[:, None])[:, 0]
 
 
-def test_its_inner_mergers_are_mergers(folder):
+def test_its_deepstack_mergers_are_frozen_with_the_merger(folder):
     model = load_reasoner(folder).model
     freeze(model, ["vision_tower", "language_model"])
     learning = {name.split(".")[2] for name, each in model.named_parameters() if each.requires_grad}

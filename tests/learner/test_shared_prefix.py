@@ -1,4 +1,4 @@
-"""One prompt, many answers, one pass: the same numbers as a sequence for each answer."""
+"""The shared-prefix forward gives the numbers of one sequence per completion."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,8 +30,8 @@ def reasoner() -> Reasoner:
     return loaded
 
 
-def scores(reasoner: Reasoner, groups: Sequence[Branches]) -> TokenScores:
-    return branch_scores(reasoner.model, pack(groups, reasoner.model))
+def scores(reasoner: Reasoner, trees: Sequence[Branches]) -> TokenScores:
+    return branch_scores(reasoner.model, pack(trees, reasoner.model))
 
 
 def picture(seed: int, height: int = 112, width: int = 140):
@@ -47,7 +47,7 @@ def answers(reasoner: Reasoner, *texts: str) -> list[torch.Tensor]:
 
 
 def logprobs_alone(reasoner: Reasoner, prompt: EncodedPrompt, answer: torch.Tensor) -> torch.Tensor:
-    """The plain way: transformers' own forward over prompt and answer, its own positions and causal mask."""
+    """transformers' own forward over prompt and answer, with its own positions and causal mask."""
     ids = torch.cat([prompt.token_ids, answer])[None]
     logits: torch.Tensor = reasoner.model(
         input_ids=ids,
@@ -58,9 +58,9 @@ def logprobs_alone(reasoner: Reasoner, prompt: EncodedPrompt, answer: torch.Tens
     return logits.log_softmax(-1).gather(1, answer[:, None])[:, 0]
 
 
-def a_group(reasoner: Reasoner, words: int, sides: tuple[int, int], lengths: Sequence[int], seed: int) -> Branches:
-    """A question of so many words about an image, and answers of random tokens: of length 1 the end token alone, of the
-    longest, 24, without an end."""
+def a_tree(reasoner: Reasoner, words: int, sides: tuple[int, int], lengths: Sequence[int], seed: int) -> Branches:
+    """A query of `words` words about an image, and completions of random tokens. A completion of length 1 is the end
+    token alone; one of the greatest length, 24, has no end token."""
     rng = np.random.default_rng(seed)
     image = reasoner.encode_image(picture(seed, *sides))
     usual = sorted(set(range(100, 900)) - set(reasoner.vision_tokens))
@@ -71,7 +71,7 @@ def a_group(reasoner: Reasoner, words: int, sides: tuple[int, int], lengths: Seq
     return Branches(prefix=reasoner.encode(" ".join(["where"] * words), image), branches=branches)
 
 
-random_groups = st.lists(
+random_trees = st.lists(
     st.tuples(
         st.integers(1, 20),
         st.tuples(st.integers(56, 112), st.integers(56, 112)),
@@ -85,27 +85,27 @@ random_groups = st.lists(
 
 @pytest.fixture(scope="module")
 def exact() -> Reasoner:
-    """In double precision, but for the norms: what is equal shows here. In float32 the order of sums, which each
-    processor has its own of, is worth 1e-5 of a log-prob or a gradient."""
+    """In double precision, except for the norms, to show exact equality. In float32 the order of summation, which
+    depends on the processor, changes log-probs and gradients by 1e-5."""
     loaded = load_reasoner(TINY, dtype=torch.float64)
     use_shared_prefix(loaded.model)
     return loaded
 
 
 @settings(max_examples=20)
-@given(drawn=random_groups, room=st.integers(0, 60))
+@given(drawn=random_trees, room=st.integers(0, 60))
 def test_log_probs_and_gradients_are_those_of_single_sequences(reasoner, exact, drawn, room):
-    """However large image, question, group and answers are, and however the groups are packed and split."""
-    groups = [a_group(reasoner, *each) for each in drawn]
-    # The least that every prompt fits into with its longest answer, and some room.
-    budget = room + max(len(group.prefix.token_ids) + max(map(len, group.branches)) for group in groups)
-    rows = micro_batches(groups, budget)
-    assert all(sum(map(len, row)) <= budget for row in rows)
-    parts = [part for row in rows for part in row]
-    assert sum(len(b) for part in parts for b in part.branches) == sum(len(b) for g in groups for b in g.branches)
+    """For any size of image, query, tree and completions, and however they are packed and split."""
+    trees = [a_tree(reasoner, *each) for each in drawn]
+    # The smallest budget that holds each prompt with its longest completion, and some room.
+    budget = room + max(len(tree.prefix.token_ids) + max(map(len, tree.branches)) for tree in trees)
+    sequences = micro_batches(trees, budget)
+    assert all(sum(map(len, sequence)) <= budget for sequence in sequences)
+    parts = [part for sequence in sequences for part in sequence]
+    assert sum(len(b) for part in parts for b in part.branches) == sum(len(b) for tree in trees for b in tree.branches)
     weights = torch.randn(sum(len(b) for p in parts for b in p.branches), generator=torch.Generator().manual_seed(0))
     for model, tolerance, gradient_tolerance in ((exact, 1e-10, 1e-5), (reasoner, 1e-4, 1e-4)):
-        shared = torch.cat([scores(model, row).logprobs for row in rows])
+        shared = torch.cat([scores(model, sequence).logprobs for sequence in sequences])
         alone = torch.cat([logprobs_alone(model, part.prefix, branch) for part in parts for branch in part.branches])
         torch.testing.assert_close(shared, alone, atol=tolerance, rtol=0)
         packed, plain = (_gradients(model, values @ weights.to(values.dtype)) for values in (shared, alone))
@@ -115,35 +115,35 @@ def test_log_probs_and_gradients_are_those_of_single_sequences(reasoner, exact, 
 
 
 def test_a_budget_for_less_than_one_answer_says_what_to_raise(reasoner):
-    group = a_group(reasoner, 3, (112, 112), [20], 0)
+    tree = a_tree(reasoner, 3, (112, 112), [20], 0)
     with pytest.raises(ValueError, match=r"do not fit into learner.micro_batch_tokens, 30; raise it"):
-        micro_batches([group], 30)
+        micro_batches([tree], 30)
 
 
 def test_logits_in_chunks_are_logits_at_once(reasoner, monkeypatch):
-    group = a_group(reasoner, 3, (112, 112), [20, 3, 24], 0)
-    whole = branch_scores(reasoner.model, pack([group], reasoner.model), entropy_learns=True)
+    tree = a_tree(reasoner, 3, (112, 112), [20, 3, 24], 0)
+    whole = branch_scores(reasoner.model, pack([tree], reasoner.model), entropy_learns=True)
     gradients = _gradients(reasoner, whole.logprobs.sum() + whole.entropy.sum())
     monkeypatch.setattr("learner.shared_prefix.LOGITS_BYTES", 4 * 7 * reasoner.model.config.text_config.vocab_size)
-    chunked = branch_scores(reasoner.model, pack([group], reasoner.model), entropy_learns=True)
+    chunked = branch_scores(reasoner.model, pack([tree], reasoner.model), entropy_learns=True)
     torch.testing.assert_close(chunked, whole, atol=1e-5, rtol=1e-5)
     for name, gradient in _gradients(reasoner, chunked.logprobs.sum() + chunked.entropy.sum()).items():
         assert (gradients[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
 
 
 def test_entropy_is_that_of_the_sampling_distribution(reasoner):
-    group = a_group(reasoner, 3, (112, 112), [9], 0)
+    tree = a_tree(reasoner, 3, (112, 112), [9], 0)
     forbidden = torch.tensor(reasoner.vision_tokens)
     with torch.no_grad():
-        packed = pack([group], reasoner.model)
+        packed = pack([tree], reasoner.model)
         flat = branch_scores(reasoner.model, packed, temperature=1e6, forbidden=forbidden).entropy
     allowed = reasoner.model.config.text_config.vocab_size - len(forbidden)
     torch.testing.assert_close(flat, torch.full((9,), float(np.log(allowed))), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("branches", [(), (1,), (5, 1, 9)])
-def test_the_block_mask_of_a_gpu_sees_what_the_two_attentions_see(branches):
-    """flex-attention, not compiled, on the CPU."""
+def test_the_block_mask_of_a_gpu_equals_the_two_attentions(branches):
+    """flex-attention on the CPU, not compiled."""
     spans = Span(start=0, prefix=7, branches=branches), Span(start=7 + sum(branches), prefix=4, branches=(3, 2))
     layout = Layout(spans)
     query, key, value = torch.randn(3, 1, 2, spans[-1].end, 16, generator=torch.Generator().manual_seed(0))
@@ -159,7 +159,7 @@ def _gradients(reasoner: Reasoner, loss: torch.Tensor) -> dict[str, torch.Tensor
 
 
 def test_queries_about_one_image_share_its_tokens(reasoner):
-    """In supervised training the prefix ends with the image; the rest of each prompt is not scored."""
+    """In supervised training the prefix is what the prompts share; the rest of each prompt is not scored."""
     encoded = encode_png(picture(4))
     samples = [
         Sample(
@@ -188,8 +188,8 @@ def test_queries_about_one_image_share_its_tokens(reasoner):
 
 
 def test_temperature_scales_the_distribution(reasoner):
-    group = Branches(prefix=a_prompt(reasoner, "What?", 5), branches=answers(reasoner, "12"))
-    packed = pack([group], reasoner.model)
+    tree = Branches(prefix=a_prompt(reasoner, "What?", 5), branches=answers(reasoner, "12"))
+    packed = pack([tree], reasoner.model)
     with torch.no_grad():
         cold, warm = (branch_scores(reasoner.model, packed, temperature=t).logprobs.sum() for t in (1.0, 100.0))
     vocabulary = reasoner.model.config.text_config.vocab_size

@@ -7,7 +7,7 @@ import pytest
 
 from rewards.case import Reference
 from rewards.mask import MissingMask
-from rewards.presets import PRESETS
+from rewards.presets import PRESETS, TERMS
 from rewards.scoring import Scorer
 from umrg.answers import parse_answer
 from umrg.frames import Size
@@ -65,11 +65,18 @@ def test_a_prompt_without_thinking_is_not_rewarded_for_it() -> None:
     assert quiet.score(silent, REFERENCE).total == quiet.maximum == 3
 
 
-def test_only_a_well_formed_answer_needs_a_mask() -> None:
-    masked, soft = Scorer.of_preset("mask"), Scorer.of_preset("soft")
-    assert masked.uses_mask and not soft.uses_mask
-    assert masked.needs_mask(PERFECT) and not soft.needs_mask(PERFECT)
-    assert not masked.needs_mask(MALFORMED)
+def test_only_a_reward_with_a_mask_term_uses_masks() -> None:
+    assert Scorer.of_preset("mask").uses_mask and not Scorer.of_preset("soft").uses_mask
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_a_term_says_whether_it_looks_at_masks(name: str) -> None:
+    scorer = Scorer({name: 1.0})
+    if scorer.uses_mask:
+        with pytest.raises(MissingMask):
+            scorer.score(PERFECT, REFERENCE)
+    else:
+        scorer.score(PERFECT, replace(REFERENCE, mask=None))
 
 
 def test_a_malformed_answer_has_no_mask_reward() -> None:

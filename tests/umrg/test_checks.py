@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+import phantoms
 from phantoms.scenes import STRUCTURES
-from umrg import checks, phantoms
-from umrg.checks import CHECKS, CheckedRow, Finding, Seen, Severity, check_row
+from umrg import checks
+from umrg.checks import CHECKS, CheckedRow, DuplicateIndex, Finding, Severity, check_row
 from umrg.dataset import Dataset, write_rows
 from umrg.images import decode_image, encode_png
 from umrg.keypoints import reference_points, tight_box
@@ -32,9 +33,9 @@ QUESTION = "Which of these stores sugar?"
 steady = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def checked(*rows: Any, file: Path = FILE, seen: Seen | None = None) -> list[CheckedRow]:
-    seen = seen or Seen()
-    return [check_row(row, file, number, seen) for number, row in enumerate(rows)]
+def checked(*rows: Any, file: Path = FILE, duplicates: DuplicateIndex | None = None) -> list[CheckedRow]:
+    duplicates = duplicates or DuplicateIndex()
+    return [check_row(row, file, number, duplicates) for number, row in enumerate(rows)]
 
 
 def names(findings: list[Finding]) -> list[str]:
@@ -223,10 +224,10 @@ def test_an_image_under_two_names_is_found_and_rows_that_share_one_are_not(clean
 
 
 def test_an_image_in_two_files_is_found(clean: Row) -> None:
-    seen = Seen()
-    checked(clean, seen=seen)
+    duplicates = DuplicateIndex()
+    checked(clean, duplicates=duplicates)
     other = renamed(clean, "b", clean["images"][0]["path"], "Which organ makes bile?")
-    (found,) = checked(other, file=Path("held_out.parquet"), seen=seen)
+    (found,) = checked(other, file=Path("held_out.parquet"), duplicates=duplicates)
     assert names(found.findings) == ["duplicated_image"]
     assert "row 0 of rows.parquet" in found.findings[0].message
 

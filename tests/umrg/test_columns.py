@@ -18,8 +18,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from umrg import phantoms
-from umrg.checks import CheckedRow, Seen, check_row
+import phantoms
+from umrg.checks import CheckedRow, DuplicateIndex, check_row
 from umrg.columns import RELEASED_SCHEMA, plain_row, plain_type
 from umrg.dataset import Dataset, open_files, write_rows
 from umrg.dataset_writer import write_batches
@@ -68,8 +68,8 @@ def changed(**columns: Callable[[Any], Any]) -> list[Row]:
 
 
 def checked(path: Path) -> list[CheckedRow]:
-    seen = Seen()
-    return [check_row(row, file.path, number, seen) for file in open_files(path) for number, row in scan(file)]
+    duplicates = DuplicateIndex()
+    return [check_row(row, file.path, number, duplicates) for file in open_files(path) for number, row in scan(file)]
 
 
 SHAPES: dict[str, dict[str, Callable[[Any], Any]]] = {

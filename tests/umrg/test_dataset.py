@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from umrg import phantoms
+import phantoms
 from umrg.dataset import Cursor, Dataset, batches, parse_ground_truth, write_rows
 from umrg.images import encode_png
 

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from umrg import phantoms
-from umrg.checks import CheckedRow, Seen, check_row
+import phantoms
+from umrg.checks import CheckedRow, DuplicateIndex, check_row
 from umrg.dataset import Dataset, open_files
 from umrg.row_groups import common_schema, copied, scan
 
@@ -22,8 +22,8 @@ COLUMNS = ["extra_info", "images", "masks", "prompt", "reward_model"]
 
 
 def checked(path: Path) -> list[CheckedRow]:
-    seen = Seen()
-    return [check_row(row, file.path, number, seen) for file in open_files(path) for number, row in scan(file)]
+    duplicates = DuplicateIndex()
+    return [check_row(row, file.path, number, duplicates) for file in open_files(path) for number, row in scan(file)]
 
 
 KINDS = [pa.int64(), pa.float64(), pa.string(), pa.binary(), pa.bool_(), pa.null(), pa.date32(), pa.timestamp("s")]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from umrg import phantoms
+import phantoms
 from umrg.dataset import Dataset, RowInfo, write_rows
 from umrg.names import modality_family
 from umrg.split import SplitBy, plan_split, write_split

@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from umrg import phantoms
+import phantoms
 from umrg.dataset import Dataset, write_rows
 from umrg.images import encode_png
 from umrg.sample import Sample

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+import phantoms
 from cluster.commands.data import data_app
 from cluster.commands.data_check import check_files
-from cluster.commands.data_judges import load_oracle, prompt_limits
+from cluster.commands.data_model_checks import load_oracle, prompt_limits
 from reasoner.prompter import load_prompter
-from umrg import phantoms
 from umrg.checks import POINT_OFF_MASK
 from umrg.dataset import Dataset, open_files, write_rows
 from umrg.images import encode_png
@@ -167,15 +167,15 @@ def test_without_a_terminal_progress_is_told_in_lines(
 ) -> None:
     write_rows(tmp_path / "rows.parquet", rows)
     assert run(tmp_path / "rows.parquet").stderr == ""
-    monkeypatch.setattr("cluster.data_commands._LINE_EVERY", -1.0)
+    monkeypatch.setattr("cluster.display.LINE_EVERY_S", -1.0)
     told = run(tmp_path / "rows.parquet").stderr.splitlines()
     assert told[0] == "checking: 1 of 40 rows" and told[-1] == "checking: 40 of 40 rows"
 
 
-def found_by(judge: Any, row: Row, folder: Path) -> list[tuple[str, str]]:
+def found_by(check: Any, row: Row, folder: Path) -> list[tuple[str, str]]:
     write_rows(folder / "one.parquet", [row])
-    report = check_files(open_files([folder / "one.parquet"]), judges=[judge])
-    return [(check.name, examples[0].finding.message) for check, examples in report.worst.items()]
+    report = check_files(open_files([folder / "one.parquet"]), extra_checks=[check])
+    return [(found.name, examples[0].finding.message) for found, examples in report.worst.items()]
 
 
 def test_prompts_are_counted_as_the_model_will_see_them(rows: list[Row], tmp_path: Path) -> None:
@@ -202,16 +202,16 @@ def with_image(row: Row, width: int, height: int) -> Row:
 
 
 def test_images_that_the_model_cannot_take_as_they_are_are_found(rows: list[Row], tmp_path: Path) -> None:
-    judge = prompt_limits(TINY_REASONER, 2048)
-    assert found_by(judge, with_image(rows[0], 840, 840), tmp_path) == []
-    ((name, message),) = found_by(judge, with_image(rows[0], 2000, 1000), tmp_path)
+    check = prompt_limits(TINY_REASONER, 2048)
+    assert found_by(check, with_image(rows[0], 840, 840), tmp_path) == []
+    ((name, message),) = found_by(check, with_image(rows[0], 2000, 1000), tmp_path)
     assert name == "image_shrunk" and "of 2000x1000 px becomes 1400x700 for the model, its target 1400x700" in message
     # Its box ends on the far edge, as some annotators write it.
     wide = with_image(rows[0], 2000, 1000)
     wide["reward_model"]["ground_truth"] = json.dumps({"bbox_2d": [0, 0, 2000, 1000], "point_2d": [[9, 9], [99, 99]]})
-    ((name, message),) = found_by(judge, wide, tmp_path)
+    ((name, message),) = found_by(check, wide, tmp_path)
     assert "its target 1400x700;" in message
-    ((name, message),) = found_by(judge, with_image(rows[0], 1020, 5), tmp_path)
+    ((name, message),) = found_by(check, with_image(rows[0], 1020, 5), tmp_path)
     assert name == "over_limit" and "aspect ratio over 200" in message
 
 

@@ -1,4 +1,4 @@
-"""Sizes of the experts built from segment-anything's parts, and where published weights come from."""
+"""Sizes of the experts that are built from segment-anything's modules, and the sources of published weights."""
 
 import json
 from dataclasses import dataclass
@@ -8,12 +8,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, Validat
 
 
 class SamConfig(BaseModel):
-    """Sizes of one Segment Anything model; the defaults are those shared by ViT-B, L and H.
-
-    Lengths are input pixels for `image_side` and `patch`, tokens for `window`, channels for `*_dim`.
-    `global_layers` are the encoder layers that attend to the whole image instead of a window.
-    `multimask_outputs` is how many alternative masks the decoder offers beside its single one.
-    """
+    """Sizes of a Segment Anything model; the defaults are those that ViT-B, ViT-L and ViT-H share."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -21,13 +16,19 @@ class SamConfig(BaseModel):
     encoder_depth: PositiveInt
     encoder_heads: PositiveInt
     global_layers: tuple[NonNegativeInt, ...]
+    """The encoder layers that attend to the whole image instead of a window."""
     image_side: PositiveInt = 1024
+    """Side of the square input, in pixels."""
     patch: PositiveInt = 16
+    """Side of a patch, in pixels."""
     window: PositiveInt = 14
+    """Side of an attention window, in tokens."""
     prompt_dim: PositiveInt = 256
+    """Channels of the embedding, of prompts and of the decoder."""
     decoder_heads: PositiveInt = 8
     decoder_mlp_dim: PositiveInt = 2048
     multimask_outputs: NonNegativeInt = 3
+    """How many alternative masks the decoder predicts beside its single one."""
 
     @property
     def grid(self) -> int:
@@ -42,14 +43,14 @@ VIT_H = SamConfig(encoder_dim=1280, encoder_depth=32, encoder_heads=16, global_l
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedExpert:
-    """An expert whose weights are published elsewhere.
-
-    checkpoint: name of the official file. source: where to get it.
-    """
+    """An expert whose weights are published elsewhere."""
 
     config: SamConfig
+    """Sizes of the model."""
     checkpoint: str
+    """Name of the official file."""
     source: str
+    """Where to get that file."""
 
 
 _SAM_SOURCE = "https://dl.fbaipublicfiles.com/segment_anything/"
@@ -63,11 +64,9 @@ PUBLISHED_EXPERTS = {
     ),
 }
 
-EXPERT_NAMES = ("tiny", *PUBLISHED_EXPERTS)
-
 
 def read_config(path: Path) -> SamConfig:
-    """Read a `config.json`. ValueError names the file and the first field that is wrong."""
+    """Read a `config.json`. Raises ValueError, naming the file and the first invalid field."""
     try:
         return SamConfig.model_validate_json(path.read_text())
     except FileNotFoundError as error:

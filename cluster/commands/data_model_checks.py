@@ -1,4 +1,4 @@
-"""Checks of rows against the models that are to use them: a reasoner's limits, an expert's ceiling."""
+"""Checks of rows against the models that will use them: a reasoner's limits, and an expert's ceiling."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,13 +17,15 @@ from umrg.metrics import mask_dice
 from umrg.sample import Sample
 
 CEILING = 0.6
+"""The least Dice that an expert should reach with the reference box and points."""
 
 
 class PromptLimits:
-    """Prompts against what a model has positions for, and against a run's `rollout.max_prompt_tokens`."""
+    """Checks the length of prompts against a model's context length and a run's `rollout.max_prompt_tokens`, and
+    whether images must be shrunk."""
 
-    def __init__(self, prompter: Prompter, most: int) -> None:
-        self._prompter, self._most = prompter, min(most, prompter.positions)
+    def __init__(self, prompter: Prompter, max_tokens: int) -> None:
+        self._prompter, self._max_tokens = prompter, min(max_tokens, prompter.positions)
 
     def __call__(self, checked: CheckedRow) -> Iterator[Finding]:
         sample = checked.sample
@@ -34,17 +36,17 @@ class PromptLimits:
         except ValueError as error:
             yield Finding(check=OVER_LIMIT, message=str(error))
             return
-        if tokens > self._most:
+        if tokens > self._max_tokens:
             image = self._prompter.image_tokens(sample.size)
-            more = "" if self._most == self._prompter.positions else ", or raise rollout.max_prompt_tokens"
+            more = "" if self._max_tokens == self._prompter.positions else ", or raise rollout.max_prompt_tokens"
             message = (
-                f"the prompt has {tokens} tokens, {image} of them for the image, and {self._most} are allowed; shorten "
-                f"the question or make the image smaller{more}"
+                f"the prompt has {tokens} tokens, {image} of them for the image, and {self._max_tokens} are allowed; "
+                f"shorten the question or make the image smaller{more}"
             )
             yield Finding(check=OVER_LIMIT, message=message, degree=tokens)
-        yield from self._shrinking(sample)
+        yield from self._shrunk(sample)
 
-    def _shrinking(self, sample: Sample) -> Iterator[Finding]:
+    def _shrunk(self, sample: Sample) -> Iterator[Finding]:
         own = sample.size
         if own.width * own.height <= self._prompter.resize.max_pixels:
             return
@@ -63,8 +65,8 @@ class PromptLimits:
 
 
 class Oracle:
-    """An expert that is given the reference box and points: no answer can do better with it. Rows of one image, where
-    they follow each other, share its embedding."""
+    """Checks the Dice that an expert reaches with the reference box and points, the ceiling of any answer. Consecutive
+    rows of one image share its embedding."""
 
     def __init__(self, expert: Expert) -> None:
         self._expert = expert
@@ -83,7 +85,7 @@ class Oracle:
             yield Finding(check=LOW_CEILING, message=message, degree=1 - dice)
 
     def mask(self, sample: Sample, pixels: bytes | None = None) -> NDArray[np.bool_]:
-        """The expert's mask, bool [H, W]. pixels: digest of the image, by which it is known again."""
+        """The expert's mask, bool [H, W]. pixels: digest of the image, by which its embedding is found again."""
         known, embedding = self._embedded
         if embedding is None or pixels is None or pixels != known:
             embedding = self._expert.embed(sample.image())
@@ -91,11 +93,11 @@ class Oracle:
         return reference_mask(self._expert, embedding, sample.box, sample.points)
 
 
-def prompt_limits(model: Path, most: int) -> PromptLimits:
-    """The limits of a model folder. Raises ValueError where it is none."""
-    return PromptLimits(load_prompter(model_folder(model)), most)
+def prompt_limits(model: Path, max_tokens: int) -> PromptLimits:
+    """The check against a model folder. Raises ValueError where it is none."""
+    return PromptLimits(load_prompter(model_folder(model)), max_tokens)
 
 
 def load_oracle(expert: str) -> Oracle:
-    """The expert by that name, on a GPU where there is one. Raises ValueError for an unknown one."""
+    """The check with the expert of that name, on a GPU where there is one. Raises ValueError for an unknown name."""
     return Oracle(load_expert(expert, device="cuda" if torch.cuda.is_available() else "cpu"))
