@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from reasoner.model import Reasoner
 
 MAX_TOKENS = 2048
-"""Longest completion, in tokens."""
+"""Longest completion by default, in tokens. A service has its own limit, `rollout.max_tokens`."""
 
 _DTYPES = ("float32", "bfloat16")
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
@@ -98,8 +98,8 @@ class Grounding:
 class Grounder:
     """A reasoner and a frozen expert, loaded into this process.
 
-    It decodes greedily, as the service does: in float32 both give the same answer; in bfloat16 the answers agree up to
-    rounding, which may change single tokens.
+    It decodes greedily, as the service does: in float32 both give the same answer, up to the shorter of their token
+    limits; in bfloat16 the answers agree up to rounding, which may change single tokens.
     """
 
     def __init__(self, reasoner: "Reasoner", expert: "Expert") -> None:
@@ -141,11 +141,13 @@ class Grounder:
         reasoner = load_reasoner(config.model, spec, device=device, dtype=getattr(torch, dtype))
         return cls(reasoner, load_expert(str(expert), checkpoint=weights, device=device))
 
-    def ground(self, image: str | Path | Image.Image | NDArray[np.uint8], query: str) -> Grounding:
+    def ground(
+        self, image: str | Path | Image.Image | NDArray[np.uint8], query: str, *, max_tokens: int = MAX_TOKENS
+    ) -> Grounding:
         """Answer a query about an image, and draw the mask.
 
         image: path of a file, PIL image, or array uint8 [H, W, 3] in RGB. Of a file with several pages, or with more
-        than 8 bits a channel, `read_image` makes such an array.
+        than 8 bits a channel, `read_image` makes such an array. max_tokens: longest completion.
         Raises ValueError for what is no image, for an empty query, and for a prompt that is too long for the model.
         """
         from actors.experts.drawing import draw_masks
@@ -159,7 +161,7 @@ class Grounder:
                 f"the prompt has {len(prompt.token_ids)} tokens, {prompt.image.tokens} of them for the image, and the "
                 f"model has {self.reasoner.positions} positions; shorten the question or make the image smaller"
             )
-        (completion,) = self.reasoner.generate([prompt], max_tokens=min(MAX_TOKENS, room))
+        (completion,) = self.reasoner.generate([prompt], max_tokens=min(max_tokens, room))
         answer = parse_answer(completion).to_original(prompt.image.frames, self.reasoner.prompt.frame)
         mask, score = draw_masks(self.expert, self.expert.embed(pixels), [answer]).get(0, (None, None))
         return Grounding(answer=answer, completion=completion, image=pixels, mask=mask, score=score)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from cluster.evaluation import collect
-from cluster.weight_sync import TOLERANCE
 from phantoms import rows
 from reasoner.model import Reasoner
 from serving import Grounder
@@ -62,10 +61,8 @@ def test_a_served_answer_is_the_grounders(address, samples):
     """vLLM there, transformers here, both in float32."""
     grounder = Grounder.load(TINY_REASONER)
     for sample in samples:
-        found, here = (
-            post(address, sample.image_bytes, sample.query).json(),
-            grounder.ground(sample.image(), sample.query),
-        )
+        found = post(address, sample.image_bytes, sample.query).json()
+        here = grounder.ground(sample.image(), sample.query)
         assert found["completion"] == here.completion and found["reasoning"] == here.reasoning
         assert found["box"] == (list(here.box) if here.box else None)
         assert found["points"] == ([list(point) for point in here.points] if here.points else None)
@@ -91,13 +88,13 @@ def log_probs(reasoner: Reasoner, sample, text):
 
 
 def test_in_bfloat16_the_grounder_finds_the_float32_answer_as_likely(samples):
-    """Within the tolerance that engine and learner have in bfloat16. A greedy completion would be no test: rounding may
-    turn a close choice between two digits, on each machine another."""
+    """In nats a token, where rounding leaves 0.003. Greedy digits may differ: rounding decides between close ones, on
+    each machine otherwise."""
     exact, rounded = (Grounder.load(TINY_REASONER, dtype=dtype) for dtype in ("float32", "bfloat16"))
     for sample in samples:
         answer = exact.ground(sample.image(), sample.query)
         expected, found = (log_probs(each.reasoner, sample, answer.completion) for each in (exact, rounded))
-        assert 0 < (found - expected).abs().mean() < TOLERANCE["bfloat16"]
+        assert 0 < (found - expected).abs().mean() < 0.05
         assert rounded.ground(sample.image(), sample.query).answer.form == answer.answer.form
 
 
