@@ -1,8 +1,8 @@
 """The metrics of one answer against its reference: their names, their titles and how they are computed.
 
 A new metric needs a title in `METRICS` and, unless it takes masks of its own (`actors.segmenter.ablation_metrics`), a
-function in `_OF_BOX_AND_POINTS` or `_OF_MASKS`. Records, tables and pages then show it. Higher is
-better for every metric, and a malformed answer has 0: report an error as one minus it.
+function in `_OF_BOX_AND_POINTS` or `_OF_MASKS`. Records, tables and pages then show it. Higher is better for every
+metric, and a malformed answer has 0, so a metric that measures an error is reported as one minus the error.
 """
 
 from collections.abc import Callable, Mapping

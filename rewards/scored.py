@@ -25,7 +25,7 @@ class ScoredAnswer:
     failure: str | None
     """Why the answer is not well formed; None where it is."""
     metrics: Mapping[str, float]
-    """ScoringDepth against the reference, by name; those of masks only where masks were decoded."""
+    """Measured against the reference, by name; those of masks only where masks were decoded."""
     mask: Mapping[str, object] | None = field(default=None, repr=False)
     """The expert's mask, COCO run-length encoded [H, W]; None where none was decoded."""
     expert_score: float | None = None
