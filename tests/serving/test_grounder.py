@@ -1,6 +1,9 @@
-"""One image, from the command line."""
+"""One image, from the command line and from Python."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +14,14 @@ from cluster.cli import TINY_REASONER, main
 from phantoms import draw
 from reasoner.model import Reasoner
 from reasoner.prompter import load_prompter
+from serving import Grounder
+from serving.grounder import check_savable
+from tests.conftest import ROOT
 from tests.encoded_images import BLOCKS, DEEP, encoded, pages, stack, turned
 from umrg.images import decode_image, decode_mask, encode_png
 from umrg.windowing import Window
+
+QUERY = "Which organ pumps the blood?"
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +40,7 @@ def run(monkeypatch, *arguments: str) -> int:
 
 
 def test_an_answer_is_printed_and_its_pictures_are_saved(monkeypatch, capsys, tmp_path, image):
-    code = run(monkeypatch, "ground", str(image), "Which organ pumps the blood?", "--out", str(tmp_path / "out"))
+    code = run(monkeypatch, "ground", str(image), QUERY, "--out", str(tmp_path / "out"))
     printed = capsys.readouterr().out
     assert code == 0
     assert "reasoning" in printed and "box" in printed and "points" in printed
@@ -116,6 +124,31 @@ def test_a_folder_that_cannot_be_written_to_is_one_line(monkeypatch, capsys, ima
 
 
 @pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("chest", "chest.json: Is a directory; a folder is in the way"),
+        ("n" * 245, "File name too long; give a shorter name"),
+    ],
+)
+def test_what_cannot_be_saved_is_said_before_a_model_is_loaded(monkeypatch, capsys, tmp_path, name, said):
+    (tmp_path / f"{name}.png").write_bytes(encode_png(BLOCKS))
+    (tmp_path / "out" / "chest.json").mkdir(parents=True)
+    monkeypatch.setattr(Grounder, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    assert run(monkeypatch, "ground", str(tmp_path / f"{name}.png"), "What?", "--out", str(tmp_path / "out")) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_seeing_whether_files_can_be_saved_leaves_no_trace(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "a.json").write_text("{}")
+    for folder in (tmp_path / "there", tmp_path / "new" / "deep"):
+        check_savable(folder, "a")
+    assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["there", "a.json"]
+    assert (tmp_path / "there" / "a.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
     ("file", "options", "picture"),
     [
         (encoded(DEEP[..., 0], "PNG"), ("--window", "-600,140000"), Window(-600, 140000).apply(DEEP[..., 0])),
@@ -140,3 +173,71 @@ def test_of_an_answer_that_loops_the_beginning_is_shown(monkeypatch, capsys, tmp
     assert "no usable box and points" in printed and "12007 characters; all of them are in the JSON file" in printed
     assert len(printed) < 600
     assert json.loads((tmp_path / "chest.json").read_text())["completion"] == looping
+
+
+@pytest.fixture(scope="module")
+def grounder():
+    return Grounder.load(TINY_REASONER, "tiny")
+
+
+def test_a_path_a_picture_and_an_array_are_answered_alike(grounder, tmp_path, image):
+    with Image.open(image) as picture:
+        answers = [grounder.ground(each, QUERY) for each in (image, str(image), picture, np.asarray(picture))]
+    first = answers[0]
+    assert first.box is not None and first.mask is not None and first.mask.any()
+    assert all(other.completion == first.completion for other in answers)
+    assert all(np.array_equal(other.mask, first.mask) for other in answers)
+    assert first.overlay().shape == first.image.shape and len(first.save(tmp_path, "chest")) == 3
+
+
+def test_a_picture_is_seen_as_its_file_would_be(monkeypatch, grounder):
+    monkeypatch.setattr(Reasoner, "generate", lambda self, prompts, max_tokens: ["no answer"])
+    picture = Image.fromarray(BLOCKS)
+    picture.getexif().update(turned(6))
+    assert np.array_equal(grounder.ground(picture, "What?").image, np.rot90(BLOCKS, -1))
+    for mode in ("1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr"):
+        assert grounder.ground(Image.fromarray(BLOCKS).convert(mode), "What?").image.shape == BLOCKS.shape
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "said"),
+    [
+        (DEEP[..., :3], ValueError, r"uint8 \[H, W, 3\], this one is uint16 \[20, 30, 3\]"),
+        (BLOCKS[..., 0], ValueError, r"this one is uint8 \[48, 64\]"),
+        (BLOCKS[:0], ValueError, r"this one is uint8 \[0, 64, 3\]"),
+        (Image.new("I;16", (30, 20)), ValueError, "more than 8 bits a channel"),
+        (Image.new("F", (30, 20)), ValueError, "more than 8 bits a channel"),
+        (b"bytes", TypeError, "a path, a PIL image or an array, not bytes"),
+        ("none.png", ValueError, "none.png is not a file"),
+    ],
+    ids=["uint16", "gray", "empty", "I;16", "F", "bytes", "path"],
+)
+def test_what_is_no_image_is_refused(grounder, image, error, said):
+    with pytest.raises(error, match=said):
+        grounder.ground(image, "What?")
+
+
+def test_a_question_longer_than_the_model_reads_is_refused(grounder):
+    with pytest.raises(ValueError, match="and the model has 32768 positions; shorten the question"):
+        grounder.ground(BLOCKS, "lung " * 40_000)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"device": "nope"}, "the device 'nope' cannot be used"),
+        ({"dtype": "float16"}, "a reasoner's dtype is one of float32, bfloat16"),
+        ({"expert": "tinny"}, "the nearest expert is 'tiny'"),
+        ({"prompt": "fulll"}, "did you mean 'full'"),
+        ({"model": "none"}, "none is not a model folder"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named(settings, said):
+    with pytest.raises(ValueError, match=said):
+        Grounder.load(**{"model": TINY_REASONER, **settings})
+
+
+def test_the_interface_is_imported_without_torch():
+    seen = "import sys, serving; print({'torch', 'transformers', 'ray', 'vllm'} & sys.modules.keys())"
+    found = subprocess.run([sys.executable, "-c", seen], cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert found.stdout == "set()\n", found.stderr
