@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import yaml
 from numpy.typing import ArrayLike
 from rich.console import Console
 from rich.table import Table
@@ -16,7 +15,7 @@ from cluster.evaluation import SUMMARY_METRICS
 from cluster.figures import greedy_record, interval
 from cluster.records import Record, read_results, read_samples
 from cluster.report import write_comparison_report
-from cluster.run_folder import RunFolder
+from cluster.run_folder import RunFolder, kept_config
 from rewards.answer_metrics import METRICS
 
 RecordsByRow = Mapping[str, Sequence[Record]]
@@ -81,7 +80,7 @@ def compare(first: Path, second: Path, out: Path | None = None) -> Path:
     console.print(_table(names, differences, len(shared)))
     if note := _lenience(names, (before, after)):
         console.print(note)
-    config = EvaluateConfig.model_validate(yaml.safe_load((second / "config.yaml").read_bytes()))
+    config = kept_config(EvaluateConfig, second)
     rows = [sample for sample in open_held_out(config, RunFolder(second)) if sample.id in before]
     path = out or second / "report" / f"compared-with-{first.name}.html"
     return write_comparison_report(path, names, differences, rows, answers, note=note)

@@ -56,10 +56,15 @@ def _is_name(value: str) -> str:
 
 Name = Annotated[str, AfterValidator(_is_name)]
 
-Every = Annotated[Literal["auto"] | int, BeforeValidator(_is_every, json_schema_input_type=Literal["auto"] | int)]
+Every = Annotated[
+    Literal["auto"] | int, BeforeValidator(_is_every, json_schema_input_type=Literal["auto"] | NonNegativeInt)
+]
 """A number of steps, 0 for the last one alone, or "auto", by time."""
 
-Resume = Annotated[Literal["never", "auto"] | Path, BeforeValidator(_is_resume, json_schema_input_type=str)]
+Resume = Annotated[
+    Literal["never", "auto"] | Path,
+    BeforeValidator(_is_resume, json_schema_input_type=Literal["never", "auto"] | Path),
+]
 
 
 class PhantomConfig(Config):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -23,6 +23,7 @@ from umrg.config import Config
 
 SUMMARY = "summary.json"
 Status = Literal["running", "ended", "interrupted", "failed"]
+C = TypeVar("C", bound=Config)
 
 _REMOVED = {"rollout.reset_caches"}
 """Keys of older runs' config.yaml that mean nothing anymore."""
@@ -239,8 +240,18 @@ def refuse_rays_cache(path: Path) -> None:
 def _as_read_now(schema: type[Config], kept: Mapping[str, Any]) -> dict[str, Any]:
     """A run's configuration by dotted key. Keys that are younger than the run have their defaults in it, and older
     names are translated."""
-    translated = {RENAMED.get(key, key): value for key, value in flat(kept).items() if key not in _REMOVED}
+    translated = _translated(kept)
     try:
         return flat(schema.model_validate(nested(translated)).model_dump(mode="json"))
     except ValidationError:
         return translated
+
+
+def kept_config(schema: type[C], run: Path) -> C:
+    """The configuration in a run's folder, which an earlier version may have written."""
+    return schema.model_validate(nested(_translated(yaml.safe_load((run / "config.yaml").read_bytes()))))
+
+
+def _translated(kept: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's configuration by dotted key, in today's names."""
+    return {RENAMED.get(key, key): value for key, value in flat(kept).items() if key not in _REMOVED}

@@ -33,6 +33,9 @@ SCHEMAS: Mapping[str, type[Config]] = {
 }
 """The configurations by the command that reads them."""
 
+_SAME_MODEL = {"model_validate", "model_copy"}
+"""Methods that return an instance of the model that they are called on."""
+
 _INTRODUCTION = """\
 # Configuration
 
@@ -201,6 +204,9 @@ class _Reader(ast.NodeVisitor):
         """The configuration models that an expression may be of."""
         if isinstance(value, ast.Name):
             return self._names.get(value.id, set())
+        if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr in _SAME_MODEL:
+            made_by = value.func.value
+            return self._kinds(made_by) or {ast.unparse(made_by)} & self._models.keys()
         if not isinstance(value, ast.Attribute):
             return set()
         if isinstance(value.value, ast.Name) and value.value.id == "self" and value.attr in self._attributes:
@@ -269,7 +275,10 @@ def _default(key: Key) -> str:
     if value is PydanticUndefined:
         return "required"
     if isinstance(value, BaseModel):
-        return "default: its keys' defaults"
+        others = ", ".join(
+            f"{name} {value}" for name, value in value.model_dump(mode="json", exclude_unset=True).items()
+        )
+        return "default: its keys' defaults" + (f", but {others} if the section is not given" if others else "")
     plain = TypeAdapter(Any).dump_python(value, mode="json")
     return f"default: {json.dumps(plain)}"
 

@@ -14,7 +14,7 @@ import yaml
 from cluster import lease
 from cluster.config import load_config
 from cluster.lease import LeaseLost, leased
-from cluster.run_folder import RunFolder
+from cluster.run_folder import RunFolder, kept_config
 from tests.conftest import ROOT
 from umrg.config import Config, MayChange
 from umrg.prompts import ReasonerConfig
@@ -69,6 +69,7 @@ def test_a_run_folder_of_an_earlier_version_resumes(tmp_path, demo_config):
     (run.path / "config.yaml").write_text(yaml.safe_dump(kept))
     with pytest.raises(ValueError, match="was made with another dynamic_sampling_retries, seed;"):
         RunFolder.begin(run.path, demo_config(f"runs={tmp_path}", "seed=5"), resume=True)
+    assert kept_config(type(config), run.path) == config
     RunFolder.begin(run.path, config, resume=True)
     assert "reset_caches" not in (run.path / "config.yaml").read_text()
 

@@ -7,7 +7,8 @@ import sys
 import pytest
 import yaml
 
-from cluster.config import EvaluateConfig, TrainConfig, load_config, save_config
+from cluster.config import EvaluateConfig, SftConfig, TrainConfig, load_config, save_config
+from cluster.config_keys import flat, may_change
 from tests.conftest import ROOT
 
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not re.search("sft|evaluate", path.name))
@@ -91,3 +92,23 @@ def test_a_file_takes_the_place_of_phantoms(tmp_path):
 def test_a_key_of_an_earlier_version_is_answered_with_its_name(demo_config):
     with pytest.raises(ValueError, match="unknown key 'refill'; its name is 'dynamic_sampling_retries'"):
         demo_config("refill=2")
+
+
+OF_AN_ACTOR = {"num_cpus", "num_gpus", "threads"}
+OF_A_RANK = {*OF_AN_ACTOR, "zero_stage", "offload", "micro_batch_tokens", "gradient_checkpointing", "ranks"}
+OF_A_RUN = {"runs", "placement", "deadlines.resources", "deadlines.start", "deadlines.step"}
+OF_LEARNING = {"steps", "resume", "checkpoint_every", "keep"} | {f"learner.{key}" for key in OF_A_RANK}
+OF_INFERENCE = {f"{role}.{key}" for role in ("rollout", "segmenter") for key in {*OF_AN_ACTOR, "actors"}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "name", "expected"),
+    [
+        (TrainConfig, "demo", OF_A_RUN | OF_LEARNING | OF_INFERENCE | {"keep_best"}),
+        (EvaluateConfig, "evaluate_demo", OF_A_RUN | OF_INFERENCE),
+        (SftConfig, "tiny_reasoner_sft", OF_A_RUN | OF_LEARNING | {"patience"}),
+    ],
+)
+def test_the_keys_that_may_change_on_resume(schema, name, expected):
+    config = load_config(schema, ROOT / "configs" / f"{name}.yaml")
+    assert {key for key in flat(config.model_dump(mode="json")) if may_change(schema, key)} == expected

@@ -78,5 +78,14 @@ UNSEEN = {"staleness"}
 """Only its validator reads it: anything but 0 is refused."""
 
 
+def test_what_a_class_method_of_a_model_returns_is_followed():
+    """`config = ServeConfig.model_validate(args)`"""
+    assert any(use.startswith("serving/app.py:") for use in uses(all_keys()["segmenter.num_cpus"]["serve"]))
+
+
+def test_a_section_may_have_defaults_of_its_own():
+    assert "default: its keys' defaults, but num_cpus 0.1 if the section is not given" in printed("segmenter")
+
+
 def test_schemas_are_named_by_their_commands():
     assert set(SCHEMAS) == {"train", "evaluate", "sft", "serve"}
