@@ -137,6 +137,7 @@ class RolloutPool:
             owners[id], actor = actors[i % len(actors)]
             calls[id] = actor.sample.remote(refs.group, sampling)
         doing = "sampling"
+        # Each result is fetched for the errors in it, so that they name the rollout; the reference goes on.
         for id, _ in as_completed(calls, owners, seconds=self._deadlines.step, doing=doing, meanwhile=meanwhile):
             yield id, calls[id]
 

@@ -222,9 +222,8 @@ class Checkpoints(CheckpointFolder):
         self._prune()
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Let the learner go on from a checkpoint, this run's or another's, and forget this run's later ones."""
+        """Let the learner go on from a checkpoint, this run's or another's. Later ones stay until `rewind`."""
         self._learner.load(checkpoint.folder)
-        self.rewind(checkpoint.state.step)
 
     def rewind(self, step: int) -> None:
         """Remove the checkpoints after the step that the run resumes from."""

@@ -32,7 +32,8 @@ _GROUP_STATISTICS = ("std", "zero_variance_groups", "resampled_groups")
 class ShowProgress(Protocol):
     """Shows how many units are done, and a short text such as the current loss."""
 
-    def __call__(self, done: int, text: str = "") -> None: ...
+    def __call__(self, done: int, text: str = "", *, at_once: bool = False) -> None:
+        """at_once: print the plain line also if the last one was just printed."""
 
 
 @contextmanager
@@ -48,10 +49,10 @@ def progress(
         task = bar.add_task(what, total=total, completed=done, text="")
         last_line = time.monotonic()
 
-        def show(done: int, text: str = "") -> None:
+        def show(done: int, text: str = "", *, at_once: bool = False) -> None:
             nonlocal last_line
             bar.update(task, completed=done, text=text)
-            if not console.is_terminal and time.monotonic() > last_line + LINE_EVERY_S:
+            if not console.is_terminal and (at_once or time.monotonic() > last_line + LINE_EVERY_S):
                 last_line = time.monotonic()
                 _print_line(console, f"{what}: {done} of {total} {unit}" + (f"  {text}" if text else ""))
 

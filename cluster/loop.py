@@ -39,7 +39,7 @@ class Loop:
             hold=run.hold,
         )
         self.cursor = Cursor(seed=config.seed)
-        """Where the data goes on."""
+        """Position in the shuffled data."""
         self.step = 0
         """Steps taken so far."""
 
@@ -54,9 +54,9 @@ class Loop:
 
     def resume(self, checkpoint: Checkpoint | None) -> int:
         """Resume from a checkpoint, if there is one. Returns how many bytes of metrics.jsonl to keep: 0 for the
-        checkpoint of another run, whose metrics are not this run's."""
+        checkpoint of another run, whose metrics are not this run's. The caller drops what came later, once nothing can
+        refuse the checkpoint any more."""
         if checkpoint is None:
-            self.checkpoints.rewind(0)
             return 0
         self.checkpoints.load(checkpoint)
         self.step, self.cursor = checkpoint.state.step, checkpoint.state.cursor

@@ -30,7 +30,7 @@ from umrg.sample import Sample
 from umrg.shuffling import batches
 
 _SHOWN = ("loss", "validation_loss")
-"""Metrics shown beside the progress."""
+"""Metrics shown beside the progress, each with its latest value."""
 
 
 def sft(config: SftConfig) -> RunFolder:
@@ -99,10 +99,12 @@ class Finetuning(Loop):
         """Resume or begin, take all steps, and leave the best model behind; without validation that is the last one."""
         started = time.monotonic()
         self.resume(checkpoint)
+        shown: dict[str, str] = {}
         with progress("sft", self.config.steps, done=self.step, unit="steps") as show:
             for images in self.batches():
                 line = self.take_step(images)
-                show(self.step, "  ".join(f"{name} {line[name]:.4f}" for name in _SHOWN if name in line))
+                shown |= {name: f"{name} {line[name]:.4f}" for name in _SHOWN if name in line}
+                show(self.step, "  ".join(shown.values()), at_once="validation_loss" in line)
         chosen = self.export_model(checkpoint, best=bool(self.images.held_out))
         seconds = {"sft": round(time.monotonic() - started, 2)}
         self.run.tell("ended", steps=self.step, model_of_step=chosen.state.step, seconds=seconds)
@@ -144,6 +146,7 @@ class Finetuning(Loop):
         if checkpoint:
             print(f"resumed after step {self.step}", flush=True)
         self.run.rewind(self.step, position)
+        self.checkpoints.rewind(self.step)
         self.validations = [line["validation_loss"] for line in self.run.metrics() if "validation_loss" in line]
         return position
 

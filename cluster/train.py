@@ -169,6 +169,7 @@ class Training(Loop):
             sync_weights(self.workers, version=self.step)
             self.display.resumed(self.step)
         self.journal.rewind(self.step, position)
+        self.checkpoints.rewind(self.step)
         self.canary.check(self.workers)
         return position
 

@@ -146,7 +146,7 @@ class _Reader(ast.NodeVisitor):
         inside = dict(self._names)
         if node.name in self._models:
             self._names["self"] = {node.name}
-        # Twice: a method may use what a later one, or a base's constructor, assigns.
+        # Annotated attributes first: a method above them may read them.
         for each in (*(n for n in node.body if isinstance(n, ast.AnnAssign)), *node.body):
             self.visit(each)
         self._attributes, self._names = before, inside

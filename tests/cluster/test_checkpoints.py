@@ -263,8 +263,11 @@ def test_a_failed_write_is_an_error(tmp_path):
 def test_going_on_from_an_older_one_forgets_what_came_after(two, tmp_path):
     folder = tmp_path / "checkpoints"
     shutil.copytree(two, folder)
-    checkpoints = Checkpoints(folder, Learner(), keep=2, keep_best=0)
-    assert Checkpoint.open(folder / "step-000010").state.cursor.position == 10
+    learner = Learner()
+    checkpoints = Checkpoints(folder, learner, keep=2, keep_best=0)
+    checkpoints.load(Checkpoint.open(folder / "step-000010"))
+    assert learner.content == b"state of step 10"
+    assert checkpoints.steps() == [10, 20], "until all else has accepted it"
     checkpoints.rewind(10)
     assert checkpoints.steps() == [10] and latest(folder).state.step == 10
 

@@ -107,7 +107,10 @@ def test_in_bfloat16_the_grounder_finds_the_float32_answer_as_likely(samples):
         answer = exact.ground(sample.image(), sample.query)
         expected, found = (log_probs(each.reasoner, sample, answer.completion) for each in (exact, rounded))
         assert 0 < (found - expected).abs().mean() < 0.05
-        assert rounded.ground(sample.image(), sample.query).answer.form == answer.answer.form
+        written = rounded.ground(sample.image(), sample.query).completion
+        logits, tokens = answer_logits(exact.reasoner, sample, written)
+        behind = logits.max(dim=1).values - logits.gather(1, tokens[:, None])[:, 0]
+        assert behind.max() < 0.25, "no token that bfloat16 chose is far behind the likeliest in float32"
 
 
 def test_bad_requests_are_told_what_to_change(address, samples):
