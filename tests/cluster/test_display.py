@@ -69,10 +69,12 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch):
     with progress("sft", 20, done=3, unit="steps", console=Console(file=text)) as show:
         show(4, "loss 0.5000")
         assert text.getvalue() == "", "the first line comes after some seconds"
+        show(4, "validation_loss 0.6000", at_once=True)
+        assert text.getvalue() == "sft: 4 of 20 steps  validation_loss 0.6000\n"
         monkeypatch.setattr("cluster.display.LINE_EVERY_S", -1.0)
         show(5, "loss 0.2500")
         show(6)
-    assert text.getvalue().splitlines() == ["sft: 5 of 20 steps  loss 0.2500", "sft: 6 of 20 steps"]
+    assert text.getvalue().splitlines()[1:] == ["sft: 5 of 20 steps  loss 0.2500", "sft: 6 of 20 steps"]
 
 
 def test_progress_on_a_terminal_is_a_bar():
