@@ -28,8 +28,8 @@ class Reasoner(Prompter):
         width = max(len(prompt.token_ids) for prompt in prompts)
         ids = torch.full((len(prompts), width), self.processor.tokenizer.pad_token_id)
         # Padded on the left, because generation continues at the right end of each sequence.
-        for row, prompt in zip(ids, prompts, strict=True):
-            row[width - len(prompt.token_ids) :] = prompt.token_ids
+        for sequence, prompt in zip(ids, prompts, strict=True):
+            sequence[width - len(prompt.token_ids) :] = prompt.token_ids
         attention = torch.stack([torch.arange(width) >= width - len(prompt.token_ids) for prompt in prompts]).long()
         output = self.model.generate(
             input_ids=ids.to(self.model.device),
