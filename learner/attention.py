@@ -1,36 +1,36 @@
 """Attention over a packed sequence of prefix trees, each a prefix and its branches, without a mask.
 
-    packed sequence   p p p p a a a b b | q q c c c
-    spans             4 + (3, 2)        | 2 + (3)
+    packed sequence   p p p p | a a a | b b ‖ q q | c c c
+    chunks            ├──────┤├─────┤├───┤  ├───┤├─────┤     each sees itself, causally
+    across                    └──► p ◄──┘         └──► q      a branch sees its whole prefix
 
 A token of a branch sees the whole prefix, and its own branch up to itself. Its attention is therefore two attentions:
-over the prefix, all of which is visible, and over the branch, which is plainly causal. Each is one call of torch's
-flash kernel, and the two results are merged by their log-sum-exps (Hydragen does this for inference, Juravsky et al.
-2024, arXiv:2402.05099). Given the merged output and log-sum-exp, the kernel's backward returns each part's share of
-the gradient, so nothing of the size of a mask, or of prefix times branches, is ever allocated.
+over the branch, which is plainly causal, as that of a prefix is, and over the prefix, all of which is visible. Each is
+one call of a variable-length kernel (`learner.kernels`) for the whole packed sequence, and the two results are merged
+by their log-sum-exps (Hydragen does this for inference, Juravsky et al. 2024, arXiv:2402.05099). Given the merged
+output and log-sum-exp, the kernel's backward returns each part's share of the gradient, so nothing of the size of a
+mask, or of prefix times branches, is ever allocated.
 
-On a GPU the same packed sequence goes through flex-attention with a block mask.
+The vision tower attends within windows. On a GPU they too go through one call a layer; transformers would make one call
+a window.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.flex_attention import flex_attention_forward
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "shared_prefix"
+from learner.kernels import Kernel, Segments, kernel_for
 
-# torch's public `scaled_dot_product_attention` returns the output alone. Merging needs the log-sum-exp too, and a
-# backward that takes the merged pair, so the operators beneath it are called. Those of the CPU have this suffix; the
-# CUDA kernels have other signatures and no float32, and GPUs are given a block mask instead.
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+TEXT, VISION = "shared_prefix", "flash_segments"
+"""Names of our attentions in `_attn_implementation`. transformers hands a tower's windows to the attention as a whole
+where its name contains "flash", and splits them otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,156 +48,214 @@ class Span:
     def end(self) -> int:
         return self.start + self.prefix + sum(self.branches)
 
-    @cached_property
-    def padded(self) -> torch.Tensor:
-        """[n * L] int64: for each place of the branches as a padded batch [n, L], which token after the prefix lies
-        there. A branch shorter than L repeats its last token."""
-        starts = [0, *accumulate(self.branches)][:-1]
-        steps = torch.arange(max(self.branches))
-        return torch.cat(
-            [start + steps.clamp(max=length - 1) for start, length in zip(starts, self.branches, strict=True)]
-        )
 
-    @cached_property
-    def unpadded(self) -> torch.Tensor:
-        """[B] int64: the place of each of the B branch tokens in the padded batch, flattened."""
-        width = max(self.branches)
-        return torch.cat([i * width + torch.arange(length) for i, length in enumerate(self.branches)])
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """Where the prefix trees of a packed sequence lie."""
 
-    spans: tuple[Span, ...]
-    """One per tree, in order and without gaps."""
+    chunks: Segments
+    """Each prefix and each branch, which sees itself causally."""
+    across: Segments | None
+    """The branch tokens of each tree, which see its prefix; None where no tree has a branch."""
+    branch_rows: torch.Tensor
+    """int64 [B]: positions of all branch tokens."""
+    prefix_rows: torch.Tensor
+    """int64 [P]: positions of the tokens of all prefixes that have branches."""
 
-    def mask(self, device: torch.device) -> BlockMask:
-        """The same visibility as a block mask for flex-attention."""
-        lengths = torch.tensor([span.end - span.start for span in self.spans])
-        tree = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(device)
-        branch = torch.cat([_branch_indices(span) for span in self.spans]).to(device)
+    @classmethod
+    def of(cls, spans: Sequence[Span]) -> Self:
+        """spans: one per tree, in order and without gaps."""
+        chunks = [length for span in spans for length in (span.prefix, *span.branches)]
+        counts = [len(span.branches) for span in spans]
+        firsts = [0, *accumulate(count + 1 for count in counts)]
+        batches = [
+            each
+            for first, count in zip(firsts, counts, strict=False)
+            for each in (range(first, first + 1), range(first + 1, first + 1 + count))
+            if each
+        ]
+        grown = [span for span in spans if span.branches]
+        return cls(
+            chunks=Segments.of(chunks, chunks, causal=True, batches=tuple(batches)),
+            across=Segments.of([sum(s.branches) for s in grown], [s.prefix for s in grown], causal=False)
+            if grown
+            else None,
+            branch_rows=_rows([(span.start + span.prefix, span.end) for span in grown]),
+            prefix_rows=_rows([(span.start, span.start + span.prefix) for span in grown]),
+        )
 
-        def sees(_batch: torch.Tensor, _head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-            prefix_or_own = (branch[k] == 0) | (branch[k] == branch[q])
-            return (tree[k] == tree[q]) & prefix_or_own & (k <= q)
-
-        return create_block_mask(sees, B=None, H=None, Q_LEN=len(tree), KV_LEN=len(tree), device=str(device))
-
-
-def _branch_indices(span: Span) -> torch.Tensor:
-    """Of each token: 0 in the prefix, i in the i-th branch."""
-    lengths = torch.tensor([span.prefix, *span.branches])
-    return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    def to(self, device: str | torch.device) -> Self:
+        """The same, with indices on another device."""
+        return replace(
+            self,
+            chunks=self.chunks.to(device),
+            across=self.across and self.across.to(device),
+            branch_rows=self.branch_rows.to(device),
+            prefix_rows=self.prefix_rows.to(device),
+        )
 
 
-def use_shared_prefix(model: Any) -> None:
-    """Let a Qwen-VL model take a `Layout` or a `BlockMask` as the argument `shared_prefix`; without one it works as
-    before."""
-    model.config.text_config._attn_implementation = NAME
+def _rows(bounds: Sequence[tuple[int, int]]) -> torch.Tensor:
+    return torch.cat([torch.arange(start, end) for start, end in bounds] or [torch.arange(0)])
 
 
-def attend(
+def use_shared_prefix(model: Any, *, kernel: Kernel | None = None) -> None:
+    """Let a Qwen-VL model take a `Layout` as the argument `shared_prefix`; without one it works as before. On a GPU its
+    vision tower attends to all windows at once. kernel: of all attention, the tower's too; None for that of each
+    tensor's device and precision."""
+    suffix = "" if kernel is None else f"_{type(kernel).__name__}"
+    if kernel is not None:
+        _register(kernel, suffix)
+    model.config.text_config._attn_implementation = TEXT + suffix
+    if kernel is not None or next(model.parameters()).device.type != "cpu":
+        model.config.vision_config._attn_implementation = VISION + suffix
+
+
+def _register(kernel: Kernel | None, suffix: str = "") -> None:
+    """Tell transformers of both attentions, which it looks up by the name in `_attn_implementation`."""
+    AttentionInterface.register(TEXT + suffix, partial(_attend, kernel))
+    AttentionInterface.register(VISION + suffix, partial(_attend_windows, kernel))
+    # The mask function serves calls without a layout.
+    AttentionMaskInterface.register(TEXT + suffix, sdpa_mask)
+
+
+def _attend(
+    kernel: Kernel | None,
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: Any,
-    shared_prefix: Layout | BlockMask | None = None,
+    shared_prefix: Layout | None = None,
     **rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' attention interface: query [1, H, S, D], key and value [1, K, S, D] → [1, S, H, D]."""
-    if isinstance(shared_prefix, BlockMask):
-        found = flex_attention_forward(module, query, key, value, shared_prefix, **rest)
-        return found[0], None
     if shared_prefix is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **rest)[0], None
-    # The CPU kernel knows no grouped-query attention: each key-value head is repeated for its query heads.
-    heads = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, heads), repeat_kv(value, heads)
-    parts = []
-    for span in shared_prefix.spans:
-        q, k, v = (each[:, :, span.start : span.end] for each in (query, key, value))
-        parts.append(_SharedPrefix.apply(q, k, v, span, rest["scaling"]))  # type: ignore[no-untyped-call]
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+    kernel = kernel or kernel_for(query.device, query.dtype)
+    rows = (each[0].transpose(0, 1) for each in (query, key, value))
+    return shared_prefix_attention(*rows, shared_prefix, kernel, rest["scaling"])[None], None
 
 
-# transformers looks both up by the name in `_attn_implementation`. The mask function serves calls without a layout.
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+def _attend_windows(
+    kernel: Kernel | None,
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    *,
+    cu_seq_lens_q: torch.Tensor,
+    max_length_q: int,
+    scaling: float,
+    **rest: Any,
+) -> tuple[torch.Tensor, None]:
+    """The same interface as transformers calls it for a vision tower. cu_seq_lens_q: the windows' bounds, int32
+    [windows + 1]; max_length_q: rows of the longest."""
+    windows = Segments(
+        query_bounds=cu_seq_lens_q,
+        key_bounds=cu_seq_lens_q,
+        longest_query=max_length_q,
+        longest_key=max_length_q,
+        causal=False,
+    )
+    rows = (each[0].transpose(0, 1) for each in (query, key, value))
+    found: torch.Tensor = _Within.apply(  # type: ignore[no-untyped-call]
+        *rows, windows, kernel or kernel_for(query.device, query.dtype), scaling
+    )
+    return found[None], None
 
 
-class _SharedPrefix(torch.autograd.Function):
-    """Attention within one span: query, key, value [1, H, S, D] → [1, H, S, D]."""
+_register(None)
+
+
+def shared_prefix_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, kernel: Kernel, scale: float
+) -> torch.Tensor:
+    """Attention over a packed sequence: query [S, H, D], key, value [S, K, D] → [S, H, D]. scale: of the scores."""
+    found: torch.Tensor = _SharedPrefix.apply(query, key, value, layout, kernel, scale)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Within(torch.autograd.Function):
+    """Attention within segments: query [T, H, D], key, value [T, K, D] → [T, H, D]."""
 
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, span: Span, scale: float
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        segments: Segments,
+        kernel: Kernel,
+        scale: float,
     ) -> torch.Tensor:
-        p = span.prefix
-        prefix = key[:, :, :p], value[:, :, :p]
-        out, lse = _flash(query[:, :, :p], *prefix, is_causal=True, scale=scale)
-        if span.branches:
-            q, k, v = (each[:, :, p:] for each in (query, key, value))
-            above, above_lse = _flash(q, *prefix, scale=scale)
-            own, own_lse = _flash(*(_pad(each, span) for each in (q, k, v)), is_causal=True, scale=scale)
-            own, own_lse = _unpad(own, span), _unpad(own_lse[..., None], span)[..., 0]
+        out, lse = kernel.forward(query, key, value, segments, scale)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.segments, ctx.kernel, ctx.scale = segments, kernel, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        found = ctx.kernel.backward(gradient.contiguous(), *ctx.saved_tensors, ctx.segments, ctx.scale)
+        return (*found, None, None, None)
+
+
+class _SharedPrefix(torch.autograd.Function):
+    """`shared_prefix_attention` and its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layout: Layout,
+        kernel: Kernel,
+        scale: float,
+    ) -> torch.Tensor:
+        out, lse = kernel.forward(query, key, value, layout.chunks, scale)
+        if layout.across is not None:
+            branches, prefixes = layout.branch_rows, layout.prefix_rows
+            above, above_lse = kernel.forward(
+                query.index_select(0, branches),
+                key.index_select(0, prefixes),
+                value.index_select(0, prefixes),
+                layout.across,
+                scale,
+            )
+            own, own_lse = out.index_select(0, branches), lse.index_select(1, branches)
             # The softmax over the union of both key sets has the sum of their denominators, so each part is weighted
             # by its share of that sum.
             both = torch.logaddexp(above_lse, own_lse)
-            shares = ((part - both).exp()[..., None].to(out.dtype) for part in (above_lse, own_lse))
-            merged = above * next(shares) + own * next(shares)
-            out, lse = torch.cat([out, merged], dim=2), torch.cat([lse, both], dim=2)
+            shares = ((part - both).exp().T[..., None].to(out.dtype) for part in (above_lse, own_lse))
+            out.index_copy_(0, branches, above * next(shares) + own * next(shares))
+            lse.index_copy_(1, branches, both)
         ctx.save_for_backward(query, key, value, out, lse)
-        ctx.span, ctx.scale = span, scale
-        result: torch.Tensor = out
-        return result
+        ctx.layout, ctx.kernel, ctx.scale = layout, kernel, scale
+        return out
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # The kernel recomputes its attention weights as exp(q·k - lse). With the merged log-sum-exp these are the
         # weights within the union of both key sets, so both calls together return the whole gradient.
-        span, scale, p = ctx.span, ctx.scale, ctx.span.prefix
+        layout, kernel, scale = ctx.layout, ctx.kernel, ctx.scale
         query, key, value, out, lse = ctx.saved_tensors
-        prefix = key[:, :, :p], value[:, :, :p]
-        head = (each[:, :, :p] for each in (gradient, query))
-        dq, dk, dv = _flash_backward(
-            *head, *prefix, out[:, :, :p].contiguous(), lse[:, :, :p].contiguous(), 0.0, True, scale=scale
-        )
-        if not span.branches:
-            return dq, dk, dv, None, None
-        g, q, k, v, o = (each[:, :, p:].contiguous() for each in (gradient, query, key, value, out))
-        both = lse[:, :, p:].contiguous()
-        dq_above, dk_above, dv_above = _flash_backward(g, q, *prefix, o, both, 0.0, False, scale=scale)
-        # Padding is given a gradient of 0: its repeated tokens would otherwise count more than once.
-        padded = [_pad(each, span) for each in (q, k, v, o)]
-        g_padded = torch.zeros_like(padded[0]).transpose(0, 1).flatten(1, 2)
-        g_padded = g_padded.index_copy(1, span.unpadded.to(g.device), g[0]).unflatten(1, (len(span.branches), -1))
-        own = _flash_backward(
-            g_padded.transpose(0, 1),
-            *padded,
-            _pad(both[..., None], span)[..., 0].contiguous(),
-            0.0,
-            True,
-            scale=scale,
-        )
-        dq_own, dk_own, dv_own = (_unpad(each, span) for each in own)
-        return (
-            torch.cat([dq, dq_above + dq_own], dim=2),
-            torch.cat([dk + dk_above, dk_own], dim=2),
-            torch.cat([dv + dv_above, dv_own], dim=2),
-            None,
-            None,
-        )
-
-
-def _pad(packed: torch.Tensor, span: Span) -> torch.Tensor:
-    """[1, H, B, D] of all branches, one after another → [n, H, L, D]."""
-    chosen = packed[0].index_select(1, span.padded.to(packed.device))
-    padded: torch.Tensor = chosen.unflatten(1, (len(span.branches), -1)).transpose(0, 1)
-    return padded
-
-
-def _unpad(padded: torch.Tensor, span: Span) -> torch.Tensor:
-    """[n, H, L, D] → [1, H, B, D]; the inverse of `_pad`."""
-    return padded.transpose(0, 1).flatten(1, 2).index_select(1, span.unpadded.to(padded.device))[None]
+        gradient = gradient.contiguous()
+        dq, dk, dv = kernel.backward(gradient, query, key, value, out, lse, layout.chunks, scale)
+        if layout.across is not None:
+            branches, prefixes = layout.branch_rows, layout.prefix_rows
+            dq_above, dk_above, dv_above = kernel.backward(
+                gradient.index_select(0, branches),
+                query.index_select(0, branches),
+                key.index_select(0, prefixes),
+                value.index_select(0, prefixes),
+                out.index_select(0, branches),
+                lse.index_select(1, branches).contiguous(),
+                layout.across,
+                scale,
+            )
+            dq.index_add_(0, branches, dq_above)
+            dk.index_add_(0, prefixes, dk_above)
+            dv.index_add_(0, prefixes, dv_above)
+        return dq, dk, dv, None, None, None

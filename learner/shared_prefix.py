@@ -87,7 +87,7 @@ class PackedSequence:
     def to(self, device: str) -> "PackedSequence":
         """The same, with all tensors on another device."""
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **moved)  # type: ignore[arg-type]
+        return replace(self, **moved, layout=self.layout.to(device))  # type: ignore[arg-type]
 
 
 def pack(trees: Sequence[Branches], model: Any) -> PackedSequence:
@@ -101,7 +101,7 @@ def pack(trees: Sequence[Branches], model: Any) -> PackedSequence:
     return PackedSequence(
         token_ids=torch.cat([tokens for tree in trees for tokens in (tree.prefix.token_ids, *tree.branches)])[None],
         position_ids=torch.cat([_positions(tree, model) for tree in trees], dim=1)[:, None],
-        layout=Layout(tuple(spans)),
+        layout=Layout.of(spans),
         pixel_values=torch.cat([tree.prefix.image.pixel_values for tree in trees]),
         grid_thw=torch.cat([tree.prefix.image.grid_thw for tree in trees]),
         sources=torch.cat([_sources(span, tree.skips) for span, tree in zip(spans, trees, strict=True)]),
@@ -203,11 +203,10 @@ def branch_scores(
 
 def _states(model: Any, packed: PackedSequence) -> torch.Tensor:
     """The language model's last hidden states, [S, d]."""
-    device = packed.token_ids.device
     states: torch.Tensor = model.model(
         input_ids=packed.token_ids,
         position_ids=packed.position_ids,
-        shared_prefix=packed.layout if device.type == "cpu" else packed.layout.mask(device),
+        shared_prefix=packed.layout,
         pixel_values=packed.pixel_values,
         image_grid_thw=packed.grid_thw,
         use_cache=False,
