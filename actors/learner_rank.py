@@ -1,10 +1,8 @@
 """The learner's actors: one ZeRO rank in a process of its own, which learns by GRPO or from reference answers."""
 
-import os
 import socket
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,30 +45,18 @@ class ZeroActor:
                 f"the run's folder {run} is not on this node ({ray.util.get_node_ip_address()}); give runs=… on "
                 "storage that all nodes share"
             )
-        on_gpu = config.num_gpus > 0
-        os.environ.update(
-            RANK=str(self._rank),
-            WORLD_SIZE=str(config.ranks),
-            LOCAL_RANK="0",  # Ray shows each actor its own GPUs only
-            MASTER_ADDR=host,
-            MASTER_PORT=str(port),
-        )
-        import deepspeed
         import torch
 
         from actors.threads import share_cores
         from learner.checkpoint import RankCheckpoints
+        from learner.collectives import join
         from learner.zero import ZeroRank
 
         share_cores(config.threads, config.ranks)
         torch.manual_seed(self._task.seed)
-        # At its first start on a machine DeepSpeed would compile its own shared-memory reduction for that processor.
-        # gloo's does the same work and needs no compiler.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(
-            dist_backend="nccl" if on_gpu else "gloo", timeout=timedelta(seconds=seconds), verbose=False
-        )
-        self._zero = ZeroRank(config, self._task, device="cuda" if on_gpu else "cpu")
+        device = "cuda" if config.num_gpus > 0 else "cpu"
+        join(self._rank, config.ranks, host=host, port=port, device=device, seconds=seconds)
+        self._zero = ZeroRank(config, self._task, device=device)
         self._checkpoints = RankCheckpoints(self._zero)
 
     def save(self, folder: Path) -> None:

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save
-from torch import distributed
 
 from learner.lora import adapter_config
 from learner.optimizer_state import SavedPieces, buckets, own_pieces, pieces, publish
@@ -98,26 +97,26 @@ class RankCheckpoints:
         zero, trained = self._zero, self._zero.trained()
         with SavedPieces(folder / OPTIMIZER) as saved:
             saved.check({name: int(getattr(each, "ds_numel", each.numel())) for name, each in trained})
-            for piece in pieces(zero.engine.optimizer, trained):
+            for piece in pieces(zero.engine.optimizer, trained, zero.ranks):
                 saved.restore(piece)
         publish(zero.engine.optimizer)
         state = json.loads((folder / STATE).read_text())
         zero.updates_made, zero.checked = state["updates"], state["checked"]
         # There is none for a rank beyond those that saved: it keeps the state that it was seeded with.
-        if (path := folder / _rng_file()).exists():
+        if (path := folder / _rng_file(zero.ranks.rank)).exists():
             _set_rng_state(load_file(path))
 
 
 def _state_parts(zero: ZeroRank) -> list[FilePart]:
-    rank = distributed.get_rank()
-    own = own_pieces(zero.engine.optimizer, zero.trained())
+    rank = zero.ranks.rank
+    own = own_pieces(zero.engine.optimizer, zero.trained(), zero.ranks)
     parts = [
         FilePart(name=f"{OPTIMIZER}/rank-{rank:05d}-{i:05d}.safetensors", data=_bytes(bucket))
         for i, bucket in enumerate(buckets(own, BUCKET_BYTES))
     ]
-    parts.append(FilePart(name=_rng_file(), data=_bytes(_rng_state())))
+    parts.append(FilePart(name=_rng_file(rank), data=_bytes(_rng_state())))
     if rank == 0:
-        written_by = {"ranks": distributed.get_world_size(), "zero_stage": zero.config.zero_stage}
+        written_by = {"ranks": zero.ranks.count, "zero_stage": zero.config.zero_stage}
         text = json.dumps({"updates": zero.updates_made, "checked": zero.checked, **written_by}, indent=1)
         parts.append(FilePart(name=STATE, data=text.encode))
     return parts
@@ -125,7 +124,7 @@ def _state_parts(zero: ZeroRank) -> list[FilePart]:
 
 def _model_parts(zero: ZeroRank) -> list[FilePart]:
     """This rank's shards of the weights; the first rank adds the other files of the folder."""
-    rank, ranks = distributed.get_rank(), distributed.get_world_size()
+    rank, ranks = zero.ranks.rank, zero.ranks.count
     kept, names, size = {}, [], 0
     for i, bucket in enumerate(zero.named_weights(to_all=True)):
         names.append(list(bucket))
@@ -149,7 +148,7 @@ def _adapter_parts(zero: ZeroRank) -> list[FilePart]:
     if zero.config.lora is None:
         return []
     adapter = zero.adapter()  # before the ranks part: gathering it is a collective
-    if distributed.get_rank() != 0:
+    if zero.ranks.rank != 0:
         return []
     settings = adapter_config(zero.config.lora, str(zero.task.model))
     return [
@@ -179,8 +178,8 @@ def _set_rng_state(state: dict[str, torch.Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _rng_file() -> str:
-    return f"rng/rank-{distributed.get_rank():05d}.safetensors"
+def _rng_file(rank: int) -> str:
+    return f"rng/rank-{rank:05d}.safetensors"
 
 
 def _bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Callable[[], bytes]:

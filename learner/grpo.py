@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import distributed
 
-from learner.collectives import summed, with_idle
+from learner.collectives import Ranks
 from learner.config import LearnerConfig
 from learner.encoding import EncodedGroup, encode_group, in_loss
 from learner.objective import TokenLosses, Tokens, Totals, token_losses
@@ -51,7 +50,7 @@ class GrpoRank:
         batches = [self._mini_batch(range(start, min(start + size, count)), fetch) for start in range(0, count, size)]
         for batch in batches[1:]:
             batch.old = self._old_logprobs(batch)
-        sums, norm = _Sums(), 0.0
+        sums, norm = _Sums(self._zero.ranks), 0.0
         for batch in batches:
             self._accumulate(batch, sums)
             # Before the step: a loss that is not finite must not reach the weights.
@@ -68,11 +67,11 @@ class GrpoRank:
     def _mini_batch(self, indices: range, fetch: Fetch) -> _MiniBatch:
         """This rank's share of some groups. Zero-variance groups, whose advantages are all 0, are left out if nothing
         else in the objective has a gradient; they still count in the denominators."""
-        rank, ranks = distributed.get_rank(), distributed.get_world_size()
+        ranks = self._zero.ranks
         objective, budget = self._config.objective, self._config.micro_batch_tokens
-        own = [fetch(i) for i in indices[rank::ranks]]
+        own = [fetch(i) for i in indices[ranks.rank :: ranks.count]]
         included = [each for group in own for each in group.samples.completions if in_loss(each, objective)]
-        included_tokens, answers, tokens = summed(
+        included_tokens, answers, tokens = ranks.summed(
             sum(len(each.token_ids) for each in included), len(included), sum(group.tokens for group in own)
         )
         # At least 1: overlong filtering may leave nothing, and the weights then multiply zeros.
@@ -86,7 +85,7 @@ class GrpoRank:
 
         everything_learns = objective.kl > 0 or objective.entropy > 0
         groups = [each for each in map(encoded, own) if everything_learns or each.advantages.any()]
-        return _MiniBatch(sequences=with_idle(micro_batches(groups, budget), idle), tokens=tokens)
+        return _MiniBatch(sequences=ranks.with_idle(micro_batches(groups, budget), idle), tokens=tokens)
 
     @torch.no_grad()
     def _old_logprobs(self, batch: _MiniBatch) -> list[torch.Tensor]:
@@ -120,11 +119,14 @@ class GrpoRank:
 
 
 class _Sums:
-    """The figures of an update's report, summed over the tokens in the loss; in float64, as millions are added up."""
+    """The figures of an update's report, summed over the tokens in the loss; in float64, as millions are added up. They
+    stay on the rank's device until `check` or `means` asks for them: reading one back for each micro-batch would make
+    the host wait for the GPU, and the GPU then for the host."""
 
-    def __init__(self) -> None:
-        self._loss = torch.zeros((), dtype=torch.float64)
-        self._sums = torch.zeros(7, dtype=torch.float64)
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        # The loss, the number of tokens, and a sum for each diagnostic.
+        self._sums = torch.zeros(8, dtype=torch.float64, device=ranks.device)
 
     def add(self, tokens: Tokens, losses: TokenLosses, weights: torch.Tensor) -> None:
         """Add a micro-batch of this rank."""
@@ -138,20 +140,16 @@ class _Sums:
             log_ratio.exp() - log_ratio - 1,  # the k3 estimator of KL(engine ‖ learner)
             losses.truncated,
         )
-        self._loss += (losses.loss.detach() * weights).double().sum().cpu()
-        self._sums += (torch.stack(diagnostics).double() @ (weights > 0).double()).cpu()
+        self._sums[0] += (losses.loss.detach() * weights).double().sum()
+        self._sums[1:] += torch.stack(diagnostics).double() @ (weights > 0).double()
 
     def check(self) -> None:
-        """Raise FloatingPointError, on all ranks alike, if the loss of one is not finite."""
-        finite = torch.tensor(float(torch.isfinite(self._loss)))
-        distributed.all_reduce(finite, op=distributed.ReduceOp.MIN)
-        if not finite:
+        """Raise FloatingPointError, on all ranks alike, if the loss of one is not finite; all ranks."""
+        if not torch.isfinite(self._ranks.total(self._sums[0])):
             raise FloatingPointError("the loss is no longer finite; lower learner.lr")
 
     def means(self) -> dict[str, float]:
-        """The loss, and the mean of each diagnostic, over all ranks."""
-        everything = torch.cat([self._loss[None], self._sums])
-        distributed.all_reduce(everything)
-        loss, count, *sums = everything.tolist()
+        """The loss, and the mean of each diagnostic, over all ranks; all ranks."""
+        loss, count, *sums = self._ranks.total(self._sums).tolist()
         names = ("kl", "clip_fraction", "entropy", "engine_gap", "engine_kl", "truncated_fraction")
         return {"loss": loss, **{name: value / max(1.0, count) for name, value in zip(names, sums, strict=True)}}

@@ -154,8 +154,8 @@ def divergence(logprobs: torch.Tensor, reference: torch.Tensor, kind: str) -> to
 
 def _sum_of_answer(values: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
     """The sum over each completion's tokens, repeated for each of them, [T]."""
-    sums = torch.zeros(int(answer.max()) + 1, dtype=values.dtype, device=values.device)
-    return sums.index_add(0, answer, values)[answer]
+    # As many sums as tokens, though there are fewer answers: to count these would make the host wait for the GPU.
+    return torch.zeros_like(values).index_add(0, answer, values)[answer]
 
 
 def _mean_of_answer(values: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:

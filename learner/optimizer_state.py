@@ -26,7 +26,8 @@ from typing import Any, Self
 
 import torch
 from safetensors import safe_open
-from torch import distributed
+
+from learner.collectives import Ranks
 
 MASTER = "fp32"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -60,19 +61,19 @@ class Piece:
         return {f"{kind}/{self.name}/{self.start}": _copy(tensor) for kind, tensor in named.items()}
 
 
-def pieces(optimizer: Any, trained: Named) -> list[Piece]:
+def pieces(optimizer: Any, trained: Named, ranks: Ranks) -> list[Piece]:
     """The pieces that this rank holds, in order of the parameters. optimizer: of a DeepSpeed engine, around torch's
     AdamW."""
-    found = ((name, _place(optimizer, parameter)) for name, parameter in trained)
+    found = ((name, _place(optimizer, parameter, ranks.rank)) for name, parameter in trained)
     return [_piece(name, place) for name, place in found if place is not None]
 
 
-def own_pieces(optimizer: Any, trained: Named) -> list[Piece]:
+def own_pieces(optimizer: Any, trained: Named, ranks: Ranks) -> list[Piece]:
     """The pieces that this rank saves: those that it holds or, if every rank holds all of them, its share."""
-    held = pieces(optimizer, trained)
+    held = pieces(optimizer, trained, ranks)
     if _is_partitioned(optimizer):
         return held
-    return held[distributed.get_rank() :: distributed.get_world_size()]
+    return held[ranks.rank :: ranks.count]
 
 
 def publish(optimizer: Any) -> None:
@@ -171,10 +172,10 @@ class _Place:
     numel: int
 
 
-def _place(optimizer: Any, parameter: Any) -> _Place | None:
-    """None if this rank holds nothing of the parameter."""
+def _place(optimizer: Any, parameter: Any, rank: int) -> _Place | None:
+    """None if the rank holds nothing of the parameter."""
     if hasattr(optimizer, "fp16_partitioned_groups_flat"):
-        return _place_of_stage_3(optimizer, parameter)
+        return _place_of_stage_3(optimizer, parameter, rank)
     if hasattr(parameter, "_hp_mapping"):
         # Stages 1 and 2. "hp" is DeepSpeed's high precision, the flat master buffer of this rank; "lp" is the low
         # precision of the model's parameter.
@@ -192,10 +193,10 @@ def _place(optimizer: Any, parameter: Any) -> _Place | None:
     return _Place(adam=adam, buffer=buffer, offset=0, start=0, numel=buffer.numel())
 
 
-def _place_of_stage_3(optimizer: Any, parameter: Any) -> _Place | None:
+def _place_of_stage_3(optimizer: Any, parameter: Any, rank: int) -> _Place | None:
     # The buffers are those of DeepSpeed's sub-groups, into which it divides the parameter groups.
     sub_group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
-    start = length * distributed.get_rank()
+    start = length * rank
     # All partitions of a parameter have one length, so the last ones are padded, or are padding altogether.
     numel = min(length, parameter.ds_numel - start)
     if numel <= 0:

@@ -3,13 +3,12 @@
 The queries of one image share a prefix tree: what their prompts have in common is the prefix.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import distributed
 
-from learner.collectives import summed, with_idle
 from learner.shared_prefix import Branches, micro_batches
 from learner.update_report import SftReport
 from learner.zero import ZeroRank
@@ -37,35 +36,32 @@ class SftRank:
     def update(self, images: Sequence[Image]) -> SftReport:
         """One update. Raises FloatingPointError if the loss is not finite, before the step applies it."""
         sequences, tokens = self._share(images)
-        total = torch.zeros((), dtype=torch.float64)
+        # On the rank's device, without a look at it before the step: reading makes the host wait for the GPU.
+        summed = torch.zeros((), dtype=torch.float64, device=self._zero.device)
         for i, (trees, weight) in enumerate(sequences):
             loss = -weight * self._zero.scores(trees).logprobs.sum() / tokens
             self._zero.backward(loss, last=i == len(sequences) - 1)
-            total += loss.item()
-        distributed.all_reduce(total)
-        if not torch.isfinite(total):
-            raise FloatingPointError(f"the loss is {total.item()}; lower learner.lr")
+            summed += loss.detach()
+        total = self._zero.ranks.total(summed).item()
+        if not math.isfinite(total):
+            raise FloatingPointError(f"the loss is {total}; lower learner.lr")
         norm = self._zero.step()
-        return SftReport(loss=total.item(), grad_norm=norm, lr=self._zero.lr, tokens=tokens)
+        return SftReport(loss=total, grad_norm=norm, lr=self._zero.lr, tokens=tokens)
 
     @torch.no_grad()
     def loss(self, images: Sequence[Image]) -> tuple[float, int]:
         """Summed negative log-likelihood of the images' reference answers, in nats, and the number of their tokens."""
         sequences, tokens = self._share(images)
-        total = torch.tensor(
-            sum(-weight * self._zero.scores(trees).logprobs.double().sum().item() for trees, weight in sequences),
-            dtype=torch.float64,
-        )
-        distributed.all_reduce(total)
-        return total.item(), tokens
+        losses = [-weight * self._zero.scores(trees).logprobs.double().sum() for trees, weight in sequences]
+        return self._zero.ranks.total(torch.stack(losses).sum()).item(), tokens
 
     def _share(self, images: Sequence[Image]) -> tuple[list[_Weighted], int]:
         """This rank's packed sequences, as many as every rank has, and the number of scored tokens of all ranks."""
-        rank, ranks = distributed.get_rank(), distributed.get_world_size()
-        own = [reference_branches(self._zero.reasoner, samples) for samples in images[rank::ranks]]
+        ranks = self._zero.ranks
+        own = [reference_branches(self._zero.reasoner, samples) for samples in images[ranks.rank :: ranks.count]]
         sequences = [(trees, 1.0) for trees in micro_batches(own, self._zero.config.micro_batch_tokens)]
-        (tokens,) = summed(sum(len(answer) for tree in own for answer in tree.scored))
-        return with_idle(sequences, lambda: ([self._first_query(images[0])], 0.0)), tokens
+        (tokens,) = ranks.summed(sum(len(answer) for tree in own for answer in tree.scored))
+        return ranks.with_idle(sequences, lambda: ([self._first_query(images[0])], 0.0)), tokens
 
     def _first_query(self, image: Image) -> Branches:
         """The image's prefix tree with its first branch alone, which surely fits into a packed sequence."""

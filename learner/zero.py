@@ -11,9 +11,9 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
-from torch import distributed
 from torch.nn.utils import get_total_norm
 
+from learner.collectives import Ranks
 from learner.config import LearnerTask, OptimizerConfig, ZeroConfig
 from learner.lora import Weight, adapter_weights, add_adapters, starts_without_gradient, weights
 from learner.policy import Policy, freeze
@@ -43,10 +43,11 @@ class FrozenParameter(RuntimeError):
 
 
 class ZeroRank:
-    """One rank. torch.distributed must be initialised; every method marked "all ranks" is a collective."""
+    """One rank. The process group must have been joined (`learner.collectives`); every method marked "all ranks" is a collective."""
 
     def __init__(self, config: ZeroConfig, task: LearnerTask, *, device: str = "cpu") -> None:
         self.config, self.task, self.device = config, task, device
+        self.ranks = Ranks(device)
         self.reasoner = load_reasoner(task.model, task.spec, device=device, dtype=self._dtype)
         self.updates_made = 0
         self.checked = False  # whether an update has shown that every parameter learns
@@ -83,7 +84,7 @@ class ZeroRank:
         self.engine.set_gradient_accumulation_boundary(last)
         # DeepSpeed averages gradients over ranks, while this loss is a sum over ranks: its denominators already are
         # those of all ranks' tokens.
-        self.engine.backward(loss * distributed.get_world_size(), scale_wrt_gas=False)
+        self.engine.backward(loss * self.ranks.count, scale_wrt_gas=False)
 
     def step(self) -> float:
         """Clip the accumulated gradients and update; returns their norm before clipping; all ranks. Raises
@@ -186,7 +187,7 @@ class ZeroRank:
         """Copies of some weights. Partitioned parameters are whole only within the context."""
         parameters = [parameter for weight in bucket for parameter in weight.parameters]
         with deepspeed.zero.GatheredParameters(parameters, enabled=self.config.zero_stage == 3):
-            if distributed.get_rank() != 0 and not to_all:
+            if self.ranks.rank != 0 and not to_all:
                 return {}
             return {weight.name: weight.tensor() for weight in bucket}
 

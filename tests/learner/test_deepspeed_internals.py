@@ -14,6 +14,7 @@ from importlib.metadata import version
 import pytest
 import torch
 
+from learner.collectives import Ranks, join
 from learner.config import ZeroConfig
 from learner.optimizer_state import MASTER, MOMENTS, own_pieces, pieces, publish
 from learner.zero import deepspeed_config
@@ -168,11 +169,11 @@ def test_pieces_are_the_parameters_and_are_published(one_rank, stage, dtype):
     trained = list(model.named_parameters())
 
     def masters():
-        held = pieces(engine.optimizer, trained)
+        held = pieces(engine.optimizer, trained, Ranks("cpu"))
         assert [(piece.name, piece.start, piece.numel) for piece in held] == [
             (name, 0, value.numel()) for name, value in before.items()
         ]
-        assert [piece.name for piece in own_pieces(engine.optimizer, trained)] == list(before)
+        assert [piece.name for piece in own_pieces(engine.optimizer, trained, Ranks("cpu"))] == list(before)
         return {piece.name: piece for piece in held}
 
     def weights():
