@@ -92,10 +92,13 @@ class LearnerRank(ZeroActor):
 
         self._grpo = GrpoRank(self.running(), self._grpo_config)
 
-    def update(self, groups: Sequence[tuple["ray.ObjectRef[Group]", "ray.ObjectRef[ScoredGroup]"]]) -> UpdateReport:
-        """Learn from the groups of a step. Each rank fetches its own share from the object store; all ranks."""
+    def update(
+        self, groups: Sequence[tuple["ray.ObjectRef[Group]", "ray.ObjectRef[ScoredGroup]"]], work: Sequence[int]
+    ) -> UpdateReport:
+        """Learn from the groups of a step. Each rank fetches its own share from the object store, by the groups' `work`
+        (`LearnerConfig.work`); all ranks."""
         assert self._grpo is not None, "the learner was not started"
-        return self._grpo.update(len(groups), lambda i: fetched(*groups[i]))
+        return self._grpo.update(work, lambda i: fetched(*groups[i]))
 
     def weights(self) -> tuple[str, list["ray.ObjectRef[bytes]"]]:
         """Digest of the weights, and references of their buckets as safetensors bytes, both from the first rank; all

@@ -236,10 +236,10 @@ class RankPool:
 class LearnerPool(RankPool):
     """The ranks that learn by GRPO."""
 
-    def update(self, groups: Sequence[tuple[Ref, Ref]]) -> UpdateReport:
+    def update(self, groups: Sequence[tuple[Ref, Ref]], work: Sequence[int]) -> UpdateReport:
         """The updates of one step. groups: references of each `Group` and its `ScoredGroup`; every rank fetches its own
-        share. The report is the same on every rank."""
-        report: UpdateReport = self._all("update", "updating", list(groups))[0]
+        share, by the groups' `work` (`LearnerConfig.work`). The report is the same on every rank."""
+        report: UpdateReport = self._all("update", "updating", list(groups), list(work))[0]
         return report
 
     def weights(self) -> tuple[str, list[Ref]]:

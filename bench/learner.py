@@ -90,23 +90,23 @@ def _peak() -> float:
 
 def ours(work: list[dict[str, Any]], steps: int) -> dict[str, float]:
     """Our learner on one rank with ZeRO-2."""
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
-
+    from learner.collectives import join
     from learner.config import LearnerConfig, LearnerTask
     from learner.grpo import GrpoRank
     from learner.zero import ZeroRank
     from umrg.prompts import PromptSpec
 
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    join(0, 1, host="127.0.0.1", port=_free_port(), device="cpu", seconds=600)
     config = LearnerConfig.model_validate({"lr": LR, "objective": {"kl": KL}, "eps": 1e-8, "betas": (0.9, 0.999)})
     task = LearnerTask(model=MODEL, spec=PromptSpec.of_model(MODEL), updates=steps, max_tokens=128)
     zero = ZeroRank(config, task)
     grpo = GrpoRank(zero, config)
     groups = scored_groups(zero.reasoner, work)
     norms: list[float] = []
-    found = timed(lambda: norms.append(grpo.update(len(groups), groups.__getitem__).grad_norm), steps)
+    found = timed(
+        lambda: norms.append(grpo.update([config.work(each) for each in groups], groups.__getitem__).grad_norm), steps
+    )
     return {**found, "grad_norm": norms[0], "prompt": float(len(groups[0].samples.prompt_ids))}
 
 
@@ -133,7 +133,7 @@ def our_whole_step(work: list[dict[str, Any]], steps: int) -> dict[str, float]:
             groups = [Group(run="bench", step=number, index=i, sample=sample) for i, sample in enumerate(samples)]
             collected = collect(workers, groups, config.rollout.sampling(seed=0), "reward")
             lengths.extend(len(answer.token_ids) for each in collected for answer in each.scored.samples.completions)
-            workers.learner.update([each.refs for each in collected])
+            workers.learner.update([each.refs for each in collected], [1] * len(collected))
             sync_weights(workers, version=number + 1)
 
         found = timed(step, steps)

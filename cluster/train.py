@@ -110,7 +110,8 @@ class Training(Loop):
         clock = self.journal.clock
         groups, resampled = self.collect_groups()
         with clock.phase("learn"):
-            report = self.workers.learner.update([group.refs for group in groups])
+            work = [self.config.learner.work(group.scored) for group in groups]
+            report = self.workers.learner.update([group.refs for group in groups], work)
         self.step += 1
         with clock.phase("sync"):
             sync_weights(self.workers, version=self.step)

@@ -123,21 +123,22 @@ def _state_parts(zero: ZeroRank) -> list[FilePart]:
 
 
 def _model_parts(zero: ZeroRank) -> list[FilePart]:
-    """This rank's shards of the weights; the first rank adds the other files of the folder."""
+    """This rank's shards of the weights, the only ones that it copies; the first rank adds the other files of the
+    folder."""
     rank, ranks = zero.ranks.rank, zero.ranks.count
-    kept, names, size = {}, [], 0
-    for i, bucket in enumerate(zero.named_weights(to_all=True)):
-        names.append(list(bucket))
-        size += sum(tensor.nbytes for tensor in bucket.values())
-        if i % ranks == rank:
-            kept[i] = zero.reasoner.as_saved(bucket)
-    files = _shard_names(len(names))
-    parts = [FilePart(name=f"model/{files[i]}", data=_bytes(shard, {"format": "pt"})) for i, shard in kept.items()]
+    contents = zero.bucket_contents()
+    files = _shard_names(len(contents))
+    parts = [
+        FilePart(name=f"model/{file}", data=_bytes(zero.reasoner.as_saved(shard), {"format": "pt"}))
+        for file, shard in zip(files, zero.named_weights(lambda i: i % ranks == rank), strict=True)
+        if shard
+    ]
     if rank == 0:
         others = zero.reasoner.other_files()
         if len(files) > 1:
+            size = sum(sum(bucket.values()) for bucket in contents)
             others["model.safetensors.index.json"] = zero.reasoner.shard_index(
-                dict(zip(files, names, strict=True)), size
+                {file: list(bucket) for file, bucket in zip(files, contents, strict=True)}, size
             )
         parts += [FilePart(name=f"model/{name}", data=partial(bytes, data)) for name, data in others.items()]
     return parts

@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from rewards.scored import ScoredGroup
 from umrg.config import ActorConfig, Config, MayChange, located
 from umrg.prompts import PromptSpec
 
@@ -62,8 +63,8 @@ class OptimizerConfig(Config):
     """Gradients are clipped to this global norm."""
     micro_batch_tokens: MayChange[PositiveInt] = 4096
     """Tokens of one packed sequence; the longest prompt with its longest answer must fit."""
-    gradient_checkpointing: MayChange[bool] = False
-    """Keep only each layer's input, and recompute the rest in the backward pass."""
+    gradient_checkpointing: MayChange[bool | None] = None
+    """Keep only each layer's input, and recompute the rest in the backward pass; null: where a rank has a GPU."""
     freeze: list[Part] = Field(default_factory=list)
     """Parts of the model that do not learn. The merger projects the vision tower's features to image tokens."""
 
@@ -107,6 +108,11 @@ class ObjectiveConfig(Config):
     """Whether answers that hit the length limit count in the loss (`leave_out`: overlong filtering of DAPO); the reward
     term `answer_length` penalizes length softly."""
 
+    @property
+    def everything_learns(self) -> bool:
+        """Whether groups whose advantages are all 0 have a gradient too."""
+        return self.kl > 0 or self.entropy > 0
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.clip >= 1:
@@ -135,9 +141,20 @@ class ZeroConfig(OptimizerConfig, ActorConfig):
     offload: MayChange[Literal["none", "optimizer", "parameters"]] = "none"
     """What ZeRO keeps in host memory: the optimizer state (from stage 1 on), or the parameters too (stage 3)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the model; float32 on CPU."""
+    """Precision of the model; float32 on CPU. With bfloat16, master weights, gradients and their reduction are float32,
+    for which it needs stage 2 or 3."""
     lora: LoraConfig | None = None
     """Low-rank adapters of the language model learn, and everything else is frozen; null for full fine-tuning."""
+
+    @property
+    def device(self) -> str:
+        """torch's name of the device that a rank computes on."""
+        return "cuda" if self.num_gpus > 0 else "cpu"
+
+    @property
+    def checkpoints_layers(self) -> bool:
+        """Whether layers are computed again in the backward pass."""
+        return self.num_gpus > 0 if self.gradient_checkpointing is None else self.gradient_checkpointing
 
     @property
     def entropy_learns(self) -> bool:
@@ -148,6 +165,14 @@ class ZeroConfig(OptimizerConfig, ActorConfig):
     def _adapters_learn(self) -> Self:
         if self.lora and "language_model" in self.freeze:
             raise ValueError("lora adapts the language model, and freeze holds it still; take it out of freeze")
+        return self
+
+    @model_validator(mode="after")
+    def _sums_in_float32(self) -> Self:
+        # Without ZeRO DeepSpeed has no float32 gradients for a bfloat16 model, and at stage 1 it takes an optimizer of
+        # another kind. Stage 2 does the work of both, on one rank too.
+        if self.dtype == "bfloat16" and self.zero_stage < 2:
+            raise ValueError(f"dtype=bfloat16 needs zero_stage 2 or 3, this is {self.zero_stage}; one rank takes 2 too")
         return self
 
     @model_validator(mode="after")
@@ -164,7 +189,22 @@ class LearnerConfig(ZeroConfig):
     objective: ObjectiveConfig = ObjectiveConfig()
     mini_batch: PositiveInt | None = None
     """Groups per update; null for all groups of the step."""
+    reference: MayChange[Literal["parked", "partitioned"] | None] = None
+    """Where the reference model of the KL term is. `parked`: in host memory, and on the GPU during its passes alone.
+    `partitioned`: over the ranks' GPUs. null: `partitioned` at zero_stage 3, else `parked`. With `lora` it is the
+    policy without its adapters, and this key has no effect."""
+
+    def work(self, group: ScoredGroup) -> int:
+        """Tokens of a group that go through the model; 0 for one that has no gradient."""
+        if group.zero_variance and not self.objective.everything_learns:
+            return 0
+        return len(group.samples.prompt_ids) + group.tokens
 
     @property
     def entropy_learns(self) -> bool:
         return self.objective.entropy > 0
+
+    @property
+    def reference_kind(self) -> Literal["parked", "partitioned"]:
+        """`reference`, or its default for the ZeRO stage, whose model may be larger than a GPU."""
+        return self.reference or ("partitioned" if self.zero_stage == 3 else "parked")

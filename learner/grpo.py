@@ -16,7 +16,8 @@ from learner.collectives import Ranks
 from learner.config import LearnerConfig
 from learner.encoding import EncodedGroup, encode_group, in_loss
 from learner.objective import TokenLosses, Tokens, Totals, token_losses
-from learner.shared_prefix import micro_batches
+from learner.reference import reference_of
+from learner.shared_prefix import PackedSequence, micro_batches, shares
 from learner.update_report import UpdateReport
 from learner.zero import ZeroRank
 from rewards.scored import ScoredGroup
@@ -35,6 +36,8 @@ class _MiniBatch:
     """Of all completions, over all ranks."""
     old: list[torch.Tensor] | None = None
     """Log-probs of each sequence's tokens under the policy that sampled; None if that is the learning policy itself."""
+    reference: list[torch.Tensor] | None = None
+    """The same under the reference model; None without a KL term."""
 
 
 class GrpoRank:
@@ -42,12 +45,17 @@ class GrpoRank:
 
     def __init__(self, zero: ZeroRank, config: LearnerConfig) -> None:
         self._zero, self._config = zero, config
-        self._reference = zero.frozen_copy() if config.objective.kl > 0 else None
+        self._reference = reference_of(zero, config) if config.objective.kl > 0 else None
 
-    def update(self, count: int, fetch: Fetch) -> UpdateReport:
-        """Learn from the `count` groups of a step. Raises FloatingPointError if the loss is not finite."""
-        size = self._config.mini_batch or count
-        batches = [self._mini_batch(range(start, min(start + size, count)), fetch) for start in range(0, count, size)]
+    def update(self, work: Sequence[int], fetch: Fetch) -> UpdateReport:
+        """Learn from the groups of a step. work: `LearnerConfig.work` of each. Raises FloatingPointError if the loss is
+        not finite."""
+        size = self._config.mini_batch or len(work)
+        batches = [self._mini_batch(start, work[start : start + size], fetch) for start in range(0, len(work), size)]
+        if self._reference is not None:
+            with self._reference() as logprobs:
+                for batch in batches:
+                    batch.reference = [logprobs(self._packed(groups)) for groups in batch.sequences]
         for batch in batches[1:]:
             batch.old = self._old_logprobs(batch)
         sums, norm = _Sums(self._zero.ranks), 0.0
@@ -64,12 +72,12 @@ class GrpoRank:
             updates=len(batches),
         )
 
-    def _mini_batch(self, indices: range, fetch: Fetch) -> _MiniBatch:
-        """This rank's share of some groups. Zero-variance groups, whose advantages are all 0, are left out if nothing
-        else in the objective has a gradient; they still count in the denominators."""
+    def _mini_batch(self, start: int, work: Sequence[int], fetch: Fetch) -> _MiniBatch:
+        """This rank's share of the groups from `start` on. Zero-variance groups, whose advantages are all 0, are left
+        out if nothing else in the objective has a gradient; they still count in the denominators."""
         ranks = self._zero.ranks
         objective, budget = self._config.objective, self._config.micro_batch_tokens
-        own = [fetch(i) for i in indices[ranks.rank :: ranks.count]]
+        own = [fetch(start + i) for i in shares(work, ranks.count)[ranks.rank]]
         included = [each for group in own for each in group.samples.completions if in_loss(each, objective)]
         included_tokens, answers, tokens = ranks.summed(
             sum(len(each.token_ids) for each in included), len(included), sum(group.tokens for group in own)
@@ -81,25 +89,23 @@ class GrpoRank:
             return encode_group(self._zero.reasoner, group, objective, totals)
 
         def idle() -> list[EncodedGroup]:
-            return [encoded(own[0] if own else fetch(indices[0])).idle(budget)]
+            return [encoded(own[0] if own else fetch(start)).idle(budget)]
 
-        everything_learns = objective.kl > 0 or objective.entropy > 0
-        groups = [each for each in map(encoded, own) if everything_learns or each.advantages.any()]
+        groups = [each for each in map(encoded, own) if objective.everything_learns or each.advantages.any()]
         return _MiniBatch(sequences=ranks.with_idle(micro_batches(groups, budget), idle), tokens=tokens)
 
     @torch.no_grad()
     def _old_logprobs(self, batch: _MiniBatch) -> list[torch.Tensor]:
-        return [self._zero.scores([group.branches for group in groups]).logprobs for groups in batch.sequences]
+        return [self._zero.engine(self._packed(groups)).logprobs for groups in batch.sequences]
+
+    def _packed(self, groups: Sequence[EncodedGroup]) -> PackedSequence:
+        return self._zero.packed([group.branches for group in groups])
 
     def _accumulate(self, batch: _MiniBatch, sums: "_Sums") -> None:
         """Accumulate the gradients of a mini-batch."""
         for i, groups in enumerate(batch.sequences):
-            packed = self._zero.packed([group.branches for group in groups])
+            packed = self._packed(groups)
             scores = self._zero.engine(packed)
-            reference = None
-            if self._reference is not None:
-                with torch.no_grad():
-                    reference = self._reference(packed).logprobs
             tokens = Tokens(
                 logprobs=scores.logprobs,
                 entropy=scores.entropy,
@@ -107,7 +113,7 @@ class GrpoRank:
                 engine_logprobs=self._joined([group.engine_logprobs for group in groups]),
                 advantages=self._joined([group.advantages for group in groups]),
                 answer=packed.branch,
-                reference_logprobs=reference,
+                reference_logprobs=None if batch.reference is None else batch.reference[i],
             )
             losses = token_losses(tokens, self._config.objective)
             weights = self._joined([group.weights for group in groups])

@@ -82,10 +82,6 @@ def publish(optimizer: Any) -> None:
         _publish_stage_3(optimizer)
     elif hasattr(optimizer, "update_lp_params"):
         optimizer.update_lp_params()
-    elif hasattr(optimizer, "fp32_groups"):
-        for copies, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            for copy, master in zip(copies, masters, strict=True):
-                copy.data.copy_(master.data)
     # float32 without ZeRO: torch's AdamW steps the parameters themselves.
 
 
@@ -187,10 +183,8 @@ def _place(optimizer: Any, parameter: Any, rank: int) -> _Place | None:
         return _Place(
             adam=adam, buffer=buffer, offset=in_buffer.start, start=in_parameter.start, numel=in_parameter.numel
         )
-    adam, buffer = optimizer, parameter
-    if hasattr(optimizer, "fp32_groups"):
-        adam, buffer = optimizer.optimizer, _master_of(optimizer, parameter)
-    return _Place(adam=adam, buffer=buffer, offset=0, start=0, numel=buffer.numel())
+    # float32 without ZeRO: torch's AdamW steps the parameters themselves.
+    return _Place(adam=optimizer, buffer=parameter, offset=0, start=0, numel=parameter.numel())
 
 
 def _place_of_stage_3(optimizer: Any, parameter: Any, rank: int) -> _Place | None:
@@ -205,17 +199,6 @@ def _place_of_stage_3(optimizer: Any, parameter: Any, rank: int) -> _Place | Non
     return _Place(adam=optimizer.optimizer, buffer=buffer, offset=offset, start=start, numel=numel)
 
 
-def _master_of(optimizer: Any, parameter: Any) -> torch.Tensor:
-    """The fp32 master of a parameter in bfloat16 without ZeRO, where each has a tensor of its own. DeepSpeed's names
-    say fp16 for either half precision."""
-    for copies, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-        for copy, master in zip(copies, masters, strict=True):
-            if copy is parameter:
-                found: torch.Tensor = master
-                return found
-    raise AssertionError("a trained parameter has no master")
-
-
 def _is_partitioned(optimizer: Any) -> bool:
     return hasattr(optimizer, "fp16_partitioned_groups_flat") or hasattr(optimizer, "update_lp_params")
 
@@ -224,8 +207,9 @@ def _piece(name: str, place: _Place) -> Piece:
     state = place.adam.state[place.buffer]
     if not state:
         # Before the first step AdamW has no state, and there would be nothing to save or to restore into. This is what
-        # it starts from.
-        state[STEP] = torch.tensor(0.0)
+        # it starts from: a fused step counts where the parameter is, any other on the CPU.
+        device = place.buffer.device if place.adam.defaults["fused"] else "cpu"
+        state[STEP] = torch.zeros((), dtype=torch.float32, device=device)
         state.update({kind: torch.zeros_like(place.buffer) for kind in MOMENTS})
     held = {MASTER: place.buffer.data, **{kind: state[kind] for kind in MOMENTS}}
     views = {kind: tensor.view(-1).narrow(0, place.offset, place.numel) for kind, tensor in held.items()}

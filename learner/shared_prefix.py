@@ -140,6 +140,19 @@ def micro_batches(trees: Sequence[T], max_tokens: int) -> list[list[T]]:
     return sequences
 
 
+def shares(work: Sequence[int], ranks: int) -> list[list[int]]:
+    """Which groups each rank takes, so that all have about the same work: the largest first, each to the rank with the
+    least so far (LPT scheduling, at most 4/3 of the optimum: Graham 1969). Groups without work are dealt by number.
+    work: tokens of each group."""
+    taken: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for i in sorted(range(len(work)), key=lambda i: -work[i]):
+        least = min(range(ranks), key=lambda rank: (loads[rank], len(taken[rank])))
+        taken[least].append(i)
+        loads[least] += work[i]
+    return [sorted(share) for share in taken]
+
+
 def _cut(prefix: int, branches: Sequence[int], max_tokens: int) -> list[range]:
     """Which branches stay together, in order, so that each part fits with the prefix. prefix, branches: lengths in
     tokens. Raises ValueError if a single branch does not fit."""

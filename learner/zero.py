@@ -3,35 +3,24 @@
 Forward and backward passes are collectives, so every rank makes the same number of them (`learner.collectives`).
 """
 
-import functools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch.nn.utils import get_total_norm
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from learner.collectives import Ranks
-from learner.config import LearnerTask, OptimizerConfig, ZeroConfig
+from learner.config import LearnerTask, ZeroConfig
 from learner.lora import Weight, adapter_weights, add_adapters, starts_without_gradient, weights
+from learner.optimizer import adamw, lr_factor, set_lr
 from learner.policy import Policy, freeze
 from learner.shared_prefix import Branches, PackedSequence, TokenScores, pack
 from reasoner.model import Reasoner, load_reasoner
-
-
-def lr_factor(update: int, updates: int, config: OptimizerConfig) -> float:
-    """Factor of the learning rate at update 0, 1, … of `updates`: linear warm-up, then constant, or linear or cosine
-    decay to `final_lr`."""
-    if update < config.warmup:
-        return (update + 1) / (config.warmup + 1)
-    if config.schedule == "constant":
-        return 1.0
-    progress = min(1.0, (update - config.warmup) / max(1, updates - config.warmup))
-    decayed = progress if config.schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
-    return 1 - (1 - config.final_lr) * decayed
-
 
 BUCKET_BYTES = 1 << 30
 """Size of the buckets in which weights and optimizer state are copied to the CPU."""
@@ -43,30 +32,41 @@ class FrozenParameter(RuntimeError):
 
 
 class ZeroRank:
-    """One rank. The process group must have been joined (`learner.collectives`); every method marked "all ranks" is a collective."""
+    """One rank. The process group must have been joined (`learner.collectives`); every method marked "all ranks" is a
+    collective."""
 
     def __init__(self, config: ZeroConfig, task: LearnerTask, *, device: str = "cpu") -> None:
         self.config, self.task, self.device = config, task, device
         self.ranks = Ranks(device)
-        self.reasoner = load_reasoner(task.model, task.spec, device=device, dtype=self._dtype)
+        self.reasoner = self.loaded(device, partitioned=config.zero_stage == 3)
         self.updates_made = 0
         self.checked = False  # whether an update has shown that every parameter learns
         freeze(self.reasoner.model, config.freeze)
         if config.lora:
             add_adapters(self.reasoner.model, config.lora)
-        if config.gradient_checkpointing:
+        if config.checkpoints_layers:
             # transformers checkpoints layers only while `training` is set; there is no dropout that this would enable.
             self.reasoner.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.reasoner.model.train()
-        self.policy = self._policy(self.reasoner)
-        vectors = [parameter for _, parameter in self.trained() if parameter.ndim < 2]
-        matrices = [parameter for _, parameter in self.trained() if parameter.ndim >= 2]
-        rates = ((matrices, config.lr), (vectors, config.vector_lr or config.lr))
-        parameter_groups = [{"params": parameters, "lr": lr} for parameters, lr in rates if parameters]
-        self._base_lrs = [lr for parameters, lr in rates if parameters]
-        self.engine, *_ = deepspeed.initialize(
-            model=self.policy, model_parameters=parameter_groups, config=deepspeed_config(config)
-        )
+        self.policy = self.around(self.reasoner)
+        optimizer = adamw((each for _, each in self.trained()), config, fused=self.device != "cpu")
+        self.engine, *_ = deepspeed.initialize(model=self.policy, optimizer=optimizer, config=deepspeed_config(config))
+
+    def loaded(self, device: str, *, partitioned: bool = False) -> Reasoner:
+        """The model that the run begins with. partitioned: over the ranks from the first, so that no rank ever holds
+        all of it; all ranks."""
+        dtype = getattr(torch, self.config.dtype)
+        with partitioned_at_birth(self.config) if partitioned else nullcontext():
+            return load_reasoner(self.task.model, self.task.spec, device=device, dtype=dtype)
+
+    def around(self, reasoner: Reasoner) -> Policy:
+        """A model as a policy with this task's sampling distribution."""
+        return Policy(
+            reasoner.model,
+            temperature=self.task.temperature,
+            forbidden=reasoner.vision_tokens,
+            entropy_learns=self.config.entropy_learns,
+        ).to(self.device)
 
     def scores(self, trees: Sequence[Branches]) -> TokenScores:
         """Scores of some prefix trees, packed into one sequence; all ranks."""
@@ -89,8 +89,7 @@ class ZeroRank:
     def step(self) -> float:
         """Clip the accumulated gradients and update; returns their norm before clipping; all ranks. Raises
         FrozenParameter if, at the first update, something that should learn does not."""
-        for parameter_group, lr in zip(self.engine.optimizer.param_groups, self._base_lrs, strict=True):
-            parameter_group["lr"] = lr * lr_factor(self.updates_made, self.task.updates, self.config)
+        set_lr(self.engine.optimizer, lr_factor(self.updates_made, self.task.updates, self.config))
         before = None if self.checked else (self._without_gradient(), self._fingerprints())
         # DeepSpeed reports the norm only where it has taken over the gradients. At stage 0 in float32 they stay with
         # the parameters, and are gone after the step.
@@ -114,54 +113,28 @@ class ZeroRank:
     @property
     def lr(self) -> float:
         """Learning rate of matrices at the last update."""
-        return self._base_lrs[0] * lr_factor(max(0, self.updates_made - 1), self.task.updates, self.config)
+        return float(self.engine.optimizer.param_groups[0]["lr"])
 
-    @functools.cached_property
-    def _dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self.config.dtype)
-        return dtype
-
-    def frozen_copy(self) -> Any:
-        """The model that the run began with, frozen, and called like the engine; all ranks."""
-        frozen = load_reasoner(self.task.model, self.task.spec, device=self.device, dtype=self._dtype)
-        frozen.model.requires_grad_(False)
-        policy = self._policy(frozen)
-        if self.config.zero_stage < 3:
-            return policy.eval()
-        # Partitioned like the trained model, for which DeepSpeed needs an engine of its own.
-        engine, *_ = deepspeed.initialize(model=policy, config=deepspeed_config(self.config, optimizer=False))
-        return engine.eval()
-
-    def named_weights(self, *, to_all: bool = False) -> Iterator[dict[str, torch.Tensor]]:
+    def named_weights(self, kept: Callable[[int], bool] | None = None) -> Iterator[dict[str, torch.Tensor]]:
         """Weights by the model's parameter names, adapters merged, as copies on the CPU, in buckets of about
-        `BUCKET_BYTES`; all ranks. The first rank gets them, and the others empty buckets. to_all: every rank gets
-        them."""
-        bucket: list[Weight] = []
-        size = 0
-        for weight in weights(self.reasoner.model):
-            bucket.append(weight)
-            size += weight.nbytes
-            if size >= BUCKET_BYTES:
-                yield self._gathered(bucket, to_all)
-                bucket, size = [], 0
-        if bucket:
-            yield self._gathered(bucket, to_all)
+        `BUCKET_BYTES`; all ranks. kept: of which buckets, by number, this rank gets copies, instead of empty ones; None
+        for all on the first rank and none on the others."""
+        kept = kept or (lambda _: self.ranks.rank == 0)
+        for i, bucket in enumerate(_buckets(weights(self.reasoner.model))):
+            yield self._gathered(bucket, kept(i))
+
+    def bucket_contents(self) -> list[dict[str, int]]:
+        """Of each bucket of `named_weights`, the size of each weight in bytes, by name."""
+        return [{weight.name: weight.nbytes for weight in bucket} for bucket in _buckets(weights(self.reasoner.model))]
 
     def adapter(self) -> dict[str, torch.Tensor]:
-        """The adapters' weights as copies on the CPU, on every rank; empty without adapters; all ranks."""
-        return self._gathered(list(adapter_weights(self.reasoner.model)), to_all=True)
+        """The adapters' weights as copies on the CPU, on the first rank; empty on the others, and without adapters; all
+        ranks."""
+        return self._gathered(list(adapter_weights(self.reasoner.model)), self.ranks.rank == 0)
 
     def trained(self) -> list[tuple[str, torch.nn.Parameter]]:
         """The parameters that learn, by the model's names for them."""
         return [(name, each) for name, each in self.reasoner.model.named_parameters() if each.requires_grad]
-
-    def _policy(self, reasoner: Reasoner) -> Policy:
-        return Policy(
-            reasoner.model,
-            temperature=self.task.temperature,
-            forbidden=self.reasoner.vision_tokens,
-            entropy_learns=self.config.entropy_learns,
-        ).to(self.device)
 
     def _fingerprints(self) -> dict[str, float]:
         """Of each trained parameter's fp32 master weights, a number that changes when they do. In bfloat16 the
@@ -183,19 +156,53 @@ class ZeroRank:
                 found.append(name)
         return found
 
-    def _gathered(self, bucket: Sequence[Weight], to_all: bool) -> dict[str, torch.Tensor]:
-        """Copies of some weights. Partitioned parameters are whole only within the context."""
+    def _gathered(self, bucket: Sequence[Weight], kept: bool) -> dict[str, torch.Tensor]:
+        """Copies of some weights; none if they are not kept. Partitioned parameters are whole only within the
+        context."""
         parameters = [parameter for weight in bucket for parameter in weight.parameters]
         with deepspeed.zero.GatheredParameters(parameters, enabled=self.config.zero_stage == 3):
-            if self.ranks.rank != 0 and not to_all:
-                return {}
-            return {weight.name: weight.tensor() for weight in bucket}
+            return {weight.name: weight.tensor() for weight in bucket} if kept else {}
+
+
+def _buckets(found: Iterable[Weight]) -> Iterator[list[Weight]]:
+    bucket: list[Weight] = []
+    size = 0
+    for weight in found:
+        bucket.append(weight)
+        size += weight.nbytes
+        if size >= BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 0
+    if bucket:
+        yield bucket
 
 
 def _fingerprint(values: torch.Tensor) -> float:
     # Weighted by position: in a plain sum, changes of opposite sign could cancel.
     weights = torch.arange(1, len(values) + 1, dtype=torch.float64, device=values.device).sin()
     return float(values.double() @ weights)
+
+
+@contextmanager
+def partitioned_at_birth(config: ZeroConfig) -> Iterator[None]:
+    """Within it transformers loads a model under DeepSpeed's `zero.Init`: each parameter is partitioned over the ranks
+    as soon as it is made. transformers finds the configuration by a weak reference, so it is held here."""
+    held = HfDeepSpeedConfig(deepspeed_config(config.model_copy(update={"zero_stage": 3}), optimizer=False))
+    try:
+        yield
+    finally:
+        del held
+        unset_hf_deepspeed_config()
+
+
+def load_partitioned(zero: ZeroRank) -> Any:
+    """The model that the run begins with, frozen and partitioned over the ranks, and called like a rank's engine; all
+    ranks."""
+    frozen = zero.loaded(zero.device, partitioned=True)
+    frozen.model.requires_grad_(False)
+    config = zero.config.model_copy(update={"zero_stage": 3})
+    engine, *_ = deepspeed.initialize(model=zero.around(frozen), config=deepspeed_config(config, optimizer=False))
+    return engine.eval()
 
 
 def deepspeed_config(config: ZeroConfig, *, optimizer: bool = True) -> dict[str, Any]:
@@ -210,19 +217,17 @@ def deepspeed_config(config: ZeroConfig, *, optimizer: bool = True) -> dict[str,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.max_grad_norm,
-        "bf16": {"enabled": config.dtype == "bfloat16"},
         "zero_optimization": zero,
-        # With offload DeepSpeed would insist on its CPUAdam, which is compiled at the first start.
+        # With offload DeepSpeed would insist on its own CPUAdam, which is compiled at the first start.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
-    if optimizer:
-        parameters = {
-            "lr": config.lr,
-            "betas": config.betas,
-            "eps": config.eps,
-            "weight_decay": config.weight_decay,
-            "torch_adam": True,  # not DeepSpeed's fused Adam, which is compiled at the first start
+    if config.dtype == "bfloat16":
+        settings |= {
+            "bf16": {"enabled": True},
+            # A sum of dozens of micro-batches in bfloat16 loses the small ones. The first key is the precision in which
+            # gradients are accumulated, the second that in which they are reduced over the ranks.
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
         }
-        settings["optimizer"] = {"type": "AdamW", "params": parameters}
     return settings

@@ -51,6 +51,12 @@ class Host:
 
         return comm.cdb.shm_comm_op
 
+    def compiled(self):
+        """Names of DeepSpeed's own operators that this process has compiled or loaded."""
+        from deepspeed.ops.op_builder.builder import OpBuilder
+
+        return sorted(OpBuilder._loaded_ops)
+
     def call(self, method, *args, **kwargs):
         return getattr(self.rank, method)(*args, **kwargs)
 

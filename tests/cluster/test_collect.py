@@ -99,7 +99,7 @@ def test_the_learners_log_probs_are_the_engines_after_updates(workers, hosts, de
         for step in range(2):
             groups = [Group(run="t", step=step, index=i, sample=sample) for i, sample in enumerate(samples[:3])]
             taken = collect(own, groups, SamplingParams(n=4, temperature=1.0, max_tokens=96, seed=7), "reward")
-            report = own.learner.update([each.refs for each in taken])
+            report = own.learner.update([each.refs for each in taken], [1] * len(taken))
             assert report.engine_gap < 1e-5
             sync_weights(own, version=step + 1)
             assert canary.check(own) < 1e-5

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from learner.attention import use_shared_prefix
 from learner.sft import reference_branches
-from learner.shared_prefix import Branches, TokenScores, branch_scores, micro_batches, pack
+from learner.shared_prefix import Branches, TokenScores, branch_scores, micro_batches, pack, shares
 from reasoner.model import Reasoner, load_reasoner
 from reasoner.prompter import EncodedPrompt
 from umrg.images import encode_png
@@ -117,6 +117,28 @@ def test_a_budget_for_less_than_one_answer_says_what_to_raise(reasoner):
     tree = a_tree(reasoner, 3, (112, 112), [20], 0)
     with pytest.raises(ValueError, match=r"do not fit into learner.micro_batch_tokens, 30; raise it"):
         micro_batches([tree], 30)
+
+
+@given(work=st.lists(st.integers(0, 5000), min_size=1, max_size=40), ranks=st.integers(1, 8))
+def test_ranks_have_about_the_same_work(work, ranks):
+    """Every group once, and no rank more than Graham's bound; one rank takes all in their order."""
+    taken = shares(work, ranks)
+    assert sorted(i for share in taken for i in share) == list(range(len(work)))
+    assert shares(work, 1) == [list(range(len(work)))]
+    loads = [sum(work[i] for i in share) for share in taken]
+    at_least = max(max(work), sum(work) / ranks)  # what no division could do better than
+    assert max(loads) <= at_least + max(work) * (1 - 1 / ranks)
+
+
+def test_dealt_by_work_beats_dealt_by_number():
+    work = [3000, 100, 3000, 100, 3000, 100]
+    by_work = max(sum(work[i] for i in share) for share in shares(work, 2))
+    by_number = max(sum(work[rank::2]) for rank in range(2))
+    assert by_work == 6000 and by_number == 9000
+
+
+def test_groups_without_work_are_dealt_by_number():
+    assert [len(share) for share in shares([0] * 8, 4)] == [2, 2, 2, 2]
 
 
 def test_logits_in_chunks_are_logits_at_once(reasoner, monkeypatch):

@@ -1,0 +1,126 @@
+"""One rank by itself: how its model is loaded, in which precision gradients are summed, and its optimizer."""
+
+import inspect
+
+import deepspeed
+import pytest
+import torch
+from deepspeed.utils import safe_get_full_grad
+from pydantic import ValidationError
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from learner.collectives import Ranks, backend
+from learner.config import LearnerConfig, LearnerTask, ZeroConfig
+from learner.optimizer import adamw
+from learner.reference import Parked, parked
+from learner.zero import ZeroRank, deepspeed_config, partitioned_at_birth
+from reasoner.model import load_reasoner
+from tests.conftest import TINY_REASONER
+from umrg.prompts import PromptSpec
+
+
+class Dot(torch.nn.Module):
+    """Whose gradient is its input."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(8, dtype=dtype))
+
+    def forward(self, gradient):
+        return (self.weight * gradient).sum()
+
+
+@pytest.mark.parametrize("offload", ["none", "optimizer"])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_gradients_of_many_micro_batches_are_summed_in_float32(one_rank, stage, offload):
+    """A bfloat16 of 1 stays 1 however often 1/512 is added to it."""
+    config = ZeroConfig(lr=0.1, zero_stage=stage, dtype="bfloat16", offload=offload)
+    model = Dot(torch.bfloat16)
+    optimizer = adamw(model.parameters(), config, fused=False)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config))
+    micro_batches = [1.0] + [1 / 512] * 64
+    for i, value in enumerate(micro_batches):
+        engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
+        engine.backward(engine(torch.full((8,), value, dtype=torch.bfloat16)), scale_wrt_gas=False)
+    gradient = safe_get_full_grad(model.weight)
+    assert gradient.dtype == torch.float32
+    torch.testing.assert_close(gradient, torch.full((8,), 1 + 64 / 512))
+
+
+def test_sums_are_reduced_in_float32_too():
+    settings = deepspeed_config(ZeroConfig(lr=1, dtype="bfloat16"))
+    assert settings["data_types"] == {"grad_accum_dtype": "fp32"} and settings["communication_data_type"] == "fp32"
+    assert "data_types" not in deepspeed_config(ZeroConfig(lr=1))
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_bfloat16_without_float32_sums_is_refused(stage):
+    with pytest.raises(ValidationError, match="dtype=bfloat16 needs zero_stage 2 or 3, this is"):
+        ZeroConfig(lr=1, dtype="bfloat16", zero_stage=stage)
+
+
+@pytest.mark.parametrize(
+    ("config", "kept"),
+    [
+        ({}, False),
+        ({"num_gpus": 1}, True),
+        ({"num_gpus": 1, "gradient_checkpointing": False}, False),
+        ({"gradient_checkpointing": True}, True),
+    ],
+)
+def test_a_rank_with_a_gpu_checkpoints_its_layers(config, kept):
+    assert ZeroConfig(lr=1, **config).checkpoints_layers is kept
+
+
+def test_a_model_of_stage_3_is_partitioned_as_it_is_loaded(one_rank):
+    """So that one larger than a GPU starts. Afterwards transformers loads as before."""
+    config = ZeroConfig(lr=1, zero_stage=3)
+    with partitioned_at_birth(config):
+        born = load_reasoner(TINY_REASONER)
+    assert not is_deepspeed_zero3_enabled()
+    whole = dict(load_reasoner(TINY_REASONER).model.named_parameters())
+    for name, parameter in born.model.named_parameters():
+        assert parameter.numel() == 0 and parameter.ds_shape == whole[name].shape, name
+        with deepspeed.zero.GatheredParameters([parameter]):
+            assert torch.equal(parameter, whole[name]), name
+    buffers = dict(load_reasoner(TINY_REASONER).model.named_buffers())
+    assert all(torch.equal(each, buffers[name]) for name, each in born.model.named_buffers())
+
+
+def test_a_parked_model_is_on_the_device_during_its_passes_alone(one_rank):
+    """On a CPU both are the same memory; here its copies for a device are told apart by their place."""
+    task = LearnerTask(model=TINY_REASONER, spec=PromptSpec.of_model(TINY_REASONER), updates=1)
+    zero = ZeroRank(LearnerConfig(lr=1e-4), task)
+    reference = Parked(zero)
+    waiting = [each.data_ptr() for each in reference._policy.parameters()]
+    with reference.present():
+        pass
+    assert [each.data_ptr() for each in reference._policy.parameters()] == waiting
+    assert not any(each.requires_grad for each in reference._policy.parameters())
+    tensor = torch.ones(3)
+    assert parked(tensor, torch.device("cpu")) is tensor
+
+
+def test_what_a_gpu_alone_calls_is_as_it_was_read():
+    """torch 2.13: AdamW takes `fused`, whose step count lies where the parameters are; `pin_memory` needs no device."""
+    assert inspect.signature(torch.optim.AdamW.__init__).parameters["fused"].default is None
+    assert "device=p.device" in inspect.getsource(torch.optim.Adam._init_group)
+    optimizer = adamw([torch.nn.Parameter(torch.ones(2, 2))], ZeroConfig(lr=1), fused=True)
+    assert optimizer.defaults["fused"] is True
+    assert adamw([torch.nn.Parameter(torch.ones(2, 2))], ZeroConfig(lr=1), fused=False).defaults["fused"] is None
+    assert callable(torch.Tensor.pin_memory)
+
+
+def test_a_gpu_rank_has_a_backend_for_either_device():
+    assert backend("cuda") == "cpu:gloo,cuda:nccl" and backend("cpu") == "gloo"
+    parsed = torch.distributed.distributed_c10d.BackendConfig(torch.distributed.Backend(backend("cuda")))
+    assert parsed.get_device_backend_map() == {"cpu": "gloo", "cuda": "nccl"}
+
+
+def test_the_ranks_settle_on_their_device(one_rank):
+    ranks = Ranks("cpu")
+    assert (ranks.rank, ranks.count) == (0, 1)
+    assert ranks.summed(3, 4) == [3, 4] and ranks.highest(5) == 5
+    total = ranks.total(torch.tensor([0.5, 2.0]))
+    assert total.device == ranks.device and total.tolist() == [0.5, 2.0]
+    assert ranks.with_idle([], lambda: "idle") == ["idle"]
