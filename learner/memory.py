@@ -8,7 +8,6 @@
 How each stage holds these was read in DeepSpeed 0.19.8; tests compare it with a running rank.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,31 +35,10 @@ LIVE = 1_050_000_000
 """Parameters of stage 3 that are whole at a time, in elements (`stage3_max_live_parameters` and the prefetch)."""
 RUNTIME = 3 << 29
 """CUDA's context, cuBLAS's workspace and NCCL's buffers, in bytes."""
-ANSWER_TOKENS = 256
-"""Assumed length of an answer, where its limit is higher. It decides how many images lie in a packed sequence."""
-
 _LOGITS = 5  # blocks of logits alive at once in `learner.shared_prefix.branch_scores`
 _PATCH_BYTES = 3 * 2 * 16 * 16 * 4  # a patch of pixels in float32, as the processor cuts it
 
 Reference = Literal["none", "parked", "partitioned"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """A packed sequence, as the estimate takes it."""
-
-    tokens: int
-    """Its length: `micro_batch_tokens`."""
-    image_tokens: int
-    """How many of them are of images."""
-
-    @classmethod
-    def of_groups(cls, config: ZeroConfig, *, prompt: int, image: int, answers: int, longest: int) -> "Work":
-        """Of groups. prompt, image: tokens of a prompt and of its image; answers: of a group; longest: an answer's
-        limit in tokens."""
-        group = prompt + answers * min(longest, ANSWER_TOKENS)
-        images = -(-config.micro_batch_tokens // group)
-        return cls(tokens=config.micro_batch_tokens, image_tokens=min(images * image, config.micro_batch_tokens))
 
 
 def learning_model(source: Any, config: ZeroConfig) -> Any:
@@ -73,8 +51,8 @@ def learning_model(source: Any, config: ZeroConfig) -> Any:
     return model
 
 
-def rank_need(source: Path | Any, config: ZeroConfig, work: Work) -> Need:
-    """What one rank needs. source: as for `learning_model`."""
+def rank_need(source: Path | Any, config: ZeroConfig, image_tokens: int) -> Need:
+    """What one rank needs. source: as for `learning_model`. image_tokens: of a packed sequence."""
     model = learning_model(source, config)
     element, stage = model.dtype.itemsize, config.zero_stage
     everything, trained = parameters(model), parameters(model, trained=True)
@@ -91,7 +69,7 @@ def rank_need(source: Path | Any, config: ZeroConfig, work: Work) -> Need:
         "optimizer": (8 if own_masters else 12) * held(trained, 1),
     }
     host = _offloaded(parts, config, 2 * held(trained, 1))
-    stored, passing = activations(model, config, work)
+    stored, passing = activations(model, config, image_tokens)
     estimated = {"activations": stored, "reduction": _reduction(model, config), "runtime": RUNTIME}
     if stage == 3:
         estimated["gathered"] = element * min(everything, LIVE)
@@ -112,18 +90,18 @@ def reference_of(config: ZeroConfig) -> Reference:
     return "partitioned" if config.zero_stage == 3 else "parked"
 
 
-def activations(model: Any, config: ZeroConfig, work: Work) -> tuple[int, int]:
+def activations(model: Any, config: ZeroConfig, image_tokens: int) -> tuple[int, int]:
     """Bytes at the peak of forward and backward pass over a packed sequence, and of a forward pass alone."""
-    text = model.config.text_config
-    patches, element = patches_of(model, work.image_tokens), model.dtype.itemsize
-    hidden = work.tokens * text.hidden_size * element
-    layer, end = text_layer(model, work.tokens), text_end(model, work.tokens)
+    text, tokens = model.config.text_config, config.micro_batch_tokens
+    patches, element = patches_of(model, image_tokens), model.dtype.itemsize
+    hidden = tokens * text.hidden_size * element
+    layer, end = text_layer(model, tokens), text_end(model, tokens)
     block, merged = vision_block(model, patches), mergers(model, patches)
     towers = (
         _chain(layer, text.num_hidden_layers, hidden, config.gradient_checkpointing),
         _chain(block, len(model.model.visual.blocks), _input(model, block, patches), config.gradient_checkpointing),
     )
-    logits = _LOGITS * min(LOGITS_BYTES, 4 * work.tokens * text.vocab_size)
+    logits = _LOGITS * min(LOGITS_BYTES, 4 * tokens * text.vocab_size)
     if model.lm_head.weight.requires_grad:
         logits += 2 * element * model.lm_head.weight.numel()  # its gradient, and that of one block to be added
     pixels = patches * _PATCH_BYTES

@@ -31,6 +31,10 @@ class Need:
     """On its GPU, beside those: activations, buffers and the like."""
     host: Mapping[str, int] = field(default_factory=dict)
     """In the memory of its node, certain too."""
+    reserved: int | None = None
+    """What it takes of its GPU, whatever it needs; None where that is what it needs."""
+    note: str = ""
+    """What the rest of the reserved memory is good for."""
     remedy: str = ""
     """What to change if it is too much."""
 
