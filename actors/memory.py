@@ -10,14 +10,24 @@ from actors.config import RolloutConfig, SegmenterConfig
 from actors.experts.registry import sam_config
 from actors.experts.sam import DTYPES, build_sam
 from actors.experts.sam_config import SamConfig
-from reasoner.footprint import LiveBytes, Need, cache_bytes, empty_model, parameters, patches_of, text_layer, vision_block
+from reasoner.footprint import (
+    LiveBytes,
+    Need,
+    cache_bytes,
+    empty_model,
+    parameters,
+    patches_of,
+    text_layer,
+    vision_block,
+)
 
 RUNTIME = 3 << 29
 """CUDA's context, cuBLAS's workspace and an engine's CUDA graphs, in bytes."""
 SEQUENCES = 256
 """That vLLM samples for at a time while it profiles."""
 
-_LOGITS = 4  # blocks of logits alive at once in a sampler that returns log-probs: as computed, in float32, scaled, and their log-softmax
+# Blocks of logits alive at once in a sampler that returns log-probs: computed, float32, scaled, and log-softmax.
+_LOGITS = 4
 _IMAGE_TOKENS = 16384  # the largest image that the processors of Qwen's folders let through; vLLM profiles with it
 _DECODED = 32  # prompts that `SamExpert.decode` takes at a time
 _IMAGE_SIDE = 2048  # assumed of an original image, to which masks are scaled
@@ -63,7 +73,10 @@ def sam_need(sizes: SamConfig, dtype: str) -> Need:
     weights = encoder * DTYPES[dtype].itemsize + (parameters(sam) - encoder) * 4
     return Need(
         certain={"weights": weights},
-        estimated={"activations": max(_embedding(sam, sizes, DTYPES[dtype]), _decoding(sam, sizes)), "runtime": 1 << 29},
+        estimated={
+            "activations": max(_embedding(sam, sizes, DTYPES[dtype]), _decoding(sam, sizes)),
+            "runtime": 1 << 29,
+        },
         remedy="set segmenter.dtype to bfloat16, give segmenter.num_gpus a larger share, or choose a smaller expert",
     )
 

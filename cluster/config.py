@@ -328,6 +328,12 @@ def load_config(
         raise ValueError(where + "; ".join(in_words(schema, tree, error.errors()))) from None
 
 
+def schema_of(path: Path) -> type[TrainConfig | SftConfig | EvaluateConfig]:
+    """What a configuration file is for, by the keys that only one kind has."""
+    keys = _read(path).keys()
+    return TrainConfig if "reward" in keys else SftConfig if "learner" in keys else EvaluateConfig
+
+
 def config_text(config: Config) -> str:
     """The resolved configuration as YAML."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,11 +1,12 @@
 """Whether the actors of a run fit on their GPUs: estimates joined with what each actor sees, in words.
 
-    need of a role × place of an actor ──tenant──► tenants ──overfull──► what does not fit, and what to change
+need of a role × place of an actor ──tenant──► tenants ──overfull──► what does not fit, and what to change
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ transformers."""
 def learner_need(model: Path | Any, config: ZeroConfig, image_tokens: int) -> GpuNeed:
     """Of a rank. model: a folder, or a transformers configuration. image_tokens: of a packed sequence."""
 
+    @cache
     def need(_gpu: int) -> "Need":
         from learner.memory import rank_need
 
@@ -40,6 +42,7 @@ def learner_need(model: Path | Any, config: ZeroConfig, image_tokens: int) -> Gp
 def rollout_need(model: Path | Any, config: RolloutConfig) -> GpuNeed:
     """Of a rollout's engine, on each of its GPUs."""
 
+    @cache
     def need(gpu: int) -> "Need":
         from actors.memory import engine_need
 
@@ -51,6 +54,7 @@ def rollout_need(model: Path | Any, config: RolloutConfig) -> GpuNeed:
 def segmenter_need(expert: str, config: SegmenterConfig) -> GpuNeed:
     """Of a segmenter's expert."""
 
+    @cache
     def need(_gpu: int) -> "Need":
         from actors.memory import expert_need
 

@@ -53,13 +53,14 @@ def rollouts(model: Path, config: RolloutConfig, spec: PromptSpec) -> list[Actor
     """The rollout actors of a model folder. Raises ValueError if it cannot be loaded."""
     check_reasoner_folder(model)
     arguments = {"model": located(model), "config": config, "spec": spec}
+    need = rollout_need(model, config)
     return [
         ActorSpec(
             bundle=bundle,
             actor_class=Rollout,
             arguments=arguments,
             environment=config.environment,
-            need=rollout_need(model, config),
+            need=need,
         )
         for bundle in bundles("rollout", config.actors, config)
     ]
@@ -88,29 +89,27 @@ def segmenters(
         "think": spec.think,
         "lenient": lenient,
     }
+    need = segmenter_need(expert, config)
     return [
-        ActorSpec(
-            bundle=bundle, actor_class=Segmenter, arguments=arguments, need=segmenter_need(expert, config)
-        )
+        ActorSpec(bundle=bundle, actor_class=Segmenter, arguments=arguments, need=need)
         for bundle in bundles("segmenter", config.actors, config)
     ]
 
 
-def ranks(
-    actor_class: type[ZeroActor], config: ZeroConfig, task: LearnerTask, *, image_tokens: int
-) -> list[ActorSpec]:
+def ranks(actor_class: type[ZeroActor], config: ZeroConfig, task: LearnerTask, *, image_tokens: int) -> list[ActorSpec]:
     """The learner's ranks. image_tokens: of a packed sequence. Raises ValueError if the task's model cannot be
     loaded."""
     check_reasoner_folder(task.model)
     environment = {"DS_ACCELERATOR": "cuda" if config.num_gpus > 0 else "cpu"}
     here = task.located()
+    need = learner_need(task.model, config, image_tokens)
     return [
         ActorSpec(
             bundle=bundle,
             actor_class=actor_class,
             arguments={"config": config, "task": here, "rank": bundle.index},
             environment=environment,
-            need=learner_need(task.model, config, image_tokens),
+            need=need,
         )
         for bundle in bundles("learner", config.ranks, config)
     ]

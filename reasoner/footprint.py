@@ -1,8 +1,8 @@
 """What a model needs of a device's memory, counted without loading it.
 
-The model is built from its configuration on torch's meta device, where tensors have shapes and no memory. Parameters are
-counted there. What a layer keeps for its backward pass, and what it needs at its peak, is counted by running the real
-layer there and following the storages that it makes: so the count follows the architecture's own code.
+The model is built from its configuration on torch's meta device, where tensors have shapes and no memory. Parameters
+are counted there. What a layer keeps for its backward pass, and what it needs at its peak, is counted by running the
+real layer there and following the storages that it makes: so the count follows the architecture's own code.
 """
 
 import weakref
@@ -100,7 +100,9 @@ def text_layer(model: Any, tokens: int) -> Footprint:
 
 def text_end(model: Any, tokens: int) -> Footprint:
     """Of the language model's last norm."""
-    return Footprint.of(model.model.language_model.norm, _hidden(model, 1, tokens, model.config.text_config.hidden_size))
+    return Footprint.of(
+        model.model.language_model.norm, _hidden(model, 1, tokens, model.config.text_config.hidden_size)
+    )
 
 
 def vision_block(model: Any, patches: int) -> Footprint:
