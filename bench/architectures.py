@@ -1,5 +1,5 @@
-"""The sizes of published reasoners, as transformers configurations: for benchmarks, tests and estimates that need a real
-shape and no weights. Copied from the models' own config.json."""
+"""The sizes of published reasoners, as transformers configurations: for benchmarks, tests and estimates that need a
+real shape and no weights."""
 
 from typing import Any
 

@@ -1,4 +1,5 @@
-"""The table of gpu.md: which model trains on which GPUs, by the estimates of `medreasoner memory`; `python -m docs.sizing`.
+"""The table of gpu.md, which model trains on which GPUs, by the estimates of `medreasoner memory`:
+`python -m docs.sizing`.
 
 A step is that of the published set-up. Half of the GPUs learn and the other half sample; a single GPU does both, and
 its engine has what the learner leaves. Times are floating-point operations and bytes over assumed shares of what a card
@@ -21,7 +22,7 @@ from learner.memory import rank_need
 from reasoner.footprint import Need, cache_bytes, empty_model, parameters
 
 GROUPS, ANSWERS, PROMPT, IMAGE, ANSWER, UPDATES = 128, 16, 1600, 900, 200, 2
-"""A step of the published set-up: prompts, answers of each, the tokens of a prompt, its image and an answer, updates."""
+"""A step of the published set-up: prompts; answers of each; tokens of a prompt, its image and an answer; updates."""
 LEARNING, PREFILL, BANDWIDTH, TRANSFER = 0.35, 0.4, 0.5, 3e9
 """Assumed: shares of a card's bfloat16 rate in learning and in prefill, share of its memory bandwidth in decoding, and
 bytes a second at which weights reach the engines through host memory."""
