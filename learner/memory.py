@@ -61,8 +61,8 @@ def rank_need(source: Path | Any, config: ZeroConfig, image_tokens: int) -> Need
         """Of so many elements, those of one rank."""
         return -(-count // config.ranks) if stage >= from_stage else count
 
-    # In float32 the parameters are their own masters, except where stages 1 and 2 clone them into flat partitions.
-    own_masters = config.dtype == "float32" and stage in (0, 3)
+    # ZeRO clones masters from parameters in float32 too; without it they are their own.
+    own_masters = config.dtype == "float32" and stage == 0
     parts = {
         "weights": element * held(everything, 3),
         "gradients": 4 * held(trained, 2),

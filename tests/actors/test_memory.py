@@ -78,18 +78,18 @@ class MeasuredRank(LearnerRank):
             scores = zero.scores([Branches(prefix=prompt, branches=[torch.arange(5, 65)])])
             zero.backward(scores.logprobs.sum(), last=True)
             del scores
-        accumulated = getattr(zero.engine.optimizer, "grad_partitions_flat_buffer", None)
+        accumulated = live.now
+        if (buffer := getattr(zero.engine.optimizer, "grad_partitions_flat_buffer", None)) is not None:
+            accumulated = buffer.nbytes  # of stage 3, made at the start
         zero.step()
         model = [getattr(each, "ds_tensor", each) for each in zero.reasoner.model.parameters()]
         adam = getattr(zero.engine.optimizer, "optimizer", zero.engine.optimizer)
-        kept = [
-            each for master, state in adam.state.items() for each in (master, state["exp_avg"], state["exp_avg_sq"])
-        ]
+        kept = [*adam.state, *(state[name] for state in adam.state.values() for name in ("exp_avg", "exp_avg_sq"))]
         weights = storages(model)
         return {
             "weights": sum(weights.values()),
             "optimizer": sum(size for key, size in storages(kept).items() if key not in weights),
-            "gradients": live.now if accumulated is None else storages([accumulated]).popitem()[1],
+            "gradients": accumulated,
         }
 
 
