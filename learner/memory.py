@@ -112,7 +112,9 @@ def activations(model: Any, config: ZeroConfig, image_tokens: int) -> tuple[int,
 
 def _input(model: Any, block: Footprint, patches: int) -> int:
     """Bytes of a vision layer's input; 0 where nothing before its output learns."""
-    return patches * model.model.visual.blocks[0].norm1.weight.shape[0] * model.dtype.itemsize if block.kept else 0
+    width: int = model.model.visual.blocks[0].norm1.weight.shape[0]
+    element: int = model.dtype.itemsize
+    return patches * width * element if block.kept else 0
 
 
 def _chain(layer: Footprint, count: int, given: int, checkpointing: bool) -> tuple[int, int]:
@@ -129,12 +131,11 @@ def _reduction(model: Any, config: ZeroConfig) -> int:
     if config.zero_stage == 0:
         return 0
     learning = [each.numel() for each in model.parameters() if each.requires_grad]
-    at_once = max(min(REDUCE_BUCKET, sum(learning)), max(learning))
-    half = config.dtype == "bfloat16"
+    at_once: int = max(min(REDUCE_BUCKET, sum(learning)), max(learning))
     if config.zero_stage == 3:
         return 4 * (REDUCE_BUCKET + at_once)
     # Flattened, and in bfloat16 flattened before it is converted.
-    return model.dtype.itemsize * REDUCE_BUCKET + (6 if half else 4) * at_once
+    return 2 * REDUCE_BUCKET + 6 * at_once if config.dtype == "bfloat16" else 4 * (REDUCE_BUCKET + at_once)
 
 
 def _offloaded(parts: dict[str, int], config: ZeroConfig, staging: int) -> dict[str, int]:

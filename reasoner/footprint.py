@@ -126,8 +126,10 @@ def mergers(model: Any, patches: int) -> list[Footprint]:
 def cache_bytes(model: Any, element_bytes: int) -> int:
     """Of the keys and values of one token in all layers."""
     config = model.config.text_config
-    heads, size = config.num_key_value_heads, model.model.language_model.layers[0].self_attn.head_dim
-    return 2 * config.num_hidden_layers * heads * size * element_bytes
+    heads: int = config.num_key_value_heads
+    size: int = model.model.language_model.layers[0].self_attn.head_dim
+    layers: int = config.num_hidden_layers
+    return 2 * layers * heads * size * element_bytes
 
 
 def patches_of(model: Any, image_tokens: int) -> int:
@@ -140,8 +142,9 @@ class LiveBytes(TorchDispatchMode):
     """Follows the storages of the tensors that are made within the context, on any device."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now: int = 0
+        self.peak: int = 0
         self._alive: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -167,7 +170,8 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _key(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    key: int = tensor.untyped_storage()._cdata
+    return key
 
 
 class _Attention(torch.autograd.Function):
