@@ -147,6 +147,10 @@ class LiveBytes(TorchDispatchMode):
         self.peak: int = 0
         self._alive: dict[int, Any] = {}
 
+    def __enter__(self) -> Self:
+        super().__enter__()
+        return self
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         given = {_key(each) for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)}

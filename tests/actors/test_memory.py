@@ -37,6 +37,7 @@ def test_an_expert_materialises_its_attention_scores():
 def test_an_embedding_needs_what_is_counted():
     """The bundled expert's encoder, on the CPU."""
     sizes = sam_config("tiny")
+    assert sizes is not None
     side = sizes.image_side
     with torch.inference_mode():
         encoder = build_sam(sizes).image_encoder
