@@ -148,7 +148,7 @@ class LiveBytes(TorchDispatchMode):
         self._alive: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
