@@ -113,7 +113,7 @@ def summary(tenants: Sequence[Tenant]) -> list[str]:
     """One line a role."""
     first = {each.name.split()[0]: each for each in reversed(tenants)}
     return [
-        f"{role}: estimated {in_words(each.need)} of {_described(each.gpu)}{_reservation(each.need)}"
+        f"{role}: estimated {in_words(each.need)} on {_described(each.gpu)}{_reservation(each.need)}"
         for role, each in sorted(first.items())
     ]
 

@@ -123,7 +123,7 @@ def test_what_is_offloaded_must_fit_into_the_node():
 
 def test_each_role_is_one_line():
     lines = summary([on(place(str(i)), need(6, 2), f"learner {i}") for i in range(4)])
-    assert lines == ["learner: estimated 8.0 GiB (weights 6.0, activations 2.0) of card of 10.0 GiB"]
+    assert lines == ["learner: estimated 8.0 GiB (weights 6.0, activations 2.0) on card of 10.0 GiB"]
 
 
 class Crowded:
