@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
+from actors.gpus import Place, this_place
 from actors.weight_files import WeightsDigest, pack
 from learner.config import LearnerConfig, LearnerTask, ZeroConfig
 from learner.update_report import SftReport, UpdateReport
@@ -29,6 +30,10 @@ class ZeroActor:
     def __init__(self, config: ZeroConfig, task: LearnerTask, *, rank: int) -> None:
         self._config, self._task, self._rank = config, task, rank
         self._zero: ZeroRank | None = None
+
+    def place(self) -> Place:
+        """Where it is; may be called before `start`."""
+        return this_place()
 
     def address(self) -> tuple[str, int]:
         """A rendezvous for the ranks: this host and one of its free ports."""

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actors.config import RolloutConfig
+from actors.gpus import Place, this_place
 from actors.threads import share_cores
 from reasoner.prompter import load_prompter
 from umrg.group import Group, GroupSamples, SamplingParams
@@ -20,6 +21,10 @@ class Rollout:
     def __init__(self, model: Path, config: RolloutConfig, spec: PromptSpec) -> None:
         self._model, self._config, self._spec = model, config, spec
         self._engine: Engine | None = None
+
+    async def place(self) -> Place:
+        """Where it is; may be called before `start`."""
+        return this_place()
 
     async def start(self) -> None:
         """Load the engine. Raises ValueError if the folder holds no model."""

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from actors.config import SegmenterConfig
 from actors.experts.drawing import draw_masks, load_frozen, reference_mask
 from actors.experts.protocol import Embedding, Expert
+from actors.gpus import Place, this_place
 from actors.threads import share_cores
 from rewards.answer_metrics import answer_metrics
 from rewards.case import Reference
@@ -46,6 +47,10 @@ class Segmenter:
         self._scorer, self._frame, self._think = scorer, frame, think
         self._read = partial(parse_lenient, frame=frame) if lenient else scorer.read
         self._loaded: Expert | None = None
+
+    def place(self) -> Place:
+        """Where it is; may be called before `start`."""
+        return this_place()
 
     def start(self) -> str:
         """Load the expert; `digest`. Raises ValueError where there is none by that name, or its weights do not fit."""

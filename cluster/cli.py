@@ -102,6 +102,21 @@ def evaluate(
     run_evaluate(config or [], {**options, "prompt": prompt, "data.seen": seen})
 
 
+@app.command()
+def memory(
+    config: ConfigFile,
+    gpu: Annotated[float, typer.Option(help="Memory of each GPU, in GiB.")],
+    overrides: Overrides = None,
+) -> None:
+    """Estimate what each role of a run needs of its GPU. Exit code 1 where it cannot fit."""
+    from cluster.commands.memory import print_memory
+
+    console = Console()
+    # Piped output must not be cut to a terminal's width.
+    console = console if console.is_terminal else Console(width=160)
+    raise typer.Exit(print_memory(config, overrides or (), gpu, console))
+
+
 @app.command(name="config")
 def config_command(
     key: Annotated[str | None, typer.Argument(metavar="[KEY]", help="Dotted, such as learner.lr.")] = None,

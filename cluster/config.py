@@ -33,6 +33,9 @@ from umrg.prompts import PromptSpec, ReasonerConfig
 
 C = TypeVar("C", bound=Config)
 
+ANSWER_TOKENS = 256
+"""Length that answers are assumed to have, where their limit is higher, in estimates of memory and time."""
+
 
 def _is_every(value: Any) -> Any:
     if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
@@ -203,6 +206,13 @@ class TrainConfig(LearningConfig):
         """Number of optimizer updates of the run: one per step and mini-batch."""
         return self.steps * math.ceil(self.batch / (self.learner.mini_batch or self.batch))
 
+    @property
+    def image_tokens(self) -> int:
+        """How many tokens of a packed sequence are of images at most, as the estimate of memory takes it."""
+        group = self.rollout.max_prompt_tokens + self.rollout.n * min(self.rollout.max_tokens, ANSWER_TOKENS)
+        images = math.ceil(self.learner.micro_batch_tokens / group)
+        return min(images * self.rollout.max_prompt_tokens, self.learner.micro_batch_tokens)
+
     @model_validator(mode="after")
     def _can_learn(self) -> Self:
         kind, n = self.learner.objective.advantage, self.rollout.n
@@ -286,6 +296,11 @@ class SftConfig(LearningConfig):
     keep: MayChange[PositiveInt] = 1
     """Number of newest checkpoints that are kept, besides the one of the lowest validation loss."""
 
+    @property
+    def image_tokens(self) -> int:
+        """How many tokens of a packed sequence are of images, as the estimate of memory takes it: half of them."""
+        return self.learner.micro_batch_tokens // 2
+
     @model_validator(mode="after")
     def _stops_by_something(self) -> Self:
         if self.patience and not self.validation:
@@ -311,6 +326,12 @@ def load_config(
     except ValidationError as error:
         where = "" if path is None else f"{path}: "
         raise ValueError(where + "; ".join(in_words(schema, tree, error.errors()))) from None
+
+
+def schema_of(path: Path) -> type[TrainConfig | SftConfig | EvaluateConfig]:
+    """What a configuration file is for, by the keys that only one kind has."""
+    keys = _read(path).keys()
+    return TrainConfig if "reward" in keys else SftConfig if "learner" in keys else EvaluateConfig
 
 
 def config_text(config: Config) -> str:

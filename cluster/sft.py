@@ -50,7 +50,7 @@ def sft(config: SftConfig) -> RunFolder:
 def actors(config: SftConfig, run: Path) -> list[ActorSpec]:
     """The actors of a supervised run: its ranks."""
     task = LearnerTask(model=config.model, spec=config.spec(), updates=config.steps, seed=config.seed, run=run)
-    return ranks(SupervisedRank, config.learner, task)
+    return ranks(SupervisedRank, config.learner, task, image_tokens=config.image_tokens)
 
 
 class Images:

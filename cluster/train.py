@@ -60,7 +60,7 @@ def actors(config: TrainConfig, run: Path | None = None) -> list[ActorSpec]:
         run=run,
     )
     return [
-        *ranks(LearnerRank, config.learner, task),
+        *ranks(LearnerRank, config.learner, task, image_tokens=config.image_tokens),
         *rollouts(config.model, config.rollout, spec),
         *segmenters(config.expert, config.segmenter, config.reward.scorer(think=spec.think), spec),
     ]

@@ -25,6 +25,7 @@ from actors.pools import DeadlinePassed, LearnerPool, Placement, RolloutPool, Se
 from actors.rollout import Rollout
 from actors.segmenter import Segmenter
 from cluster.config import RunConfig
+from cluster.memory import GpuNeed, learner_need, overfull, rollout_need, segmenter_need, summary, tenant
 from cluster.placement import Bundle, Node, bundles, shortage
 from learner.config import LearnerTask, ZeroConfig
 from rewards.scoring import Scorer
@@ -44,14 +45,23 @@ class ActorSpec:
     """Of its constructor, by name."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Variables that its process has from the start."""
+    need: GpuNeed | None = None
+    """What it needs of its GPU; None if that is not known."""
 
 
 def rollouts(model: Path, config: RolloutConfig, spec: PromptSpec) -> list[ActorSpec]:
     """The rollout actors of a model folder. Raises ValueError if it cannot be loaded."""
     check_reasoner_folder(model)
     arguments = {"model": located(model), "config": config, "spec": spec}
+    need = rollout_need(model, config)
     return [
-        ActorSpec(bundle=bundle, actor_class=Rollout, arguments=arguments, environment=config.environment)
+        ActorSpec(
+            bundle=bundle,
+            actor_class=Rollout,
+            arguments=arguments,
+            environment=config.environment,
+            need=need,
+        )
         for bundle in bundles("rollout", config.actors, config)
     ]
 
@@ -79,23 +89,27 @@ def segmenters(
         "think": spec.think,
         "lenient": lenient,
     }
+    need = segmenter_need(expert, config)
     return [
-        ActorSpec(bundle=bundle, actor_class=Segmenter, arguments=arguments)
+        ActorSpec(bundle=bundle, actor_class=Segmenter, arguments=arguments, need=need)
         for bundle in bundles("segmenter", config.actors, config)
     ]
 
 
-def ranks(actor_class: type[ZeroActor], config: ZeroConfig, task: LearnerTask) -> list[ActorSpec]:
-    """The learner's ranks. Raises ValueError if the task's model cannot be loaded."""
+def ranks(actor_class: type[ZeroActor], config: ZeroConfig, task: LearnerTask, *, image_tokens: int) -> list[ActorSpec]:
+    """The learner's ranks. image_tokens: of a packed sequence. Raises ValueError if the task's model cannot be
+    loaded."""
     check_reasoner_folder(task.model)
     environment = {"DS_ACCELERATOR": "cuda" if config.num_gpus > 0 else "cpu"}
     here = task.located()
+    need = learner_need(task.model, config, image_tokens)
     return [
         ActorSpec(
             bundle=bundle,
             actor_class=actor_class,
             arguments={"config": config, "task": here, "rank": bundle.index},
             environment=environment,
+            need=need,
         )
         for bundle in bundles("learner", config.ranks, config)
     ]
@@ -169,11 +183,24 @@ def _placed(actors: Sequence[ActorSpec], config: RunConfig) -> Iterator[dict[str
         for i, actor in enumerate(actors):
             options = _placement(group, i, actor).options()
             handles[actor.bundle.name] = ray.remote(actor.actor_class).options(**options).remote(**actor.arguments)
+        _check_memory(actors, handles, config)
         yield handles
     finally:
         for handle in handles.values():
             ray.kill(handle)
         remove_placement_group(group)
+
+
+def _check_memory(actors: Sequence[ActorSpec], handles: Mapping[str, Any], config: RunConfig) -> None:
+    """Print what each role needs of its GPU, and raise ValueError where that cannot fit, before anything is loaded."""
+    known = {actor.bundle.name: actor.need for actor in actors if actor.need and actor.bundle.gpus > 0}
+    calls = {name: handles[name].place.remote() for name in known}
+    places = gather(calls, seconds=config.deadlines.start, doing="looking at its GPU")
+    tenants = [tenant(name, known[name], place) for name, place in zip(known, places, strict=True) if place.gpus]
+    for line in summary(tenants):
+        print(line, flush=True)
+    if fault := overfull(tenants):
+        raise ValueError(fault)
 
 
 def cluster_nodes() -> list[Node]:

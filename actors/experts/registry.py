@@ -42,6 +42,17 @@ def check_expert(name: str, checkpoint: Path | None, preprocess: Preprocess) -> 
         _find_sam(name, checkpoint, preprocess)
 
 
+def sam_config(name: str) -> SamConfig | None:
+    """Sizes of an expert, from its name, folder or file; None if they are not known. Its weights need not be there."""
+    given = Path(name)
+    if name not in LOADERS and given.is_file():
+        name = read_header(given).metadata.get("name", name)
+    if name in PUBLISHED_EXPERTS:
+        return PUBLISHED_EXPERTS[name].config
+    folder = TINY_FOLDER if name == "tiny" else given
+    return read_config(folder / "config.json") if folder.is_dir() else None
+
+
 def _load_sam(name: str, checkpoint: Path | None, device: str, dtype: str, preprocess: Preprocess) -> Expert:
     name, config, weights = _find_sam(name, checkpoint, preprocess)
     sam = build_sam(config)

@@ -1,0 +1,106 @@
+"""`medreasoner memory`: what each role of a configuration needs of its GPU, before there is one."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from actors.gpus import Gpu, Place
+from cluster.config import EvaluateConfig, SftConfig, TrainConfig, load_config, schema_of
+from cluster.memory import (
+    GIB,
+    GpuNeed,
+    Tenant,
+    learner_need,
+    overfull,
+    rollout_need,
+    segmenter_need,
+    summary,
+    tenant,
+)
+from cluster.placement import Bundle, bundles
+
+Roles = Sequence[tuple[list[Bundle], GpuNeed]]
+
+_UNBOUNDED = 1 << 62  # bytes: how much memory the nodes will have is not known
+
+
+def roles(config: TrainConfig | SftConfig | EvaluateConfig) -> Roles:
+    """The actors of each role, and what they need, in the order in which a run starts them. Of the model's folder,
+    config.json alone is read."""
+    found: list[tuple[list[Bundle], GpuNeed]] = []
+    if isinstance(config, TrainConfig | SftConfig):
+        learner = config.learner
+        need = learner_need(config.model, learner, config.image_tokens)
+        found.append((bundles("learner", learner.ranks, learner), need))
+    if isinstance(config, TrainConfig | EvaluateConfig):
+        if config.model is not None:
+            rollout = config.rollout
+            found.append((bundles("rollout", rollout.actors, rollout), rollout_need(config.model, rollout)))
+        segmenter = config.segmenter
+        found.append((bundles("segmenter", segmenter.actors, segmenter), segmenter_need(config.expert, segmenter)))
+    return found
+
+
+def tenants(config: TrainConfig | SftConfig | EvaluateConfig, gpu: int) -> list[Tenant]:
+    """The actors that have GPUs, on as many GPUs of so many bytes as they ask for. As in Ray, a fraction goes to the
+    first GPU that has it left."""
+    left: list[float] = []
+    found = []
+    for group, need in roles(config):
+        for bundle in group:
+            gpus = _allotted(bundle.gpus, left)
+            if gpus:
+                place = Place(node="", memory=_UNBOUNDED, gpus=tuple(_gpu(i, gpu) for i in gpus))
+                found.append(tenant(bundle.name, need, place))
+    return found
+
+
+def print_memory(path: Path, overrides: Sequence[str], gib: float, console: Console) -> int:
+    """Print the estimate and its verdict. Returns the exit code, 1 if something cannot fit."""
+    config = load_config(schema_of(path), path, overrides)
+    found = tenants(config, int(gib * GIB))
+    if not found:
+        console.print("no role has a GPU (num_gpus), so there is nothing to fit")
+        return 0
+    count = len({gpu.uuid for each in found for gpu in each.place.gpus})
+    console.print(_table(found, f"estimated GiB of each actor, on {count} GPUs of {gib:g} GiB"))
+    for line in summary(found):
+        console.print(line, soft_wrap=True)
+    fault = overfull(found)
+    console.print(f"does not fit: {fault}" if fault else "fits, as far as can be estimated", soft_wrap=True)
+    return int(fault is not None)
+
+
+def _table(found: Sequence[Tenant], title: str) -> Table:
+    """One row a role: its actors are alike."""
+    of_role: dict[str, list[Tenant]] = {}
+    for each in found:
+        of_role.setdefault(each.name.split()[0], []).append(each)
+    parts = list(dict.fromkeys(name for each in found for name in each.need.parts))
+    table = Table("role", "actors", *parts, "sum", "host", title=title)
+    for role, alike in of_role.items():
+        need = alike[0].need
+        sizes = [*(need.parts.get(name, 0) for name in parts), need.total, sum(need.host.values())]
+        table.add_row(role, str(len(alike)), *(f"{size / GIB:.1f}" if size else "" for size in sizes))
+    return table
+
+
+def _gpu(index: int, memory: int) -> Gpu:
+    return Gpu(name="GPU", uuid=str(index), memory=memory)
+
+
+def _allotted(wanted: float, left: list[float]) -> list[int]:
+    """The GPUs that an actor gets. left: the share of each that is still free, which is updated."""
+    if wanted <= 0:
+        return []
+    if wanted >= 1:
+        first = len(left)
+        left += [0.0] * int(wanted)
+        return list(range(first, len(left)))
+    chosen = next((i for i, share in enumerate(left) if share + 1e-6 >= wanted), len(left))
+    if chosen == len(left):
+        left.append(1.0)
+    left[chosen] -= wanted
+    return [chosen]
