@@ -32,6 +32,17 @@ class RolloutConfig(ActorConfig):
     """Share of its GPU's memory that an engine may fill (vLLM's gpu_memory_utilization)."""
     cpu_cache_gib: PositiveInt = 1
     """Size of a CPU engine's KV cache, in GiB."""
+    kv_cache: Literal["auto", "fp8"] = "auto"
+    """Precision of an engine's keys and values: that of its weights, or 8 bits, which holds twice the tokens of
+    bfloat16 and needs a GPU."""
+    max_num_seqs: MayChange[PositiveInt | None] = None
+    """Completions that an engine samples at the same time; null for all that it is given at once, or 128 in a
+    service."""
+    max_num_batched_tokens: MayChange[PositiveInt | None] = None
+    """Tokens of one forward pass of an engine; null for 16384 on a GPU and for 4096 on a CPU, or the longest prompt
+    with its completion if that is more."""
+    cuda_graphs: MayChange[bool] = True
+    """Whether a GPU's engine replays CUDA graphs, which start more slowly and sample faster."""
 
     @model_validator(mode="after")
     def _a_gpu_each(self) -> Self:
@@ -42,12 +53,42 @@ class RolloutConfig(ActorConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _a_gpu_for_8_bits(self) -> Self:
+        if self.kv_cache == "fp8" and self.num_gpus == 0:
+            raise ValueError("kv_cache=fp8 needs a GPU; set num_gpus, or kv_cache to auto")
+        return self
+
+    @model_validator(mode="after")
+    def _a_prompt_in_one_pass(self) -> Self:
+        if self.max_num_batched_tokens and self.num_gpus == 0 and self.max_num_batched_tokens < self.longest:
+            raise ValueError(
+                f"a CPU's engine takes a prompt in one pass; set max_num_batched_tokens to {self.longest} "
+                "(max_prompt_tokens and max_tokens) at least"
+            )
+        return self
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with its longest completion."""
+        return self.max_prompt_tokens + self.max_tokens
+
+    @property
+    def pass_tokens(self) -> int:
+        """`max_num_batched_tokens`, or its default."""
+        return self.max_num_batched_tokens or max(self.longest, 16384 if self.num_gpus > 0 else 4096)
+
+    def holding(self, groups: int, n: int) -> Self:
+        """The same for engines that are given so many groups of n completions among them at once."""
+        shared = -(-groups // self.actors) * n
+        return self if self.max_num_seqs else self.model_copy(update={"max_num_seqs": shared})
+
     def sampling(self, *, seed: int) -> SamplingParams:
         """How a run with this seed samples."""
         return SamplingParams(n=self.n, temperature=self.temperature, max_tokens=self.max_tokens, seed=seed)
 
     @property
-    def environment(self) -> dict[str, str]:
+    def own_environment(self) -> dict[str, str]:
         """Environment variables that a process must have before it imports vLLM."""
         return {
             "VLLM_NO_USAGE_STATS": "1",

@@ -17,6 +17,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from actors import orphan_guard
 from actors.config import RolloutConfig
+from actors.engine_report import EngineReport
 from reasoner.prompter import Prompter
 from umrg.frames import Size
 from umrg.group import Completion, GroupSamples, SamplingParams
@@ -26,7 +27,7 @@ _FORBIDDEN = -100.0  # vLLM's lowest logit bias: e^-100 is no probability in any
 
 
 class Engine:
-    """Made by `Engine.start`, in a process that was started with `RolloutConfig.environment`."""
+    """Made by `Engine.start`, in a process that was started with `RolloutConfig.process_environment`."""
 
     def __init__(self, llm: AsyncLLM, prompter: Prompter, config: RolloutConfig) -> None:
         self.prompter = prompter
@@ -37,18 +38,20 @@ class Engine:
     async def start(cls, model: Path, prompter: Prompter, config: RolloutConfig) -> "Engine":
         """Load a model folder. Its weights are version 0."""
         orphan_guard.own()
-        prompt_limit = config.max_prompt_tokens
         llm = AsyncLLM.from_engine_args(
             vllm.AsyncEngineArgs(
                 model=str(model),
                 dtype=config.dtype,
                 seed=0,
-                max_model_len=prompt_limit + config.max_tokens,
+                max_model_len=config.longest,
+                # Left to itself vLLM takes 128 outside its own entry points, however many wait.
+                max_num_seqs=config.max_num_seqs or 128,
                 # On CPU a seeded request must be prefilled whole: torch's CPU generators have no offset to resume from.
                 enable_chunked_prefill=config.num_gpus > 0,
-                max_num_batched_tokens=max(prompt_limit + config.max_tokens, 4096),
+                max_num_batched_tokens=config.pass_tokens,
                 enable_prefix_caching=True,
-                enforce_eager=config.num_gpus == 0,
+                enforce_eager=config.num_gpus == 0 or not config.cuda_graphs,
+                kv_cache_dtype=config.kv_cache,
                 tensor_parallel_size=config.tensor_parallel,
                 # In a placement group vLLM would ask Ray for its workers, for which the run's group has no bundles.
                 distributed_executor_backend="mp" if config.tensor_parallel > 1 else None,
@@ -64,6 +67,21 @@ class Engine:
         await llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
         await llm.update_weight_version("0")
         return cls(llm, prompter, config)
+
+    @property
+    def report(self) -> EngineReport:
+        """What vLLM settled when it started."""
+        config = self._llm.vllm_config
+        cache, scheduler = config.cache_config, config.scheduler_config
+        return EngineReport(
+            dtype=str(config.model_config.dtype).removeprefix("torch."),
+            kv_cache=str(cache.cache_dtype),
+            kv_tokens=int(cache.kv_cache_size_tokens or 0),
+            concurrency=round(float(cache.kv_cache_max_concurrency or 0), 2),
+            max_num_seqs=int(scheduler.max_num_seqs),
+            max_num_batched_tokens=int(scheduler.max_num_batched_tokens),
+            cuda_graphs=not config.model_config.enforce_eager,
+        )
 
     async def generate(self, image: NDArray[np.uint8], query: str, sampling: SamplingParams) -> GroupSamples:
         """Sample n completions of a query about an image uint8 [H, W, 3], in one request; vLLM seeds completion i with

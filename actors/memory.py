@@ -23,9 +23,6 @@ from reasoner.footprint import (
 
 RUNTIME = 3 << 29
 """CUDA's context, cuBLAS's workspace and an engine's CUDA graphs, in bytes."""
-SEQUENCES = 256
-"""That vLLM samples for at a time while it profiles."""
-
 # Blocks of logits alive at once in a sampler that returns log-probs: computed, float32, scaled, and log-softmax.
 _LOGITS = 4
 _IMAGE_TOKENS = 16384  # the largest image that the processors of Qwen's folders let through; vLLM profiles with it
@@ -38,13 +35,15 @@ def engine_need(source: Path | Any, config: RolloutConfig, gpu: int) -> Need:
     GPU's memory in bytes, of which the engine reserves its share whatever it needs."""
     model = empty_model(source, getattr(torch, config.dtype))
     element, split = model.dtype.itemsize, config.tensor_parallel
-    longest = config.max_prompt_tokens + config.max_tokens
-    per_token = cache_bytes(model, element) // min(split, model.config.text_config.num_key_value_heads)
-    batch = max(longest, 4096)
+    longest = config.longest
+    per_token = cache_bytes(model, 1 if config.kv_cache == "fp8" else element) // min(
+        split, model.config.text_config.num_key_value_heads
+    )
+    batch, sequences = config.pass_tokens, config.max_num_seqs or 128
     with torch.no_grad():
         text = text_layer(model, batch).forward
         vision = vision_block(model, patches_of(model, max(batch, _IMAGE_TOKENS))).forward
-    logits = _LOGITS * 4 * SEQUENCES * model.config.text_config.vocab_size
+    logits = _LOGITS * 4 * sequences * model.config.text_config.vocab_size
     certain = {"weights": element * parameters(model) // split, "longest sequence": longest * per_token}
     estimated = {"workspace": max(text, vision, logits), "runtime": RUNTIME}
     reserved = int(config.gpu_memory * gpu)

@@ -5,7 +5,7 @@ Every wait has a deadline and a name. An actor that died, raised or took too lon
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -119,8 +119,9 @@ class RolloutPool:
     def __init__(self, actors: Mapping[str, Any], deadlines: DeadlineConfig) -> None:
         self._actors, self._deadlines = dict(actors), deadlines
 
-    def starting(self) -> dict[str, Ref]:
-        return {name: actor.start.remote() for name, actor in self._actors.items()}
+    def starting(self, names: Container[str] | None = None) -> dict[str, Ref]:
+        """Begin to start these actors; None for all."""
+        return {name: actor.start.remote() for name, actor in self._actors.items() if names is None or name in names}
 
     def sample(
         self,
@@ -164,9 +165,9 @@ class SegmenterPool:
         self._actors, self._deadlines = dict(actors), deadlines
         self._turn = 0
 
-    def starting(self) -> dict[str, Ref]:
-        """Calls that load the experts and return their digests."""
-        return {name: actor.start.remote() for name, actor in self._actors.items()}
+    def starting(self, names: Container[str] | None = None) -> dict[str, Ref]:
+        """Calls that load the experts of these actors, None for all, and return their digests."""
+        return {name: actor.start.remote() for name, actor in self._actors.items() if names is None or name in names}
 
     def digests(self) -> list[str]:
         calls = {name: actor.digest.remote() for name, actor in self._actors.items()}
@@ -195,8 +196,9 @@ class RankPool:
         self._saved: dict[str, FileRecord] = {}
         self._saving: list[str] = []
 
-    def starting(self) -> dict[str, Ref]:
-        if not self._actors:
+    def starting(self, names: Container[str] | None = None) -> dict[str, Ref]:
+        """Begin to start the ranks, which wait for one another: all of them, or none if they are not among `names`."""
+        if not self._actors or (names is not None and not any(name in names for name in self._actors)):
             return {}
         first = next(iter(self._actors))
         host, port = gather(

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actors.config import RolloutConfig
+from actors.engine_report import EngineReport
 from actors.gpus import Place, this_place
 from actors.threads import share_cores
 from reasoner.prompter import load_prompter
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
 
 
 class Rollout:
-    """Runs in a process of its own, started with `RolloutConfig.environment`. `start` must have returned before any
-    other method is called."""
+    """Runs in a process of its own, started with `RolloutConfig.process_environment`. `start` must have returned before
+    any other method is called."""
 
     def __init__(self, model: Path, config: RolloutConfig, spec: PromptSpec) -> None:
         self._model, self._config, self._spec = model, config, spec
@@ -26,13 +27,14 @@ class Rollout:
         """Where it is; may be called before `start`."""
         return this_place()
 
-    async def start(self) -> None:
-        """Load the engine. Raises ValueError if the folder holds no model."""
+    async def start(self) -> EngineReport:
+        """Load the engine; what it says of itself. Raises ValueError if the folder holds no model."""
         share_cores(self._config.threads, self._config.actors)
         prompter = load_prompter(self._model, self._spec)
         from actors.engine import Engine
 
         self._engine = await Engine.start(self._model, prompter, self._config)
+        return self._engine.report
 
     async def sample(self, group: Group, sampling: SamplingParams) -> GroupSamples:
         """Sample the completions of a group's prompt. Seeded by the group, they are the same on any actor. Raises

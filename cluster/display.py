@@ -81,6 +81,7 @@ class Display:
         self._console = console or Console()
         self._config = config
         self._status = ""
+        self._warnings: set[str] = set()
         self._metrics: Mapping[str, float] = {}
         self._evaluations: dict[str, Mapping[str, Mapping[str, float]]] = {}
         self._progress = Progress(*_columns(), console=self._console)
@@ -121,6 +122,12 @@ class Display:
             "  ".join([f"step {step}/{self._config.steps}", f"reward {metrics['reward/total']:.3f}", *measured])
             + f"  | s: {'  '.join(seconds)}  | left {self._left()}"
         )
+
+    def warning(self, text: str) -> None:
+        """Print what the user should know, once."""
+        if text not in self._warnings:
+            self._warnings.add(text)
+            _print_line(self._console, f"warning: {text}")
 
     def evaluation(self, name: str, summary: Mapping[str, Mapping[str, float]]) -> None:
         """Show an evaluation's mean figures. summary: those of greedy and of sampled answers."""

@@ -55,7 +55,7 @@ def actors(config: EvaluateConfig) -> list[ActorSpec]:
         answering = endpoints(config.endpoint, config.rollout, spec)
     else:
         assert config.model is not None
-        answering = rollouts(config.model, config.rollout, spec)
+        answering = rollouts(config.model, config.rollout.holding(config.batch, config.n + 1), spec)
     return [*answering, *segmenters(config.expert, config.segmenter, scorer, spec, lenient=lenient)]
 
 

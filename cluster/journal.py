@@ -17,6 +17,7 @@ from tensorboardX import SummaryWriter
 
 from cluster.comparison import compare_run
 from cluster.config import TrainConfig
+from cluster.drift import alarm, drifted
 from cluster.evaluation import SUMMARY_METRICS, Evaluation
 from cluster.records import write_records
 from cluster.run_folder import RunFolder
@@ -40,6 +41,10 @@ class Journal:
         self._board = SummaryWriter(str(run.path / "tensorboard"))
         self._memory = MemoryWatch()
         self._steps = 0
+        self._engine_kl: list[float] = []
+        self.facts: dict[str, Any] = {}
+        """Found out at the start, for the summary."""
+        self.alarms: list[str] = []
 
     def __enter__(self) -> Self:
         self._memory.start()
@@ -74,6 +79,9 @@ class Journal:
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
         write_records(self._run.samples / f"step-{step:06d}.parquet", groups)
+        self._engine_kl.append(report.engine_kl)
+        if not self.alarms and drifted(self._engine_kl):
+            self.alarms.append(f"step {step}: {alarm(self._engine_kl)}")
         return metrics
 
     def has_evaluation(self, name: str) -> bool:
@@ -123,6 +131,8 @@ class Journal:
             "steps": self._steps,
             **{name: kinds[name] for name in ("before", "after") if name in kinds},
             "seconds": {name: round(seconds, 2) for name, seconds in self.clock.total.items()},
+            **self.facts,
+            **({"alarms": self.alarms} if self.alarms else {}),
             "peak_memory_gib": round(self._memory.peak / 2**30, 2),
             "versions": {"vllm": version(_vllm_package()), **{name: version(name) for name in PACKAGES}},
         }

@@ -63,3 +63,14 @@ def shortage(wanted: Sequence[Bundle], nodes: Sequence[Node]) -> str | None:
         tightest = min(fitting, key=lambda i: (left[i][1], left[i][0]))
         left[tightest] = (left[tightest][0] - bundle.cpus, left[tightest][1] - bundle.gpus)
     return None
+
+
+def turns(wanted: Sequence[Bundle]) -> list[list[str]]:
+    """Names of the actors that start together, in the order of their turns. vLLM measures its GPU's memory while it
+    starts, and another process that fills it meanwhile spoils that. So engines that have a part of a GPU start before
+    all others, and where two fit on one GPU, one after another."""
+    engines = [bundle.name for bundle in wanted if bundle.role == "rollout" and 0 < bundle.gpus < 1]
+    others = [bundle.name for bundle in wanted if bundle.name not in engines]
+    if any(bundle.gpus <= 0.5 for bundle in wanted if bundle.name in engines):
+        return [*([name] for name in engines), others]
+    return [engines, others] if engines else [others]

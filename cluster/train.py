@@ -7,7 +7,7 @@ rows ──Group──► rollouts ──GroupSamples──► segmenters ──
 
 import sys
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from actors.learner_rank import LearnerRank
@@ -39,6 +39,11 @@ def train(config: TrainConfig) -> RunFolder:
         with display.waiting("reading data"), journal.clock.phase("data"):
             rows, held_out = open_rows(config, run)
         stack.enter_context(ray_connection())
+        if config.segmenter.num_gpus >= 1 and not config.reward.scorer(think=config.spec().think).uses_mask:
+            display.warning(
+                "the reward looks at no mask, so that segmenters with a GPU each idle while the run trains; set "
+                "segmenter.num_gpus to a fraction beside the engines, or to 0"
+            )
         with display.waiting("starting actors"), journal.clock.phase("start"):
             workers = stack.enter_context(started(actors(config, run.path), config))
         stack.enter_context(run.telling())
@@ -61,7 +66,7 @@ def actors(config: TrainConfig, run: Path | None = None) -> list[ActorSpec]:
     )
     return [
         *ranks(LearnerRank, config.learner, task, image_tokens=config.image_tokens),
-        *rollouts(config.model, config.rollout, spec),
+        *rollouts(config.model, config.rollout.holding(config.batch, config.rollout.n), spec),
         *segmenters(config.expert, config.segmenter, config.reward.scorer(think=spec.think), spec),
     ]
 
@@ -86,6 +91,7 @@ class Training(Loop):
         self.journal, self.display, self.rows, self.held_out = journal, display, rows, held_out
         self.canary = Canary(rows[0], config)
         self.sampling = config.rollout.sampling(seed=config.seed)
+        journal.facts["engine"] = asdict(workers.engines[0])
 
     def go(self, checkpoint: Checkpoint | None) -> None:
         """Resume or begin, take all steps, and leave model, summary and report behind."""
@@ -119,6 +125,8 @@ class Training(Loop):
         scored = [group.scored for group in groups]
         metrics = self.journal.step(self.step, scored, report, canary_gap=gap, resampled=resampled)
         self.display.step(self.step, metrics)
+        for alarm in self.journal.alarms:
+            self.display.warning(alarm)
 
     def collect_groups(self) -> tuple[list[Collected], int]:
         """The groups of a step, sampled and scored, and how many zero-variance groups were resampled

@@ -19,6 +19,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from actors.config import EndpointConfig, RolloutConfig, SegmenterConfig
 from actors.connection import connect
 from actors.endpoint import Endpoint
+from actors.engine_report import EngineReport
 from actors.experts.registry import check_expert
 from actors.learner_rank import ZeroActor
 from actors.pools import DeadlinePassed, LearnerPool, Placement, RolloutPool, SegmenterPool, SupervisedPool, gather
@@ -26,7 +27,7 @@ from actors.rollout import Rollout
 from actors.segmenter import Segmenter
 from cluster.config import RunConfig
 from cluster.memory import GpuNeed, learner_need, overfull, rollout_need, segmenter_need, summary, tenant
-from cluster.placement import Bundle, Node, bundles, shortage
+from cluster.placement import Bundle, Node, bundles, shortage, turns
 from learner.config import LearnerTask, ZeroConfig
 from rewards.scoring import Scorer
 from umrg.config import located
@@ -59,7 +60,7 @@ def rollouts(model: Path, config: RolloutConfig, spec: PromptSpec) -> list[Actor
             bundle=bundle,
             actor_class=Rollout,
             arguments=arguments,
-            environment=config.environment,
+            environment=config.process_environment,
             need=need,
         )
         for bundle in bundles("rollout", config.actors, config)
@@ -70,7 +71,7 @@ def endpoints(endpoint: EndpointConfig, config: RolloutConfig, spec: PromptSpec)
     """The actors that sample from an endpoint, in place of rollouts."""
     arguments = {"config": endpoint, "spec": spec, "key": endpoint.key()}
     return [
-        ActorSpec(bundle=bundle, actor_class=Endpoint, arguments=arguments, environment=config.environment)
+        ActorSpec(bundle=bundle, actor_class=Endpoint, arguments=arguments, environment=config.process_environment)
         for bundle in bundles("rollout", config.actors, config)
     ]
 
@@ -91,7 +92,13 @@ def segmenters(
     }
     need = segmenter_need(expert, config)
     return [
-        ActorSpec(bundle=bundle, actor_class=Segmenter, arguments=arguments, need=need)
+        ActorSpec(
+            bundle=bundle,
+            actor_class=Segmenter,
+            arguments=arguments,
+            environment=config.process_environment,
+            need=need,
+        )
         for bundle in bundles("segmenter", config.actors, config)
     ]
 
@@ -100,7 +107,6 @@ def ranks(actor_class: type[ZeroActor], config: ZeroConfig, task: LearnerTask, *
     """The learner's ranks. image_tokens: of a packed sequence. Raises ValueError if the task's model cannot be
     loaded."""
     check_reasoner_folder(task.model)
-    environment = {"DS_ACCELERATOR": "cuda" if config.num_gpus > 0 else "cpu"}
     here = task.located()
     need = learner_need(task.model, config, image_tokens)
     return [
@@ -108,7 +114,7 @@ def ranks(actor_class: type[ZeroActor], config: ZeroConfig, task: LearnerTask, *
             bundle=bundle,
             actor_class=actor_class,
             arguments={"config": config, "task": here, "rank": bundle.index},
-            environment=environment,
+            environment=config.process_environment,
             need=need,
         )
         for bundle in bundles("learner", config.ranks, config)
@@ -125,6 +131,8 @@ class Workers:
     """Without ranks if a model is only evaluated."""
     expert_digest: str
     """Of the frozen expert's weights."""
+    engines: tuple[EngineReport, ...] = ()
+    """What the engines said of themselves; empty with an endpoint."""
 
     def check_expert(self) -> None:
         """Assert that the expert's weights are those of the start."""
@@ -151,12 +159,28 @@ def started(actors: Sequence[ActorSpec], config: RunConfig) -> Iterator[Workers]
         rollouts = RolloutPool(_by_role("rollout", handles), config.deadlines)
         segmenters = SegmenterPool(_by_role("segmenter", handles), config.deadlines)
         learner = LearnerPool(_by_role("learner", handles), config.deadlines)
+        results: dict[str, Any] = {}
         try:
-            calls = {**rollouts.starting(), **segmenters.starting(), **learner.starting()}
-            results = dict(zip(calls, gather(calls, seconds=config.deadlines.start, doing="starting"), strict=True))
+            for names in turns([actor.bundle for actor in actors]):
+                calls = {
+                    name: call
+                    for pool in (rollouts, segmenters, learner)
+                    for name, call in pool.starting(names).items()
+                }
+                found = gather(calls, seconds=config.deadlines.start, doing="starting")
+                results.update(zip(calls, found, strict=True))
             digests = {result for name, result in results.items() if name.startswith("segmenter")}
             assert len(digests) == 1, "the segmenters hold different experts"
-            yield Workers(rollouts=rollouts, segmenters=segmenters, learner=learner, expert_digest=digests.pop())
+            engines = tuple(result for result in results.values() if isinstance(result, EngineReport))
+            for line in dict.fromkeys(f"rollout: {engine}" for engine in engines):
+                print(line, flush=True)
+            yield Workers(
+                rollouts=rollouts,
+                segmenters=segmenters,
+                learner=learner,
+                expert_digest=digests.pop(),
+                engines=engines,
+            )
         finally:
             rollouts.stop()
 

@@ -133,8 +133,8 @@ def _attend(
     if shared_prefix is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **rest)[0], None
     kernel = kernel or kernel_for(query.device, query.dtype)
-    rows = (each[0].transpose(0, 1) for each in (query, key, value))
-    return shared_prefix_attention(*rows, shared_prefix, kernel, rest["scaling"])[None], None
+    q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+    return shared_prefix_attention(q, k, v, shared_prefix, kernel, rest["scaling"])[None], None
 
 
 def _attend_windows(

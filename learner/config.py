@@ -131,6 +131,10 @@ class LoraConfig(Config):
     """Adapters are scaled by alpha / rank."""
 
 
+REDUCE_BUCKET = 100_000_000
+"""Gradients that DeepSpeed reduces at once, in elements. Its default, five times as many, costs a rank up to 4 GiB."""
+
+
 class ZeroConfig(OptimizerConfig, ActorConfig):
     """The learner's ranks, each a Ray actor, and how DeepSpeed's ZeRO partitions the model over them."""
 
@@ -145,6 +149,10 @@ class ZeroConfig(OptimizerConfig, ActorConfig):
     for which it needs stage 2 or 3."""
     lora: LoraConfig | None = None
     """Low-rank adapters of the language model learn, and everything else is frozen; null for full fine-tuning."""
+
+    @property
+    def own_environment(self) -> dict[str, str]:
+        return {"DS_ACCELERATOR": self.device}
 
     @property
     def device(self) -> str:

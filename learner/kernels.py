@@ -373,7 +373,8 @@ def _padded(rows: torch.Tensor, lengths: tuple[int, ...], *, fill: float | None 
         batch = rows.index_select(0, chosen)
     else:
         batch = rows.new_full((len(chosen), *rows.shape[1:]), fill).index_copy(0, places, rows)
-    return batch.unflatten(0, (len(lengths), -1)).transpose(1, 2)
+    padded: torch.Tensor = batch.unflatten(0, (len(lengths), -1)).transpose(1, 2)
+    return padded
 
 
 def _flat(batch: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from learner.config import LearnerConfig, ZeroConfig
+from learner.config import REDUCE_BUCKET, LearnerConfig, ZeroConfig
 from learner.lora import add_adapters
 from learner.policy import freeze
 from learner.shared_prefix import LOGITS_BYTES
@@ -29,8 +29,6 @@ from reasoner.footprint import (
     vision_block,
 )
 
-REDUCE_BUCKET = 500_000_000
-"""Gradients that DeepSpeed reduces at once, in elements (its `reduce_bucket_size`)."""
 LIVE = 1_050_000_000
 """Parameters of stage 3 that are whole at a time, in elements (`stage3_max_live_parameters` and the prefetch)."""
 RUNTIME = 3 << 29
@@ -87,7 +85,7 @@ def reference_of(config: ZeroConfig) -> Reference:
     """Where the reference model is. Adapters need none: the model without them is the reference."""
     if not isinstance(config, LearnerConfig) or config.objective.kl == 0 or config.lora:
         return "none"
-    return "partitioned" if config.zero_stage == 3 else "parked"
+    return config.reference_kind
 
 
 def activations(model: Any, config: ZeroConfig, image_tokens: int) -> tuple[int, int]:
@@ -98,8 +96,8 @@ def activations(model: Any, config: ZeroConfig, image_tokens: int) -> tuple[int,
     layer, end = text_layer(model, tokens), text_end(model, tokens)
     block, merged = vision_block(model, patches), mergers(model, patches)
     towers = (
-        _chain(layer, text.num_hidden_layers, hidden, config.gradient_checkpointing),
-        _chain(block, len(model.model.visual.blocks), _input(model, block, patches), config.gradient_checkpointing),
+        _chain(layer, text.num_hidden_layers, hidden, config.checkpoints_layers),
+        _chain(block, len(model.model.visual.blocks), _input(model, block, patches), config.checkpoints_layers),
     )
     logits = _LOGITS * min(LOGITS_BYTES, 4 * tokens * text.vocab_size)
     if model.lm_head.weight.requires_grad:
@@ -157,7 +155,7 @@ def _offloaded(parts: dict[str, int], config: ZeroConfig, staging: int) -> dict[
 def _remedy(config: ZeroConfig) -> str:
     """What the configuration leaves to try, the most effective first."""
     ways = []
-    if not config.gradient_checkpointing:
+    if not config.checkpoints_layers:
         ways.append("set learner.gradient_checkpointing")
     if config.lora is None:
         ways.append("train adapters (learner.lora)")

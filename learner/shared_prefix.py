@@ -87,7 +87,7 @@ class PackedSequence:
     def to(self, device: str) -> "PackedSequence":
         """The same, with all tensors on another device."""
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **moved, layout=self.layout.to(device))  # type: ignore[arg-type]
+        return replace(self, **moved, layout=self.layout.to(device))
 
 
 def pack(trees: Sequence[Branches], model: Any) -> PackedSequence:

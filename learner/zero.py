@@ -15,7 +15,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from learner.collectives import Ranks
-from learner.config import LearnerTask, ZeroConfig
+from learner.config import REDUCE_BUCKET, LearnerTask, ZeroConfig
 from learner.lora import Weight, adapter_weights, add_adapters, starts_without_gradient, weights
 from learner.optimizer import adamw, lr_factor, set_lr
 from learner.policy import Policy, freeze
@@ -207,7 +207,7 @@ def load_partitioned(zero: ZeroRank) -> Any:
 
 def deepspeed_config(config: ZeroConfig, *, optimizer: bool = True) -> dict[str, Any]:
     """DeepSpeed's own configuration. optimizer: False for a model that only runs forward."""
-    zero: dict[str, Any] = {"stage": config.zero_stage}
+    zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": REDUCE_BUCKET}
     if config.offload != "none" and optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": config.num_gpus > 0}
     if config.offload == "parameters":

@@ -197,12 +197,16 @@ def build_app(args: dict[str, Any]) -> Application:
         ray_actor_options={
             "num_cpus": rollout.num_cpus,
             "num_gpus": rollout.num_gpus,
-            "runtime_env": {"env_vars": rollout.environment},
+            "runtime_env": {"env_vars": rollout.process_environment},
         },
     ).bind(config)
     expert = SegmenterDeployment.options(  # type: ignore[attr-defined]
         num_replicas=segmenter.actors,
-        ray_actor_options={"num_cpus": segmenter.num_cpus, "num_gpus": segmenter.num_gpus},
+        ray_actor_options={
+            "num_cpus": segmenter.num_cpus,
+            "num_gpus": segmenter.num_gpus,
+            "runtime_env": {"env_vars": segmenter.process_environment},
+        },
     ).bind(config)
     ingress = Ingress.options(ray_actor_options={"num_cpus": 0.1})  # type: ignore[attr-defined]
     app: Application = ingress.bind(config, reasoner, expert)

@@ -2,9 +2,9 @@
 default. Imports no torch."""
 
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
 
 class Config(BaseModel):
@@ -34,6 +34,29 @@ class ActorConfig(Config):
     """CPUs of each actor, as Ray counts them."""
     threads: MayChange[PositiveInt | None] = None
     """CPU threads that each actor computes with; null for an equal share of the machine's cores."""
+    environment: MayChange[dict[str, str]] = Field(default_factory=dict)
+    """Environment variables of each actor's process, such as NCCL_SOCKET_IFNAME. What the driver's shell exports does
+    not reach actors."""
+
+    @field_validator("environment", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        if own := sorted(name for name in map(str, value) if name.startswith("RAY_") or name == "CUDA_VISIBLE_DEVICES"):
+            raise ValueError(f"{own[0]} is set by Ray; take it out of environment, and see num_gpus and placement")
+        # YAML reads 1 as a number; a variable is text.
+        return {str(name): str(text) if type(text) in (int, float) else text for name, text in value.items()}
+
+    @property
+    def own_environment(self) -> dict[str, str]:
+        """Variables that an actor of this role needs, whatever the user's are."""
+        return {}
+
+    @property
+    def process_environment(self) -> dict[str, str]:
+        """All variables of an actor's process, the user's over our own."""
+        return {**self.own_environment, **self.environment}
 
 
 P = TypeVar("P", str, Path)

@@ -17,7 +17,6 @@ from actors.memory import engine_need, expert_need
 from bench.architectures import qwen2_5_vl_7b
 from learner.config import LearnerConfig
 from learner.memory import rank_need
-from learner.zero import deepspeed_config
 from reasoner.footprint import GIB, LiveBytes, parameters
 from tests.ranks import TINY_REASONER, running
 
@@ -101,20 +100,14 @@ def storages(tensors):
     return {each.untyped_storage()._cdata: each.untyped_storage().nbytes() for each in tensors}
 
 
-ACCUMULATES_IN_FLOAT32 = pytest.mark.skipif(
-    "data_types" not in deepspeed_config(LearnerConfig(lr=1e-4, dtype="bfloat16")),
-    reason="the estimate counts gradients of bfloat16 that are accumulated in float32, and these are not yet",
-)
-
-
 @pytest.mark.parametrize(
     "changes",
     [
         {"zero_stage": 0},
         {"zero_stage": 2, "ranks": 2},
         {"zero_stage": 3, "ranks": 2},
-        pytest.param({"zero_stage": 2, "ranks": 2, "dtype": "bfloat16"}, marks=ACCUMULATES_IN_FLOAT32),
-        pytest.param({"zero_stage": 3, "ranks": 2, "dtype": "bfloat16"}, marks=ACCUMULATES_IN_FLOAT32),
+        {"zero_stage": 2, "ranks": 2, "dtype": "bfloat16"},
+        {"zero_stage": 3, "ranks": 2, "dtype": "bfloat16"},
         {"zero_stage": 2, "ranks": 2, "lora": {"rank": 8}},
     ],
     ids=str,

@@ -154,7 +154,7 @@ def endpoint(tmp_path_factory):
     arguments += ["--limit-mm-per-prompt", '{"image": 1, "video": 0}', "--no-enable-chunked-prefill"]
     server = subprocess.Popen(
         [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments],
-        env={**os.environ, **RolloutConfig(threads=1).environment},
+        env={**os.environ, **RolloutConfig(threads=1).process_environment},
         stdout=log.open("w"),
         stderr=subprocess.STDOUT,
         start_new_session=True,

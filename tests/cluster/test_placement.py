@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.placement import Bundle, Node, shortage
+from cluster.placement import Bundle, Node, shortage, turns
 from cluster.train import actors
 
 
@@ -54,3 +54,21 @@ def test_every_actor_has_a_bundle(demo_config):
         *("segmenter 0", "segmenter 1", "segmenter 2"),
     ]
     assert [bundle.gpus for bundle in wanted] == [0, 0, 0, 0, 0.25, 0.25, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "expected"),
+    [
+        ({"learner": 1, "rollout": 1}, [["learner 0", "learner 1", "rollout 0", "rollout 1"]]),
+        ({"learner": 0, "rollout": 0}, [["learner 0", "learner 1", "rollout 0", "rollout 1"]]),
+        ({"learner": 1, "rollout": 0.9}, [["rollout 0", "rollout 1"], ["learner 0", "learner 1"]]),
+        ({"learner": 0.2, "rollout": 0.4}, [["rollout 0"], ["rollout 1"], ["learner 0", "learner 1"]]),
+    ],
+    ids=str,
+)
+def test_an_engine_measures_its_gpu_before_others_fill_it(gpus, expected):
+    """Engines with a part of a GPU start first, and one after another where two share one."""
+    assert (
+        turns([actor(gpus=gpus[role], role=role, index=i) for role in ("learner", "rollout") for i in range(2)])
+        == expected
+    )

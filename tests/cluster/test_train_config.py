@@ -7,6 +7,7 @@ import sys
 import pytest
 import yaml
 
+from actors.config import RolloutConfig
 from cluster.config import EvaluateConfig, SftConfig, TrainConfig, load_config, save_config
 from cluster.config_keys import flat, may_change
 from tests.conftest import ROOT
@@ -95,16 +96,17 @@ def test_a_key_of_an_earlier_version_is_answered_with_its_name(demo_config):
 
 
 OF_AN_ACTOR = {"num_cpus", "num_gpus", "threads"}
+OF_AN_ENGINE = {f"rollout.{key}" for key in ("max_num_seqs", "max_num_batched_tokens", "cuda_graphs")}
 OF_A_RANK = {*OF_AN_ACTOR, "zero_stage", "offload", "micro_batch_tokens", "gradient_checkpointing", "ranks"}
 OF_A_RUN = {"runs", "placement", "deadlines.resources", "deadlines.start", "deadlines.step"}
 OF_LEARNING = {"steps", "resume", "checkpoint_every", "keep"} | {f"learner.{key}" for key in OF_A_RANK}
-OF_INFERENCE = {f"{role}.{key}" for role in ("rollout", "segmenter") for key in {*OF_AN_ACTOR, "actors"}}
+OF_INFERENCE = OF_AN_ENGINE | {f"{role}.{key}" for role in ("rollout", "segmenter") for key in {*OF_AN_ACTOR, "actors"}}
 
 
 @pytest.mark.parametrize(
     ("schema", "name", "expected"),
     [
-        (TrainConfig, "demo", OF_A_RUN | OF_LEARNING | OF_INFERENCE | {"keep_best"}),
+        (TrainConfig, "demo", OF_A_RUN | OF_LEARNING | OF_INFERENCE | {"keep_best", "learner.reference"}),
         (EvaluateConfig, "evaluate_demo", OF_A_RUN | OF_INFERENCE),
         (SftConfig, "tiny_reasoner_sft", OF_A_RUN | OF_LEARNING | {"patience"}),
     ],
@@ -112,3 +114,62 @@ OF_INFERENCE = {f"{role}.{key}" for role in ("rollout", "segmenter") for key in 
 def test_the_keys_that_may_change_on_resume(schema, name, expected):
     config = load_config(schema, ROOT / "configs" / f"{name}.yaml")
     assert {key for key in flat(config.model_dump(mode="json")) if may_change(schema, key)} == expected
+
+
+def test_the_environment_of_a_role_is_text(demo_config):
+    """YAML reads numbers; and the user's variables stand over our own."""
+    config = demo_config(
+        "rollout.environment={NCCL_SOCKET_IFNAME: eth0, VLLM_LOGGING_LEVEL: DEBUG, NCCL_IB_DISABLE: 1}"
+    )
+    found = config.rollout.process_environment
+    assert found["NCCL_SOCKET_IFNAME"] == "eth0" and found["NCCL_IB_DISABLE"] == "1"
+    assert found["VLLM_LOGGING_LEVEL"] == "DEBUG" and found["VLLM_NO_USAGE_STATS"] == "1"
+    assert config.learner.process_environment == {"DS_ACCELERATOR": "cpu"}
+    assert config.segmenter.process_environment == {}
+    assert may_change(TrainConfig, "rollout.environment.NCCL_IB_DISABLE")
+
+
+@pytest.mark.parametrize("name", ["CUDA_VISIBLE_DEVICES", "RAY_ADDRESS"])
+def test_variables_of_ray_are_refused(demo_config, name):
+    with pytest.raises(ValueError, match=f"{name} is set by Ray; take it out of environment"):
+        demo_config(f"learner.environment={{{name}: 0}}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "completions"),
+    [
+        ({}, 43 * 16),  # the published set-up on three engines: 128 groups of 16
+        ({"max_num_seqs": 100}, 100),
+        ({"actors": 1}, 128 * 16),
+    ],
+)
+def test_an_engine_samples_all_that_it_is_given_at_once(overrides, completions):
+    config = RolloutConfig.model_validate({"actors": 3, "n": 16, **overrides})
+    assert config.holding(128, config.n).max_num_seqs == completions
+
+
+@pytest.mark.parametrize(
+    ("rollout", "fault"),
+    [
+        ("{kv_cache: fp8}", "kv_cache=fp8 needs a GPU; set num_gpus, or kv_cache to auto"),
+        ("{max_num_batched_tokens: 100}", "takes a prompt in one pass; set max_num_batched_tokens to 2560"),
+    ],
+)
+def test_what_an_engine_on_a_cpu_cannot_is_refused(demo_config, rollout, fault):
+    with pytest.raises(ValueError, match=fault):
+        demo_config(f"rollout={rollout}")
+
+
+def test_tokens_of_a_pass():
+    assert RolloutConfig().pass_tokens == 4096 and RolloutConfig(num_gpus=1).pass_tokens == 16384
+    assert RolloutConfig(num_gpus=1, max_num_batched_tokens=2048).pass_tokens == 2048
+    assert RolloutConfig(max_prompt_tokens=8000).pass_tokens == 8512
+
+
+@pytest.mark.parametrize("name", ["lingshu_7b_hard", "lingshu_7b_soft", "qwen2_5_vl_3b_mask"])
+def test_the_configs_of_gpus_say_what_a_gpu_needs(name):
+    config = load_config(TrainConfig, ROOT / "configs" / f"{name}.yaml")
+    assert config.learner.gradient_checkpointing is True and config.learner.objective.correction == "token"
+    assert config.learner.dtype == "bfloat16" and config.learner.zero_stage >= 2
+    masks = config.reward.scorer(think=True).uses_mask
+    assert masks or config.segmenter.num_gpus < 1, "its reward looks at no mask"

@@ -67,7 +67,8 @@ def visible_within(queries, keys, causal):
 @given(trees=st.lists(st.tuples(st.integers(1, 7), st.lists(st.integers(1, 6), max_size=4)), min_size=1, max_size=3))
 def test_two_attentions_merged_are_one_over_what_a_tree_shows(trees):
     """With query heads that share key heads; a prefix may have no branches. The same indices serve every kernel."""
-    spans, visible = [], []
+    spans: list[Span] = []
+    visible = []
     for prefix, branches in trees:
         start = spans[-1].end if spans else 0
         spans.append(Span(start=start, prefix=prefix, branches=tuple(branches)))
@@ -92,7 +93,7 @@ def visible_in_a_tree(prefix, branches):
     )
 
 
-def a_model(kind: str):
+def a_model(kind):
     """A small model of each family with random weights, its tower's windows smaller than an image where it has any."""
     if kind == "qwen2_5_vl":
         config = AutoConfig.from_pretrained(TINY)
@@ -100,9 +101,9 @@ def a_model(kind: str):
         config.vision_config.window_size = 56
     else:
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
-        text = {**sizes, "num_hidden_layers": 1, "vocab_size": 64, "head_dim": 16}
-        text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
-        vision = {"depth": 2, "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2}
+        rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+        text = {**sizes, "num_hidden_layers": 1, "vocab_size": 64, "head_dim": 16, "rope_parameters": rope}
+        vision: dict[str, object] = {"depth": 2, "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2}
         if kind == "qwen2_vl":
             vision |= {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}
         else:

@@ -8,10 +8,11 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from bench.architectures import ARCHITECTURES, qwen2_5_vl_7b
-from learner.config import LearnerConfig
-from learner.memory import LIVE, REDUCE_BUCKET, activations, learning_model, rank_need, reference_of
+from learner.config import REDUCE_BUCKET, LearnerConfig
+from learner.memory import LIVE, activations, learning_model, rank_need, reference_of
 from learner.policy import Policy
 from learner.shared_prefix import Branches, pack
+from learner.zero import deepspeed_config
 from reasoner.footprint import GIB, LiveBytes, empty_model, parameters, text_layer
 from reasoner.model import load_reasoner
 
@@ -139,6 +140,6 @@ def test_adapters_need_no_reference_model():
 
 def test_deepspeeds_buffers_have_the_sizes_that_are_counted():
     defaults = DeepSpeedZeroConfig()
-    assert defaults.reduce_bucket_size == REDUCE_BUCKET
+    assert deepspeed_config(LearnerConfig(lr=1))["zero_optimization"]["reduce_bucket_size"] == REDUCE_BUCKET
     assert defaults.max_live_parameters + defaults.prefetch_bucket_size == LIVE
     assert defaults.contiguous_gradients and defaults.reduce_scatter and defaults.overlap_comm is False

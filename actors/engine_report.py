@@ -1,0 +1,30 @@
+"""What an engine says of itself once it has started. Imports no vLLM, so that the driver can read it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineReport:
+    """An engine's limits, as vLLM settled them."""
+
+    dtype: str
+    """Precision of the weights."""
+    kv_cache: str
+    """Precision of keys and values; `auto` for that of the weights."""
+    kv_tokens: int
+    """Tokens whose keys and values the cache holds."""
+    concurrency: float
+    """How many sequences of the longest prompt and completion that is."""
+    max_num_seqs: int
+    """Completions that are sampled at the same time at most."""
+    max_num_batched_tokens: int
+    """Tokens of one forward pass at most."""
+    cuda_graphs: bool
+    """Whether decoding replays CUDA graphs."""
+
+    def __str__(self) -> str:
+        graphs = ", CUDA graphs" if self.cuda_graphs else ""
+        return (
+            f"{self.dtype}, KV cache of {self.kv_tokens:,} tokens ({self.concurrency:.1f} sequences of the longest), "
+            f"{self.max_num_seqs} completions at a time, {self.max_num_batched_tokens:,} tokens a pass{graphs}"
+        )
