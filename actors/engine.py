@@ -1,8 +1,7 @@
 """A vLLM engine that samples completions, reports their log-probs, and takes new weights while it is running."""
 
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,12 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from actors import orphan_guard
 from actors.config import RolloutConfig
-from actors.engine_report import EngineReport
+from actors.engine_report import EngineReport, UpdateReceipt
+from actors.weight_files import Bucket, in_host_memory
 from reasoner.prompter import Prompter
 from umrg.frames import Size
 from umrg.group import Completion, GroupSamples, SamplingParams
 
-_HOST_MEMORY = Path("/dev/shm")
 _FORBIDDEN = -100.0  # vLLM's lowest logit bias: e^-100 is no probability in any precision
 
 
@@ -115,21 +114,25 @@ class Engine:
             cached=int(final.num_cached_tokens or 0),
         )
 
-    async def update_weights(self, buckets: Iterable[bytes], version: int) -> str:
-        """Replace the weights by those of safetensors files, given as bytes; requests in flight pause between two
-        tokens. Returns the digest of the tensors that arrived."""
+    async def update_weights(self, buckets: AsyncIterable[Bucket], version: int) -> UpdateReceipt:
+        """Replace the weights by those of some buckets, of which one at a time is in memory; requests in flight pause
+        between two tokens."""
         await self._llm.pause_generation(mode="keep", clear_cache=True)
         try:
             await self._llm.start_weight_update()
-            for bucket in buckets:
-                with _in_host_memory(bucket) as path:
-                    await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"path": str(path)}))
+            async for bucket in buckets:
+                with in_host_memory(bucket) as path:
+                    info = {"path": path, "entries": [asdict(entry) for entry in bucket.entries]}
+                    await self._llm.update_weights(WeightTransferUpdateRequest(update_info=info))
             await self._llm.finish_weight_update(weight_version=str(version))
-            digests: list[str] = await self._llm.collective_rpc("received_digest")
+            found: list[tuple[str, int, list[str]]] = await self._llm.collective_rpc("received")
         finally:
             await self._llm.resume_generation()
-        assert len(set(digests)) == 1, "the workers of one engine received different weights"
-        return digests[0]
+        assert len({checksum for checksum, _, _ in found}) == 1, "the workers of one engine received different weights"
+        unlike = [name for _, _, names in found for name in names]
+        return UpdateReceipt(
+            checksum=found[0][0], compared=min(count for _, count, _ in found), unlike=tuple(dict.fromkeys(unlike))
+        )
 
     def stop(self) -> None:
         """End the engine's processes."""
@@ -153,13 +156,3 @@ class Engine:
             policy_version=min(versions),
             finished=output.finish_reason == "stop",
         )
-
-
-@contextmanager
-def _in_host_memory(data: bytes) -> Iterator[Path]:
-    """A file in host memory that holds these bytes for the duration of the context."""
-    folder = _HOST_MEMORY if _HOST_MEMORY.is_dir() else None
-    with tempfile.NamedTemporaryFile(dir=folder, prefix="medreasoner-weights-") as file:
-        file.write(data)
-        file.flush()
-        yield Path(file.name)

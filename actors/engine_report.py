@@ -1,4 +1,5 @@
-"""What an engine says of itself once it has started. Imports no vLLM, so that the driver can read it."""
+"""What an engine says of itself: once it has started, and of each weight update. Imports no vLLM, so that the driver
+can read it."""
 
 from dataclasses import dataclass
 
@@ -28,3 +29,16 @@ class EngineReport:
             f"{self.dtype}, KV cache of {self.kv_tokens:,} tokens ({self.concurrency:.1f} sequences of the longest), "
             f"{self.max_num_seqs} completions at a time, {self.max_num_batched_tokens:,} tokens a pass{graphs}"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateReceipt:
+    """What an engine says of a weight update."""
+
+    checksum: str
+    """Of the tensors that arrived (`actors.weight_files.Checksum`)."""
+    compared: int
+    """Live parameters that were compared with them. Those that are packed for a CPU, or shared out over several GPUs,
+    are not."""
+    unlike: tuple[str, ...]
+    """Names of the compared ones that hold other weights."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import ray
 
 from actors.gpus import Place, this_place
-from actors.weight_files import WeightsDigest, pack
+from actors.weight_files import Bucket, Checksum, pack
 from learner.config import LearnerConfig, LearnerTask, ZeroConfig
 from learner.update_report import SftReport, UpdateReport
 from rewards.scored import ScoredGroup
@@ -105,15 +105,15 @@ class LearnerRank(ZeroActor):
         assert self._grpo is not None, "the learner was not started"
         return self._grpo.update(work, lambda i: fetched(*groups[i]))
 
-    def weights(self) -> tuple[str, list["ray.ObjectRef[bytes]"]]:
-        """Digest of the weights, and references of their buckets as safetensors bytes, both from the first rank; all
-        ranks."""
-        digest, buckets = WeightsDigest(), []
-        for tensors in self.running().named_weights():
-            if self._rank == 0:
-                digest.add(tensors)
+    def weights(self, everything: bool) -> tuple[str, list["ray.ObjectRef[Bucket]"]]:
+        """Checksum of the weights, and references of their buckets, both from the first rank; all ranks. everything:
+        those of modules of which nothing learns too."""
+        checksum, buckets = Checksum(), []
+        for tensors in self.running().named_weights(everything=everything):
+            if tensors:
+                checksum.add(tensors)
                 buckets.append(ray.put(pack(tensors)))
-        return digest.hexdigest(), buckets
+        return checksum.hexdigest(), buckets
 
     def logprobs(self, group: Group, token_ids: Sequence[int]) -> list[float]:
         """Log-probs of a completion's tokens to a group's prompt; all ranks."""

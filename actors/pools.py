@@ -15,6 +15,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.config import DeadlineConfig
+from actors.engine_report import UpdateReceipt
 from learner.update_report import SftReport, UpdateReport
 from rewards.scored import ScoredGroup, ScoringDepth
 from umrg.durable import FileRecord
@@ -142,10 +143,11 @@ class RolloutPool:
         for id, _ in as_completed(calls, owners, seconds=self._deadlines.step, doing=doing, meanwhile=meanwhile):
             yield id, calls[id]
 
-    def update_weights(self, version: int, buckets: Sequence[Ref]) -> list[str]:
-        """Send every engine the weights of a version. Returns the digests of the tensors that arrived."""
-        calls = {name: actor.update_weights.remote(version, *buckets) for name, actor in self._actors.items()}
-        return gather(calls, seconds=self._deadlines.step, doing="taking new weights")
+    def update_weights(self, version: int, buckets: Sequence[Ref]) -> dict[str, UpdateReceipt]:
+        """Send every engine the weights of a version. Returns what each says of them, by actor. The references travel
+        in a list, which Ray does not resolve: the actors fetch one bucket at a time."""
+        calls = {name: actor.update_weights.remote(version, list(buckets)) for name, actor in self._actors.items()}
+        return dict(zip(calls, gather(calls, seconds=self._deadlines.step, doing="taking new weights"), strict=True))
 
     def canary(self, group: Ref, sampling: SamplingParams) -> list[GroupSamples]:
         """Each engine's own completions of one group."""
@@ -244,10 +246,11 @@ class LearnerPool(RankPool):
         report: UpdateReport = self._all("update", "updating", list(groups), list(work))[0]
         return report
 
-    def weights(self) -> tuple[str, list[Ref]]:
-        """The weights' digest, and references to their buckets."""
-        digest, buckets = self._all("weights", "exporting weights")[0]
-        return digest, buckets
+    def weights(self, *, everything: bool) -> tuple[str, list[Ref]]:
+        """The weights' checksum, and references to their buckets. everything: those of modules of which nothing learns
+        too."""
+        checksum, buckets = self._all("weights", "exporting weights", everything)[0]
+        return checksum, buckets
 
     def logprobs(self, group: Ref, token_ids: Sequence[int]) -> list[float]:
         """Log-probs of a completion's tokens. group: reference of its `Group`."""

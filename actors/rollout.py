@@ -1,17 +1,21 @@
 """The rollout actor: a vLLM engine that turns groups into sampled answers."""
 
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actors.config import RolloutConfig
-from actors.engine_report import EngineReport
+from actors.engine_report import EngineReport, UpdateReceipt
 from actors.gpus import Place, this_place
 from actors.threads import share_cores
+from actors.weight_files import Bucket
 from reasoner.prompter import load_prompter
 from umrg.group import Group, GroupSamples, SamplingParams
 from umrg.prompts import PromptSpec
 
 if TYPE_CHECKING:
+    import ray
+
     from actors.engine import Engine
 
 
@@ -45,9 +49,9 @@ class Rollout:
         except ValueError as error:
             raise ValueError(f"{sample.name}: {error}") from error
 
-    async def update_weights(self, version: int, *buckets: bytes) -> str:
-        """Take over weights of a version, given as buckets. Returns the digest of the tensors that arrived."""
-        return await self._running().update_weights(buckets, version)
+    async def update_weights(self, version: int, buckets: "Sequence[ray.ObjectRef[Bucket]]") -> UpdateReceipt:
+        """Take over weights of a version. buckets: references, of which one at a time is fetched and released."""
+        return await self._running().update_weights(_fetched(buckets), version)
 
     async def stop(self) -> None:
         """End the engine's processes."""
@@ -58,3 +62,8 @@ class Rollout:
     def _running(self) -> "Engine":
         assert self._engine is not None, "the rollout was not started"
         return self._engine
+
+
+async def _fetched(buckets: "Sequence[ray.ObjectRef[Bucket]]") -> AsyncIterator[Bucket]:
+    for ref in buckets:
+        yield await ref

@@ -1,40 +1,138 @@
-"""Weights on their way from the learner to the rollouts: named tensors as safetensors bytes, and their digest."""
+"""Weights on their way from the learner to the rollouts: buckets of named tensors, and their checksum.
+
+    learner's tensors ──pack──► Bucket ──object store──► Bucket ──in_host_memory──► file ──mapped──► engine's tensors
+
+Each arrow but the first copies the bytes once. A bucket holds one array per tensor: Ray writes arrays into its object
+store, and shows them to readers of the node, without a copy of its own, where it would copy `bytes` to each reader's
+heap.
+"""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import mmap
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
+import numpy as np
 import torch
-from safetensors.torch import load, save
+from numpy.typing import NDArray
+
+_ALIGNMENT = 64
+_PIECE = 1 << 30  # one write takes at most 2 GiB
 
 
-def pack(tensors: Mapping[str, torch.Tensor]) -> bytes:
-    """Serialize tensors as one safetensors file in memory."""
-    return save(dict(tensors))
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One tensor of a bucket."""
+
+    name: str
+    dtype: str
+    """torch's name, such as `bfloat16`."""
+    shape: tuple[int, ...]
+    offset: int
+    """Where its bytes begin in a file that holds the bucket."""
+
+    @property
+    def end(self) -> int:
+        """Where they end."""
+        return self.offset + int(np.prod(self.shape, dtype=np.int64)) * self.torch_dtype.itemsize
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found
 
 
-def unpack(data: bytes) -> dict[str, torch.Tensor]:
-    return load(data)
+@dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """Named tensors as bytes."""
+
+    entries: tuple[Entry, ...]
+    arrays: tuple[NDArray[np.uint8], ...]
+    """The bytes of each entry."""
 
 
-class WeightsDigest:
-    """sha256 over names, dtypes, shapes and bytes of tensors, sorted by name within each bucket."""
+def pack(tensors: Mapping[str, torch.Tensor]) -> Bucket:
+    """A bucket of tensors: views of those on the CPU, and copies of those on a GPU."""
+    entries, arrays, offset = [], [], 0
+    for name, tensor in tensors.items():
+        here = tensor.detach().cpu().contiguous()
+        shape, dtype = tuple(here.shape), str(here.dtype).removeprefix("torch.")
+        entries.append(Entry(name=name, dtype=dtype, shape=shape, offset=offset))
+        arrays.append(here.flatten().view(torch.uint8).numpy())
+        offset = -(-entries[-1].end // _ALIGNMENT) * _ALIGNMENT
+    return Bucket(entries=tuple(entries), arrays=tuple(arrays))
+
+
+def unpack(bucket: Bucket) -> dict[str, torch.Tensor]:
+    """The tensors of a bucket, as copies."""
+    return {
+        entry.name: torch.from_numpy(array.copy()).view(entry.torch_dtype).view(entry.shape)
+        for entry, array in zip(bucket.entries, bucket.arrays, strict=True)
+    }
+
+
+@contextmanager
+def in_host_memory(bucket: Bucket) -> Iterator[str]:
+    """A path under which other processes of this machine and user open the bucket's bytes for the duration of the
+    context. The file is in memory and has no name in any folder, so nothing is left of it, even if this process is
+    killed; nor does the size of /dev/shm bound it."""
+    handle = os.memfd_create("medreasoner-weights")
+    try:
+        for entry, array in zip(bucket.entries, bucket.arrays, strict=True):
+            data = array.data
+            for start in range(0, len(data), _PIECE):
+                _write(handle, data[start : start + _PIECE], entry.offset + start)
+        yield f"/proc/{os.getpid()}/fd/{handle}"
+    finally:
+        os.close(handle)
+
+
+def mapped(path: str, entries: Sequence[Entry]) -> dict[str, torch.Tensor]:
+    """The tensors of such a file, as views of it; it stays in memory as long as one of them does."""
+    with open(path, "rb") as file:
+        # Copy on write: torch takes no memory that may not be written to.
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    return {entry.name: whole[entry.offset : entry.end].view(entry.torch_dtype).view(entry.shape) for entry in entries}
+
+
+def _write(handle: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(handle, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def word_sum(tensor: torch.Tensor) -> int:
+    """The sum of a tensor's bytes as 64-bit words, modulo 2⁶⁴, computed where the tensor is. The sum of tensors that
+    are fused into one is that of the fused one, if each fills whole words; so does padding with zeros."""
+    flat = tensor.detach().contiguous().flatten().view(torch.uint8)
+    if len(flat) % 8:
+        flat = torch.nn.functional.pad(flat, (0, 8 - len(flat) % 8))
+    elif flat.storage_offset() % 8:
+        flat = flat.clone()
+    return int(flat.view(torch.int64).sum()) % (1 << 64)
+
+
+class Checksum:
+    """Over names, types, shapes and words of tensors, in any order. It finds what was lost, damaged, mixed up or sent
+    twice; unlike a cryptographic hash it costs no more than reading the tensors once."""
 
     def __init__(self) -> None:
-        self._hash = hashlib.sha256()
+        self._lines: list[str] = []
 
     def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        for name in sorted(tensors):
-            tensor = tensors[name]
-            self._hash.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            self._hash.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        for name, tensor in tensors.items():
+            self._lines.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {word_sum(tensor)}")
 
     def hexdigest(self) -> str:
-        return self._hash.hexdigest()
+        return hashlib.sha256("\n".join(sorted(self._lines)).encode()).hexdigest()
 
 
-def digest_of(buckets: Iterable[Mapping[str, torch.Tensor]]) -> str:
-    """Digest of weights given in buckets."""
-    digest = WeightsDigest()
+def checksum_of(buckets: Iterable[Mapping[str, torch.Tensor]]) -> str:
+    """Checksum of weights given in buckets."""
+    checksum = Checksum()
     for bucket in buckets:
-        digest.add(bucket)
-    return digest.hexdigest()
+        checksum.add(bucket)
+    return checksum.hexdigest()

@@ -4,14 +4,15 @@ The engine must be registered in vLLM's worker process, which knows nothing of o
 `worker_extension_cls` there; importing this module registers the engine. That works from a plain working directory,
 where an entry point would need an installed distribution.
 
-A bucket of weights reaches the worker as a safetensors file under /dev/shm: tensors of gigabytes do not go through
-vLLM's message queues, and the same path serves CPU and GPU workers.
+A bucket of weights reaches the worker as a file in host memory: tensors of gigabytes do not go through vLLM's message
+queues, and the same path serves CPU and GPU workers.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import torch
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -21,7 +22,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from actors import orphan_guard
-from actors.weight_files import WeightsDigest, unpack
+from actors.weight_files import Checksum, Entry, mapped, word_sum
 
 BACKEND = "medreasoner-host"
 
@@ -36,12 +37,54 @@ class HostUpdateInfo(WeightTransferUpdateInfo):
     """One bucket of weights."""
 
     path: str
-    """A safetensors file of named tensors."""
+    """A file of `actors.weight_files.in_host_memory`."""
+    entries: list[dict[str, Any]]
+    """The fields of each `Entry`."""
+
+
+class Live:
+    """Whether an engine's live parameters are the weights that it was sent.
+
+    An engine fuses tensors (q, k and v into one), pads them with zeros and casts them to its precision; sums of words
+    survive all three if the cast is made first. What it packs for a processor, or shares out over several GPUs, has
+    other words, and is not compared; those parameters are told by their size.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        self._model, self._dtype = model, dtype
+        # The language model within a vision-language model has its own.
+        mappings = [getattr(module, "packed_modules_mapping", {}) for module in model.modules()]
+        self._fused = {part: fused for mapping in mappings for fused, parts in mapping.items() for part in parts}
+        self._sent: dict[str, tuple[int, int]] = {}
+
+    def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Weights that were sent, by the names of a model's folder."""
+        for name, tensor in tensors.items():
+            live = self.name(name)
+            words, size = self._sent.get(live, (0, 0))
+            self._sent[live] = (words + word_sum(tensor.to(self._dtype))) % (1 << 64), size + tensor.numel()
+
+    def name(self, name: str) -> str:
+        """The engine's own name for the parameter that holds a weight."""
+        found: list[str] = self._model.hf_to_vllm_mapper.apply_list([name])
+        return ".".join(self._fused.get(part, part) for part in (found[0] if found else name).split("."))
+
+    def compared(self) -> tuple[int, list[str]]:
+        """How many live parameters were compared, and the names of those that hold other weights than were sent."""
+        live = dict(self._model.named_parameters())
+        same = {
+            name: word_sum(live[name]) == words
+            for name, (words, size) in self._sent.items()
+            if name in live and live[name].dtype == self._dtype and live[name].numel() >= size
+        }
+        return len(same), [name for name, equal in same.items() if not equal]
 
 
 class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
-    """Loads buckets of weights from files on this host. `digest` covers all tensors received in the current or last
-    update."""
+    """Loads buckets of weights from files on this host. `checksum` and `live` cover the current or last update.
+
+    Only those of the model's top-level modules of which a weight arrives are reloaded, such as the language model where
+    the vision tower is frozen: a module that is reloaded without weights would have to be put back as it was."""
 
     init_info_cls = HostInitInfo
     update_info_cls = HostUpdateInfo
@@ -49,38 +92,53 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.digest = WeightsDigest()
+        self._begin()
+
+    def _begin(self) -> None:
+        self.checksum, self.live = Checksum(), Live(self.model, self.model_config.dtype)
+        self._reloading: dict[str, torch.nn.Module] = {}
 
     def init_transfer_engine(self, init_info: HostInitInfo) -> None:
         pass
 
     def start_weight_update(self) -> None:
-        self.digest = WeightsDigest()
-        initialize_layerwise_reload(self.model)
+        self._begin()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """As the base class, without its synchronization of an accelerator, which fails on CPU."""
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: HostUpdateInfo) -> None:
-        tensors = unpack(Path(update_info.path).read_bytes())
-        self.digest.add(tensors)
+        tensors = mapped(update_info.path, [Entry(**entry) for entry in update_info.entries])
+        self.checksum.add(tensors)
+        self.live.add(tensors)
+        for name in top_level(map(self.live.name, tensors)):
+            if name not in self._reloading:
+                self._reloading[name] = self.model.get_submodule(name)
+                initialize_layerwise_reload(self._reloading[name])
         self.model.load_weights(tensors.items())
 
     def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)
+        for module in self._reloading.values():
+            finalize_layerwise_reload(module, self.model_config)
 
     def shutdown(self) -> None:
         pass
 
 
+def top_level(names: Iterable[str]) -> list[str]:
+    """The top-level modules that parameters of these names belong to."""
+    return list(dict.fromkeys(name.partition(".")[0] for name in names))
+
+
 class WorkerExtension:
     """Methods that vLLM's worker gains, for `collective_rpc`."""
 
-    def received_digest(self) -> str:
-        """Digest of the tensors received in the last weight update."""
+    def received(self) -> tuple[str, int, list[str]]:
+        """Of the last weight update: the checksum of the tensors that arrived, how many live parameters were compared
+        with them, and which hold other weights."""
         engine = self.weight_transfer_engine  # type: ignore[attr-defined]
-        return str(engine.digest.hexdigest())
+        return (engine.checksum.hexdigest(), *engine.live.compared())
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:

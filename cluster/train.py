@@ -175,7 +175,7 @@ class Training(Loop):
         """As `Loop.resume`; the rollouts get the checkpoint's weights, and the journal drops later records."""
         position = super().resume(checkpoint)
         if checkpoint:
-            sync_weights(self.workers, version=self.step)
+            sync_weights(self.workers, version=self.step, everything=True)
             self.display.resumed(self.step)
         self.journal.rewind(self.step, position)
         self.checkpoints.rewind(self.step)

@@ -19,12 +19,22 @@ class WeightsDiffer(RuntimeError):
     """A rollout engine does not compute with the learner's weights."""
 
 
-def sync_weights(workers: Workers, *, version: int) -> None:
-    """Send the learner's weights to every rollout. Raises WeightsDiffer if other tensors arrive than were sent."""
-    digest, buckets = workers.learner.weights()
-    for received in workers.rollouts.update_weights(version, buckets):
-        if received != digest:
-            raise WeightsDiffer(f"weights of version {version} arrived with digest {received[:12]}, not {digest[:12]}")
+def sync_weights(workers: Workers, *, version: int, everything: bool = False) -> None:
+    """Send the learner's weights to every rollout. everything: those of modules of which nothing learns too, for
+    engines that may hold others. Raises WeightsDiffer if other tensors arrive than were sent, or if an engine's live
+    parameters are others after the update."""
+    checksum, buckets = workers.learner.weights(everything=everything)
+    for name, receipt in workers.rollouts.update_weights(version, buckets).items():
+        if receipt.checksum != checksum:
+            raise WeightsDiffer(
+                f"weights of version {version} arrived at {name} with checksum {receipt.checksum[:12]}, not "
+                f"{checksum[:12]}"
+            )
+        if receipt.unlike:
+            raise WeightsDiffer(
+                f"after the update to version {version} {receipt.unlike[0]} of {name} holds other weights than were "
+                f"sent ({len(receipt.unlike)} of {receipt.compared} parameters compared)"
+            )
 
 
 class Canary:

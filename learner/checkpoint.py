@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 
 from learner.lora import adapter_config
 from learner.optimizer_state import SavedPieces, buckets, own_pieces, pieces, publish
-from learner.zero import BUCKET_BYTES, ZeroRank
+from learner.zero import BUCKET_BYTES, ZeroRank, on_cpu
 from umrg.durable import Disk, FileRecord, parents, write_durably
 
 Records = Mapping[str, FileRecord]
@@ -129,9 +129,9 @@ def _model_parts(zero: ZeroRank) -> list[FilePart]:
     contents = zero.bucket_contents()
     files = _shard_names(len(contents))
     parts = [
-        FilePart(name=f"model/{file}", data=_bytes(zero.reasoner.as_saved(shard), {"format": "pt"}))
-        for file, shard in zip(files, zero.named_weights(lambda i: i % ranks == rank), strict=True)
-        if shard
+        FilePart(name=f"model/{file}", data=_bytes(_shard(zero, weights), {"format": "pt"}))
+        for file, weights in zip(files, zero.named_weights(lambda i: i % ranks == rank), strict=True)
+        if weights
     ]
     if rank == 0:
         others = zero.reasoner.other_files()
@@ -142,6 +142,11 @@ def _model_parts(zero: ZeroRank) -> list[FilePart]:
             )
         parts += [FilePart(name=f"model/{name}", data=partial(bytes, data)) for name, data in others.items()]
     return parts
+
+
+def _shard(zero: ZeroRank, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A bucket's weights as copies in host memory, by their names in a folder."""
+    return zero.reasoner.as_saved({name: on_cpu(tensor) for name, tensor in weights.items()})
 
 
 def _adapter_parts(zero: ZeroRank) -> list[FilePart]:

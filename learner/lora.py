@@ -43,12 +43,12 @@ class Weight:
         return int(getattr(base, "ds_numel", base.numel())) * int(base.element_size())
 
     def tensor(self) -> torch.Tensor:
-        """A copy on the CPU; partitioned parameters must have been gathered."""
+        """The parameter itself or, with an adapter, their sum; partitioned parameters must have been gathered."""
         base, *adapter = (parameter.detach() for parameter in self.parameters)
         if adapter:
             a, b = adapter
             base = (base.float() + self.scale * (b.float() @ a.float())).to(base.dtype)
-        return base.to("cpu", copy=True).contiguous()
+        return base
 
 
 def add_adapters(model: Any, config: LoraConfig) -> None:

@@ -4,7 +4,7 @@ Forward and backward passes are collectives, so every rank makes the same number
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import deepspeed
@@ -115,22 +115,35 @@ class ZeroRank:
         """Learning rate of matrices at the last update."""
         return float(self.engine.optimizer.param_groups[0]["lr"])
 
-    def named_weights(self, kept: Callable[[int], bool] | None = None) -> Iterator[dict[str, torch.Tensor]]:
-        """Weights by the model's parameter names, adapters merged, as copies on the CPU, in buckets of about
-        `BUCKET_BYTES`; all ranks. kept: of which buckets, by number, this rank gets copies, instead of empty ones; None
-        for all on the first rank and none on the others."""
+    def named_weights(
+        self, kept: Callable[[int], bool] | None = None, *, everything: bool = True
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Weights by the model's parameter names, adapters merged, in buckets of about `BUCKET_BYTES`; all ranks. They
+        are where the model is, and valid until the next bucket is asked for.
+
+        kept: which buckets this rank gets, by number, where the others are empty; None for all on the first rank and
+        none on the others. everything: those of modules of which nothing learns too."""
         kept = kept or (lambda _: self.ranks.rank == 0)
-        for i, bucket in enumerate(_buckets(weights(self.reasoner.model))):
-            yield self._gathered(bucket, kept(i))
+        for i, bucket in enumerate(_buckets(self._weights(everything))):
+            with self._gathered(bucket):
+                yield {weight.name: weight.tensor() for weight in bucket} if kept(i) else {}
 
     def bucket_contents(self) -> list[dict[str, int]]:
         """Of each bucket of `named_weights`, the size of each weight in bytes, by name."""
-        return [{weight.name: weight.nbytes for weight in bucket} for bucket in _buckets(weights(self.reasoner.model))]
+        return [{weight.name: weight.nbytes for weight in bucket} for bucket in _buckets(self._weights(True))]
 
     def adapter(self) -> dict[str, torch.Tensor]:
         """The adapters' weights as copies on the CPU, on the first rank; empty on the others, and without adapters; all
         ranks."""
-        return self._gathered(list(adapter_weights(self.reasoner.model)), self.ranks.rank == 0)
+        bucket = list(adapter_weights(self.reasoner.model))
+        with self._gathered(bucket):
+            return {weight.name: on_cpu(weight.tensor()) for weight in bucket} if self.ranks.rank == 0 else {}
+
+    def _weights(self, everything: bool) -> Iterator[Weight]:
+        """Weights by whole modules of an engine, of which a part cannot be replaced: the vision tower with its merger,
+        and the language model with its head."""
+        learning = {in_tower(name) for name, _ in self.trained()}
+        return (each for each in weights(self.reasoner.model) if everything or in_tower(each.name) in learning)
 
     def trained(self) -> list[tuple[str, torch.nn.Parameter]]:
         """The parameters that learn, by the model's names for them."""
@@ -156,12 +169,23 @@ class ZeroRank:
                 found.append(name)
         return found
 
-    def _gathered(self, bucket: Sequence[Weight], kept: bool) -> dict[str, torch.Tensor]:
-        """Copies of some weights; none if they are not kept. Partitioned parameters are whole only within the
-        context."""
+    def _gathered(self, bucket: Sequence[Weight]) -> AbstractContextManager[Any]:
+        """Within it the parameters of some weights are whole, where stage 3 has partitioned them; all ranks."""
         parameters = [parameter for weight in bucket for parameter in weight.parameters]
-        with deepspeed.zero.GatheredParameters(parameters, enabled=self.config.zero_stage == 3):
-            return {weight.name: weight.tensor() for weight in bucket} if kept else {}
+        gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
+            parameters, enabled=self.config.zero_stage == 3
+        )
+        return gathered
+
+
+def in_tower(name: str) -> bool:
+    """Whether a parameter of a Qwen-VL model belongs to its vision tower or the merger."""
+    return name.startswith("model.visual.")
+
+
+def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory."""
+    return tensor.to("cpu", copy=True).contiguous()
 
 
 def _buckets(found: Iterable[Weight]) -> Iterator[list[Weight]]:

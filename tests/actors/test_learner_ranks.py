@@ -84,7 +84,7 @@ def learn(pool, groups, steps):
 
 
 def weights_of(pool):
-    _, buckets = pool.weights()
+    _, buckets = pool.weights(everything=True)
     return {name: tensor for ref in buckets for name, tensor in unpack(ray.get(ref)).items()}
 
 

@@ -129,7 +129,7 @@ def test_an_update_needs_the_buffers_that_are_counted(hosts):
     peak = running(hosts, kind=MeasuredRank, zero_stage=2)._all("held", "telling what it holds")[0]["peak"]
     need = rank_need(TINY_REASONER, LearnerConfig(lr=1e-4, zero_stage=2, micro_batch_tokens=tokens), 64)
     counted = need.certain["gradients"] + need.estimated["activations"] + need.estimated["reduction"]
-    assert counted == pytest.approx(peak, rel=0.1)
+    assert counted == pytest.approx(peak, rel=0.2)
 
 
 def test_a_gpu_is_described_by_properties_that_torch_has():

@@ -1,19 +1,77 @@
-"""Weights as bytes, and the digest that shows they are the same."""
+"""Weights on their way: buckets, their files in memory, and the checksums that show they are the same."""
 
+import os
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from actors.weight_files import WeightsDigest, digest_of, pack, unpack
+from actors.rollout import Rollout
+from actors.weight_files import Checksum, checksum_of, in_host_memory, mapped, pack, unpack, word_sum
+
+TENSORS = {
+    "a": torch.randn(3, 4),
+    "b": torch.randn(5).to(torch.bfloat16),
+    "c": torch.tensor(2.0),
+    "d": torch.arange(7, dtype=torch.int64),
+    "e": torch.randn(4, 6).T,
+}
+
+
+def equal(found, expected):
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in expected.items()
+    )
 
 
 def test_tensors_come_back_bit_by_bit():
-    tensors = {"a": torch.randn(3, 4), "b": torch.randn(5).to(torch.bfloat16), "c": torch.tensor(2.0)}
-    found = unpack(pack(tensors))
-    assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[name], tensors[name]) and found[name].dtype == tensors[name].dtype for name in found)
-    assert digest_of([found]) == digest_of([tensors])
+    assert equal(unpack(pack(TENSORS)), TENSORS)
 
 
-def test_the_digest_sees_names_values_types_and_shapes():
+def test_a_file_in_memory_shows_them_without_a_copy_and_leaves_nothing():
+    bucket = pack(TENSORS)
+    with in_host_memory(bucket) as path:
+        found = mapped(path, bucket.entries)
+        assert equal(found, TENSORS)
+    assert not os.path.exists(path)
+    assert equal(found, TENSORS), "tensors keep their memory"
+    found["a"].zero_()  # may be written to, as torch expects, without an effect on anybody else
+
+
+HELD = """
+import os, sys, torch
+from actors.weight_files import in_host_memory, pack
+with in_host_memory(pack({"a": torch.ones(1 << 20)})) as path:
+    print(path, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_another_process_reads_it_and_a_killed_one_leaves_nothing():
+    """As vLLM's worker reads what a rollout wrote. The file has no name, so there is nothing to clean up."""
+    before = set(os.listdir("/dev/shm"))
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(
+        [sys.executable, "-c", HELD], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as writer:
+        assert writer.stdout is not None
+        path = writer.stdout.readline().strip()
+        found = mapped(path, pack({"a": torch.ones(1 << 20)}).entries)
+        writer.kill()
+        writer.wait(timeout=30)
+    assert found["a"].sum() == 1 << 20
+    assert not os.path.exists(path) and set(os.listdir("/dev/shm")) <= before
+
+
+def test_the_checksum_sees_names_values_types_and_shapes():
     tensor = torch.arange(4, dtype=torch.float32)
     others = [
         {"b": tensor},
@@ -22,12 +80,60 @@ def test_the_digest_sees_names_values_types_and_shapes():
         {"a": tensor.view(2, 2)},
         {"a": tensor, "b": tensor},
     ]
-    digests = {digest_of([bucket]) for bucket in ({"a": tensor}, *others)}
-    assert len(digests) == 1 + len(others)
+    sums = {checksum_of([bucket]) for bucket in ({"a": tensor}, *others)}
+    assert len(sums) == 1 + len(others)
 
 
-def test_the_digest_of_buckets_is_that_of_one_after_another():
-    digest = WeightsDigest()
-    digest.add({"a": torch.ones(2)})
-    digest.add({"b": torch.zeros(2)})
-    assert digest.hexdigest() == digest_of([{"a": torch.ones(2)}, {"b": torch.zeros(2)}])
+def test_the_checksum_of_buckets_is_that_of_one_after_another_in_any_order():
+    checksum = Checksum()
+    checksum.add({"b": torch.zeros(2)})
+    checksum.add({"a": torch.ones(2)})
+    assert checksum.hexdigest() == checksum_of([{"a": torch.ones(2), "b": torch.zeros(2)}])
+
+
+@given(sizes=st.lists(st.integers(1, 9).map(lambda n: 4 * n), min_size=1, max_size=4), padding=st.integers(0, 3))
+def test_the_sum_of_words_survives_fusion_and_padding(sizes, padding):
+    """As an engine fuses q, k and v, and pads its embedding with rows of zeros."""
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(size, 2, generator=generator).to(torch.bfloat16) for size in sizes]
+    fused = torch.cat([*parts, torch.zeros(padding, 2, dtype=torch.bfloat16)])
+    assert word_sum(fused) == sum(map(word_sum, parts)) % (1 << 64)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_a_sum_of_words_needs_no_alignment(offset):
+    whole = torch.randn(40).to(torch.bfloat16)
+    part = whole[offset : offset + 9]
+    assert word_sum(part) == word_sum(part.clone())
+
+
+def test_a_receiving_actor_holds_two_buckets_at_most(ray_cluster):
+    """One in the object store, of which its process sees a view, and one in the file for the engine. Nothing of the
+    size of a bucket is on its heap."""
+
+    class Measuring:
+        """In place of the engine: it takes the buckets as the real one does, and measures."""
+
+        async def update_weights(self, buckets, version):
+            tracemalloc.start()
+            total = 0
+            async for bucket in buckets:
+                with in_host_memory(bucket) as path:
+                    total += sum(int(each.sum()) for each in mapped(path, bucket.entries).values())
+                held = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+                assert not any("medreasoner-weights" in name for name in held)
+            return total, tracemalloc.get_traced_memory()[1]
+
+    class Receiver(Rollout):
+        def __init__(self):
+            self._engine: Any = Measuring()
+
+    size, count = 32 << 20, 6
+    refs = [ray.put(pack({"a": torch.from_numpy(np.ones(size, dtype=np.uint8))})) for _ in range(count)]
+    actor = ray.remote(Receiver).options(num_cpus=0).remote()
+    try:
+        total, peak = ray.get(actor.update_weights.remote(1, refs), timeout=120)
+    finally:
+        ray.kill(actor)
+    assert total == size * count
+    assert peak < size / 4, "a bucket was copied to the heap"

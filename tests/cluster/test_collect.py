@@ -8,10 +8,11 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from actors.weight_files import pack
+from actors.weight_files import pack, unpack
 from cluster.evaluation import collect
-from cluster.weight_sync import Canary, sync_weights
+from cluster.weight_sync import Canary, WeightsDiffer, sync_weights
 from phantoms import rows
+from reasoner.model import load_reasoner
 from reasoner.prompter import load_prompter
 from tests.conftest import TINY_REASONER
 from tests.ranks import running
@@ -78,7 +79,29 @@ def test_vision_tokens_are_never_sampled(workers, samples):
             assert not set(vision) & set(completion.token_ids)
             assert np.isfinite(completion.logprobs).all()
     finally:
-        sync_weights(workers, version=0)
+        sync_weights(workers, version=0, everything=True)
+
+
+def test_a_frozen_vision_tower_is_left_out_of_updates(workers, samples, demo_config):
+    """The engine keeps its tower, biases and all, and computes with the learner's language model."""
+    tower = dict(load_reasoner(TINY_REASONER).model.named_parameters())["model.visual.blocks.0.attn.qkv.bias"]
+    assert tower.abs().min() > 0
+    canary = Canary(samples[0], demo_config())
+    checksum, buckets = workers.learner.weights(everything=False)
+    sent = {entry.name for ref in buckets for entry in ray.get(ref).entries}
+    assert sent and not any(name.startswith("model.visual.") for name in sent)
+    # Other weights first, so that an update that changed nothing would show.
+    other = {name: tensor + 0.1 for ref in buckets for name, tensor in unpack(ray.get(ref)).items()}
+    try:
+        workers.rollouts.update_weights(1, [ray.put(pack(other))])
+        with pytest.raises(WeightsDiffer, match="stale weights or caches"):
+            canary.check(workers)
+        (receipt,) = workers.rollouts.update_weights(2, buckets).values()
+        assert receipt.checksum == checksum and receipt.unlike == () and receipt.compared > 10
+        assert canary.check(workers) < 1e-3
+    finally:
+        sync_weights(workers, version=0, everything=True)
+    canary.check(workers)
 
 
 def test_answers_are_scored_by_form_geometry_and_mask(workers, samples):

@@ -22,6 +22,7 @@ from actors.config import DeadlineConfig, SegmenterConfig
 from actors.pools import DeadlinePassed, SegmenterPool, gather
 from actors.rollout import Rollout
 from actors.segmenter import Segmenter
+from actors.weight_files import pack
 from cluster.checkpoints import export_run
 from cluster.data import open_rows
 from cluster.display import Display
@@ -144,10 +145,10 @@ def test_the_final_model_answers_alike_in_vllm(finished, workers):
     rows = list(Dataset.open(run.path / "data" / "eval.parquet"))
     evaluated = {record["sample_id"]: record for record in read_records(run.samples / "after-greedy.parquet")}
     try:
-        workers.rollouts.update_weights(3, [ray.put((run.model / "model.safetensors").read_bytes())])
+        workers.rollouts.update_weights(3, [ray.put(pack(load_file(run.model / "model.safetensors")))])
         again = evaluate(workers, evaluation_groups(rows), SamplingParams(n=0, temperature=1.0, max_tokens=128))
     finally:
-        sync_weights(workers, version=0)
+        sync_weights(workers, version=0, everything=True)
     for each in again.greedy:
         assert each.samples.completions[0].text == evaluated[each.group.sample.id]["completion"]
 
