@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.config import EvaluateConfig
-from cluster.data import open_held_out
+from cluster.data import evaluated_rows
 from cluster.evaluation import SUMMARY_METRICS
 from cluster.figures import greedy_record, interval
 from cluster.records import Record, read_results, read_samples
@@ -81,7 +81,7 @@ def compare(first: Path, second: Path, out: Path | None = None) -> Path:
     if note := _lenience(names, (before, after)):
         console.print(note)
     config = kept_config(EvaluateConfig, second)
-    rows = [sample for sample in open_held_out(config, RunFolder(second)) if sample.id in before]
+    rows = [sample for sample in evaluated_rows(config, RunFolder(second)) if sample.id in before]
     path = out or second / "report" / f"compared-with-{first.name}.html"
     return write_comparison_report(path, names, differences, rows, answers, note=note)
 

@@ -109,6 +109,9 @@ class RowFilter(Config):
     """Keep rows of these categories only; empty for all."""
     modality: list[str] = Field(default_factory=list)
     """Keep rows of these modalities only; empty for all."""
+    overlong: Literal["refuse", "leave_out"] = "refuse"
+    """What becomes of rows whose prompt is too long, which is found out at the start: they end the run by name, or are
+    left out and counted."""
 
 
 class SftDataConfig(RowFilter):
@@ -276,7 +279,7 @@ class EvaluateConfig(RunConfig):
 
     def spec(self) -> PromptSpec:
         folder = PromptSpec() if self.model is None else PromptSpec.of_model(self.model)
-        return folder.but(style=self.prompt, think=self.think, frame=self.frame)
+        return self.asked(folder)
 
 
 class SftConfig(LearningConfig):

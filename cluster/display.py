@@ -123,6 +123,10 @@ class Display:
             + f"  | s: {'  '.join(seconds)}  | left {self._left()}"
         )
 
+    def note(self, text: str) -> None:
+        """Print what was found out."""
+        _print_line(self._console, text)
+
     def warning(self, text: str) -> None:
         """Print what the user should know, once."""
         if text not in self._warnings:

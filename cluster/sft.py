@@ -20,10 +20,12 @@ from cluster.cli import run_command
 from cluster.config import SftConfig, load_config
 from cluster.data import opened
 from cluster.display import progress
+from cluster.lengths import fitting
 from cluster.loop import Loop, checkpoint_to_resume
 from cluster.run_folder import RunFolder
 from cluster.workers import ActorSpec, ranks, ray_connection, started_supervised
 from learner.config import LearnerTask
+from reasoner.prompter import load_prompter
 from umrg.dataset import Dataset
 from umrg.rows import reasoning_fault
 from umrg.sample import Sample
@@ -60,6 +62,15 @@ class Images:
         self._dataset = opened(config.data.train, config.data)
         if config.spec().think:
             _refuse_unteachable(self._dataset)
+        self._dataset, lengths = fitting(
+            self._dataset,
+            load_prompter(config.model, config.spec()),
+            most=config.learner.micro_batch_tokens,
+            overlong=config.data.overlong,
+            key="learner.micro_batch_tokens",
+            answers=True,
+        )
+        print(lengths, flush=True)
         images = self._dataset.rows_by_image()
         held_out = round(config.validation * len(images))
         if config.validation and not 0 < held_out < len(images):

@@ -37,7 +37,9 @@ def train(config: TrainConfig) -> RunFolder:
         journal = stack.enter_context(Journal(run, config))
         display = stack.enter_context(Display(config))
         with display.waiting("reading data"), journal.clock.phase("data"):
-            rows, held_out = open_rows(config, run)
+            rows, held_out, lengths = open_rows(config, run)
+        journal.facts["prompts"] = asdict(lengths)
+        display.note(str(lengths))
         stack.enter_context(ray_connection())
         if config.segmenter.num_gpus >= 1 and not config.reward.scorer(think=config.spec().think).uses_mask:
             display.warning(

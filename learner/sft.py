@@ -14,9 +14,6 @@ from learner.update_report import SftReport
 from learner.zero import ZeroRank
 from reasoner.model import Reasoner
 from reasoner.prompter import EncodedPrompt
-from umrg.answers import format_answer
-from umrg.frames import Frame, Frames
-from umrg.rows import reasoning_fault
 from umrg.sample import Sample
 
 Image = Sequence[Sample]
@@ -75,7 +72,7 @@ def reference_branches(reasoner: Reasoner, samples: Sequence[Sample]) -> Branche
     image = reasoner.encode_image(samples[0].image())
     prompts = [reasoner.encode(sample.query, image).token_ids for sample in samples]
     shared = _shared_length(prompts)
-    answers = [reasoner.completion_ids(_reference_answer(reasoner, sample, image.frames)) for sample in samples]
+    answers = [reasoner.completion_ids(reasoner.reference_answer(sample)) for sample in samples]
     return Branches(
         prefix=EncodedPrompt(token_ids=prompts[0][:shared], image=image),
         branches=[torch.cat([prompt[shared:], answer]) for prompt, answer in zip(prompts, answers, strict=True)],
@@ -90,20 +87,3 @@ def _shared_length(prompts: Sequence[torch.Tensor]) -> int:
     agree = torch.stack([prompt[:shortest] == first for prompt in prompts]).all(dim=0)
     # The running product is 1 up to the first disagreement and 0 after it.
     return int(agree.long().cumprod(0).sum())
-
-
-def _reference_answer(reasoner: Reasoner, sample: Sample, frames: Frames) -> str:
-    frame = reasoner.prompt.frame
-    return format_answer(
-        box=frames.box(sample.box, Frame.ORIGINAL, frame),
-        points=frames.points(sample.points, Frame.ORIGINAL, frame),
-        think=_reasoning(sample) if reasoner.prompt.think else None,
-    )
-
-
-def _reasoning(sample: Sample) -> str:
-    """The sample's reasoning trace. Raises ValueError if it cannot be learnt from."""
-    if fault := reasoning_fault(sample.reasoning):
-        raise ValueError(f"{sample.name} has {fault}")
-    assert sample.reasoning is not None
-    return sample.reasoning

@@ -25,10 +25,12 @@ from transformers import (
     Qwen3VLProcessor,
 )
 
-from umrg.answers import TAGS
-from umrg.frames import Frames, ResizeRule, Size
+from umrg.answers import TAGS, format_answer
+from umrg.frames import Frame, Frames, ResizeRule, Size
 from umrg.prompts import PromptSpec, prompt_messages
 from umrg.reasoner_folder import check_reasoner_folder
+from umrg.rows import reasoning_fault
+from umrg.sample import Sample
 
 _PROCESSORS = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}
 """Processor classes by architecture. As in vLLM, the class that a folder's files name is ignored."""
@@ -86,6 +88,12 @@ class Prompter:
             min_pixels=size["shortest_edge"],
             max_pixels=size["longest_edge"],
         )
+
+    @property
+    def size(self) -> dict[str, int]:
+        """The bounds of `resize` as Hugging Face's image processors, and with them vLLM, take them: areas in pixels,
+        although they are called edges."""
+        return {"shortest_edge": self.resize.min_pixels, "longest_edge": self.resize.max_pixels}
 
     def chat_text(self, query: str) -> str:
         """The prompt as text with a single image placeholder, which is the input of vLLM."""
@@ -152,6 +160,18 @@ class Prompter:
         The think and answer tags are kept, although some tokenizers declare them as special."""
         kept = [token for token in token_ids if token not in self._left_out]
         return self.opening + str(self.processor.tokenizer.decode(kept))
+
+    def reference_answer(self, sample: Sample) -> str:
+        """The completion that a row's reference is, in the frame of the answers. Raises ValueError if a reasoning trace
+        is asked for and cannot be learnt from."""
+        frames, frame = self.frames(sample.size), self.prompt.frame
+        if self.prompt.think and (fault := reasoning_fault(sample.reasoning)):
+            raise ValueError(f"{sample.name} has {fault}")
+        return format_answer(
+            box=frames.box(sample.box, Frame.ORIGINAL, frame),
+            points=frames.points(sample.points, Frame.ORIGINAL, frame),
+            think=sample.reasoning if self.prompt.think else None,
+        )
 
     @cached_property
     def _left_out(self) -> frozenset[int]:
@@ -230,6 +250,7 @@ def prompter_of_folder(folder: Path, spec: PromptSpec | None) -> Prompter:
     _check_processor(config, processor)
     _check_resize(config.vision_config, processor.image_processor)
     prompter = prompter_of(config, processor, spec or PromptSpec.of_model(folder))
+    _bound(processor.image_processor, prompter)
     if processor.tokenizer.eos_token_id is None:
         raise ValueError("its tokenizer_config.json names no eos_token, which ends an answer")
     if processor.chat_template is None:
@@ -237,6 +258,26 @@ def prompter_of_folder(folder: Path, spec: PromptSpec | None) -> Prompter:
     if prompter.chat_text("?").count(processor.image_token) != 1:
         raise ValueError(f"its chat template makes no place for one image ({processor.image_token})")
     return prompter
+
+
+def _bound(images: Any, prompter: Prompter) -> None:
+    """Let an image processor keep the prompt spec's bounds on an image's area. Raises ValueError if they leave no room
+    for an image."""
+    spec, own = prompter.prompt, prompter.resize
+    if spec.min_pixels is None and spec.max_pixels is None:
+        return
+    least, most = spec.min_pixels or own.min_pixels, spec.max_pixels or own.max_pixels
+    if most < own.factor**2:
+        raise ValueError(
+            f"max_pixels is {most}, less than one image token's {own.factor}x{own.factor} px; give at least "
+            f"{own.factor**2}"
+        )
+    if least > most:
+        if spec.max_pixels and spec.min_pixels is None:
+            least = most  # the folder's own lower bound gives way
+        else:
+            raise ValueError(f"min_pixels is {least}, above max_pixels, {most}; lower it")
+    images.size = type(images.size)(shortest_edge=least, longest_edge=most)
 
 
 def _check_processor(config: Any, processor: Any) -> None:

@@ -39,7 +39,7 @@ class Dataset:
     def __init__(self, files: Sequence[RowFile], infos: Sequence[RowInfo], memory: int) -> None:
         self._files = {file.path: file for file in files}
         self._infos = list(infos)
-        self._groups = RowGroups(memory)
+        self._memory, self._groups = memory, RowGroups(memory)
 
     @classmethod
     def open(
@@ -95,6 +95,10 @@ class Dataset:
         order = sorted(set(rows), key=lambda i: (str(self.info(i).file), self.info(i).row))
         read = {i: self[i] for i in order}
         return [read[i] for i in rows]
+
+    def only(self, rows: Sequence[int]) -> "Dataset":
+        """The dataset of these rows, in their order."""
+        return Dataset(list(self._files.values()), [self._infos[i] for i in rows], self._memory)
 
     def info(self, index: int) -> RowInfo:
         return self._infos[index]

@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError
+from pydantic import BaseModel, ConfigDict, PlainValidator, PositiveInt, ValidationError, model_validator
 
 from umrg.atomic import write_text
 from umrg.config import Config, ModelFolder
@@ -171,6 +171,10 @@ class PromptSpec(BaseModel):
     """Whether the prompt asks for reasoning before the answer."""
     frame: Frame = Frame.MODEL
     """The coordinate frame of the answers."""
+    min_pixels: PositiveInt | None = None
+    """Images are enlarged to at least this area; None for what the folder's processor says."""
+    max_pixels: PositiveInt | None = None
+    """Images are shrunk to at most this area; None for what the folder's processor says."""
 
     @classmethod
     def of_model(cls, folder: Path) -> Self:
@@ -197,14 +201,26 @@ class PromptSpec(BaseModel):
         return f"template {digest[:12]}: {' '.join(words[:_SAID_WORDS])}{more}"
 
     def but(
-        self, *, style: PromptStyle | str | None = None, think: bool | None = None, frame: Frame | None = None
+        self,
+        *,
+        style: PromptStyle | str | None = None,
+        think: bool | None = None,
+        frame: Frame | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
     ) -> Self:
         """A copy with the given parts replaced; None keeps a part."""
-        changes = {"style": style, "think": think, "frame": frame}
+        changes = {
+            "style": style,
+            "think": think,
+            "frame": frame,
+            "min_pixels": min_pixels,
+            "max_pixels": max_pixels,
+        }
         return self.model_copy(update={name: value for name, value in changes.items() if value is not None})
 
     def save(self, folder: Path) -> None:
-        text = json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False)
+        text = json.dumps(self.model_dump(mode="json", exclude_none=True), indent=2, ensure_ascii=False)
         write_text(folder / "prompt.json", text + "\n")
 
 
@@ -226,10 +242,32 @@ class ReasonerConfig(Config):
     """Whether the prompt asks for reasoning; null for what prompt.json says."""
     frame: Frame | None = None
     """The coordinates that the model answers in; null for what prompt.json or the architecture says."""
+    min_pixels: PositiveInt | None = None
+    """Images are enlarged to at least this many pixels (width times height) for the model; null for what its processor
+    says."""
+    max_pixels: PositiveInt | None = None
+    """Images are shrunk to at most this many pixels for the model, in sampling, learning and serving alike, and so is
+    the frame of its answers; null for what its processor says. An image takes about one token for 28x28 pixels."""
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> Self:
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}; lower it")
+        return self
 
     def spec(self) -> PromptSpec:
         """The prompt spec. Raises ValueError for a damaged prompt.json."""
-        return PromptSpec.of_model(self.model).but(style=self.prompt, think=self.think, frame=self.frame)
+        return self.asked(PromptSpec.of_model(self.model))
+
+    def asked(self, folder: PromptSpec) -> PromptSpec:
+        """A folder's prompt spec with what this configuration changes."""
+        return folder.but(
+            style=self.prompt,
+            think=self.think,
+            frame=self.frame,
+            min_pixels=self.min_pixels,
+            max_pixels=self.max_pixels,
+        )
 
 
 def prompt_messages(query: str, spec: PromptSpec) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import pytest
 
 from reasoner.prompter import load_prompter
 from umrg.frames import Size
+from umrg.prompts import PromptSpec
 
 TINY = Path(__file__).parents[2] / "models" / "tiny-reasoner"
 AREAS = [
@@ -32,5 +33,22 @@ def test_vllm_counts_as_many_tokens_for_an_image(tmp_path: Path, images: dict[st
     for width, height in [(1, 1), (1, 200), (28, 28), (447, 449), (700, 500), (3000, 2000), (5000, 300)]:
         counted = info.get_num_image_tokens(
             image_width=width, image_height=height, image_processor=info.get_image_processor(), mm_kwargs={}
+        )
+        assert counted == prompter.image_tokens(Size(width, height)), (width, height)
+
+
+@pytest.mark.slow
+def test_vllm_keeps_the_bounds_of_a_configuration():
+    """Given to the engine as `Engine.start` gives them."""
+    from vllm.config import ModelConfig
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    prompter = load_prompter(TINY, PromptSpec.of_model(TINY).but(min_pixels=6272, max_pixels=50176))
+    kwargs = {"size": prompter.size}
+    config = ModelConfig(model=str(TINY), max_model_len=1024, dtype="float32", mm_processor_kwargs=kwargs)
+    info = MULTIMODAL_REGISTRY.create_processor(config).info
+    for width, height in [(1, 1), (28, 28), (447, 449), (700, 500), (3000, 2000)]:
+        counted = info.get_num_image_tokens(
+            image_width=width, image_height=height, image_processor=info.get_image_processor(**kwargs), mm_kwargs=kwargs
         )
         assert counted == prompter.image_tokens(Size(width, height)), (width, height)

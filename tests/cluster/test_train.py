@@ -65,10 +65,11 @@ class StaleRollout(Rollout):
     """Keeps its caches when new weights come."""
 
     async def start(self):
-        await super().start()
+        report = await super().start()
         llm = self._running()._llm
         pause = llm.pause_generation
         llm.pause_generation = lambda **options: pause(**{**options, "clear_cache": False})
+        return report
 
 
 def test_without_the_cache_reset_the_canary_stops_the_run(ray_cluster, demo_config, tmp_path, monkeypatch):
@@ -266,7 +267,7 @@ def test_zero_variance_groups_give_way_to_others(workers, demo_config, tmp_path)
     own = replace(workers, segmenters=SegmenterPool({"segmenter 0": segmenter}, config.deadlines))
     gather(own.segmenters.starting(), seconds=300, doing="starting")
     with RunFolder.begun(tmp_path / "resampled", config, resume=False) as run, Journal(run, config) as journal:
-        training = Training(config, run, own, journal, Display(config), *open_rows(config, run))
+        training = Training(config, run, own, journal, Display(config), *open_rows(config, run)[:2])
         kept, resampled = training.collect_groups()
     assert len(kept) == 4 and not any(each.scored.zero_variance for each in kept) and resampled > 0
     indices = sorted(each.scored.group.index for each in kept)
