@@ -214,7 +214,9 @@ class TrainConfig(LearningConfig):
         """How many tokens of a packed sequence are of images at most, as the estimate of memory takes it."""
         group = self.rollout.max_prompt_tokens + self.rollout.n * min(self.rollout.max_tokens, ANSWER_TOKENS)
         images = math.ceil(self.learner.micro_batch_tokens / group)
-        return min(images * self.rollout.max_prompt_tokens, self.learner.micro_batch_tokens)
+        # A token is 28x28 pixels, or 32x32.
+        most = self.max_pixels // 28**2 + 1 if self.max_pixels else self.rollout.max_prompt_tokens
+        return min(images * min(most, self.rollout.max_prompt_tokens), self.learner.micro_batch_tokens)
 
     @model_validator(mode="after")
     def _can_learn(self) -> Self:
