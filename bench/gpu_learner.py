@@ -11,6 +11,7 @@ products on the same device. `--shape tiny` tries it on a CPU.
 
 import argparse
 import json
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -80,8 +81,10 @@ def shared(model: Any, branches: Branches, device: str) -> None:
 
 
 def padded(model: Any, branches: Branches, device: str, batch: int) -> None:
-    prompt = branches.prefix
-    for start in range(0, N, batch):
+    """Forward and backward by transformers' own attention, a sequence for each completion, all of which have the same
+    length."""
+    prompt, length = branches.prefix, len(branches.branches[0])
+    for start in range(0, len(branches.branches), batch):
         answers = branches.branches[start : start + batch]
         ids = torch.stack([torch.cat([prompt.token_ids, answer]) for answer in answers]).to(device)
         logits = model(
@@ -89,25 +92,36 @@ def padded(model: Any, branches: Branches, device: str, batch: int) -> None:
             mm_token_type_ids=(ids == model.config.image_token_id).int(),
             pixel_values=prompt.image.pixel_values.repeat(len(ids), 1).to(device),
             image_grid_thw=prompt.image.grid_thw.repeat(len(ids), 1).to(device),
-            logits_to_keep=LENGTH + 1,
+            logits_to_keep=length + 1,
         ).logits[:, :-1]
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, -LENGTH:].flatten()).backward()
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, -length:].flatten()).backward()
 
 
-def measured(step: Callable[[], None], device: str, rounds: int) -> tuple[float, float]:
-    """Seconds of the fastest round after a warm-up, and peak GiB above what was held before."""
+def measured(model: Any, step: Callable[[], None], device: str, rounds: int) -> tuple[float, float]:
+    """Seconds of the fastest round after a warm-up, and peak GiB above what was held before, gradients included: both
+    sides begin each round without any."""
+    model.zero_grad(set_to_none=True)
     held = torch.cuda.memory_allocated() if device == "cuda" else 0
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     seconds = []
     for _ in range(rounds + 1):
+        model.zero_grad(set_to_none=True)
         start = time.perf_counter()
         step()
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    model.zero_grad(set_to_none=True)
     return min(seconds[1:]), (peak - held) / 2**30
+
+
+def free_port() -> int:
+    """A port of this host that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> None:
@@ -124,12 +138,12 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build(args.shape, args.layers, device)
     work = prefix_tree(model)
-    plain_s, plain_gib = measured(lambda: padded(model, work, device, args.padded_batch), device, args.rounds)
+    plain_s, plain_gib = measured(model, lambda: padded(model, work, device, args.padded_batch), device, args.rounds)
     use_shared_prefix(model)
-    shared_s, shared_gib = measured(lambda: shared(model, work, device), device, args.rounds)
+    shared_s, shared_gib = measured(model, lambda: shared(model, work, device), device, args.rounds)
     square = torch.randn(2, 8192 if device == "cuda" else 1024, 8192 if device == "cuda" else 1024, device=device)
     a, b = square.to(torch.bfloat16)
-    product_s, _ = measured(lambda: product(a, b), device, 10)
+    product_s, _ = measured(model, lambda: product(a, b), device, 10)
     ceiling = 2 * a.shape[0] ** 3 / product_s
     flops = 6 * sum(parameter.numel() for parameter in model.parameters())
     tokens = {"shared": len(work), "padded": N * (len(work.prefix.token_ids) + LENGTH)}

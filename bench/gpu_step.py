@@ -23,15 +23,18 @@ import argparse
 import asyncio
 import importlib.util
 import json
+import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from actors.weight_files import Bucket, pack
 from bench import gpu_learner
 from bench.machine import processor
 from bench.published_shapes import PUBLISHED, REHEARSAL, Work, scored_groups, write_reasoner
@@ -68,9 +71,9 @@ class Setting:
         return "bfloat16" if self.device == "cuda" else "float32"
 
 
-def learner(folder: Path, setting: Setting) -> tuple[ZeroRank, GrpoRank]:
-    """One rank of the published set-up."""
-    config = LearnerConfig.model_validate(
+def published(setting: Setting) -> LearnerConfig:
+    """The published set-up of a rank."""
+    return LearnerConfig.model_validate(
         {
             "lr": 1e-6,
             "dtype": setting.dtype,
@@ -82,9 +85,11 @@ def learner(folder: Path, setting: Setting) -> tuple[ZeroRank, GrpoRank]:
             "objective": {"kl": 0.01, "clip": 0.2, "correction": "token"},
         }
     )
-    task = LearnerTask(
-        model=folder, spec=PromptSpec.of_model(folder), updates=100, max_tokens=setting.work.length
-    )
+
+
+def learner(folder: Path, setting: Setting, config: LearnerConfig) -> tuple[ZeroRank, GrpoRank]:
+    """One rank."""
+    task = LearnerTask(model=folder, spec=PromptSpec.of_model(folder), updates=100, max_tokens=setting.work.length)
     zero = ZeroRank(config, task, device=setting.device)
     return zero, GrpoRank(zero, config)
 
@@ -104,7 +109,14 @@ async def engine(folder: Path, setting: Setting, tokens: int) -> "Engine":
             "max_num_seqs": setting.work.groups * setting.work.n,
         }
     )
+    os.environ.update(config.process_environment)
     return await Engine.start(folder, load_prompter(folder), config)
+
+
+async def exported(zero: ZeroRank) -> AsyncIterator[Bucket]:
+    """The rank's weights, as a run sends them, but for the object store between."""
+    for tensors in zero.named_weights():
+        yield pack(tensors)
 
 
 async def sampled(running: "Engine", groups: Sequence[ScoredGroup], work: Work) -> list[GroupSamples]:
@@ -138,9 +150,9 @@ def ratio_padded(folder: Path, group: ScoredGroup, device: str, dtype: str) -> f
         prefix=reasoner.encode(sample.query, reasoner.encode_image(sample.image())),
         branches=[torch.tensor(each.token_ids) for each in group.samples.completions],
     )
-    plain, _ = gpu_learner.measured(lambda: gpu_learner.padded(model, tree, device, 4), device, 2)
+    plain, _ = gpu_learner.measured(model, lambda: gpu_learner.padded(model, tree, device, 4), device, 2)
     use_shared_prefix(model)
-    ours, _ = gpu_learner.measured(lambda: gpu_learner.shared(model, tree, device), device, 2)
+    ours, _ = gpu_learner.measured(model, lambda: gpu_learner.shared(model, tree, device), device, 2)
     return plain / ours
 
 
@@ -158,11 +170,12 @@ async def step(folder: Path, setting: Setting) -> dict[str, Any]:
     """Seconds of each phase of one step, after one step that warms up; tokens, peak memory, parameters."""
     work, device = setting.work, setting.device
     groups = scored_groups(load_prompter(folder), work)
-    prompts = [len(group.samples.prompt_ids) for group in groups]
+    equal, prompts = groups[0], [len(group.samples.prompt_ids) for group in groups]
     running = None
     if importlib.util.find_spec("vllm"):
         running = await engine(folder, setting, max(prompts))
-    zero, grpo = learner(folder, setting)
+    config = published(setting)
+    zero, grpo = learner(folder, setting, config)
     seconds: dict[str, float | str] = {"sample": "not run: no vllm", "sync": "not run: no vllm"}
     peak = 0
     for version in (1, 2):
@@ -173,7 +186,8 @@ async def step(folder: Path, setting: Setting) -> dict[str, Any]:
             groups = [replace(group, samples=found) for group, found in zip(groups, samples, strict=True)]
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        seconds["learn"], report = timed(lambda: grpo.update(len(groups), groups.__getitem__), device)
+        work_of = [config.work(each) for each in groups]
+        seconds["learn"], report = timed(partial(grpo.update, work_of, groups.__getitem__), device)
         peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
         if running is not None:
             start = time.perf_counter()
@@ -189,7 +203,7 @@ async def step(folder: Path, setting: Setting) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in zero.reasoner.model.parameters()),
         "peak_gib": peak / 2**30,
         "engine_gap": report.engine_gap,
-        "group": groups[0],
+        "group": equal,
     }
 
 
@@ -204,7 +218,7 @@ def main() -> None:
         setting = Setting(shape="tiny", layers=None, work=REHEARSAL, device=device)
     with tempfile.TemporaryDirectory() as name:
         folder = write_reasoner(Path(name), setting.shape, layers=setting.layers, device=device)
-        join(0, 1, host="127.0.0.1", port=free_port(), device=device, seconds=600)
+        join(0, 1, host="127.0.0.1", port=gpu_learner.free_port(), device=device, seconds=600)
         found = asyncio.run(step(folder, setting))
         ratio = ratio_padded(folder, found["group"], device, setting.dtype)
     card, peak = peak_flops(device)
