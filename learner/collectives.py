@@ -30,7 +30,8 @@ def backend(device: str) -> str:
 def join(rank: int, count: int, *, host: str, port: int, device: str, seconds: float) -> None:
     """Join the process group of `count` ranks that meet at the first one's host and port. A collective that takes
     longer than `seconds` raises under gloo; under NCCL, whose calls return before they are done, it ends the process.
-    A process that has joined one stays in it."""
+    DeepSpeed reduces gradients in a group of its own, whose deadline is torch's default of half an hour. A process that
+    has joined one stays in it."""
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(count),

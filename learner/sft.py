@@ -53,7 +53,9 @@ class SftRank:
         return self._zero.ranks.total(torch.stack(losses).sum()).item(), tokens
 
     def _share(self, images: Sequence[Image]) -> tuple[list[_Weighted], int]:
-        """This rank's packed sequences, as many as every rank has, and the number of scored tokens of all ranks."""
+        """This rank's packed sequences, as many as every rank has, and the number of scored tokens of all ranks. Images
+        are dealt by number, because how many tokens one has is known only once it is encoded, which each rank does for
+        its own."""
         ranks = self._zero.ranks
         own = [reference_branches(self._zero.reasoner, samples) for samples in images[ranks.rank :: ranks.count]]
         sequences = [(trees, 1.0) for trees in micro_batches(own, self._zero.config.micro_batch_tokens)]
