@@ -56,8 +56,8 @@ PROBE_MENDS = {
     "transformers": AUDIO_MEND,
     "torchvision": "Run `python -m cluster.commands.torchvision_shim`, which makes a CUDA build of torchvision import "
     "beside CPU torch; if it still fails, run `make clean setup`.",
-    "triton": "Install a C compiler and Python's headers (Debian: apt-get install gcc python3-dev), or name a compiler in "
-    "CC: Triton compiles at run time.",
+    "triton": "Install a C compiler and Python's headers (Debian: apt-get install gcc python3-dev), or name a compiler "
+    "in CC: Triton compiles at run time.",
     "vllm": AUDIO_MEND,
     "deepspeed": "Unset DS_ACCELERATOR, or set it to cpu on a machine without GPU; if it still fails, run "
     "`make clean setup`.",

@@ -53,29 +53,34 @@ def parameters(model: Path) -> int:
 
 def demand(config: JobConfig, count: int) -> Demand:
     """Of a run with a model of so many parameters."""
-    actors = 0
-    if not isinstance(config, SftConfig):
-        actors += config.rollout.actors + config.segmenter.actors
     if isinstance(config, EvaluateConfig):
-        return Demand(weights=0, shared=0, memory=0, processes=actors * PROCESS, disk=0)
+        return Demand(weights=0, shared=0, memory=0, processes=_sampling_actors(config) * PROCESS, disk=0)
     learner = config.learner
     weights = count * (2 if learner.dtype == "bfloat16" else 4)
     # Masters and two moments in float32; adapters are too small to count.
     state = 0 if learner.lora else 12 * count
-    asked = isinstance(config, TrainConfig) and config.learner.objective.kl > 0 and learner.lora is None
-    host = state + weights  # the copy that a checkpoint is written from
-    host += learner.ranks * weights if asked else 0
-    host += state if learner.offload != "none" else 0
-    kept = config.keep + (config.keep_best if isinstance(config, TrainConfig) else 1)
-    sent, engines = (weights, config.rollout.actors) if isinstance(config, TrainConfig) else (0, 0)
+    # What a checkpoint is written from, and gradients and a staging copy of what is offloaded.
+    host = state + weights + (18 * count if learner.offload != "none" and not learner.lora else 0)
+    if isinstance(config, SftConfig):
+        # The newest, the best, and one more that is written before an older one goes.
+        kept = config.keep + 2
+        return Demand(
+            weights=0, shared=0, memory=host, processes=learner.ranks * PROCESS, disk=kept * (state + weights)
+        )
+    objective = config.learner.objective
+    if objective.kl > 0 and learner.lora is None and config.learner.reference_kind == "parked":
+        host += learner.ranks * weights
     return Demand(
-        weights=sent,
-        shared=sent + 2 * min(BUCKET, weights) * engines,
-        memory=host + sent,
-        processes=(actors + learner.ranks) * PROCESS,
-        # One more, which is written before an older one goes.
-        disk=(kept + 1) * (state + weights),
+        weights=weights,
+        shared=weights + 2 * min(BUCKET, weights) * config.rollout.actors,
+        memory=host + weights,
+        processes=(_sampling_actors(config) + learner.ranks) * PROCESS,
+        disk=(config.keep + config.keep_best + 1) * (state + weights),
     )
+
+
+def _sampling_actors(config: TrainConfig | EvaluateConfig) -> int:
+    return config.rollout.actors + config.segmenter.actors
 
 
 def object_store(machine: Machine) -> int:
@@ -94,7 +99,7 @@ def check_demand(config: JobConfig, machine: Machine) -> list[CheckResult]:
         mend = "Download the model, or correct `model` in the configuration."
         return [CheckResult(name="model", status="fail", detail=str(error), mend=mend)]
     wanted = demand(config, count)
-    found = CheckResult(name="model", status="ok", detail=f"{config.model}, {count / 1e9:.3g} billion parameters")
+    found = CheckResult(name="model", status="ok", detail=f"{config.model}, {count:,} parameters")
     results = [_check_memory(wanted, machine)]
     if wanted.weights:
         results += [_check_store(wanted, machine), _check_shared(wanted, machine)]

@@ -66,9 +66,11 @@ def pinned_cuda(constraints: Path) -> str:
     return f"{major}.{minor}"
 
 
-def gpu_results(listed: Output | None, shown: Output | None, *, cuda_set: bool, needed: str | None) -> list[CheckResult]:
-    """listed: of `list_gpus`. shown: of nvidia-smi without arguments. cuda_set: whether the gpu extra is installed, which
-    decides whether a fault is a failure. needed: torch's CUDA version; None for a CPU build."""
+def gpu_results(
+    listed: Output | None, shown: Output | None, *, cuda_set: bool, needed: str | None
+) -> list[CheckResult]:
+    """listed: of `list_gpus`. shown: of nvidia-smi without arguments. cuda_set: whether the gpu extra is installed;
+    without it no fault is a failure. needed: torch's CUDA version; None for a CPU build."""
     results = [check_gpus(listed, cuda_set=cuda_set)]
     if listed is not None and shown is not None and listed.returncode == 0:
         results += [check_capability(listed.stdout), check_driver(shown.stdout, needed=needed)]
@@ -108,7 +110,7 @@ def check_capability(listed: str) -> CheckResult:
     detail = ", ".join(f"{major}.{minor}" for major, minor in sorted(set(found)))
     if least < LEAST_CAPABILITY:
         needed = ".".join(map(str, LEAST_CAPABILITY))
-        mend = f"Leave out GPUs below {needed} (CUDA_VISIBLE_DEVICES): torch's builds for CUDA 13.0 have no kernels for them."
+        mend = f"Leave out GPUs below {needed} (CUDA_VISIBLE_DEVICES): torch for CUDA 13.0 has no kernels for them."
         return CheckResult(name=name, status="fail", detail=detail, mend=mend)
     if least < BFLOAT16_CAPABILITY:
         mend = "Set rollout.dtype and learner.dtype to float32: below 8.0 there is no bfloat16."
@@ -135,7 +137,7 @@ def check_driver(shown: str, *, needed: str | None) -> CheckResult:
         mend = f"Update NVIDIA's driver to one for CUDA {needed} or later."
         return CheckResult(name=name, status="fail", detail=detail, mend=mend)
     if has < wants:
-        mend = f"Update the driver to one for CUDA {needed} if kernels fail to load: an older one of its major version runs most."
+        mend = f"Update the driver to one for CUDA {needed} if a kernel fails to load: an older one runs most of them."
         return CheckResult(name=name, status="remark", detail=detail, mend=mend)
     return CheckResult(name=name, status="ok", detail=detail)
 
@@ -185,7 +187,9 @@ def check_network(
         return CheckResult(name="network", status="remark", detail=detail, mend=mend)
     detail = f"the default route is through {default}" if default else "there is no default route"
     if several_nodes and not all(environment.get(name) for name in SOCKETS):
-        mend = f"Set learner.environment to {{{advised}}}: left alone, NCCL may take an interface that other nodes do not reach."
+        mend = (
+            f"Set learner.environment to {{{advised}}}: NCCL may else take an interface that other nodes cannot reach."
+        )
         detail = f"{detail}; the learner's ranks need several nodes"
         return CheckResult(name="network", status="remark", detail=detail, mend=mend)
     return CheckResult(name="network", status="ok", detail=detail)

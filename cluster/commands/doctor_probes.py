@@ -153,7 +153,8 @@ def ray() -> str:
 
 
 PROBES: dict[str, Callable[[], str]] = {
-    probe.__name__: probe for probe in (torch, torchvision, transformers, segment_anything, deepspeed, triton, vllm, ray)
+    probe.__name__: probe
+    for probe in (torch, torchvision, transformers, segment_anything, deepspeed, triton, vllm, ray)
 }
 
 
