@@ -24,7 +24,7 @@ def torch() -> str:
         if product.sum().item() != 512:
             raise RuntimeError(f"a product of ones is wrong on {device}")
     if torch.version.cuda and len(devices) == 1 and shutil.which("nvidia-smi"):
-        raise RuntimeError("a CUDA build sees no GPU although nvidia-smi is here")
+        raise RuntimeError("a CUDA build sees no GPU although nvidia-smi is here; libcuda is missing or too old for it")
     return f"matrix product right on {', '.join(devices)}"
 
 
