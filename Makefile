@@ -3,7 +3,7 @@
 # make test    what must pass before a change goes in; sets up first
 .DEFAULT_GOAL := help
 .PHONY: help setup demo lint lint-types lint-rest test test-cluster test-rest test-slow slow-cluster slow-rest chaos fuzz \
-	check-gpu-install clean
+	test-gpu check-gpu-install clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 VENV := .venv
@@ -17,6 +17,8 @@ endif
 TORCH_INDEX ?=
 # of `make fuzz`
 SEED ?= 0
+# of `make test-gpu`: learner, engine, pipeline or two_gpus; nothing for all
+PART ?=
 # overrides of the demo's configuration, such as "name=demo2 seed=1"
 DEMO ?=
 
@@ -79,26 +81,29 @@ test: lint ## lint, then every test that is not slow
 	@$(MAKE) --no-print-directory -j2 test-cluster test-rest
 
 test-cluster:
-	$(PYTEST) "not slow and cluster"
+	$(PYTEST) "not slow and not gpu and cluster"
 
 test-rest:
-	$(PYTEST) "not slow and not cluster"
+	$(PYTEST) "not slow and not gpu and not cluster"
 
 test-slow: setup ## the slow tests: engines and training
 	@$(MAKE) --no-print-directory -j2 slow-cluster slow-rest
 
 slow-cluster:
-	$(PYTEST) "slow and cluster and not chaos"
+	$(PYTEST) "slow and not gpu and cluster and not chaos"
 
 slow-rest:
-	$(PYTEST) "slow and not cluster"
+	$(PYTEST) "slow and not gpu and not cluster"
 
 chaos: setup ## what of the slow tests would not fit into half an hour
 	$(PYTEST) chaos
 
 fuzz: setup ## damaged files and texts at random, and the property tests with examples of their own choice
 	$(BIN)/python -m tests.fuzz --count 3000 --seed $(SEED)
-	MEDREASONER_HYPOTHESIS=fuzz $(PYTEST) "not slow" tests/umrg tests/rewards
+	MEDREASONER_HYPOTHESIS=fuzz $(PYTEST) "not slow and not gpu" tests/umrg tests/rewards
+
+test-gpu: setup ## what only a GPU can show, or, without one, a rehearsal; PART=learner (engine, pipeline, two_gpus) runs one part
+	$(PYTEST) gpu tests/gpu$(if $(PART),/test_$(PART).py)
 
 # It stays if a step fails, and the next call begins where this one ended.
 check-gpu-install: ## install the GPU set into .venv-gpu, import everything there, remove it: needs no GPU, but 10 GB of disk

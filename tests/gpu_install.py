@@ -47,7 +47,7 @@ def other_torch() -> list[str]:
     found = []
     if cuda_of_torch() != pinned_cuda(PINS) or torch.version.cuda != pinned_cuda(PINS):
         found.append(f"torch is built for CUDA {torch.version.cuda}, pinned {pinned_cuda(PINS)}")
-    kernels = min(int(name.removeprefix("sm_")) for name in torch._C._cuda_getArchFlags().split())
+    kernels = min(int(name.removeprefix("sm_")) for name in (torch._C._cuda_getArchFlags() or "sm_0").split())
     if divmod(kernels, 10) != LEAST_CAPABILITY:
         found.append(f"torch's kernels begin at sm_{kernels}; correct LEAST_CAPABILITY")
     return found
