@@ -41,12 +41,19 @@ app.add_typer(expert_app, name="expert")
 
 @app.command()
 def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="YAML file of a run that is to be made here.")
+    ] = None,
+    overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
-    """Check versions, libraries and this machine, and say how to fix what is wrong."""
+    """Check versions, libraries and this machine, and say how to fix what is wrong. With CONFIG, check also what that
+    run needs."""
     from cluster.commands.doctor import run_doctor
+    from cluster.config import load_config, schema_of
 
-    raise typer.Exit(run_doctor(as_json=as_json))
+    run = None if config is None else load_config(schema_of(config), config, overrides or ())
+    raise typer.Exit(run_doctor(run, as_json=as_json))
 
 
 @app.command()

@@ -7,7 +7,9 @@ seen. Exceptions and crashes are left to the caller.
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
+from math import log
 
 RESULT = "RESULT "
 
@@ -22,7 +24,7 @@ def torch() -> str:
         if product.sum().item() != 512:
             raise RuntimeError(f"a product of ones is wrong on {device}")
     if torch.version.cuda and len(devices) == 1 and shutil.which("nvidia-smi"):
-        raise RuntimeError("a CUDA build sees no GPU although nvidia-smi is here")
+        raise RuntimeError("a CUDA build sees no GPU although nvidia-smi is here; libcuda is missing or too old for it")
     return f"matrix product right on {', '.join(devices)}"
 
 
@@ -80,12 +82,45 @@ def vllm() -> str:
     import vllm.model_executor.models.qwen2_5_vl  # noqa: F401
     from vllm.platforms import current_platform
 
+    if not current_platform.device_type:
+        raise RuntimeError("its CUDA build finds no GPU: NVIDIA's libcuda and NVML see none")
     if current_platform.device_type not in ("cpu", "cuda"):
         raise RuntimeError(f"its platform is {current_platform.device_type!r}, not cpu or cuda")
     current_platform.import_kernels()
     if not hasattr(torch.ops._C, "silu_and_mul"):
         raise RuntimeError("its compiled operators (vllm._C) are not loaded")
     return f"platform {current_platform.device_type}, compiled operators loaded, Qwen2.5-VL imports"
+
+
+def triton() -> str:
+    """Compile a C file as Triton does before it runs its first kernel and, where there is a GPU, run one of vLLM's."""
+    import torch
+    from triton.runtime.build import compile_module_from_src
+
+    source = """
+    #include <Python.h>
+    static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "medreasoner_doctor", NULL, -1, NULL};
+    PyMODINIT_FUNC PyInit_medreasoner_doctor(void) { return PyModule_Create(&module); }
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        # What was compiled before a compiler went away proves nothing.
+        os.environ["TRITON_CACHE_DIR"] = folder
+        compile_module_from_src(source, "medreasoner_doctor")
+        if not torch.cuda.is_available():
+            return "compiles C"
+        value = logprob_of_one_in(16)
+    if abs(value + log(16)) > 1e-4:
+        raise RuntimeError(f"a kernel gives {value} for the log-probability of one in 16")
+    return "compiles C, and a kernel of vLLM's sampler is right"
+
+
+def logprob_of_one_in(tokens: int) -> float:
+    """Log-probability of each of so many equally likely tokens, by the kernel of vLLM's sampler; needs a GPU."""
+    import torch
+    from vllm.v1.worker.gpu.sample.logprob import compute_token_logprobs
+
+    logits = torch.zeros(1, tokens, device="cuda")
+    return float(compute_token_logprobs(logits, torch.zeros(1, 1, dtype=torch.int64, device="cuda")).item())
 
 
 def deepspeed() -> str:
@@ -118,7 +153,8 @@ def ray() -> str:
 
 
 PROBES: dict[str, Callable[[], str]] = {
-    probe.__name__: probe for probe in (torch, torchvision, transformers, segment_anything, deepspeed, vllm, ray)
+    probe.__name__: probe
+    for probe in (torch, torchvision, transformers, segment_anything, deepspeed, triton, vllm, ray)
 }
 
 

@@ -1,5 +1,6 @@
 """A training run's configuration: what ships is valid, and what is wrong is said in one sentence."""
 
+import os
 import re
 import subprocess
 import sys
@@ -8,8 +9,10 @@ import pytest
 import yaml
 
 from actors.config import RolloutConfig
+from cluster.commands.memory import tenants
 from cluster.config import EvaluateConfig, SftConfig, TrainConfig, load_config, save_config
 from cluster.config_keys import flat, may_change
+from cluster.memory import GIB, overfull
 from tests.conftest import ROOT
 
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not re.search("sft|evaluate", path.name))
@@ -166,10 +169,39 @@ def test_tokens_of_a_pass():
     assert RolloutConfig(max_prompt_tokens=8000).pass_tokens == 8512
 
 
-@pytest.mark.parametrize("name", ["lingshu_7b_hard", "lingshu_7b_soft", "qwen2_5_vl_3b_mask"])
+@pytest.mark.parametrize("name", ["demo_gpu", "lingshu_7b_hard", "lingshu_7b_soft", "qwen2_5_vl_3b_mask"])
 def test_the_configs_of_gpus_say_what_a_gpu_needs(name):
     config = load_config(TrainConfig, ROOT / "configs" / f"{name}.yaml")
     assert config.learner.gradient_checkpointing is True and config.learner.objective.correction == "token"
     assert config.learner.dtype == "bfloat16" and config.learner.zero_stage >= 2
     masks = config.reward.scorer(think=True).uses_mask
     assert masks or config.segmenter.num_gpus < 1, "its reward looks at no mask"
+
+
+def test_the_demo_on_a_gpu_learns_what_the_demo_learns():
+    """Its roles share one GPU; devices, precision and what follows from them are all that differs."""
+    gpu, cpu = (load_config(TrainConfig, ROOT / "configs" / f"{name}.yaml") for name in ("demo_gpu", "demo"))
+    shares = [gpu.rollout.num_gpus, gpu.segmenter.num_gpus, gpu.learner.num_gpus]
+    assert min(shares) > 0 and sum(shares) <= 1
+    assert gpu.rollout.dtype == gpu.learner.dtype == "bfloat16"
+    ours, theirs = (flat(config.model_dump(mode="json")) for config in (gpu, cpu))
+    different = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
+    assert different == {
+        "name",
+        *("rollout.num_gpus", "rollout.dtype", "rollout.gpu_memory", "rollout.threads"),
+        "segmenter.num_gpus",
+        *("learner.num_gpus", "learner.dtype", "learner.gradient_checkpointing", "learner.objective.correction"),
+    }
+
+
+def test_the_demo_on_a_gpu_fits_on_a_small_one():
+    config = load_config(TrainConfig, ROOT / "configs" / "demo_gpu.yaml")
+    assert overfull(tenants(config, int(7.6 * GIB))) is None, "7.6 GiB are what CUDA reports of a card of 8 GB"
+
+
+@pytest.mark.parametrize(("extra", "config"), [("cpu", "demo.yaml"), ("gpu", "demo_gpu.yaml")])
+def test_make_demo_takes_the_configuration_of_the_installed_set(extra, config):
+    command = ["make", "--dry-run", "demo", f"EXTRA={extra}"]
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    recipe = subprocess.run(command, cwd=ROOT, env=outside, capture_output=True, text=True, check=True).stdout
+    assert recipe.rstrip().endswith(f"train configs/{config}")

@@ -7,14 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.commands.doctor import (
-    check_amount,
-    check_gpus,
-    check_python,
-    check_versions,
-    read_constraints,
-    run_probe,
-)
+from cluster.commands.doctor import run_probe
+from cluster.commands.doctor_result import check_amount
+from cluster.commands.doctor_versions import check_python, check_versions, read_constraints
 
 ROOT = Path(__file__).parents[3]
 
@@ -67,20 +62,17 @@ def test_too_little_of_something(amount: float, status: str) -> None:
     assert bool(finding.mend) == (status != "ok")
 
 
-def test_a_missing_gpu_is_a_remark_and_an_unused_one_too() -> None:
-    assert check_gpus(None, cuda_set=False).status == "remark"
-    unused = check_gpus("Card, 40 GiB\n", cuda_set=False)
-    assert unused.status == "remark"
-    assert "EXTRA=gpu" in unused.mend
-    assert check_gpus("Card, 40 GiB\n", cuda_set=True).status == "ok"
-
-
 def test_a_probe_that_raises_is_a_finding_naming_the_exception() -> None:
     program = "raise OSError('libc10_cuda.so: cannot open [shared] file')"
     finding = run_probe("vllm", [sys.executable, "-c", program], deadline_s=60)
     assert finding.status == "fail"
     assert finding.detail == "OSError: libc10_cuda.so: cannot open [shared] file (exit code 1)"
     assert "torchaudio" in finding.mend
+
+
+def test_a_probe_that_misses_the_driver_says_how_to_get_it() -> None:
+    program = "raise ImportError('libcuda.so.1: cannot open shared object file')"
+    assert "--gpus all" in run_probe("vllm", [sys.executable, "-c", program], deadline_s=60).mend
 
 
 def test_a_probe_that_crashes_is_a_finding() -> None:
