@@ -226,7 +226,8 @@ def load_partitioned(zero: ZeroRank) -> Any:
     frozen.model.requires_grad_(False)
     config = zero.config.model_copy(update={"zero_stage": 3})
     engine, *_ = deepspeed.initialize(model=zero.around(frozen), config=deepspeed_config(config, optimizer=False))
-    return engine.eval()
+    engine.eval()
+    return engine
 
 
 def deepspeed_config(config: ZeroConfig, *, optimizer: bool = True) -> dict[str, Any]:
