@@ -16,7 +16,7 @@ from umrg.safetensors_header import read_header
 JobConfig = TrainConfig | SftConfig | EvaluateConfig
 
 BUCKET = GIB
-"""Size of the files in /dev/shm through which an engine takes new weights, two at a time at most."""
+"""Largest piece in which weights travel (`learner.zero.BUCKET_BYTES`); each engine has one in memory at a time."""
 PROCESS = 3 * GIB
 """Memory of an actor's processes themselves, with CUDA's libraries; assumed, not measured."""
 ROOM = 1.25
@@ -35,7 +35,7 @@ class Demand:
     weights: int
     """One version of the weights, which lies in the object store until every engine has it; 0 without a learner."""
     shared: int
-    """In /dev/shm."""
+    """In /dev/shm, where the object store is."""
     memory: int
     """In host memory, for copies of weights and optimizer state, those in the object store included."""
     processes: int
@@ -72,8 +72,8 @@ def demand(config: JobConfig, count: int) -> Demand:
         host += learner.ranks * weights
     return Demand(
         weights=weights,
-        shared=weights + 2 * min(BUCKET, weights) * config.rollout.actors,
-        memory=host + weights,
+        shared=weights,
+        memory=host + weights + min(BUCKET, weights) * config.rollout.actors,
         processes=(_sampling_actors(config) + learner.ranks) * PROCESS,
         disk=(config.keep + config.keep_best + 1) * (state + weights),
     )
@@ -126,7 +126,7 @@ def _check_store(wanted: Demand, machine: Machine) -> CheckResult:
 
 def _check_shared(wanted: Demand, machine: Machine) -> CheckResult:
     advised = ROOM * wanted.shared
-    mend = f"Enlarge /dev/shm (docker: --shm-size={advised / GIB + 1:.0f}g): weights go through it to the engines."
+    mend = f"Enlarge /dev/shm (docker: --shm-size={advised / GIB + 1:.0f}g): Ray's object store is there."
     return _amount("shared memory", machine.shared, wanted.shared, advised, mend)
 
 

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 
 from cluster.commands.doctor import check_run
-from cluster.commands.doctor_demand import check_demand, demand, object_store, parameters
+from cluster.commands.doctor_demand import BUCKET, check_demand, demand, object_store, parameters
 from cluster.commands.doctor_machine import Machine, this_machine
 from cluster.commands.doctor_result import GIB
 from cluster.config import EvaluateConfig, SftConfig, TrainConfig, load_config, schema_of
+from learner.zero import BUCKET_BYTES
 from tests.conftest import ROOT
 
 SEVEN_BILLION = 7 * 10**9
@@ -31,14 +32,17 @@ def test_what_the_published_run_needs():
     wanted = demand(published(), SEVEN_BILLION)
     weights, checkpoint = 2 * SEVEN_BILLION, 14 * SEVEN_BILLION  # bfloat16; masters and two moments in float32 besides
     assert wanted.weights == weights
-    assert wanted.shared == weights + 2 * GIB * 4, "beside the object store, two files of each of four engines"
-    assert wanted.memory == checkpoint + 4 * weights + weights, "four parked reference models, and the object store"
+    assert wanted.shared == weights, "one version, in the object store"
+    assert wanted.memory == checkpoint + 4 * weights + weights + 4 * BUCKET, (
+        "four parked reference models, the object store, and a bucket of each engine"
+    )
+    assert BUCKET == BUCKET_BYTES
     assert wanted.disk == checkpoint * 5, "three newest, the best, and the one that is being written"
 
 
 def test_adapters_need_no_reference_model_and_no_optimizer_state():
     wanted = demand(published("learner.lora={rank: 16}"), SEVEN_BILLION)
-    assert wanted.memory == 2 * 2 * SEVEN_BILLION and wanted.disk == 5 * 2 * SEVEN_BILLION
+    assert wanted.memory == 2 * 2 * SEVEN_BILLION + 4 * BUCKET and wanted.disk == 5 * 2 * SEVEN_BILLION
 
 
 @pytest.mark.parametrize(
@@ -79,7 +83,7 @@ def test_a_machine_that_is_large_enough():
 @pytest.mark.parametrize(
     ("short", "name", "says"),
     [
-        ({"shared": 64 * 2**20}, "shared memory, this run", "--shm-size=1g"),
+        ({"shared": 8 * 2**20}, "shared memory, this run", "--shm-size=1g"),
         ({"memory": 20 * 2**20}, "object store, this run", "--object-store-memory=BYTES"),
         ({"memory": 100 * 2**20}, "memory, this run", "spread the actors over more nodes"),
         ({"disk": 100 * 2**20}, "disk, this run", "keep fewer checkpoints"),
