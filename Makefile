@@ -86,7 +86,7 @@ test-cluster:
 test-rest:
 	$(PYTEST) "not slow and not gpu and not cluster"
 
-test-slow: setup ## the slow tests: engines and training
+test-slow: setup ## the slow tests: engines and training; the GPU tests as a rehearsal
 	@$(MAKE) --no-print-directory -j2 slow-cluster slow-rest
 
 slow-cluster:
@@ -94,6 +94,7 @@ slow-cluster:
 
 slow-rest:
 	$(PYTEST) "slow and not gpu and not cluster"
+	$(PYTEST) gpu tests/gpu
 
 chaos: setup ## what of the slow tests would not fit into half an hour
 	$(PYTEST) chaos

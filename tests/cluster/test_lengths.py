@@ -1,5 +1,7 @@
 """Prompts are measured before the first step."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -19,7 +21,7 @@ from umrg.dataset_writer import write_rows
 def files(tmp_path_factory):
     """Six rows, of which the third and the fifth ask at length."""
     path = tmp_path_factory.mktemp("data") / "rows.parquet"
-    drawn = list(rows(6, seed=3, modalities=["CT"], queries_per_image=1))
+    drawn: list[Any] = list(rows(6, seed=3, modalities=["CT"], queries_per_image=1))
     for i in (2, 4):
         drawn[i]["prompt"][0]["content"] = "where " * 100 + "is it?"
     write_rows(path, drawn)

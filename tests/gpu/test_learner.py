@@ -151,8 +151,8 @@ def test_windows_of_a_tower_agree_with_the_definition(scale):
     q, k, v = torch.randn(3, sum(lengths), 2, 80, generator=generator)
     wanted, _ = Reference().forward(q, k, v, windows, 80**-0.5)
     here = torch.device(scale.device)
-    moved = [each.to(here, torch.bfloat16) for each in (q, k, v)]
-    found, _ = kernel_for(here, torch.bfloat16).forward(*moved, windows.to(here), 80**-0.5)
+    q, k, v = (each.to(here, torch.bfloat16) for each in (q, k, v))
+    found, _ = kernel_for(here, torch.bfloat16).forward(q, k, v, windows.to(here), 80**-0.5)
     assert (found.cpu().float() - wanted).norm() <= 2e-2 * wanted.norm()
 
 

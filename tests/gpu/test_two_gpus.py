@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from torch import multiprocessing
+from torch.multiprocessing.spawn import spawn
 
 from bench.published_shapes import scored_groups
 from learner.config import LearnerConfig, LearnerTask
@@ -51,7 +51,7 @@ def learn(rank, folder, port, stage, out):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_ranks_make_one_update(folder, scale, stage, tmp_path):
     """Both report the same loss over all groups' tokens, and the same gradient norm."""
-    multiprocessing.spawn(learn, args=(folder, free_port(), stage, tmp_path), nprocs=2)
+    spawn(learn, args=(folder, free_port(), stage, tmp_path), nprocs=2)
     first, second = (json.loads((tmp_path / str(rank)).read_text()) for rank in range(2))
     assert first == second and math.isfinite(first[0]) and first[1] > 0
     assert first[2] == scale.work.groups * scale.work.n * scale.work.length

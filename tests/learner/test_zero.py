@@ -12,6 +12,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from learner.collectives import Ranks, backend
 from learner.config import LearnerConfig, LearnerTask, ZeroConfig
 from learner.optimizer import adamw
+from learner.optimizer_state import pieces
 from learner.reference import Parked, parked
 from learner.zero import ZeroRank, deepspeed_config, partitioned_at_birth
 from reasoner.model import load_reasoner
@@ -87,8 +88,8 @@ def test_a_model_of_stage_3_is_partitioned_as_it_is_loaded(one_rank):
     assert all(torch.equal(each, buffers[name]) for name, each in born.model.named_buffers())
 
 
-def test_a_parked_model_is_on_the_device_during_its_passes_alone(one_rank):
-    """On a CPU both are the same memory; here its copies for a device are told apart by their place."""
+def test_a_parked_model_is_put_back_after_its_passes(one_rank):
+    """In the memory where it waits, with nothing of it learning; on a CPU it is not moved at all."""
     task = LearnerTask(model=TINY_REASONER, spec=PromptSpec.of_model(TINY_REASONER), updates=1)
     zero = ZeroRank(LearnerConfig(lr=1e-4), task)
     reference = Parked(zero)
@@ -99,6 +100,22 @@ def test_a_parked_model_is_on_the_device_during_its_passes_alone(one_rank):
     assert not any(each.requires_grad for each in reference._policy.parameters())
     tensor = torch.ones(3)
     assert parked(tensor, torch.device("cpu")) is tensor
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_fused_optimizer_steps_and_its_state_is_found_before_the_first_step(one_rank, stage):
+    """As on a GPU; torch has the kernel for CPUs too."""
+    config = ZeroConfig(lr=0.1, zero_stage=stage)
+    model = Dot(torch.float32)
+    optimizer = adamw(model.parameters(), config, fused=True)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config))
+    (before,) = pieces(engine.optimizer, list(model.named_parameters()), Ranks("cpu"))
+    assert before.step == 0 and before.step.device == before.values["exp_avg"].device
+    engine.backward(engine(torch.ones(8)), scale_wrt_gas=False)
+    engine.step()
+    (after,) = pieces(engine.optimizer, list(model.named_parameters()), Ranks("cpu"))
+    assert after.step == 1 and after.values["exp_avg"].all()
+    torch.testing.assert_close(after.values["fp32"], torch.full((8,), 0.9))
 
 
 def test_what_a_gpu_alone_calls_is_as_it_was_read():
