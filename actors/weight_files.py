@@ -11,6 +11,7 @@ import hashlib
 import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 _ALIGNMENT = 64
-_PIECE = 1 << 30  # one write takes at most 2 GiB
+_PIECE, _WRITERS = 32 << 20, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +81,14 @@ def in_host_memory(bucket: Bucket) -> Iterator[str]:
     killed; nor does the size of /dev/shm bound it."""
     handle = os.memfd_create("medreasoner-weights")
     try:
-        for entry, array in zip(bucket.entries, bucket.arrays, strict=True):
-            data = array.data
-            for start in range(0, len(data), _PIECE):
-                _write(handle, data[start : start + _PIECE], entry.offset + start)
+        pieces = [
+            (array.data[start : start + _PIECE], entry.offset + start)
+            for entry, array in zip(bucket.entries, bucket.arrays, strict=True)
+            for start in range(0, array.nbytes, _PIECE)
+        ]
+        # The kernel clears and fills each page of a new file, on one core for one thread.
+        with ThreadPoolExecutor(max_workers=_WRITERS) as pool:
+            list(pool.map(lambda piece: _write(handle, *piece), pieces))
         yield f"/proc/{os.getpid()}/fd/{handle}"
     finally:
         os.close(handle)
@@ -122,9 +127,12 @@ class Checksum:
     def __init__(self) -> None:
         self._lines: list[str] = []
 
-    def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def add(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+        """Add tensors. Returns the `word_sum` of each."""
+        words = {name: word_sum(tensor) for name, tensor in tensors.items()}
         for name, tensor in tensors.items():
-            self._lines.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {word_sum(tensor)}")
+            self._lines.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {words[name]}")
+        return words
 
     def hexdigest(self) -> str:
         return hashlib.sha256("\n".join(sorted(self._lines)).encode()).hexdigest()

@@ -57,12 +57,14 @@ class Live:
         self._fused = {part: fused for mapping in mappings for fused, parts in mapping.items() for part in parts}
         self._sent: dict[str, tuple[int, int]] = {}
 
-    def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Weights that were sent, by the names of a model's folder."""
+    def add(self, tensors: Mapping[str, torch.Tensor], words: Mapping[str, int]) -> None:
+        """Weights that were sent, by the names of a model's folder. words: the `word_sum` of each."""
         for name, tensor in tensors.items():
+            same = tensor.dtype == self._dtype
+            own = words[name] if same else word_sum(tensor.to(self._dtype))
             live = self.name(name)
-            words, size = self._sent.get(live, (0, 0))
-            self._sent[live] = (words + word_sum(tensor.to(self._dtype))) % (1 << 64), size + tensor.numel()
+            before, size = self._sent.get(live, (0, 0))
+            self._sent[live] = (before + own) % (1 << 64), size + tensor.numel()
 
     def name(self, name: str) -> str:
         """The engine's own name for the parameter that holds a weight."""
@@ -110,8 +112,7 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
 
     def receive_weights(self, update_info: HostUpdateInfo) -> None:
         tensors = mapped(update_info.path, [Entry(**entry) for entry in update_info.entries])
-        self.checksum.add(tensors)
-        self.live.add(tensors)
+        self.live.add(tensors, self.checksum.add(tensors))
         for name in top_level(map(self.live.name, tensors)):
             if name not in self._reloading:
                 self._reloading[name] = self.model.get_submodule(name)

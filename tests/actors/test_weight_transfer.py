@@ -9,6 +9,7 @@ from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGenera
 from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
 from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 
+from actors.weight_files import Checksum
 from actors.weight_transfer import Live, top_level
 
 
@@ -46,7 +47,7 @@ def test_an_engine_that_holds_what_was_sent_passes(dtype):
     model = Fused(dtype)
     live = Live(model, dtype)
     model.load(weights())
-    live.add(weights())
+    live.add(weights(), Checksum().add(weights()))
     assert live.compared() == (2, [])
 
 
@@ -55,7 +56,8 @@ def test_one_stale_step_is_found_in_bfloat16():
     model = Fused(torch.bfloat16)
     model.load(weights())
     live = Live(model, torch.bfloat16)
-    live.add({name: tensor + 0.01 for name, tensor in weights().items()})
+    newer = {name: tensor + 0.01 for name, tensor in weights().items()}
+    live.add(newer, Checksum().add(newer))
     assert live.compared() == (2, ["language_model.model.qkv_proj.weight", "language_model.model.embed_tokens.weight"])
 
 
@@ -65,7 +67,7 @@ def test_a_packed_parameter_is_not_compared():
     model.load(weights())
     model.language_model.model.qkv_proj.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
     live = Live(model, torch.float32)
-    live.add(weights())
+    live.add(weights(), Checksum().add(weights()))
     assert live.compared() == (1, [])
 
 
