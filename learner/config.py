@@ -184,6 +184,15 @@ class ZeroConfig(OptimizerConfig, ActorConfig):
         return self
 
     @model_validator(mode="after")
+    def _a_gpu_each(self) -> Self:
+        # NCCL takes one rank for each GPU.
+        if self.ranks > 1 and 0 < self.num_gpus <= 0.5:
+            raise ValueError(
+                f"{self.ranks} ranks of {self.num_gpus:g} GPUs may share one, which NCCL refuses; set num_gpus above 0.5"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _offload_fits_stage(self) -> Self:
         least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
         if self.zero_stage < least:

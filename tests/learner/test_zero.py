@@ -60,6 +60,12 @@ def test_bfloat16_without_float32_sums_is_refused(stage):
         ZeroConfig(lr=1, dtype="bfloat16", zero_stage=stage)
 
 
+def test_two_ranks_on_one_gpu_are_refused():
+    with pytest.raises(ValidationError, match=r"2 ranks of 0.5 GPUs may share one, which NCCL refuses"):
+        ZeroConfig(lr=1, ranks=2, num_gpus=0.5)
+    assert ZeroConfig(lr=1, ranks=2, num_gpus=0.9).ranks == 2 and ZeroConfig(lr=1, num_gpus=0.4).ranks == 1
+
+
 @pytest.mark.parametrize(
     ("config", "kept"),
     [
