@@ -188,7 +188,8 @@ class ZeroConfig(OptimizerConfig, ActorConfig):
         # NCCL takes one rank for each GPU.
         if self.ranks > 1 and 0 < self.num_gpus <= 0.5:
             raise ValueError(
-                f"{self.ranks} ranks of {self.num_gpus:g} GPUs may share one, which NCCL refuses; set num_gpus above 0.5"
+                f"{self.ranks} ranks of {self.num_gpus:g} GPUs may share one, which NCCL refuses; set num_gpus above "
+                "0.5"
             )
         return self
 
