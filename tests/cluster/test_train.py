@@ -35,7 +35,6 @@ from cluster.weight_sync import WeightsDiffer, sync_weights
 from cluster.workers import rollouts, started
 from reasoner.model import load_reasoner
 from rewards.case import Case
-from tests.conftest import ROOT
 from umrg.config import model_folder
 from umrg.dataset import Dataset
 from umrg.group import SamplingParams
@@ -303,10 +302,6 @@ def test_a_run_is_not_resumed_with_another_configuration(finished):
 def test_too_many_actors_are_refused_before_anything_starts(ray_cluster, demo_config, tmp_path):
     with pytest.raises(ValueError, match=r"actors need .* CPUs and 3 GPUs, the cluster has 4 and 1 on 1 node"):
         train(demo_config(*SMALL, "segmenter.actors=3", "segmenter.num_gpus=1", f"runs={tmp_path}"))
-
-
-def test_the_demo_is_what_the_readme_runs():
-    assert "configs/demo.yaml" in (ROOT / "Makefile").read_text()
 
 
 @pytest.mark.parametrize(
