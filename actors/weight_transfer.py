@@ -20,6 +20,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from actors import orphan_guard
 from actors.weight_files import Checksum, Entry, mapped, word_sum
@@ -118,6 +119,17 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
                 self._reloading[name] = self.model.get_submodule(name)
                 initialize_layerwise_reload(self._reloading[name])
         self.model.load_weights(tensors.items())
+        self._release(tensors)
+
+    def _release(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Let go of the file that these are views of: vLLM keeps tensors of a module until its others have come, which
+        may be in the next bucket, and those of a padded one until the end."""
+        storages = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
+        for module in self.model.modules():
+            for _, call in get_layerwise_info(module).loaded_weights:
+                for name, value in call.arguments.items():
+                    if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in storages:
+                        call.arguments[name] = value.clone()
 
     def finish_weight_update(self) -> None:
         for module in self._reloading.values():

@@ -1,16 +1,20 @@
 """Whether an engine's live parameters are what it was sent: the comparison, on models small enough to read."""
 
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
 from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 
-from actors.weight_files import Checksum
-from actors.weight_transfer import Live, top_level
+from actors.weight_files import Checksum, in_host_memory, pack
+from actors.weight_transfer import HostUpdateInfo, HostWeightTransferEngine, Live, top_level
 
 
 class Fused(torch.nn.Module):
@@ -103,3 +107,66 @@ def test_an_engine_s_name_of_a_weight(kind, sent, live):
     found = Live(model, torch.float32).name(sent)
     assert found == live
     assert top_level([found]) == [live.split(".")[0]]
+
+
+class Loading(Fused):
+    """Takes weights one by one, with biases, as vLLM's models do."""
+
+    def __init__(self, dtype):
+        super().__init__(dtype)
+        inner = self.language_model.model
+        inner.qkv_proj = torch.nn.Linear(4, 12, dtype=dtype)
+        self.visual: Any = torch.nn.Linear(4, 12, dtype=dtype)
+        stacked: list[Any] = [*inner.qkv_proj.parameters(), *self.visual.parameters()]
+        for parameter in stacked:
+            parameter.weight_loader = self.load_part
+        padded: Any = inner.embed_tokens.weight
+        padded.weight_loader = self.load_padded
+        self.requires_grad_(False)
+        record_metadata_for_reloading(self)
+
+    def load_part(self, param, tensor, part):  # vLLM knows the first argument by its name
+        param.data["qkv".index(part) * 4 :][:4].copy_(tensor)
+
+    def load_padded(self, param, tensor, part):
+        param.data[:10].copy_(tensor)
+        param.data[10:].zero_()
+
+    def load_weights(self, weights):
+        live = Live(self, torch.float32)
+        for name, tensor in weights:
+            parameter: Any = self.get_parameter(live.name(name))
+            parameter.weight_loader(parameter, tensor, name.rpartition("_proj")[0][-1:])
+
+
+def with_biases():
+    generator = torch.Generator().manual_seed(1)
+    biases = {f"model.language_model.{part}_proj.bias": torch.randn(4, generator=generator) for part in "qkv"}
+    return weights() | biases
+
+
+def updated(engine, sent, *, in_buckets_of):
+    """What differs after an update. Between two buckets, nothing of the first may be in memory."""
+    engine.start_weight_update()
+    names = list(sent)
+    for i in range(0, len(names), in_buckets_of):
+        bucket = pack({name: sent[name] for name in names[i : i + in_buckets_of]})
+        with in_host_memory(bucket) as path:
+            engine.receive_weights(HostUpdateInfo(path=path, entries=[asdict(entry) for entry in bucket.entries]))
+        assert "medreasoner-weights" not in Path("/proc/self/maps").read_text(), "the engine keeps a bucket's file"
+    engine.finish_weight_update()
+    return engine.live.compared()
+
+
+@pytest.mark.parametrize("size", [100, 3, 1])
+def test_no_bucket_outlives_the_next_one_however_buckets_cut_modules(size):
+    """By vLLM's own reload, which keeps a module's tensors until all have come. A module that is left out keeps its
+    weights and biases."""
+    model = Loading(torch.float32)
+    config = SimpleNamespace(model_config=SimpleNamespace(dtype=torch.float32), parallel_config=None)
+    engine = HostWeightTransferEngine(None, config, torch.device("cpu"), model)
+    tower = {name: parameter.clone() for name, parameter in model.visual.named_parameters()}
+    assert all(parameter.all() for parameter in tower.values())
+    for sent in (with_biases(), {name: tensor + 1 for name, tensor in with_biases().items()}):
+        assert updated(engine, sent, in_buckets_of=size) == (3, [])
+    assert all(torch.equal(parameter, tower[name]) for name, parameter in model.visual.named_parameters())
