@@ -99,15 +99,15 @@ def _rows(bounds: Sequence[tuple[int, int]]) -> torch.Tensor:
     return torch.cat([torch.arange(start, end) for start, end in bounds] or [torch.arange(0)])
 
 
-def use_shared_prefix(model: Any, *, kernel: Kernel | None = None) -> None:
+def use_shared_prefix(model: Any, *, kernel: Kernel | None = None, device: torch.device | None = None) -> None:
     """Let a Qwen-VL model take a `Layout` as the argument `shared_prefix`; without one it works as before. On a GPU its
-    vision tower attends to all windows at once. kernel: of all attention, the tower's too; None for that of each
-    tensor's device and precision."""
+    vision tower attends to all windows at once. device: where the model will compute; None where it is. kernel: of all
+    attention, the tower's too; None for that of each tensor's device and precision."""
     suffix = "" if kernel is None else f"_{type(kernel).__name__}"
     if kernel is not None:
         _register(kernel, suffix)
     model.config.text_config._attn_implementation = TEXT + suffix
-    if kernel is not None or next(model.parameters()).device.type != "cpu":
+    if kernel is not None or (device or next(model.parameters()).device).type != "cpu":
         model.config.vision_config._attn_implementation = VISION + suffix
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 
+from learner.attention import use_shared_prefix
 from learner.config import LearnerConfig
 from learner.shared_prefix import PackedSequence
 from learner.zero import ZeroRank, load_partitioned
@@ -55,14 +56,17 @@ class Parked:
     """A model whose weights wait in host memory, page-locked beside a GPU, and are copied to the device for its passes
     alone. On a CPU nothing is moved."""
 
-    def __init__(self, zero: ZeroRank) -> None:
+    def __init__(self, zero: ZeroRank, hold: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
+        """hold: lays a tensor of the host where it waits; None for `parked`."""
         self._device = torch.device(zero.device)
-        self._policy = zero.around(zero.loaded("cpu")).eval().requires_grad_(False)
+        # Built on the CPU, so that the GPU never holds both models at the start.
+        self._policy = zero.around(zero.loaded("cpu"), "cpu").eval().requires_grad_(False)
+        use_shared_prefix(self._policy.model, device=self._device)
         # Buffers are small, and some are computed from their device.
         for module in self._policy.modules():
             module._buffers = {name: b if b is None else b.to(self._device) for name, b in module._buffers.items()}
         for parameter in self._policy.parameters():
-            parameter.data = parked(parameter.data, self._device)
+            parameter.data = hold(parameter.data) if hold else parked(parameter.data, self._device)
 
     @contextmanager
     def present(self) -> Iterator[Callable[[PackedSequence], torch.Tensor]]:

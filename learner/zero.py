@@ -59,14 +59,14 @@ class ZeroRank:
         with partitioned_at_birth(self.config) if partitioned else nullcontext():
             return load_reasoner(self.task.model, self.task.spec, device=device, dtype=dtype)
 
-    def around(self, reasoner: Reasoner) -> Policy:
-        """A model as a policy with this task's sampling distribution."""
+    def around(self, reasoner: Reasoner, device: str | None = None) -> Policy:
+        """A model as a policy with this task's sampling distribution, on a device; None for this rank's."""
         return Policy(
             reasoner.model,
             temperature=self.task.temperature,
             forbidden=reasoner.vision_tokens,
             entropy_learns=self.config.entropy_learns,
-        ).to(self.device)
+        ).to(device or self.device)
 
     def scores(self, trees: Sequence[Branches]) -> TokenScores:
         """Scores of some prefix trees, packed into one sequence; all ranks."""

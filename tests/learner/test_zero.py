@@ -9,6 +9,7 @@ from deepspeed.utils import safe_get_full_grad
 from pydantic import ValidationError
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from learner.attention import VISION, use_shared_prefix
 from learner.collectives import Ranks, backend
 from learner.config import LearnerConfig, LearnerTask, ZeroConfig
 from learner.optimizer import adamw
@@ -98,7 +99,16 @@ def test_a_parked_model_is_put_back_after_its_passes(one_rank):
     """In the memory where it waits, with nothing of it learning; on a CPU it is not moved at all."""
     task = LearnerTask(model=TINY_REASONER, spec=PromptSpec.of_model(TINY_REASONER), updates=1)
     zero = ZeroRank(LearnerConfig(lr=1e-4), task)
-    reference = Parked(zero)
+    laid: list[torch.Tensor] = []
+
+    def hold(tensor):
+        """Page-locked memory takes tensors of the host alone."""
+        assert tensor.device.type == "cpu"
+        laid.append(tensor.clone())
+        return laid[-1]
+
+    reference = Parked(zero, hold)
+    assert [each.data_ptr() for each in reference._policy.parameters()] == [each.data_ptr() for each in laid]
     waiting = [each.data_ptr() for each in reference._policy.parameters()]
     with reference.present():
         pass
@@ -122,6 +132,21 @@ def test_a_fused_optimizer_steps_and_its_state_is_found_before_the_first_step(on
     (after,) = pieces(engine.optimizer, list(model.named_parameters()), Ranks("cpu"))
     assert after.step == 1 and after.values["exp_avg"].all()
     torch.testing.assert_close(after.values["fp32"], torch.full((8,), 0.9))
+
+
+def test_a_model_is_wrapped_where_it_is_asked_to_be(one_rank):
+    """What waits in host memory must not pass through the rank's device: here one of tensors without values."""
+    task = LearnerTask(model=TINY_REASONER, spec=PromptSpec.of_model(TINY_REASONER), updates=1)
+    zero = ZeroRank(LearnerConfig(lr=1e-4), task)
+    zero.device = "meta"
+    policy = zero.around(zero.loaded("cpu"), "cpu")
+    assert {each.device.type for each in policy.parameters()} == {"cpu"}
+
+
+def test_a_tower_is_set_up_for_the_device_it_will_compute_on():
+    model = load_reasoner(TINY_REASONER).model
+    use_shared_prefix(model, device=torch.device("cuda"))
+    assert model.config.vision_config._attn_implementation == VISION
 
 
 def test_what_a_gpu_alone_calls_is_as_it_was_read():
