@@ -44,7 +44,7 @@ def test_vllm_keeps_the_bounds_of_a_configuration():
     from vllm.multimodal import MULTIMODAL_REGISTRY
 
     prompter = load_prompter(TINY, PromptSpec.of_model(TINY).but(min_pixels=6272, max_pixels=50176))
-    kwargs = {"size": prompter.size}
+    kwargs = {"images_kwargs": {"size": prompter.size}}
     config = ModelConfig(model=str(TINY), max_model_len=1024, dtype="float32", mm_processor_kwargs=kwargs)
     info = MULTIMODAL_REGISTRY.create_processor(config).info
     for width, height in [(1, 1), (28, 28), (447, 449), (700, 500), (3000, 2000)]:
