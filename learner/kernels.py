@@ -14,10 +14,10 @@ log-sum-exp from outside, so that those of a merged attention can be given (`lea
 stands in `tests/learner/test_kernels.py`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Protocol, Self
 
 import torch
@@ -37,10 +37,13 @@ class Segments:
     """Rows of the longest segment of the queries."""
     longest_key: int
     """Rows of the longest segment of the keys."""
+    rows: int
+    """Rows of all queries."""
     causal: bool
     """Query j of a segment sees its keys 0 to j alone; both then have the same bounds."""
     batches: tuple[range, ...] = ()
-    """Causal segments of similar lengths, which a kernel without variable lengths pads to one batch; () for none."""
+    """Causal segments of similar lengths, which a kernel without variable lengths pads to one batch; () for runs of
+    equal segments, which need no padding."""
 
     @classmethod
     def of(cls, queries: Sequence[int], keys: Sequence[int], *, causal: bool, batches: tuple[range, ...] = ()) -> Self:
@@ -51,6 +54,7 @@ class Segments:
             key_bounds=bounds[1],
             longest_query=max(queries),
             longest_key=max(keys),
+            rows=sum(queries),
             causal=causal,
             batches=batches,
         )
@@ -78,9 +82,11 @@ class Segments:
         """int64 [T]: the place of each query's row in a batch [segments, padded_width], flattened, as the
         memory-efficient kernel lays out its log-sum-exp."""
         bounds = self.query_bounds.long()
-        lengths = bounds.diff()
-        segment = torch.repeat_interleave(torch.arange(len(lengths), device=bounds.device), lengths)
-        return torch.arange(len(segment), device=bounds.device) + segment * self.padded_width - bounds[segment]
+        starts = torch.arange(len(bounds) - 1, device=bounds.device) * self.padded_width - bounds[:-1]
+        # Without the number of rows, the host would wait for the device to sum them.
+        return torch.arange(self.rows, device=bounds.device) + starts.repeat_interleave(
+            bounds.diff(), output_size=self.rows
+        )
 
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -171,15 +177,19 @@ class Flash:
         return found
 
 
+@dataclass(frozen=True)
 class MemoryEfficient:
     """torch's memory-efficient attention on CUDA, which takes float32. It knows no shared key heads, so that keys and
     values are repeated for their query heads."""
+
+    operator: Callable[..., Sequence[torch.Tensor]] = _aten._efficient_attention_forward
+    backward_operator: Callable[..., Sequence[torch.Tensor]] = _aten._efficient_attention_backward
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         heads = q.shape[1] // k.shape[1]
-        found = _aten._efficient_attention_forward(
+        found = self.operator(
             q[None],
             _repeated(k, heads)[None],
             _repeated(v, heads)[None],
@@ -213,7 +223,7 @@ class MemoryEfficient:
         none = torch.zeros(
             (), dtype=torch.int64, device=q.device
         )  # seed and offset of the dropout, of which there is none
-        dq, dk, dv, _ = _aten._efficient_attention_backward(
+        dq, dk, dv, _ = self.backward_operator(
             gradient[None],
             q[None],
             _repeated(k, heads)[None],
@@ -242,8 +252,8 @@ _cpu_flash_backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class CpuFlash:
-    """torch's flash attention for CPU: one call for each segment, or for each batch of segments, padded to the longest.
-    Keys and values are repeated for their query heads."""
+    """torch's flash attention for CPU: one call for each batch of segments, padded to the longest. Keys and values are
+    repeated for their query heads."""
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float
@@ -357,17 +367,25 @@ def _summed(rows: torch.Tensor, heads: int) -> torch.Tensor:
 def _batches(segments: Segments) -> Iterator[tuple[slice, slice, tuple[int, ...]]]:
     """What goes through one call: rows of queries and keys, and the lengths of the segments in them."""
     slices = segments.slices
-    for batch in segments.batches or [range(i, i + 1) for i in range(len(slices))]:
+    for batch in segments.batches or _equal_runs(slices):
         (first_query, first_key), (last_query, last_key) = slices[batch[0]], slices[batch[-1]]
         lengths = tuple(slices[i][0].stop - slices[i][0].start for i in batch)
         yield slice(first_query.start, last_query.stop), slice(first_key.start, last_key.stop), lengths
 
 
+def _equal_runs(slices: Sequence[tuple[slice, slice]]) -> Iterator[range]:
+    """Neighbouring segments of equally many queries and equally many keys."""
+    start = 0
+    for _, run in groupby((q.stop - q.start, k.stop - k.start) for q, k in slices):
+        yield (batch := range(start, start + len(list(run))))
+        start = batch.stop
+
+
 def _padded(rows: torch.Tensor, lengths: tuple[int, ...], *, fill: float | None = None) -> torch.Tensor:
     """[rows, H, D] → [segments, H, L, D], padded to the longest segment. fill: of the padding; None for each segment's
     last row."""
-    if len(lengths) == 1:
-        return rows.transpose(0, 1)[None]
+    if len(set(lengths)) == 1:
+        return rows.unflatten(0, (len(lengths), -1)).transpose(1, 2)
     chosen, places = _padding(lengths)
     if fill is None:
         batch = rows.index_select(0, chosen)
@@ -379,9 +397,8 @@ def _padded(rows: torch.Tensor, lengths: tuple[int, ...], *, fill: float | None 
 
 def _flat(batch: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
     """[segments, H, L, D] → [rows, H, D]; the inverse of `_padded`."""
-    if len(lengths) == 1:
-        return batch[0].transpose(0, 1)
-    return batch.transpose(1, 2).flatten(0, 1).index_select(0, _padding(lengths)[1])
+    flat = batch.transpose(1, 2).flatten(0, 1)
+    return flat if len(set(lengths)) == 1 else flat.index_select(0, _padding(lengths)[1])
 
 
 @lru_cache(maxsize=64)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 
-from learner.attention import use_shared_prefix
 from learner.config import LearnerConfig
 from learner.shared_prefix import PackedSequence
 from learner.zero import ZeroRank, load_partitioned
@@ -61,7 +60,6 @@ class Parked:
         self._device = torch.device(zero.device)
         # Built on the CPU, so that the GPU never holds both models at the start.
         self._policy = zero.around(zero.loaded("cpu"), "cpu").eval().requires_grad_(False)
-        use_shared_prefix(self._policy.model, device=self._device)
         # Buffers are small, and some are computed from their device.
         for module in self._policy.modules():
             module._buffers = {name: b if b is None else b.to(self._device) for name, b in module._buffers.items()}

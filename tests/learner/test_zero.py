@@ -9,7 +9,6 @@ from deepspeed.utils import safe_get_full_grad
 from pydantic import ValidationError
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from learner.attention import VISION, use_shared_prefix
 from learner.collectives import Ranks, backend
 from learner.config import LearnerConfig, LearnerTask, ZeroConfig
 from learner.optimizer import adamw
@@ -141,12 +140,6 @@ def test_a_model_is_wrapped_where_it_is_asked_to_be(one_rank):
     zero.device = "meta"
     policy = zero.around(zero.loaded("cpu"), "cpu")
     assert {each.device.type for each in policy.parameters()} == {"cpu"}
-
-
-def test_a_tower_is_set_up_for_the_device_it_will_compute_on():
-    model = load_reasoner(TINY_REASONER).model
-    use_shared_prefix(model, device=torch.device("cuda"))
-    assert model.config.vision_config._attn_implementation == VISION
 
 
 def test_what_a_gpu_alone_calls_is_as_it_was_read():
