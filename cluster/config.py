@@ -204,10 +204,20 @@ class TrainConfig(LearningConfig):
     keep_best: MayChange[NonNegativeInt] = 1
     """Number of checkpoints kept besides the newest: those with the highest greedy Dice, among the evaluated ones."""
 
+    engine_kl_limit: MayChange[PositiveFloat | None] = None
+    """Stop the run where `learner/engine_kl`, the divergence of engine and learner in nats, stays above this over a few
+    steps; null for never. A run always warns where it rises well above what it was at first."""
+
     @property
     def updates(self) -> int:
         """Number of optimizer updates of the run: one per step and mini-batch."""
         return self.steps * math.ceil(self.batch / (self.learner.mini_batch or self.batch))
+
+    @property
+    def engines(self) -> RolloutConfig:
+        """`rollout`, its engines as large as the work of a step and of an evaluation."""
+        evaluation = self.evaluation
+        return self.rollout.holding((self.batch, self.rollout.n), (evaluation.limit, max(1, evaluation.n)))
 
     @property
     def image_tokens(self) -> int:
@@ -274,6 +284,11 @@ class EvaluateConfig(RunConfig):
         if self.endpoint and self.frame is None:
             raise ValueError("say what the endpoint's coordinates are: frame=model, original or relative")
         return self
+
+    @property
+    def engines(self) -> RolloutConfig:
+        """`rollout`, its engines as large as the work of a batch: the greedy answers come first, then the others."""
+        return self.rollout.holding((self.batch, max(1, self.n)))
 
     def sampling(self) -> SamplingParams:
         """Sampling parameters of the answers besides the greedy one."""

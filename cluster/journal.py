@@ -17,7 +17,7 @@ from tensorboardX import SummaryWriter
 
 from cluster.comparison import compare_run
 from cluster.config import TrainConfig
-from cluster.drift import alarm, drifted
+from cluster.drift import Drifted, alarm, beyond, drifted
 from cluster.evaluation import SUMMARY_METRICS, Evaluation
 from cluster.records import write_records
 from cluster.run_folder import RunFolder
@@ -79,10 +79,19 @@ class Journal:
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
         write_records(self._run.samples / f"step-{step:06d}.parquet", groups)
-        self._engine_kl.append(report.engine_kl)
+        self._watch_drift(step, report.engine_kl)
+        return metrics
+
+    def _watch_drift(self, step: int, engine_kl: float) -> None:
+        """Raises Drifted above `engine_kl_limit`."""
+        self._engine_kl.append(engine_kl)
         if not self.alarms and drifted(self._engine_kl):
             self.alarms.append(f"step {step}: {alarm(self._engine_kl)}")
-        return metrics
+        if beyond(self._engine_kl, self._config.engine_kl_limit):
+            raise Drifted(
+                f"learner/engine_kl has been above engine_kl_limit ({self._config.engine_kl_limit:g} nats) in the last "
+                f"steps up to {step}: engine and learner are too far apart"
+            )
 
     def has_evaluation(self, name: str) -> bool:
         return name in self._evaluations
@@ -108,6 +117,7 @@ class Journal:
         """Drop the records after the step that the run resumes from. position: bytes of metrics.jsonl to keep."""
         self._steps = step
         self._run.rewind(step, position)
+        self._engine_kl = [line[name] for line in self._run.metrics() if (name := "learner/engine_kl") in line]
         self._evaluations = {name: each for name, each in self._evaluations.items() if each["step"] <= step}
 
     def finish(self, held_out: list[Sample]) -> dict[str, Any]:
