@@ -73,8 +73,8 @@ class RolloutConfig(ActorConfig):
     def _a_token_each_in_one_pass(self) -> Self:
         if self.max_num_seqs and self.max_num_seqs > self.pass_tokens:
             raise ValueError(
-                f"{self.max_num_seqs} completions at a time need a token each, and a pass has {self.pass_tokens}; lower "
-                "max_num_seqs, or raise max_num_batched_tokens"
+                f"{self.max_num_seqs} completions at a time need a token each, and a pass has {self.pass_tokens}; "
+                "lower max_num_seqs, or raise max_num_batched_tokens"
             )
         return self
 

@@ -29,7 +29,8 @@ class EngineReport:
         graphs = ", CUDA graphs" if self.cuda_graphs else ""
         return (
             f"{self.dtype}, {self.attention}, KV cache of {self.kv_tokens:,} tokens ({self.concurrency:.1f} sequences "
-            f"of the longest), {self.max_num_seqs} completions at a time, {self.max_num_batched_tokens:,} tokens a pass{graphs}"
+            f"of the longest), {self.max_num_seqs} completions at a time, {self.max_num_batched_tokens:,} tokens a pass"
+            f"{graphs}"
         )
 
 

@@ -78,10 +78,11 @@ def idle_segmenters(config: TrainConfig, listed: Sequence[ActorSpec]) -> str | N
     idle = alone("segmenter", [actor.bundle for actor in listed])
     if not idle or config.reward.scorer(think=config.spec().think).uses_mask:
         return None
+    gpus = "a GPU" if idle == 1 else f"{idle} GPUs"
     return (
-        f"the reward looks at no mask, and segmenters have {idle} GPU{'s' if idle > 1 else ''} for themselves, idle but "
-        "for evaluations; set rollout.num_gpus to 0.9 and segmenter.num_gpus to 0.1, with a lower rollout.gpu_memory, "
-        "and they lie beside the engines"
+        f"the reward looks at no mask, and segmenters have {gpus} for themselves, idle but for evaluations; set "
+        "rollout.num_gpus to 0.9 and segmenter.num_gpus to 0.1, with a lower rollout.gpu_memory, and they lie beside "
+        "the engines"
     )
 
 

@@ -32,6 +32,22 @@ def test_a_model_that_cannot_be_loaded_is_named_before_any_actor_starts(tmp_path
         listed()
 
 
+@pytest.mark.parametrize(
+    ("preset", "segmenter", "said"),
+    [
+        ("soft", 1, "the reward looks at no mask, and segmenters have a GPU for themselves"),
+        ("soft", 0.1, None),  # with an engine
+        ("soft", 0, None),
+        ("mask", 1, None),
+    ],
+)
+def test_segmenters_that_idle_on_a_gpu_are_remarked(demo_config, preset, segmenter, said):
+    engine = 0.9 if segmenter == 0.1 else 1
+    config = demo_config(f"reward.preset={preset}", f"segmenter.num_gpus={segmenter}", f"rollout.num_gpus={engine}")
+    remark = train.idle_segmenters(config, train.actors(config))
+    assert remark is None if said is None else remark is not None and remark.startswith(said)
+
+
 class Log:
     """What the actors did, in order."""
 
