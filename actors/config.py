@@ -1,5 +1,6 @@
 """The actors' parts of a run's configuration. Imports neither Ray nor torch."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -36,8 +37,8 @@ class RolloutConfig(ActorConfig):
     """Precision of an engine's keys and values: that of its weights, or 8 bits, which holds twice the tokens of
     bfloat16 and needs a GPU."""
     max_num_seqs: MayChange[PositiveInt | None] = None
-    """Completions that an engine samples at the same time; null for all that it is given at once, or 128 in a
-    service."""
+    """Completions that an engine samples at the same time; null for all that it is given at once, at most 1024, or 128
+    in a service."""
     max_num_batched_tokens: MayChange[PositiveInt | None] = None
     """Tokens of one forward pass of an engine; null for 16384 on a GPU and for 4096 on a CPU, or the longest prompt
     with its completion if that is more."""
@@ -68,6 +69,15 @@ class RolloutConfig(ActorConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _a_token_each_in_one_pass(self) -> Self:
+        if self.max_num_seqs and self.max_num_seqs > self.pass_tokens:
+            raise ValueError(
+                f"{self.max_num_seqs} completions at a time need a token each, and a pass has {self.pass_tokens}; "
+                "lower max_num_seqs, or raise max_num_batched_tokens"
+            )
+        return self
+
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt with its longest completion."""
@@ -78,10 +88,22 @@ class RolloutConfig(ActorConfig):
         """`max_num_batched_tokens`, or its default."""
         return self.max_num_batched_tokens or max(self.longest, 16384 if self.num_gpus > 0 else 4096)
 
-    def holding(self, groups: int, n: int) -> Self:
-        """The same for engines that are given so many groups of n completions among them at once."""
-        shared = -(-groups // self.actors) * n
-        return self if self.max_num_seqs else self.model_copy(update={"max_num_seqs": shared})
+    @property
+    def captured(self) -> int | None:
+        """Completions up to which CUDA graphs are captured; None for vLLM's own choice, which is twice `max_num_seqs`
+        and never over 512, so that larger batches would run without."""
+        if self.num_gpus == 0 or not self.cuda_graphs or self.max_num_seqs is None or self.max_num_seqs <= 512:
+            return None
+        return math.ceil(self.max_num_seqs / 16) * 16  # vLLM's step between large sizes
+
+    def holding(self, *asked: tuple[int, int]) -> Self:
+        """The same with `max_num_seqs`, for engines that are given n completions of so many groups among them at once.
+        asked: (groups, n) of each occasion."""
+        most = max(math.ceil(groups / self.actors) * n for groups, n in asked)
+        if self.max_num_seqs:
+            return self
+        # At its start vLLM samples for as many at once, and the sampler holds several float32 copies of all logits.
+        return self.model_copy(update={"max_num_seqs": min(most, 1024, self.pass_tokens)})
 
     def sampling(self, *, seed: int) -> SamplingParams:
         """How a run with this seed samples."""

@@ -1,11 +1,13 @@
 """A vLLM engine that samples completions, reports their log-probs, and takes new weights while it is running."""
 
-from collections.abc import AsyncIterable
+import math
+from collections.abc import AsyncIterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import vllm
 from numpy.typing import NDArray
 from PIL import Image
@@ -18,24 +20,27 @@ from actors import orphan_guard
 from actors.config import RolloutConfig
 from actors.engine_report import EngineReport, UpdateReceipt
 from actors.weight_files import Bucket, in_host_memory
+from reasoner.footprint import GIB, cache_bytes, empty_model
 from reasoner.prompter import Prompter
 from umrg.frames import Size
 from umrg.group import Completion, GroupSamples, SamplingParams
 
+_CPU_BLOCK = 128  # tokens of a block of a CPU's KV cache
 _FORBIDDEN = -100.0  # vLLM's lowest logit bias: e^-100 is no probability in any precision
 
 
 class Engine:
     """Made by `Engine.start`, in a process that was started with `RolloutConfig.process_environment`."""
 
-    def __init__(self, llm: AsyncLLM, prompter: Prompter, config: RolloutConfig) -> None:
-        self.prompter = prompter
+    def __init__(self, llm: AsyncLLM, prompter: Prompter, config: RolloutConfig, report: EngineReport) -> None:
+        self.prompter, self.report = prompter, report
         self._llm, self._config = llm, config
         self._requests = 0
 
     @classmethod
     async def start(cls, model: Path, prompter: Prompter, config: RolloutConfig) -> "Engine":
-        """Load a model folder. Its weights are version 0."""
+        """Load a model folder. Its weights are version 0. Raises ValueError if a CPU's cache is too small."""
+        check_cache(model, config)
         orphan_guard.own()
         llm = AsyncLLM.from_engine_args(
             vllm.AsyncEngineArgs(
@@ -50,6 +55,7 @@ class Engine:
                 max_num_batched_tokens=config.pass_tokens,
                 enable_prefix_caching=True,
                 enforce_eager=config.num_gpus == 0 or not config.cuda_graphs,
+                max_cudagraph_capture_size=config.captured,
                 kv_cache_dtype=config.kv_cache,
                 tensor_parallel_size=config.tensor_parallel,
                 # In a placement group vLLM would ask Ray for its workers, for which the run's group has no bundles.
@@ -67,22 +73,8 @@ class Engine:
         )
         await llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
         await llm.update_weight_version("0")
-        return cls(llm, prompter, config)
-
-    @property
-    def report(self) -> EngineReport:
-        """What vLLM settled when it started."""
-        config = self._llm.vllm_config
-        cache, scheduler = config.cache_config, config.scheduler_config
-        return EngineReport(
-            dtype=str(config.model_config.dtype).removeprefix("torch."),
-            kv_cache=str(cache.cache_dtype),
-            kv_tokens=int(cache.kv_cache_size_tokens or 0),
-            concurrency=round(float(cache.kv_cache_max_concurrency or 0), 2),
-            max_num_seqs=int(scheduler.max_num_seqs),
-            max_num_batched_tokens=int(scheduler.max_num_batched_tokens),
-            cuda_graphs=not config.model_config.enforce_eager,
-        )
+        attention: list[list[str]] = await llm.collective_rpc("attention")
+        return cls(llm, prompter, config, report(llm.vllm_config, attention[0]))
 
     async def generate(self, image: NDArray[np.uint8], query: str, sampling: SamplingParams) -> GroupSamples:
         """Sample n completions of a query about an image uint8 [H, W, 3], in one request; vLLM seeds completion i with
@@ -158,3 +150,34 @@ class Engine:
             policy_version=min(versions),
             finished=output.finish_reason == "stop",
         )
+
+
+def check_cache(model: Path, config: RolloutConfig) -> None:
+    """Raise ValueError if a CPU's KV cache cannot hold the longest prompt with its completion, which vLLM would say on
+    its core's stderr alone. A GPU's is looked at with all else that its memory holds (`cluster.memory`)."""
+    if config.num_gpus > 0:
+        return
+    dtype = getattr(torch, config.dtype)
+    blocks = math.ceil(config.longest / _CPU_BLOCK) + 1  # vLLM keeps one to itself
+    needed = blocks * _CPU_BLOCK * cache_bytes(empty_model(model, dtype), dtype.itemsize)
+    if needed > config.cpu_cache_gib * GIB:
+        raise ValueError(
+            f"{config.longest} tokens, the longest prompt with its completion, need {needed / GIB:.1f} GiB of an "
+            f"engine's cache, which has {config.cpu_cache_gib}; raise rollout.cpu_cache_gib, or lower "
+            "rollout.max_prompt_tokens or max_tokens"
+        )
+
+
+def report(config: Any, attention: Sequence[str]) -> EngineReport:
+    """What vLLM settled when it started. config: its own. attention: the kernels of the language model's layers."""
+    cache, scheduler = config.cache_config, config.scheduler_config
+    return EngineReport(
+        dtype=str(config.model_config.dtype).removeprefix("torch."),
+        attention=", ".join(attention),
+        kv_cache=str(cache.cache_dtype),
+        kv_tokens=int(cache.kv_cache_size_tokens or 0),
+        concurrency=round(float(cache.kv_cache_max_concurrency or 0), 2),
+        max_num_seqs=int(scheduler.max_num_seqs),
+        max_num_batched_tokens=int(scheduler.max_num_batched_tokens),
+        cuda_graphs=not config.model_config.enforce_eager,
+    )

@@ -10,6 +10,8 @@ class EngineReport:
 
     dtype: str
     """Precision of the weights."""
+    attention: str
+    """vLLM's names of the attention kernels."""
     kv_cache: str
     """Precision of keys and values; `auto` for that of the weights."""
     kv_tokens: int
@@ -26,8 +28,9 @@ class EngineReport:
     def __str__(self) -> str:
         graphs = ", CUDA graphs" if self.cuda_graphs else ""
         return (
-            f"{self.dtype}, KV cache of {self.kv_tokens:,} tokens ({self.concurrency:.1f} sequences of the longest), "
-            f"{self.max_num_seqs} completions at a time, {self.max_num_batched_tokens:,} tokens a pass{graphs}"
+            f"{self.dtype}, {self.attention}, KV cache of {self.kv_tokens:,} tokens ({self.concurrency:.1f} sequences "
+            f"of the longest), {self.max_num_seqs} completions at a time, {self.max_num_batched_tokens:,} tokens a pass"
+            f"{graphs}"
         )
 
 

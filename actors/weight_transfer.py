@@ -153,6 +153,11 @@ class WorkerExtension:
         engine = self.weight_transfer_engine  # type: ignore[attr-defined]
         return (engine.checksum.hexdigest(), *engine.live.compared())
 
+    def attention(self) -> list[str]:
+        """Names of the attention kernels of the language model's layers."""
+        layers = self.vllm_config.compilation_config.static_forward_context.values()  # type: ignore[attr-defined]
+        return sorted({layer.attn_backend.get_name() for layer in layers if hasattr(layer, "attn_backend")})
+
 
 if BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(BACKEND, HostWeightTransferEngine)

@@ -104,9 +104,9 @@ class Receiver(Rollout):
         model = random_model(self._config.max_tokens)
         llm: Any = WorkerInProcess(HostWeightTransferEngine(None, config, torch.device("cpu"), model))
         prompter: Any = None
-        self._engine = Engine(llm, prompter, self._config)
-        return EngineReport(
+        report = EngineReport(
             dtype="float32",
+            attention="none",
             kv_cache="auto",
             kv_tokens=0,
             concurrency=0.0,
@@ -114,6 +114,8 @@ class Receiver(Rollout):
             max_num_batched_tokens=0,
             cuda_graphs=False,
         )
+        self._engine = Engine(llm, prompter, self._config, report)
+        return report
 
 
 def sent(tensors: dict[str, torch.Tensor]) -> tuple[str, list[Any]]:

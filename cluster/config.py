@@ -210,6 +210,12 @@ class TrainConfig(LearningConfig):
         return self.steps * math.ceil(self.batch / (self.learner.mini_batch or self.batch))
 
     @property
+    def engines(self) -> RolloutConfig:
+        """`rollout`, its engines as large as the work of a step and of an evaluation."""
+        evaluation = self.evaluation
+        return self.rollout.holding((self.batch, self.rollout.n), (evaluation.limit, max(1, evaluation.n)))
+
+    @property
     def image_tokens(self) -> int:
         """How many tokens of a packed sequence are of images at most, as the estimate of memory takes it."""
         group = self.rollout.max_prompt_tokens + self.rollout.n * min(self.rollout.max_tokens, ANSWER_TOKENS)
@@ -274,6 +280,11 @@ class EvaluateConfig(RunConfig):
         if self.endpoint and self.frame is None:
             raise ValueError("say what the endpoint's coordinates are: frame=model, original or relative")
         return self
+
+    @property
+    def engines(self) -> RolloutConfig:
+        """`rollout`, its engines as large as the work of a batch: the greedy answers come first, then the others."""
+        return self.rollout.holding((self.batch, max(1, self.n)))
 
     def sampling(self) -> SamplingParams:
         """Sampling parameters of the answers besides the greedy one."""

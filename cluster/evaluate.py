@@ -6,6 +6,7 @@ rows ──Group──► rollouts or endpoint ──GroupSamples──► segme
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def run_evaluation(config: EvaluateConfig) -> RunFolder:
         results = Results(run.path / "results.jsonl", n=config.n, hold=run.hold)
         if any(row.id not in results.rows for row in rows):
             with ray_connection(), started(actors(config), config) as workers, run.telling():
+                run.tell(engines=[asdict(engine) for engine in workers.engines])
                 answer(workers, rows, config, results)
         results.sort([row.id for row in rows])
         write_figures(run, rows, coverage, results, config)
@@ -55,7 +57,7 @@ def actors(config: EvaluateConfig) -> list[ActorSpec]:
         answering = endpoints(config.endpoint, config.rollout, spec)
     else:
         assert config.model is not None
-        answering = rollouts(config.model, config.rollout.holding(config.batch, config.n + 1), spec)
+        answering = rollouts(config.model, config.engines, spec)
     return [*answering, *segmenters(config.expert, config.segmenter, scorer, spec, lenient=lenient)]
 
 

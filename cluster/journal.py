@@ -108,6 +108,7 @@ class Journal:
         """Drop the records after the step that the run resumes from. position: bytes of metrics.jsonl to keep."""
         self._steps = step
         self._run.rewind(step, position)
+        self._engine_kl = [line[name] for line in self._run.metrics() if (name := "learner/engine_kl") in line]
         self._evaluations = {name: each for name, each in self._evaluations.items() if each["step"] <= step}
 
     def finish(self, held_out: list[Sample]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ rows ──Group──► rollouts ──GroupSamples──► segmenters ──
 """
 
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from cluster.display import Display
 from cluster.evaluation import Collected, collect, evaluate, evaluation_groups
 from cluster.journal import Journal
 from cluster.loop import Loop, checkpoint_to_resume
+from cluster.placement import alone
 from cluster.run_folder import RunFolder
 from cluster.weight_sync import Canary, sync_weights
 from cluster.workers import ActorSpec, Workers, ranks, ray_connection, rollouts, segmenters, started
@@ -41,13 +43,11 @@ def train(config: TrainConfig) -> RunFolder:
         journal.facts["prompts"] = asdict(lengths)
         display.note(str(lengths))
         stack.enter_context(ray_connection())
-        if config.segmenter.num_gpus >= 1 and not config.reward.scorer(think=config.spec().think).uses_mask:
-            display.warning(
-                "the reward looks at no mask, so that segmenters with a GPU each idle while the run trains; set "
-                "segmenter.num_gpus to a fraction beside the engines, or to 0"
-            )
+        listed = actors(config, run.path)
+        if remark := idle_segmenters(config, listed):
+            display.warning(remark)
         with display.waiting("starting actors"), journal.clock.phase("start"):
-            workers = stack.enter_context(started(actors(config, run.path), config))
+            workers = stack.enter_context(started(listed, config))
         stack.enter_context(run.telling())
         Training(config, run, workers, journal, display, rows, held_out).go(checkpoint)
     return run
@@ -68,9 +68,22 @@ def actors(config: TrainConfig, run: Path | None = None) -> list[ActorSpec]:
     )
     return [
         *ranks(LearnerRank, config.learner, task, image_tokens=config.image_tokens),
-        *rollouts(config.model, config.rollout.holding(config.batch, config.rollout.n), spec),
+        *rollouts(config.model, config.engines, spec),
         *segmenters(config.expert, config.segmenter, config.reward.scorer(think=spec.think), spec),
     ]
+
+
+def idle_segmenters(config: TrainConfig, listed: Sequence[ActorSpec]) -> str | None:
+    """A remark where segmenters have GPUs for themselves, and the reward looks at no mask; None otherwise."""
+    idle = alone("segmenter", [actor.bundle for actor in listed])
+    if not idle or config.reward.scorer(think=config.spec().think).uses_mask:
+        return None
+    gpus = "a GPU" if idle == 1 else f"{idle} GPUs"
+    return (
+        f"the reward looks at no mask, and segmenters have {gpus} for themselves, idle but for evaluations; set "
+        "rollout.num_gpus to 0.9 and segmenter.num_gpus to 0.1, with a lower rollout.gpu_memory, and they lie beside "
+        "the engines"
+    )
 
 
 class Training(Loop):
@@ -93,7 +106,7 @@ class Training(Loop):
         self.journal, self.display, self.rows, self.held_out = journal, display, rows, held_out
         self.canary = Canary(rows[0], config)
         self.sampling = config.rollout.sampling(seed=config.seed)
-        journal.facts["engine"] = asdict(workers.engines[0])
+        journal.facts["engines"] = [asdict(engine) for engine in workers.engines]
 
     def go(self, checkpoint: Checkpoint | None) -> None:
         """Resume or begin, take all steps, and leave model, summary and report behind."""

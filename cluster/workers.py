@@ -27,7 +27,7 @@ from actors.rollout import Rollout
 from actors.segmenter import Segmenter
 from cluster.config import RunConfig
 from cluster.memory import GpuNeed, learner_need, overfull, rollout_need, segmenter_need, summary, tenant
-from cluster.placement import Bundle, Node, bundles, shortage, turns
+from cluster.placement import Bundle, Node, bundles, largest_first, shortage, turns
 from learner.config import LearnerTask, ZeroConfig
 from rewards.scoring import Scorer
 from umrg.config import located
@@ -197,15 +197,15 @@ def started_supervised(actors: Sequence[ActorSpec], config: RunConfig) -> Iterat
 @contextmanager
 def _placed(actors: Sequence[ActorSpec], config: RunConfig) -> Iterator[dict[str, Any]]:
     """The actors by name, created and not yet started; killed at the end of the context."""
-    wanted = [actor.bundle for actor in actors]
+    wanted = largest_first([actor.bundle for actor in actors])
     if missing := shortage(wanted, cluster_nodes()):
         raise ValueError(f"{missing}; ask for fewer actors or less of each, or add nodes")
     group = placement_group([bundle.resources for bundle in wanted], strategy=config.placement.upper())
     handles: dict[str, Any] = {}
     try:
         _await_resources(group, config.deadlines.resources, wanted)
-        for i, actor in enumerate(actors):
-            options = _placement(group, i, actor).options()
+        for actor in actors:
+            options = _placement(group, wanted.index(actor.bundle), actor).options()
             handles[actor.bundle.name] = ray.remote(actor.actor_class).options(**options).remote(**actor.arguments)
         _check_memory(actors, handles, config)
         yield handles

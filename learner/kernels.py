@@ -385,7 +385,8 @@ def _padded(rows: torch.Tensor, lengths: tuple[int, ...], *, fill: float | None 
     """[rows, H, D] → [segments, H, L, D], padded to the longest segment. fill: of the padding; None for each segment's
     last row."""
     if len(set(lengths)) == 1:
-        return rows.unflatten(0, (len(lengths), -1)).transpose(1, 2)
+        equal: torch.Tensor = rows.unflatten(0, (len(lengths), -1)).transpose(1, 2)
+        return equal
     chosen, places = _padding(lengths)
     if fill is None:
         batch = rows.index_select(0, chosen)

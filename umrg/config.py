@@ -1,6 +1,7 @@
 """The base of every part of a run's configuration: frozen, unknown keys refused, each field documented beneath its
 default. Imports no torch."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -38,6 +39,13 @@ class ActorConfig(Config):
     """Environment variables of each actor's process, such as NCCL_SOCKET_IFNAME. What the driver's shell exports does
     not reach actors."""
 
+    @field_validator("num_gpus")
+    @classmethod
+    def _whole_above_one(cls, value: float) -> float:
+        if value > 1 and not value.is_integer():
+            raise ValueError(f"{value:g} GPUs cannot be given; Ray divides one GPU, and gives whole ones above that")
+        return value
+
     @field_validator("environment", mode="before")
     @classmethod
     def _as_text(cls, value: Any) -> Any:
@@ -45,8 +53,13 @@ class ActorConfig(Config):
             return value
         if own := sorted(name for name in map(str, value) if name.startswith("RAY_") or name == "CUDA_VISIBLE_DEVICES"):
             raise ValueError(f"{own[0]} is set by Ray; take it out of environment, and see num_gpus and placement")
+        for name, text in value.items():
+            if not re.fullmatch(r"[A-Za-z_]\w*", str(name), re.ASCII):
+                raise ValueError(f"{name!r} is no name of a variable; give letters, digits and underscores")
+            if type(text) not in (str, int, float):
+                raise ValueError(f"{name} is {text!r}; give text, in quotes where YAML would read something else")
         # YAML reads 1 as a number; a variable is text.
-        return {str(name): str(text) if type(text) in (int, float) else text for name, text in value.items()}
+        return {name: str(text) for name, text in value.items()}
 
     @property
     def own_environment(self) -> dict[str, str]:

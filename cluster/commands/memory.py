@@ -19,7 +19,7 @@ from cluster.memory import (
     summary,
     tenant,
 )
-from cluster.placement import Bundle, bundles
+from cluster.placement import Bundle, bundles, gpus_taken
 
 Roles = Sequence[tuple[list[Bundle], GpuNeed]]
 
@@ -36,7 +36,7 @@ def roles(config: TrainConfig | SftConfig | EvaluateConfig) -> Roles:
         found.append((bundles("learner", learner.ranks, learner), need))
     if isinstance(config, TrainConfig | EvaluateConfig):
         if config.model is not None:
-            rollout = config.rollout
+            rollout = config.engines
             found.append((bundles("rollout", rollout.actors, rollout), rollout_need(config.model, rollout)))
         segmenter = config.segmenter
         found.append((bundles("segmenter", segmenter.actors, segmenter), segmenter_need(config.expert, segmenter)))
@@ -44,17 +44,18 @@ def roles(config: TrainConfig | SftConfig | EvaluateConfig) -> Roles:
 
 
 def tenants(config: TrainConfig | SftConfig | EvaluateConfig, gpu: int) -> list[Tenant]:
-    """The actors that have GPUs, on as many GPUs of so many bytes as they ask for. As in Ray, a fraction goes to the
-    first GPU that has it left."""
-    left: list[float] = []
-    found = []
-    for group, need in roles(config):
-        for bundle in group:
-            gpus = _allotted(bundle.gpus, left)
-            if gpus:
-                place = Place(node="", memory=_UNBOUNDED, gpus=tuple(_gpu(i, gpu) for i in gpus))
-                found.append(tenant(bundle.name, need, place))
-    return found
+    """The actors that have GPUs, on as many GPUs of so many bytes as they ask for, placed as Ray places them."""
+    needs = [(bundle, need) for group, need in roles(config) for bundle in group]
+    taken = gpus_taken([bundle for bundle, _ in needs])
+    return [
+        tenant(
+            bundle.name,
+            need,
+            Place(node="", memory=_UNBOUNDED, gpus=tuple(_gpu(i, gpu) for i in taken[bundle.name])),
+        )
+        for bundle, need in needs
+        if bundle.gpus > 0
+    ]
 
 
 def print_memory(path: Path, overrides: Sequence[str], gib: float, console: Console) -> int:
@@ -89,18 +90,3 @@ def _table(found: Sequence[Tenant], title: str) -> Table:
 
 def _gpu(index: int, memory: int) -> Gpu:
     return Gpu(name="GPU", uuid=str(index), memory=memory)
-
-
-def _allotted(wanted: float, left: list[float]) -> list[int]:
-    """The GPUs that an actor gets. left: the share of each that is still free, which is updated."""
-    if wanted <= 0:
-        return []
-    if wanted >= 1:
-        first = len(left)
-        left += [0.0] * int(wanted)
-        return list(range(first, len(left)))
-    chosen = next((i for i, share in enumerate(left) if share + 1e-6 >= wanted), len(left))
-    if chosen == len(left):
-        left.append(1.0)
-    left[chosen] -= wanted
-    return [chosen]

@@ -1,15 +1,20 @@
 """What vLLM would take on a GPU for the bundled model and the published ones, asked of its classes without one."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.worker.gpu.sample.logit_bias import MAX_NUM_LOGIT_BIAS_TOKENS
 
+from actors.config import RolloutConfig
+from actors.engine import check_cache, report
+from bench.architectures import ARCHITECTURES
 from reasoner.prompter import load_prompter
 from tests.conftest import TINY_REASONER
 
@@ -37,3 +42,45 @@ def test_what_the_sampler_of_a_gpu_takes_of_a_request():
     prompter = load_prompter(TINY_REASONER)
     assert 0 < len(prompter.vision_tokens) <= MAX_NUM_LOGIT_BIAS_TOKENS
     assert "processed_logprobs" in PROCESSED_LOGPROBS_MODES
+
+
+@pytest.mark.parametrize("completions", [40, 512, 688, 1000])
+def test_graphs_for_all_completions_of_a_decoding_step(completions):
+    """vLLM's own arithmetic of sizes, on the settings that it reads: a step decodes one token of each completion."""
+    config = RolloutConfig(num_gpus=1, max_num_seqs=completions)
+    settings = SimpleNamespace(
+        model_config=SimpleNamespace(enforce_eager=False),
+        scheduler_config=SimpleNamespace(max_num_seqs=completions, max_num_batched_tokens=config.pass_tokens),
+        compilation_config=CompilationConfig(
+            cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE, max_cudagraph_capture_size=config.captured
+        ),
+        uniform_decode_query_len=1,
+        speculative_config=None,
+        performance_mode="balanced",
+    )
+    VllmConfig._set_cudagraph_sizes(settings)
+    sizes = settings.compilation_config.cudagraph_capture_sizes
+    assert min(size for size in sizes if size >= completions) < completions + 16
+
+
+def test_a_cache_without_room_for_the_longest_sequence_is_refused(tmp_path):
+    """Qwen2.5-VL-7B in float32 on a CPU: 112 KiB a token."""
+    ARCHITECTURES["Qwen2.5-VL-7B"]().save_pretrained(tmp_path)
+    check_cache(tmp_path, RolloutConfig(max_prompt_tokens=8000))
+    with pytest.raises(
+        ValueError, match=r"9512 tokens, .*, need 1\.0 GiB of an engine's cache, which has 1; raise rollo"
+    ):
+        check_cache(tmp_path, RolloutConfig(max_prompt_tokens=9000))
+    check_cache(tmp_path, RolloutConfig(max_prompt_tokens=9000, cpu_cache_gib=2))
+
+
+def test_an_engine_says_what_vllm_settled():
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(dtype=torch.bfloat16, enforce_eager=False),
+        cache_config=SimpleNamespace(cache_dtype="auto", kv_cache_size_tokens=870_000, kv_cache_max_concurrency=212.4),
+        scheduler_config=SimpleNamespace(max_num_seqs=688, max_num_batched_tokens=16384),
+    )
+    assert str(report(config, ["FLASH_ATTN"])) == (
+        "bfloat16, FLASH_ATTN, KV cache of 870,000 tokens (212.4 sequences of the longest), 688 completions at a time, "
+        "16,384 tokens a pass, CUDA graphs"
+    )

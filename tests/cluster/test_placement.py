@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.placement import Bundle, Node, shortage, turns
+from cluster.placement import Bundle, Node, alone, gpus_taken, largest_first, shortage, turns
 from cluster.train import actors
 
 
@@ -20,6 +20,10 @@ def actor(cpus: float = 0.0, gpus: float = 0.0, role: str = "rollout", index: in
         ([actor(gpus=0.25)] * 4, [Node(cpus=8, gpus=1)], True),
         ([actor(gpus=0.1)] * 10, [Node(cpus=8, gpus=1)], True),
         ([actor(gpus=0.25)] * 5, [Node(cpus=8, gpus=1)], False),
+        # A fraction is of one GPU: what is left of two GPUs makes none.
+        ([actor(gpus=0.6)] * 5, [Node(cpus=8, gpus=3)], False),
+        ([actor(gpus=0.6)] * 3 + [actor(gpus=0.4)] * 3, [Node(cpus=8, gpus=3)], True),
+        ([actor(gpus=0.1), actor(gpus=1)], [Node(cpus=8, gpus=1)], False),
         # One actor's GPUs must lie on one node.
         ([actor(gpus=2)], [Node(cpus=8, gpus=1), Node(cpus=8, gpus=1)], False),
         ([actor(gpus=2), actor(gpus=2)], [Node(cpus=8, gpus=2), Node(cpus=8, gpus=2)], True),
@@ -38,6 +42,7 @@ def test_what_is_missing_is_said():
     assert "2 actors need 2 CPUs and 2 GPUs" in message
     assert "the cluster has 4 and 1 on 1 node" in message
     assert "no room for rollout 1 (1 CPUs, 1 GPUs on one node)" in message
+    assert "no room for rollout 0 (1 CPUs, 0.5 of one GPU)" in str(shortage([actor(1, 0.5)], [Node(cpus=4, gpus=0)]))
 
 
 def test_a_bundle_asks_for_something():
@@ -72,3 +77,30 @@ def test_an_engine_measures_its_gpu_before_others_fill_it(gpus, expected):
         turns([actor(gpus=gpus[role], role=role, index=i) for role in ("learner", "rollout") for i in range(2)])
         == expected
     )
+
+
+def role(name: str, gpus: float, count: int) -> list[Bundle]:
+    return [actor(gpus=gpus, role=name, index=i) for i in range(count)]
+
+
+def test_small_shares_lie_beside_the_large_ones_whatever_the_order():
+    """The published 7B set-up: eight GPUs, of which four are the learner's."""
+    parts = [*role("segmenter", 0.1, 4), *role("learner", 1, 4), *role("rollout", 0.9, 4)]
+    assert [bundle.role for bundle in largest_first(parts)] == ["learner"] * 4 + ["rollout"] * 4 + ["segmenter"] * 4
+    taken = gpus_taken(parts)
+    assert [taken[f"learner {i}"] for i in range(4)] == [[0], [1], [2], [3]]
+    for name in ("rollout", "segmenter"):
+        assert [taken[f"{name} {i}"] for i in range(4)] == [[4], [5], [6], [7]]
+
+
+@pytest.mark.parametrize(
+    ("segmenters", "engines", "idle"),
+    [
+        (role("segmenter", 1, 2), role("rollout", 1, 3), 2),
+        (role("segmenter", 0.25, 4), role("rollout", 1, 3), 1),  # the four share one
+        (role("segmenter", 0.1, 4), role("rollout", 0.9, 4), 0),
+        (role("segmenter", 0, 4), role("rollout", 1, 4), 0),
+    ],
+)
+def test_gpus_that_segmenters_have_for_themselves(segmenters, engines, idle):
+    assert alone("segmenter", [*engines, *segmenters]) == idle

@@ -13,6 +13,7 @@ from cluster.commands.memory import tenants
 from cluster.config import EvaluateConfig, SftConfig, TrainConfig, load_config, save_config
 from cluster.config_keys import flat, may_change
 from cluster.memory import GIB, overfull
+from cluster.placement import Node, alone, bundles, shortage
 from tests.conftest import ROOT
 
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not re.search("sft|evaluate", path.name))
@@ -139,22 +140,68 @@ def test_variables_of_ray_are_refused(demo_config, name):
 
 
 @pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{NCCL_DEBUG: true}", "NCCL_DEBUG is True; give text, in quotes"),
+        ("{NCCL_DEBUG: }", "NCCL_DEBUG is None; give text"),
+        ("{NCCL DEBUG: INFO}", "'NCCL DEBUG' is no name of a variable"),
+        ("NCCL_DEBUG=INFO", "segmenter.environment: give keys and values"),
+    ],
+)
+def test_variables_that_are_no_text_are_refused(demo_config, text, said):
+    with pytest.raises(ValueError, match=said):
+        demo_config(f"segmenter.environment={text}")
+
+
+def test_a_gpu_and_a_half_is_refused(demo_config):
+    with pytest.raises(ValueError, match=r"learner.num_gpus: 1\.5 GPUs cannot be given"):
+        demo_config("learner.num_gpus=1.5")
+
+
+@pytest.mark.parametrize(
     ("overrides", "completions"),
     [
         ({}, 43 * 16),  # the published set-up on three engines: 128 groups of 16
         ({"max_num_seqs": 100}, 100),
-        ({"actors": 1}, 128 * 16),
+        ({"actors": 1}, 1024),  # of 2048
+        ({"num_gpus": 1, "max_num_batched_tokens": 512}, 512),
     ],
 )
 def test_an_engine_samples_all_that_it_is_given_at_once(overrides, completions):
     config = RolloutConfig.model_validate({"actors": 3, "n": 16, **overrides})
-    assert config.holding(128, config.n).max_num_seqs == completions
+    assert config.holding((128, config.n), (512, 1)).max_num_seqs == completions
+
+
+def test_evaluations_count_too(demo_config):
+    assert demo_config("evaluation={limit: 16, n: 8}").engines.max_num_seqs == 16 * 8
+    assert demo_config("batch=4", "evaluation={limit: 40, n: 0}").engines.max_num_seqs == 40
+    given = {"name": "x", "model": "models/tiny-reasoner", "data": {"eval": "rows.parquet"}, "expert": "tiny"}
+    assert EvaluateConfig.model_validate({**given, "batch": 32, "n": 4}).engines.max_num_seqs == 128
+
+
+@pytest.mark.parametrize(
+    ("given", "largest"),
+    [
+        ({"max_num_seqs": 688}, 688),
+        ({"max_num_seqs": 513}, 528),
+        ({"max_num_seqs": 512}, None),  # vLLM's own ceiling
+        ({"max_num_seqs": 688, "num_gpus": 0}, None),
+        ({"max_num_seqs": 688, "cuda_graphs": False}, None),
+        ({}, None),
+    ],
+)
+def test_graphs_are_captured_for_all_completions(given, largest):
+    assert RolloutConfig.model_validate({"num_gpus": 1, **given}).captured == largest
 
 
 @pytest.mark.parametrize(
     ("rollout", "fault"),
     [
         ("{kv_cache: fp8}", "kv_cache=fp8 needs a GPU; set num_gpus, or kv_cache to auto"),
+        (
+            "{max_num_seqs: 5000}",
+            "5000 completions at a time need a token each, and a pass has 4096; lower max_num_seqs",
+        ),
         ("{max_num_batched_tokens: 100}", "takes a prompt in one pass; set max_num_batched_tokens to 2560"),
     ],
 )
@@ -169,13 +216,21 @@ def test_tokens_of_a_pass():
     assert RolloutConfig(max_prompt_tokens=8000).pass_tokens == 8512
 
 
-@pytest.mark.parametrize("name", ["demo_gpu", "lingshu_7b_hard", "lingshu_7b_soft", "qwen2_5_vl_3b_mask"])
-def test_the_configs_of_gpus_say_what_a_gpu_needs(name):
+@pytest.mark.parametrize(
+    ("name", "gpus"), [("demo_gpu", 1), ("lingshu_7b_hard", 8), ("lingshu_7b_soft", 8), ("qwen2_5_vl_3b_mask", 4)]
+)
+def test_the_configs_of_gpus_say_what_a_gpu_needs(name, gpus):
     config = load_config(TrainConfig, ROOT / "configs" / f"{name}.yaml")
     assert config.learner.gradient_checkpointing is True and config.learner.objective.correction == "token"
     assert config.learner.dtype == "bfloat16" and config.learner.zero_stage >= 2
-    masks = config.reward.scorer(think=True).uses_mask
-    assert masks or config.segmenter.num_gpus < 1, "its reward looks at no mask"
+    listed = [
+        *bundles("segmenter", config.segmenter.actors, config.segmenter),
+        *bundles("rollout", config.rollout.actors, config.rollout),
+        *bundles("learner", config.learner.ranks, config.learner),
+    ]
+    assert alone("segmenter", listed) == 0, "segmenters lie beside the engines"
+    assert shortage(listed, [Node(cpus=128, gpus=gpus)]) is None
+    assert sum(bundle.gpus for bundle in listed) == gpus, "none is left over"
 
 
 def test_the_demo_on_a_gpu_learns_what_the_demo_learns():

@@ -1,11 +1,17 @@
-"""What is seen before an actor starts."""
+"""What is seen before an actor starts, in which order actors do, and with which variables."""
 
+import os
 import shutil
+import time
 
+import psutil
 import pytest
+import ray
 
 from cluster import evaluate, sft, train
 from cluster.config import EvaluateConfig, SftConfig
+from cluster.placement import Bundle
+from cluster.workers import ActorSpec, started
 from tests.conftest import TINY_REASONER
 
 
@@ -24,3 +30,84 @@ def test_a_model_that_cannot_be_loaded_is_named_before_any_actor_starts(tmp_path
     }[job]
     with pytest.raises(ValueError, match=r"model\.safetensors is a Git LFS pointer"):
         listed()
+
+
+@pytest.mark.parametrize(
+    ("preset", "segmenter", "said"),
+    [
+        ("soft", 1, "the reward looks at no mask, and segmenters have a GPU for themselves"),
+        ("soft", 0.1, None),  # with an engine
+        ("soft", 0, None),
+        ("mask", 1, None),
+    ],
+)
+def test_segmenters_that_idle_on_a_gpu_are_remarked(demo_config, preset, segmenter, said):
+    engine = 0.9 if segmenter == 0.1 else 1
+    config = demo_config(f"reward.preset={preset}", f"segmenter.num_gpus={segmenter}", f"rollout.num_gpus={engine}")
+    remark = train.idle_segmenters(config, train.actors(config))
+    assert remark is None if said is None else remark is not None and remark.startswith(said)
+
+
+class Log:
+    """What the actors did, in order."""
+
+    def __init__(self):
+        self.lines = []
+
+    def add(self, line):
+        self.lines.append(line)
+
+    def read(self):
+        return self.lines
+
+
+class Fake:
+    """An actor of any role, which loads nothing and says when it starts, when it has started, and on which GPU."""
+
+    def __init__(self, log, name):
+        self.log, self.name = log, name
+
+    def address(self):
+        return "127.0.0.1", 1
+
+    def start(self, *_):
+        ray.get(self.log.add.remote(f"{self.name} begins on GPU {os.environ['CUDA_VISIBLE_DEVICES']}"))
+        time.sleep(0.2)
+        ray.get(self.log.add.remote(f"{self.name} is up"))
+        return os.environ.get("OF_A_USER")
+
+    def stop(self):
+        pass
+
+
+def test_engines_that_share_a_gpu_start_one_after_another_and_before_all_others(ray_cluster, demo_config):
+    """On the cluster's one GPU, whatever the order in which they are listed; each with its role's variables."""
+    log = ray.remote(Log).options(num_cpus=0).remote()
+    shares = [("segmenter", 0, 0.1), ("learner", 0, 0.1), ("rollout", 0, 0.4), ("rollout", 1, 0.4)]
+    listed = [
+        ActorSpec(
+            bundle=(bundle := Bundle(role=role, index=index, cpus=0, gpus=share)),
+            actor_class=Fake,
+            arguments={"log": log, "name": bundle.name},
+            environment={"OF_A_USER": role},
+        )
+        for role, index, share in shares
+    ]
+    with started(listed, demo_config()) as workers:
+        assert workers.expert_digest == "segmenter", "its variable, which the fake returns in place of a digest"
+    lines = ray.get(log.read.remote())
+    assert lines[:4] == [
+        *("rollout 0 begins on GPU 0", "rollout 0 is up"),
+        *("rollout 1 begins on GPU 0", "rollout 1 is up"),
+    ]
+    assert sorted(lines[4:]) == [
+        *("learner 0 begins on GPU 0", "learner 0 is up"),
+        *("segmenter 0 begins on GPU 0", "segmenter 0 is up"),
+    ]
+
+
+def test_a_variable_of_a_role_reaches_the_engines_own_processes(workers):
+    """vLLM's core and worker, which the actor starts (the variable is in conftest.py)."""
+    engines = [process for process in psutil.process_iter() if "VLLM::" in process.name()]
+    assert len(engines) >= 2
+    assert {process.environ().get("OF_A_USER") for process in engines} == {"7"}
