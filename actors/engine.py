@@ -19,7 +19,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from actors import orphan_guard
 from actors.config import RolloutConfig
 from actors.engine_report import EngineReport, UpdateReceipt
-from actors.weight_files import Bucket, in_host_memory
+from actors.weight_files import Bucket, HostFile
 from reasoner.footprint import GIB, cache_bytes, empty_model
 from reasoner.prompter import Prompter
 from umrg.frames import Size
@@ -114,9 +114,11 @@ class Engine:
         await self._llm.pause_generation(mode="keep", clear_cache=True)
         try:
             await self._llm.start_weight_update()
-            async for bucket in buckets:
-                with in_host_memory(bucket) as path:
-                    info = {"path": path, "entries": [asdict(entry) for entry in bucket.entries]}
+            with HostFile() as file:
+                async for bucket in buckets:
+                    file.write(bucket)
+                    entries = [asdict(entry) for entry in bucket.entries]
+                    info = {"path": file.path, "entries": entries, "exact": bucket.exact}
                     await self._llm.update_weights(WeightTransferUpdateRequest(update_info=info))
             await self._llm.finish_weight_update(weight_version=str(version))
             found: list[tuple[str, int, list[str]]] = await self._llm.collective_rpc("received")

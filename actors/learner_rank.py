@@ -108,11 +108,11 @@ class LearnerRank(ZeroActor):
     def weights(self, everything: bool) -> tuple[str, list["ray.ObjectRef[Bucket]"]]:
         """Checksum of the weights, and references of their buckets, both from the first rank; all ranks. everything:
         those of modules of which nothing learns too."""
-        checksum, buckets = Checksum(), []
+        checksum, buckets, exact = Checksum(), [], self._grpo_config.sha256
         for tensors in self.running().named_weights(everything=everything):
             if tensors:
-                checksum.add(tensors)
-                buckets.append(ray.put(pack(tensors)))
+                checksum.add(tensors, exact=exact)
+                buckets.append(ray.put(pack(tensors, exact=exact)))
         return checksum.hexdigest(), buckets
 
     def logprobs(self, group: Group, token_ids: Sequence[int]) -> list[float]:

@@ -1,6 +1,6 @@
 """Weights on their way from the learner to the rollouts: buckets of named tensors, and their checksum.
 
-    learner's tensors ──pack──► Bucket ──object store──► Bucket ──in_host_memory──► file ──mapped──► engine's tensors
+    learner's tensors ──pack──► Bucket ──object store──► Bucket ──HostFile──► file ──mapped──► engine's tensors
 
 Each arrow but the first copies the bytes once. A bucket holds one array per tensor: Ray writes arrays into its object
 store, and shows them to readers of the node, without a copy of its own, where it would copy `bytes` to each reader's
@@ -10,10 +10,10 @@ heap.
 import hashlib
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -52,18 +52,19 @@ class Bucket:
     entries: tuple[Entry, ...]
     arrays: tuple[NDArray[np.uint8], ...]
     """The bytes of each entry."""
+    exact: bool
+    """Whether its tensors are added to a checksum with their sha256."""
 
 
-def pack(tensors: Mapping[str, torch.Tensor]) -> Bucket:
+def pack(tensors: Mapping[str, torch.Tensor], *, exact: bool = False) -> Bucket:
     """A bucket of tensors: views of those on the CPU, and copies of those on a GPU."""
     entries, arrays, offset = [], [], 0
     for name, tensor in tensors.items():
-        here = tensor.detach().cpu().contiguous()
-        shape, dtype = tuple(here.shape), str(here.dtype).removeprefix("torch.")
+        shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
         entries.append(Entry(name=name, dtype=dtype, shape=shape, offset=offset))
-        arrays.append(here.flatten().view(torch.uint8).numpy())
+        arrays.append(_bytes(tensor))
         offset = -(-entries[-1].end // _ALIGNMENT) * _ALIGNMENT
-    return Bucket(entries=tuple(entries), arrays=tuple(arrays))
+    return Bucket(entries=tuple(entries), arrays=tuple(arrays), exact=exact)
 
 
 def unpack(bucket: Bucket) -> dict[str, torch.Tensor]:
@@ -74,28 +75,35 @@ def unpack(bucket: Bucket) -> dict[str, torch.Tensor]:
     }
 
 
-@contextmanager
-def in_host_memory(bucket: Bucket) -> Iterator[str]:
-    """A path under which other processes of this machine and user open the bucket's bytes for the duration of the
-    context. The file is in memory and has no name in any folder, so nothing is left of it, even if this process is
-    killed; nor does the size of /dev/shm bound it."""
-    handle = os.memfd_create("medreasoner-weights")
-    try:
+class HostFile:
+    """A file in host memory for one bucket after another, which other processes of this machine and user read by its
+    path. It has no name in any folder, so nothing is left of it, even if this process is killed; nor does the size of
+    /dev/shm bound it."""
+
+    def __init__(self) -> None:
+        self._handle = os.memfd_create("medreasoner-weights")
+        self.path = f"/proc/{os.getpid()}/fd/{self._handle}"
+
+    def write(self, bucket: Bucket) -> None:
+        """Put a bucket in the place of the one before, of which nobody may hold a view any more: to clear new pages
+        costs more than to copy the bytes, so their memory is used again."""
         pieces = [
             (array.data[start : start + _PIECE], entry.offset + start)
             for entry, array in zip(bucket.entries, bucket.arrays, strict=True)
             for start in range(0, array.nbytes, _PIECE)
         ]
-        # The kernel clears and fills each page of a new file, on one core for one thread.
         with ThreadPoolExecutor(max_workers=_WRITERS) as pool:
-            list(pool.map(lambda piece: _write(handle, *piece), pieces))
-        yield f"/proc/{os.getpid()}/fd/{handle}"
-    finally:
-        os.close(handle)
+            list(pool.map(lambda piece: _write(self._handle, *piece), pieces))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._handle)
 
 
 def mapped(path: str, entries: Sequence[Entry]) -> dict[str, torch.Tensor]:
-    """The tensors of such a file, as views of it; it stays in memory as long as one of them does."""
+    """The tensors of a `HostFile`, as views of it; it stays in memory as long as one of them does."""
     with open(path, "rb") as file:
         # Copy on write: torch takes no memory that may not be written to.
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -107,6 +115,11 @@ def _write(handle: int, data: memoryview, offset: int) -> None:
     while data:
         written = os.pwrite(handle, data, offset)
         data, offset = data[written:], offset + written
+
+
+def _bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
+    """A view of those of a contiguous tensor on the CPU, else a copy. (numpy knows no bfloat16.)"""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
 def word_sum(tensor: torch.Tensor) -> int:
@@ -122,16 +135,18 @@ def word_sum(tensor: torch.Tensor) -> int:
 
 class Checksum:
     """Over names, types, shapes and words of tensors, in any order. It finds what was lost, damaged, mixed up or sent
-    twice; unlike a cryptographic hash it costs no more than reading the tensors once."""
+    twice, and costs no more than reading the tensors once. What it does not see, numbers that change places within a
+    tensor, sha256 does, at the price of a second and more for a GiB."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []
 
-    def add(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-        """Add tensors. Returns the `word_sum` of each."""
+    def add(self, tensors: Mapping[str, torch.Tensor], *, exact: bool = False) -> dict[str, int]:
+        """Add tensors. Returns the `word_sum` of each. exact: by their sha256 too."""
         words = {name: word_sum(tensor) for name, tensor in tensors.items()}
         for name, tensor in tensors.items():
-            self._lines.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {words[name]}")
+            sha256 = hashlib.sha256(_bytes(tensor).data).hexdigest() if exact else ""
+            self._lines.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {words[name]} {sha256}")
         return words
 
     def hexdigest(self) -> str:

@@ -38,9 +38,11 @@ class HostUpdateInfo(WeightTransferUpdateInfo):
     """One bucket of weights."""
 
     path: str
-    """A file of `actors.weight_files.in_host_memory`."""
+    """Of an `actors.weight_files.HostFile`, which the next bucket overwrites."""
     entries: list[dict[str, Any]]
     """The fields of each `Entry`."""
+    exact: bool
+    """As in `Bucket`."""
 
 
 class Live:
@@ -113,7 +115,7 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
 
     def receive_weights(self, update_info: HostUpdateInfo) -> None:
         tensors = mapped(update_info.path, [Entry(**entry) for entry in update_info.entries])
-        self.live.add(tensors, self.checksum.add(tensors))
+        self.live.add(tensors, self.checksum.add(tensors, exact=update_info.exact))
         for name in top_level(map(self.live.name, tensors)):
             if name not in self._reloading:
                 self._reloading[name] = self.model.get_submodule(name)

@@ -2,7 +2,7 @@
 
 rows ──Group──► rollouts ──GroupSamples──► segmenters ──ScoredGroup──► learner
                    ▲                                                      │
-                   └───────────── weights, digest, canary ────────────────┘
+                   └───────────── weights, checksum, canary ──────────────┘
 """
 
 import sys

@@ -211,6 +211,9 @@ class LearnerConfig(ZeroConfig):
     """Where the reference model of the KL term is. `parked`: in host memory, and on the GPU during its passes alone.
     `partitioned`: over the ranks' GPUs. null: `partitioned` at zero_stage 3, else `parked`. With `lora` it is the
     policy without its adapters, and this key has no effect."""
+    sha256: MayChange[bool] = False
+    """Compare the weights that reach the engines by their sha256 too, which takes seconds for each GiB of every update.
+    Without it sums of their words are compared, which miss numbers that change places within a tensor."""
 
     def work(self, group: ScoredGroup) -> int:
         """Tokens of a group that go through the model; 0 for one that has no gradient."""

@@ -62,7 +62,7 @@ def workers(ray_cluster, demo_config):
     from cluster.train import actors
     from cluster.workers import started
 
-    config = demo_config("rollout.environment={OF_A_USER: 7}")
+    config = demo_config("rollout.environment={OF_A_USER: 7}", "learner.sha256=true")
     with started(actors(config), config) as running:
         yield running
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.rollout import Rollout
-from actors.weight_files import Checksum, checksum_of, in_host_memory, mapped, pack, unpack, word_sum
+from actors.weight_files import Checksum, HostFile, checksum_of, mapped, pack, unpack, word_sum
 
 TENSORS = {
     "a": torch.randn(3, 4),
@@ -38,19 +38,30 @@ def test_tensors_come_back_bit_by_bit():
 
 def test_a_file_in_memory_shows_them_without_a_copy_and_leaves_nothing():
     bucket = pack(TENSORS)
-    with in_host_memory(bucket) as path:
-        found = mapped(path, bucket.entries)
+    with HostFile() as file:
+        file.write(bucket)
+        found = mapped(file.path, bucket.entries)
         assert equal(found, TENSORS)
-    assert not os.path.exists(path)
+    assert not os.path.exists(file.path)
     assert equal(found, TENSORS), "tensors keep their memory"
     found["a"].zero_()  # may be written to, as torch expects, without an effect on anybody else
 
 
+def test_one_bucket_takes_the_place_of_another_in_the_same_memory():
+    large, small = ({"a": torch.full((size,), float(size))} for size in (1 << 20, 10))
+    with HostFile() as file:
+        for tensors in (small, large, small):
+            file.write(bucket := pack(tensors))
+            assert equal(mapped(file.path, bucket.entries), tensors)
+        assert os.path.getsize(file.path) == 4 << 20
+
+
 HELD = """
 import os, sys, torch
-from actors.weight_files import in_host_memory, pack
-with in_host_memory(pack({"a": torch.ones(1 << 20)})) as path:
-    print(path, flush=True)
+from actors.weight_files import HostFile, pack
+with HostFile() as file:
+    file.write(pack({"a": torch.ones(1 << 20)}))
+    print(file.path, flush=True)
     sys.stdin.read()
 """
 
@@ -82,6 +93,17 @@ def test_the_checksum_sees_names_values_types_and_shapes():
     ]
     sums = {checksum_of([bucket]) for bucket in ({"a": tensor}, *others)}
     assert len(sums) == 1 + len(others)
+
+
+def test_sha256_sees_numbers_that_change_places():
+    tensor = torch.arange(8, dtype=torch.float32)
+    moved = tensor.view(4, 2).flip(0).reshape(-1)
+    for exact in (False, True):
+        found = []
+        for each in (tensor, moved):
+            (checksum := Checksum()).add({"a": each}, exact=exact)
+            found.append(checksum.hexdigest())
+        assert (found[0] != found[1]) is exact
 
 
 def test_the_checksum_of_buckets_is_that_of_one_after_another_in_any_order():
@@ -117,11 +139,11 @@ def test_a_receiving_actor_holds_two_buckets_at_most(ray_cluster):
         async def update_weights(self, buckets, version):
             tracemalloc.start()
             total = 0
-            async for bucket in buckets:
-                with in_host_memory(bucket) as path:
-                    total += sum(int(each.sum()) for each in mapped(path, bucket.entries).values())
-                held = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
-                assert not any("medreasoner-weights" in name for name in held)
+            with HostFile() as file:
+                async for bucket in buckets:
+                    file.write(bucket)
+                    total += sum(int(each.sum()) for each in mapped(file.path, bucket.entries).values())
+                    assert os.path.getsize(file.path) == size, "one bucket is in the file"
             return total, tracemalloc.get_traced_memory()[1]
 
     class Receiver(Rollout):

@@ -13,7 +13,7 @@ from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGenera
 from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
 from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 
-from actors.weight_files import Checksum, in_host_memory, pack
+from actors.weight_files import Checksum, HostFile, pack
 from actors.weight_transfer import HostUpdateInfo, HostWeightTransferEngine, Live, top_level
 
 
@@ -146,14 +146,15 @@ def with_biases():
 
 
 def updated(engine, sent, *, in_buckets_of):
-    """What differs after an update. Between two buckets, nothing of the first may be in memory."""
+    """What differs after an update by one file. Between two buckets, nothing of the first may be in use."""
     engine.start_weight_update()
     names = list(sent)
-    for i in range(0, len(names), in_buckets_of):
-        bucket = pack({name: sent[name] for name in names[i : i + in_buckets_of]})
-        with in_host_memory(bucket) as path:
-            engine.receive_weights(HostUpdateInfo(path=path, entries=[asdict(entry) for entry in bucket.entries]))
-        assert "medreasoner-weights" not in Path("/proc/self/maps").read_text(), "the engine keeps a bucket's file"
+    with HostFile() as file:
+        for i in range(0, len(names), in_buckets_of):
+            file.write(bucket := pack({name: sent[name] for name in names[i : i + in_buckets_of]}))
+            entries = [asdict(entry) for entry in bucket.entries]
+            engine.receive_weights(HostUpdateInfo(path=file.path, entries=entries, exact=False))
+            assert "medreasoner-weights" not in Path("/proc/self/maps").read_text(), "the engine keeps a bucket's file"
     engine.finish_weight_update()
     return engine.live.compared()
 

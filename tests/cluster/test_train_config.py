@@ -110,7 +110,11 @@ OF_INFERENCE = OF_AN_ENGINE | {f"{role}.{key}" for role in ("rollout", "segmente
 @pytest.mark.parametrize(
     ("schema", "name", "expected"),
     [
-        (TrainConfig, "demo", OF_A_RUN | OF_LEARNING | OF_INFERENCE | {"keep_best", "learner.reference"}),
+        (
+            TrainConfig,
+            "demo",
+            OF_A_RUN | OF_LEARNING | OF_INFERENCE | {"keep_best", "learner.reference", "learner.sha256"},
+        ),
         (EvaluateConfig, "evaluate_demo", OF_A_RUN | OF_INFERENCE),
         (SftConfig, "tiny_reasoner_sft", OF_A_RUN | OF_LEARNING | {"patience"}),
     ],
