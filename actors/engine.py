@@ -56,7 +56,7 @@ class Engine:
                 distributed_executor_backend="mp" if config.tensor_parallel > 1 else None,
                 gpu_memory_utilization=config.gpu_memory,
                 limit_mm_per_prompt={"image": 1, "video": 0},
-                mm_processor_kwargs={"size": prompter.size},
+                mm_processor_kwargs=prompter.vllm_arguments,
                 # Of the sampling distribution: temperature-scaled, the forbidden tokens left out.
                 logprobs_mode="processed_logprobs",
                 weight_transfer_config=WeightTransferConfig(backend="medreasoner-host"),
