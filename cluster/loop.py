@@ -63,8 +63,8 @@ class Loop:
         ours, before = self.checkpoints.holds(checkpoint), checkpoint.state.rows
         if ours and before not in (None, self._row_count):
             raise ValueError(
-                f"the run has {self._row_count} rows and had {before} when {checkpoint.folder.name} was written, and its "
-                "position in the data is one among these; resume with the files and the limits on tokens of then"
+                f"the run has {self._row_count} rows and had {before} when {checkpoint.folder.name} was written, among "
+                "which its position in the data is; resume with the files and the limits on tokens of then"
             )
         self.checkpoints.load(checkpoint)
         self.step, self.cursor = checkpoint.state.step, checkpoint.state.cursor

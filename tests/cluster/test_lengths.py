@@ -3,16 +3,17 @@
 import io
 import json
 from dataclasses import replace
-
 from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from cluster.checkpoints import Checkpoint, RunState
 from cluster.config import SftConfig, load_config
 from cluster.data import open_rows, prompt_limit
 from cluster.lengths import RowLimit, fitting
+from cluster.loop import Loop
 from cluster.run_folder import RunFolder
 from cluster.sft import Images
 from learner.sft import reference_branches
@@ -22,6 +23,7 @@ from tests.conftest import ROOT, TINY_REASONER
 from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
 from umrg.images import encode_png
+from umrg.shuffling import Cursor
 
 KEY = "rollout.max_prompt_tokens"
 
@@ -76,7 +78,7 @@ def test_long_rows_are_left_out_and_counted(files, prompter):
 
 
 def test_nothing_left_is_refused(files, prompter):
-    with pytest.raises(ValueError, match="allows 10; .*; none of the 6 rows can be used as it is"):
+    with pytest.raises(ValueError, match=r"allows 10; .*; none of the 6 rows can be used as it is"):
         fitting(Dataset.open(files), RowLimit(prompter, 10, KEY), "leave_out")
 
 
@@ -171,3 +173,47 @@ def test_a_supervised_rows_length_is_that_of_what_is_learnt(files):
     sample = Dataset.open(files)[0]
     tokens, _ = RowLimit(reasoner, 500, "learner.micro_batch_tokens", answers=True).measure(sample)
     assert tokens == len(reference_branches(reasoner, [sample]))
+
+
+def test_a_run_resumes_with_the_rows_that_it_began_with(files, tmp_path):
+    """The budget of tokens may change, but rows that only the larger one takes cannot vanish in the middle."""
+    before, config = (
+        supervised(
+            files,
+            "think=false",
+            "data.overlong=leave_out",
+            f"learner.micro_batch_tokens={most}",
+            "resume=auto",
+            f"runs={tmp_path}",
+        )
+        for most in (4096, 200)
+    )
+    run = RunFolder(tmp_path / "run")
+    state = RunState(step=1, cursor=Cursor(seed=0, position=1), metrics=7, rows=Images(before).lengths.rows)
+
+    def resumed(config, checkpoint):
+        learner = Restored()
+        position = Loop(config, run, learner, rows=Images(config).lengths.rows, keep_best=1).resume(checkpoint)
+        assert learner.loaded == [checkpoint.folder]
+        return position
+
+    ours = Checkpoint(folder=run.checkpoints.resolve() / "step-000001", state=state, sha256="")
+    with pytest.raises(
+        ValueError, match=r"has 4 rows and had 6 when step-000001 was written.* limits on tokens of then"
+    ):
+        resumed(config, ours)
+    assert resumed(before, ours) == 7
+    older = state.model_copy(update={"rows": None})
+    assert resumed(config, replace(ours, state=older)) == 7
+    # Another run's checkpoint may be gone on from with other rows.
+    assert resumed(config, replace(ours, folder=tmp_path / "another" / "step-000001")) == 0
+
+
+class Restored:
+    """A learner that remembers what it was restored from."""
+
+    def __init__(self):
+        self.loaded = []
+
+    def load(self, folder):
+        self.loaded.append(folder)

@@ -10,15 +10,12 @@ import torch
 from actors.learner_rank import SupervisedRank
 from actors.pools import SupervisedPool, gather
 from cluster.config import SftConfig, load_config
-from cluster.lengths import RowLimit
 from cluster.loop import checkpoint_to_resume
 from cluster.run_folder import RunFolder
 from cluster.sft import Finetuning, Images, actors, out_of_patience, sft
 from phantoms import rows
 from reasoner.model import load_reasoner
-from reasoner.prompter import load_prompter
 from tests.ranks import STEADY, assert_moved_alike, hosted
-from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -100,22 +97,6 @@ def test_a_run_stops_where_what_is_held_out_gets_no_likelier_and_leaves_the_best
     best = validations.index(min(validations))
     assert len(validations) == best + 3 < 50
     assert json.loads((run.path / "summary.json").read_text())["model_of_step"] == best + 1
-
-
-def test_a_run_resumes_with_the_rows_that_it_began_with(hosts, tmp_path, phantoms):
-    """The budget of tokens may change, and rows that only the larger one takes cannot vanish in the middle."""
-    rows = Dataset.open(phantoms)
-    limit = RowLimit(load_prompter(ROOT / "models" / "tiny-reasoner"), 4096, "tokens", answers=True)
-    longest = max(limit.measure(row)[0] for row in rows)
-    settings = ("steps=2", "data.overlong=leave_out", "checkpoint_every=1")
-    run = finetuned(hosts, config(tmp_path, phantoms, *settings, "steps=1", f"learner.micro_batch_tokens={longest}"))
-    before = run.metrics()
-    smaller = (*settings, f"learner.micro_batch_tokens={longest - 1}", "resume=auto")
-    with pytest.raises(ValueError, match=r"rows and had 12 when step-000001 was written.*the limits on tokens of then"):
-        finetuned(hosts, config(tmp_path, phantoms, *smaller))
-    assert run.metrics() == before
-    larger = (*settings, f"learner.micro_batch_tokens={longest + 1}", "resume=auto")
-    assert len(finetuned(hosts, config(tmp_path, phantoms, *larger)).metrics()) == 2
 
 
 @pytest.mark.parametrize(
