@@ -78,14 +78,14 @@ def fitting(
 ) -> tuple[Dataset, Lengths]:
     """The rows within the limit, in their order, and their lengths. console: on which to show the progress.
 
-    Every row is read and checked on the way. Raises ValueError that names the first row that is too long, where such
-    rows are not to be left out or no other is there; and for a row that cannot be read.
+    Every row is read and checked on the way, without its mask. Raises ValueError that names the first row that is too
+    long, where such rows are not to be left out or no other is there; and for a row that cannot be read.
     """
     kept: list[int] = []
     lengths: list[int] = []
     first = ""
     with progress("measuring prompts", len(rows), console=console) as show:
-        for i, sample in enumerate(rows):
+        for i, sample in enumerate(rows.unmasked()):
             tokens, fault = limit.measure(sample)
             if fault is None:
                 kept.append(i)
