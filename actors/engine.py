@@ -62,8 +62,7 @@ class Engine:
                 distributed_executor_backend="mp" if config.tensor_parallel > 1 else None,
                 gpu_memory_utilization=config.gpu_memory,
                 limit_mm_per_prompt={"image": 1, "video": 0},
-                # Of images alone: vLLM would bound videos by the same size, of which a small one leaves no token.
-                mm_processor_kwargs={"images_kwargs": {"size": prompter.size}},
+                mm_processor_kwargs=prompter.vllm_arguments,
                 # Of the sampling distribution: temperature-scaled, the forbidden tokens left out.
                 logprobs_mode="processed_logprobs",
                 weight_transfer_config=WeightTransferConfig(backend="medreasoner-host"),

@@ -53,6 +53,8 @@ class RunState(Config):
     """Bytes of metrics.jsonl by then."""
     score: float | None = None
     """Of the evaluation at this step, greater is better; None where there was none."""
+    rows: NonNegativeInt | None = None
+    """Of the data that the cursor is a position in; None in checkpoints of earlier versions."""
 
 
 class Learner(Protocol):

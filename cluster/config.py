@@ -279,6 +279,11 @@ class EvaluateConfig(RunConfig):
             raise ValueError("give either model or endpoint")
         if self.endpoint and self.frame is None:
             raise ValueError("say what the endpoint's coordinates are: frame=model, original or relative")
+        if self.endpoint and (self.min_pixels or self.max_pixels):
+            raise ValueError(
+                "an endpoint resizes images by its own settings; leave min_pixels and max_pixels out, and say in "
+                "endpoint.min_pixels and endpoint.max_pixels what they are"
+            )
         return self
 
     @property

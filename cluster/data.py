@@ -3,26 +3,31 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 from actors.config import RolloutConfig
 from cluster.config import EvaluateConfig, PhantomConfig, RowFilter, TrainConfig
-from cluster.lengths import Lengths, fitting
+from cluster.lengths import Lengths, RowLimit, fitting
 from cluster.run_folder import RunFolder
 from phantoms import rows as phantom_rows
-from reasoner.prompter import Prompter, load_prompter
+from reasoner.prompter import load_prompter
 from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
+from umrg.prompts import PromptSpec
 from umrg.sample import Sample
 
 
-def open_rows(config: TrainConfig, run: RunFolder) -> tuple[Dataset, list[Sample], Lengths]:
-    """The training rows, the held-out ones that are evaluated on, and the lengths of the former. Raises ValueError if
-    a prompt is too long, unless it is to be left out."""
-    data, prompter = config.data, load_prompter(config.model, config.spec())
+def open_rows(
+    config: TrainConfig, run: RunFolder, console: Console | None = None
+) -> tuple[Dataset, list[Sample], dict[str, Lengths]]:
+    """The training rows, the held-out ones that are evaluated on, and the lengths of both, as `train` and `held_out`.
+    console: on which to show the progress. Raises ValueError if a prompt is too long, unless it is to be left out."""
+    data, limit = config.data, prompt_limit(config.model, config.spec(), config.rollout)
     train = opened(_files(data.train, run.path / "data" / "train.parquet"), data)
     held_out = first_rows(Dataset.open(_files(data.eval, run.path / "data" / "eval.parquet")), config.evaluation.limit)
-    train, lengths = fit_prompts(train, prompter, config.rollout, data)
-    held_out, _ = fit_prompts(held_out, prompter, config.rollout, data)
-    return train, list(held_out), lengths
+    train, lengths = fitting(train, limit, data.overlong, console)
+    held_out, of_held_out = fitting(held_out, limit, data.overlong, console)
+    return train, list(held_out), {"train": lengths, "held_out": of_held_out}
 
 
 def evaluated_rows(config: EvaluateConfig, run: RunFolder) -> Dataset:
@@ -30,13 +35,14 @@ def evaluated_rows(config: EvaluateConfig, run: RunFolder) -> Dataset:
     return first_rows(opened(_files(config.data.eval, run.path / "data" / "eval.parquet"), config.data), config.limit)
 
 
-def open_held_out(config: EvaluateConfig, run: RunFolder) -> list[Sample]:
-    """The rows of an evaluation. Raises ValueError as `open_rows` does; what an endpoint takes is not known."""
+def open_held_out(config: EvaluateConfig, run: RunFolder) -> tuple[list[Sample], Lengths | None]:
+    """The rows of an evaluation, and their lengths. Raises ValueError as `open_rows` does. What an endpoint takes is
+    not known: its rows are all kept, and have no lengths."""
     rows = evaluated_rows(config, run)
-    if config.model is not None:
-        rows, lengths = fit_prompts(rows, load_prompter(config.model, config.spec()), config.rollout, config.data)
-        print(lengths, flush=True)
-    return list(rows)
+    if config.model is None:
+        return list(rows), None
+    rows, lengths = fitting(rows, prompt_limit(config.model, config.spec(), config.rollout), config.data.overlong)
+    return list(rows), lengths
 
 
 def first_rows(rows: Dataset, limit: int | None) -> Dataset:
@@ -44,10 +50,9 @@ def first_rows(rows: Dataset, limit: int | None) -> Dataset:
     return rows if limit is None or limit >= len(rows) else rows.only(range(limit))
 
 
-def fit_prompts(rows: Dataset, prompter: Prompter, config: RolloutConfig, kept: RowFilter) -> tuple[Dataset, Lengths]:
-    """The rows whose prompts an engine takes."""
-    most = config.max_prompt_tokens
-    return fitting(rows, prompter, most=most, overlong=kept.overlong, key="rollout.max_prompt_tokens")
+def prompt_limit(model: Path, spec: PromptSpec, config: RolloutConfig) -> RowLimit:
+    """The longest prompt that a model folder's engine takes. Raises ValueError where it is no such folder."""
+    return RowLimit(load_prompter(model, spec), config.max_prompt_tokens, "rollout.max_prompt_tokens")
 
 
 def opened(files: Sequence[Path], kept: RowFilter) -> Dataset:

@@ -88,6 +88,11 @@ class Display:
         self._task = self._progress.add_task(config.name, total=config.steps, text="")
         self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=2)
 
+    @property
+    def console(self) -> Console:
+        """Where it is shown. A bar within the live view must be on the same one."""
+        return self._console
+
     def __enter__(self) -> Self:
         if self._console.is_terminal:
             self._live.start()

@@ -38,14 +38,18 @@ def run_evaluation(config: EvaluateConfig) -> RunFolder:
     with RunFolder.begun(config.runs / config.name, config, resume=True) as run:
         if run.read_json("metrics.json"):
             raise ValueError(f"the evaluation {run.path} is finished; give another name=… or remove it")
-        rows, coverage = open_held_out(config, run), TrainingCoverage.of_files(config.data.seen)
+        rows, lengths = open_held_out(config, run)
+        if lengths:
+            print(lengths, flush=True)
+            run.tell(prompts=asdict(lengths))
+        coverage = TrainingCoverage.of_files(config.data.seen)
         results = Results(run.path / "results.jsonl", n=config.n, hold=run.hold)
         if any(row.id not in results.rows for row in rows):
             with ray_connection(), started(actors(config), config) as workers, run.telling():
                 run.tell(engines=[asdict(engine) for engine in workers.engines])
                 answer(workers, rows, config, results)
         results.sort([row.id for row in rows])
-        write_figures(run, rows, coverage, results, config)
+        write_figures(run, rows, coverage, results, config, left_out=lengths.left_out if lengths else 0)
     return run
 
 
@@ -75,14 +79,21 @@ def answer(workers: Workers, rows: Sequence[Sample], config: EvaluateConfig, res
 
 
 def write_figures(
-    run: RunFolder, rows: Sequence[Sample], coverage: TrainingCoverage, results: Results, config: EvaluateConfig
+    run: RunFolder,
+    rows: Sequence[Sample],
+    coverage: TrainingCoverage,
+    results: Results,
+    config: EvaluateConfig,
+    *,
+    left_out: int = 0,
 ) -> None:
-    """Write metrics.json, table.md, table.csv and the report, from the recorded answers alone."""
+    """Write metrics.json, table.md, table.csv and the report, from the recorded answers alone. left_out: rows that were
+    too long to be answered."""
     figures = {row.id: row_figures(results.rows[row.id], row) for row in rows}
     strata = {row.id: coverage.strata(row) for row in rows}
     greedy = {row.id: greedy_record(results.rows[row.id]) for row in rows}
     failures = {row: record["failure"] for row, record in greedy.items() if record["failure"]}
-    metrics = {"settings": settings(config), **summarise(figures, strata, failures)}
+    metrics = {"settings": settings(config), "left_out": left_out, **summarise(figures, strata, failures)}
     if config.answers == "lenient":
         metrics["lenient"] = lenient_figures(rows, results, strata)
     for name, text in (("table.md", markdown(metrics)), ("table.csv", comma_separated(metrics))):
@@ -115,6 +126,7 @@ def settings(config: EvaluateConfig) -> dict[str, Any]:
         "prompt": spec.name,
         "think": spec.think,
         "frame": spec.frame.value,
+        **{name: bound for name in ("min_pixels", "max_pixels") if (bound := getattr(spec, name)) is not None},
         "answers": config.answers,
         "n": config.n,
         "temperature": config.temperature,

@@ -1,10 +1,11 @@
-"""The lengths of all prompts, known before the first step: what is too long is named at the start of a run, or left out
+"""The lengths of all rows, known before the first step: what is too long is named at the start of a run, or left out
 of it and counted, and never met in the middle."""
 
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
+
+from rich.console import Console
 
 from cluster.display import progress
 from reasoner.prompter import Prompter
@@ -12,6 +13,46 @@ from umrg.dataset import Dataset
 from umrg.sample import Sample
 
 Overlong = Literal["refuse", "leave_out"]
+
+
+class RowLimit:
+    """The most tokens that a row may have, by a run's configuration and by the model's positions.
+
+    most: what the configuration's `key` allows. answers: the reference answer counts too, as in supervised training.
+    """
+
+    def __init__(self, prompter: Prompter, most: int, key: str, *, answers: bool = False) -> None:
+        self._prompter, self._answers = prompter, answers
+        self._most, self._bound, self._remedy = min(
+            (most, f"{key} allows {most}", "raise it, lower max_pixels or shorten the question"),
+            (
+                prompter.positions,
+                f"the model has {prompter.positions} positions",
+                "lower max_pixels or shorten the question",
+            ),
+        )
+        self._texts: dict[str, int] = {}
+
+    def measure(self, sample: Sample) -> tuple[int, str | None]:
+        """A row's tokens and, if it is too long, why and what to change, phrased to follow the row's name. The tokens
+        are 0 where the processor refuses the image's aspect ratio."""
+        try:
+            image = self._prompter.image_tokens(sample.size)
+        except ValueError as error:
+            return 0, f"cannot be resized: {error}"
+        tokens = image + self._text(sample)
+        if tokens <= self._most:
+            return tokens, None
+        whole = " with its reference answer" if self._answers else ""
+        return tokens, f"has {tokens} tokens{whole}, {image} of them for the image, and {self._bound}; {self._remedy}"
+
+    def _text(self, sample: Sample) -> int:
+        """Tokens besides the image's. A query that occurs again is counted once."""
+        if sample.query not in self._texts:
+            whole = self._prompter.prompt_tokens(sample.query, sample.size)
+            self._texts[sample.query] = whole - self._prompter.image_tokens(sample.size)
+        answer = self._prompter.completion_ids(self._prompter.reference_answer(sample)) if self._answers else ()
+        return self._texts[sample.query] + len(answer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,56 +70,38 @@ class Lengths:
 
     def __str__(self) -> str:
         left_out = f"; {self.left_out:,} longer ones left out" if self.left_out else ""
-        return f"{self.rows:,} rows of {self.shortest:,} to {self.longest:,} tokens{left_out}"
+        return f"{self.rows:,} rows of {self.shortest:,} to {self.longest:,} tokens, median {self.median:,}{left_out}"
 
 
 def fitting(
-    rows: Dataset, prompter: Prompter, *, most: int, overlong: Overlong, key: str, answers: bool = False
+    rows: Dataset, limit: RowLimit, overlong: Overlong, console: Console | None = None
 ) -> tuple[Dataset, Lengths]:
-    """The rows of at most `most` tokens, and the lengths of their prompts.
+    """The rows within the limit, in their order, and their lengths. console: on which to show the progress.
 
-    key: of the configuration that sets `most`. answers: reference answers count too. Raises ValueError that names the
-    first row that is too long, where it is not to be left out, or if no row is left; and for rows that cannot be read.
+    Every row is read and checked on the way, without its mask. Raises ValueError that names the first row that is too
+    long, where such rows are not to be left out or no other is there; and for a row that cannot be read.
     """
-    measure = _measure(prompter, answers)
-    kept, lengths, refused = [], [], 0
+    kept: list[int] = []
+    lengths: list[int] = []
     first = ""
-    with progress("measuring prompts", len(rows)) as show:
-        for i in range(len(rows)):
-            sample = rows[i]
-            tokens = measure(sample)
-            if tokens <= most:
+    with progress("measuring prompts", len(rows), console=console) as show:
+        for i, sample in enumerate(rows.unmasked()):
+            tokens, fault = limit.measure(sample)
+            if fault is None:
                 kept.append(i)
                 lengths.append(tokens)
             else:
-                refused += 1
-                image = prompter.image_tokens(sample.size)
-                first = first or f"{sample.name} has {tokens} tokens, {image} of them for the image"
+                first = first or f"{sample.name} {fault}"
             show(i + 1)
-    if refused and (overlong == "refuse" or not kept):
-        others = f", and {refused - 1} more of {len(rows)} rows are too long" if refused > 1 else ""
-        raise ValueError(
-            f"{first}, and {key} allows {most}{others}; raise it, lower max_pixels, or set data.overlong=leave_out"
-        )
+    left_out = len(rows) - len(kept)
+    if left_out and (overlong == "refuse" or not kept):
+        others = f", or leave out the {left_out} such rows of {len(rows)} with data.overlong=leave_out" if kept else ""
+        raise ValueError(first + (others or f"; none of the {len(rows)} rows can be used as it is"))
     found = Lengths(
         rows=len(kept),
         shortest=min(lengths),
-        median=int(statistics.median(lengths)),
+        median=round(statistics.median(lengths)),
         longest=max(lengths),
-        left_out=refused,
+        left_out=left_out,
     )
-    return (rows.only(kept) if refused else rows), found
-
-
-def _measure(prompter: Prompter, answers: bool) -> Callable[[Sample], int]:
-    """Counts a row's tokens. Texts of queries that occur again are counted once."""
-    texts: dict[str, int] = {}
-
-    def measure(sample: Sample) -> int:
-        image = prompter.image_tokens(sample.size)
-        if sample.query not in texts:
-            texts[sample.query] = prompter.prompt_tokens(sample.query, sample.size) - image
-        answer = len(prompter.completion_ids(prompter.reference_answer(sample))) if answers else 0
-        return texts[sample.query] + image + answer
-
-    return measure
+    return (rows.only(kept) if left_out else rows), found

@@ -25,10 +25,12 @@ class Loop:
         run: RunFolder,
         learner: RankPool,
         *,
+        rows: int,
         keep_best: int,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.config, self.run = config, run
+        """rows: of the data, those left out not counted."""
+        self.config, self.run, self._row_count = config, run, rows
         self.checkpoints = Checkpoints(
             run.checkpoints,
             learner,
@@ -55,19 +57,25 @@ class Loop:
     def resume(self, checkpoint: Checkpoint | None) -> int:
         """Resume from a checkpoint, if there is one. Returns how many bytes of metrics.jsonl to keep: 0 for the
         checkpoint of another run, whose metrics are not this run's. The caller drops what came later, once nothing can
-        refuse the checkpoint any more."""
+        refuse the checkpoint any more. Raises ValueError if this run had another number of rows then."""
         if checkpoint is None:
             return 0
+        ours, before = self.checkpoints.holds(checkpoint), checkpoint.state.rows
+        if ours and before not in (None, self._row_count):
+            raise ValueError(
+                f"the run has {self._row_count} rows and had {before} when {checkpoint.folder.name} was written, among "
+                "which its position in the data is; resume with the files and the limits on tokens of then"
+            )
         self.checkpoints.load(checkpoint)
         self.step, self.cursor = checkpoint.state.step, checkpoint.state.cursor
-        return checkpoint.state.metrics if self.checkpoints.holds(checkpoint) else 0
+        return checkpoint.state.metrics if ours else 0
 
     def save_if_due(self, score: float | None, *, at_once: bool = False) -> None:
         """Begin to write a checkpoint of everything that the next step depends on, if one is due; otherwise put the one
         under way in its place if it is written. score: as `RunState.score`. at_once: even if none is due."""
         if at_once or self.at_end or self.checkpoints.due(self.step):
             position = self.run.metrics_position()
-            state = RunState(step=self.step, cursor=self.cursor, metrics=position, score=score)
+            state = RunState(step=self.step, cursor=self.cursor, metrics=position, score=score, rows=self._row_count)
             self.checkpoints.save(state, config_text(self.config))
         else:
             self.checkpoints.saved()

@@ -20,7 +20,7 @@ from cluster.cli import run_command
 from cluster.config import SftConfig, load_config
 from cluster.data import opened
 from cluster.display import progress
-from cluster.lengths import fitting
+from cluster.lengths import RowLimit, fitting
 from cluster.loop import Loop, checkpoint_to_resume
 from cluster.run_folder import RunFolder
 from cluster.workers import ActorSpec, ranks, ray_connection, started_supervised
@@ -41,6 +41,8 @@ def sft(config: SftConfig) -> RunFolder:
         run = stack.enter_context(RunFolder.begun(config.runs / config.name, config, resume=config.resume != "never"))
         checkpoint = checkpoint_to_resume(config, run)
         images = Images(config)
+        print(images.lengths, flush=True)
+        run.tell(prompts=asdict(images.lengths))
         stack.enter_context(ray_connection())
         print("starting the learner", flush=True)
         learner = stack.enter_context(started_supervised(actors(config, run.path), config))
@@ -62,15 +64,9 @@ class Images:
         self._dataset = opened(config.data.train, config.data)
         if config.spec().think:
             _refuse_unteachable(self._dataset)
-        self._dataset, lengths = fitting(
-            self._dataset,
-            load_prompter(config.model, config.spec()),
-            most=config.learner.micro_batch_tokens,
-            overlong=config.data.overlong,
-            key="learner.micro_batch_tokens",
-            answers=True,
-        )
-        print(lengths, flush=True)
+        prompter, most = load_prompter(config.model, config.spec()), config.learner.micro_batch_tokens
+        limit = RowLimit(prompter, most, "learner.micro_batch_tokens", answers=True)
+        self._dataset, self.lengths = fitting(self._dataset, limit, config.data.overlong)
         images = self._dataset.rows_by_image()
         held_out = round(config.validation * len(images))
         if config.validation and not 0 < held_out < len(images):
@@ -102,7 +98,7 @@ class Finetuning(Loop):
     config: SftConfig
 
     def __init__(self, config: SftConfig, run: RunFolder, learner: SupervisedPool, images: Images) -> None:
-        super().__init__(config, run, learner, keep_best=1)
+        super().__init__(config, run, learner, rows=images.lengths.rows, keep_best=1)
         self.learner, self.images = learner, images
         self.validations: list[float] = []
 

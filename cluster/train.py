@@ -39,9 +39,10 @@ def train(config: TrainConfig) -> RunFolder:
         journal = stack.enter_context(Journal(run, config))
         display = stack.enter_context(Display(config))
         with display.waiting("reading data"), journal.clock.phase("data"):
-            rows, held_out, lengths = open_rows(config, run)
-        journal.facts["prompts"] = asdict(lengths)
-        display.note(str(lengths))
+            rows, held_out, lengths = open_rows(config, run, display.console)
+        for name, each in lengths.items():
+            display.note(f"{name}: {each}")
+        journal.facts["prompts"] = {name: asdict(each) for name, each in lengths.items()}
         stack.enter_context(ray_connection())
         listed = actors(config, run.path)
         if remark := idle_segmenters(config, listed):
@@ -101,7 +102,8 @@ class Training(Loop):
         rows: Dataset,
         held_out: list[Sample],
     ) -> None:
-        super().__init__(config, run, workers.learner, keep_best=config.keep_best, now=journal.clock.now)
+        clock = journal.clock
+        super().__init__(config, run, workers.learner, rows=len(rows), keep_best=config.keep_best, now=clock.now)
         self.workers = workers
         self.journal, self.display, self.rows, self.held_out = journal, display, rows, held_out
         self.canary = Canary(rows[0], config)

@@ -95,6 +95,13 @@ class Prompter:
         although they are called edges."""
         return {"shortest_edge": self.resize.min_pixels, "longest_edge": self.resize.max_pixels}
 
+    @property
+    def vllm_arguments(self) -> dict[str, dict[str, dict[str, int]]]:
+        """vLLM's `mm_processor_kwargs`: its own processor of the folder then resizes images as this one does, and the
+        memory that it plans for is that of the largest image within these bounds."""
+        # For images alone: as bounds of films too, which vLLM plans for although there are none, small ones break it.
+        return {"images_kwargs": {"size": self.size}}
+
     def chat_text(self, query: str) -> str:
         """The prompt as text with a single image placeholder, which is the input of vLLM."""
         messages = prompt_messages(query, self.prompt)

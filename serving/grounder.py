@@ -113,6 +113,8 @@ class Grounder:
         *,
         checkpoint: str | Path | None = None,
         prompt: str | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
         device: str = "cpu",
         dtype: Literal["float32", "bfloat16"] = "float32",
     ) -> Self:
@@ -120,13 +122,14 @@ class Grounder:
 
         model: folder of a Qwen-VL model, or of a run or checkpoint that holds one. expert: name, folder or converted
         file of the expert. checkpoint: weights of a published expert. prompt: style, template or template file
-        (`ReasonerConfig.prompt`); None for the model's own. device: of both models. dtype: of the reasoner's weights;
-        the expert computes in float32.
+        (`ReasonerConfig.prompt`); None for the model's own. min_pixels, max_pixels: the least and the largest area to
+        which images are resized for the model; None for its processor's own. device: of both models. dtype: of the
+        reasoner's weights; the expert computes in float32.
         Raises ValueError for what cannot be loaded; all but the weights themselves is checked before any are read.
         """
         if dtype not in _DTYPES:
             raise ValueError(f"a reasoner's dtype is one of {', '.join(_DTYPES)}, not {dtype!r}")
-        config = ReasonerConfig(model=Path(model), prompt=prompt)
+        config = ReasonerConfig(model=Path(model), prompt=prompt, min_pixels=min_pixels, max_pixels=max_pixels)
         spec = config.spec()
 
         # Seconds of imports, which a mistake above need not wait for.

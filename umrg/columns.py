@@ -210,6 +210,11 @@ def _leaves(name: str, kind: pa.DataType) -> Iterator[str]:
         yield name
 
 
+def unmasked_leaves(schema: pa.Schema) -> set[str]:
+    """Names of the leaf columns that a sample is built from, except those of its masks."""
+    return {leaf for leaf in leaf_columns(schema) if _is_read(leaf) and leaf.partition(".")[0] != "masks"}
+
+
 def released_columns(schema: pa.Schema) -> pa.Schema:
     """The schema in which a file's rows are written. Known columns take their released types; their additional fields
     and all other columns keep their own types in plain form."""

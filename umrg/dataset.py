@@ -12,10 +12,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from umrg.columns import INFO_LEAVES, Row, check_columns
+from umrg.columns import INFO_LEAVES, Row, check_columns, unmasked_leaves
 from umrg.dataset_writer import write_rows
 from umrg.names import category_matches, modality_matches
-from umrg.row_groups import Damage, RowFile, RowGroups, common_schema, copied, scan
+from umrg.row_groups import LIGHT_ROWS, Damage, RowFile, RowGroups, common_schema, copied, scan
 from umrg.rows import (
     RowInfo,
     box_fault,
@@ -88,6 +88,17 @@ class Dataset:
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
+
+    def unmasked(self) -> Iterator[Sample]:
+        """All samples in order, without masks, in one pass over the files with a few rows in memory. The order must be
+        that of the files. Raises ValueError as `__getitem__` does, but for masks."""
+        for path, infos in groupby(self._infos, key=lambda info: info.file):
+            by_number = {info.row: info for info in infos}
+            numbers = list(by_number)
+            assert numbers == sorted(numbers), "the rows are in another order than their file"
+            file = self._files[path]
+            for number, row in _read(scan(file, unmasked_leaves(file.schema), rows=numbers), path):
+                yield _sound_sample(row, by_number[number], masked=False)
 
     def samples(self, rows: Sequence[int]) -> list[Sample]:
         """The samples of the given rows, in the given order."""
@@ -200,15 +211,19 @@ def _read_infos(file: RowFile) -> Iterator[RowInfo]:
 
 
 def _light_rows(file: RowFile, leaves: Collection[str]) -> Iterator[tuple[int, Row]]:
-    for number, row in scan(file, leaves):
+    return _read(scan(file, leaves, most=LIGHT_ROWS), file.path)
+
+
+def _read(rows: Iterator[tuple[int, Row | Damage]], path: Path) -> Iterator[tuple[int, Row]]:
+    for number, row in rows:
         if isinstance(row, Damage):
-            raise ValueError(f"row {number} of {file.path} cannot be read: {row.reason}; write the file again")
+            raise ValueError(f"row {number} of {path} cannot be read: {row.reason}; write the file again")
         yield number, row
 
 
-def _sound_sample(row: Row, info: RowInfo) -> Sample:
+def _sound_sample(row: Row, info: RowInfo, *, masked: bool = True) -> Sample:
     where = f"row {info.row} ({info.id!r}) of {info.file}"
-    sample = read_sample(row, info, where)
+    sample = read_sample(row, info, where, masked=masked)
     faults = [box_fault(sample.box, sample.size), *(point_fault(point, sample.size) for point in sample.points)]
     for fault in filter(None, faults):
         raise ValueError(f"{where} has {fault}")

@@ -16,7 +16,7 @@ from umrg.foreign_files import what_it_is_but_text
 _STREAMED_ROWS = 8
 _STREAMED_BYTES = 32 << 20
 # Columns without image bytes are small, so more rows fit into one batch.
-_LIGHT_ROWS = 1024
+LIGHT_ROWS = 1024
 _UNREADABLE = (pa.ArrowException, OSError)
 _NO_ROWS = pa.record_batch({})
 
@@ -112,24 +112,42 @@ class Damage:
     """The cause, phrased to complete the sentence "the row cannot be read: …"."""
 
 
-def scan(file: RowFile, leaves: Collection[str] | None = None) -> Iterator[tuple[int, Row | Damage]]:
-    """Yield every row of a file with its number, in order, holding only a few rows in memory.
+def scan(
+    file: RowFile,
+    leaves: Collection[str] | None = None,
+    *,
+    most: int = _STREAMED_ROWS,
+    rows: Sequence[int] | None = None,
+) -> Iterator[tuple[int, Row | Damage]]:
+    """Yield the rows of a file with their numbers, in order, holding only a few rows in memory.
 
-    leaves: The leaf columns to read, all by default.
+    leaves: The leaf columns to read, all by default. most: Rows in memory, fewer if they are large. rows: Ascending
+    numbers of the rows to yield, all by default; row groups without any are not read.
     If a row group's bytes are damaged, its rows from the damage on are yielded as `Damage`, and so is a row whose text
     is not UTF-8. All other rows are read.
     """
-    columns, most = (None, _STREAMED_ROWS) if leaves is None else (file.paths(leaves), _LIGHT_ROWS)
-    for group, rows in enumerate(file.groups()):
-        done, damage = rows.start, _damaged(rows, "it ends early")
+    columns = None if leaves is None else file.paths(leaves)
+    for group, inside in enumerate(file.groups()):
+        wanted = inside if rows is None else _within(rows, inside)
+        if not wanted:
+            continue
+        done, damage, chosen = inside.start, _damaged(inside, "it ends early"), set(wanted)
         try:
             for batch in file.batches(group, columns, most):
                 for row in _rows(batch):
-                    yield done, row
+                    if done in chosen:
+                        yield done, row
                     done += 1
+                if done > wanted[-1]:
+                    break
         except _UNREADABLE as error:
-            damage = _damaged(rows, error)
-        yield from ((number, damage) for number in range(done, rows.stop))
+            damage = _damaged(inside, error)
+        yield from ((number, damage) for number in wanted if number >= done)
+
+
+def _within(rows: Sequence[int], inside: range) -> Sequence[int]:
+    """Those of some ascending row numbers that lie in a row group."""
+    return rows[bisect_left(rows, inside.start) : bisect_left(rows, inside.stop)]
 
 
 def _rows(batch: pa.RecordBatch) -> list[Row | Damage]:
@@ -167,7 +185,7 @@ def copied(file: RowFile, rows: Sequence[int], schema: pa.Schema) -> Iterator[pa
     Only a few rows are in memory at a time. Raises ValueError if a row is damaged.
     """
     for group, inside in enumerate(file.groups()):
-        wanted = [row - inside.start for row in rows[bisect_left(rows, inside.start) : bisect_left(rows, inside.stop)]]
+        wanted = [row - inside.start for row in _within(rows, inside)]
         try:
             yield from _copied(file, group, wanted, schema) if wanted else ()
         except _UNREADABLE as error:

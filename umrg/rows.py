@@ -83,8 +83,8 @@ def _query(row: Row, where: str) -> str:
     return asked[-1]
 
 
-def read_sample(row: Row, info: RowInfo, where: str) -> Sample:
-    """Build a sample whose images are still encoded.
+def read_sample(row: Row, info: RowInfo, where: str, *, masked: bool = True) -> Sample:
+    """Build a sample whose images are still encoded. masked: whether the row's masks were read.
 
     Raises ValueError if the row lacks an image, a mask, a box or points. Whether box and points lie within the image is
     not checked.
@@ -92,8 +92,8 @@ def read_sample(row: Row, info: RowInfo, where: str) -> Sample:
     images = _encoded(row, "images", where)
     if len(images) != 1:
         raise ValueError(f"{where} has {len(images)} images with bytes; it must have one")
-    masks = _encoded(row, "masks", where)
-    if not masks:
+    masks = _encoded(row, "masks", where) if masked else []
+    if masked and not masks:
         raise ValueError(f"{where} has an image without mask; add one to its `masks` or leave the row out")
     box, points = parse_ground_truth((row["reward_model"] or {}).get("ground_truth"), where)
     extra = row["extra_info"]

@@ -81,6 +81,9 @@ def check(
         int,
         typer.Option(min=1, help="With --model: longest allowed prompt, the run's rollout.max_prompt_tokens."),
     ] = RolloutConfig().max_prompt_tokens,
+    max_pixels: Annotated[
+        int | None, typer.Option(min=1, help="With --model: the run's max_pixels. Default: the model's own.")
+    ] = None,
     expert: Annotated[
         str | None, typer.Option(help="Name, folder or file of an expert, which is given the reference box and points.")
     ] = None,
@@ -100,7 +103,7 @@ def check(
     if model is not None:
         from cluster.commands.data_model_checks import prompt_limits
 
-        extra_checks.append(prompt_limits(model, max_prompt_tokens))
+        extra_checks.append(prompt_limits(model, max_prompt_tokens, max_pixels))
     oracle = None
     if expert is not None:
         from cluster.commands.data_model_checks import load_oracle

@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 from actors.experts.drawing import reference_mask
 from actors.experts.protocol import Embedding, Expert
 from actors.experts.registry import load_expert
+from cluster.lengths import RowLimit
 from reasoner.prompter import Prompter, load_prompter
 from umrg.checks import IMAGE_SHRUNK, LOW_CEILING, OVER_LIMIT, CheckedRow, Finding
 from umrg.config import model_folder
 from umrg.metrics import mask_dice
+from umrg.prompts import ReasonerConfig
 from umrg.sample import Sample
 
 CEILING = 0.6
@@ -25,26 +27,17 @@ class PromptLimits:
     whether images must be shrunk."""
 
     def __init__(self, prompter: Prompter, max_tokens: int) -> None:
-        self._prompter, self._max_tokens = prompter, min(max_tokens, prompter.positions)
+        self._prompter, self._limit = prompter, RowLimit(prompter, max_tokens, "rollout.max_prompt_tokens")
 
     def __call__(self, checked: CheckedRow) -> Iterator[Finding]:
         sample = checked.sample
         if sample is None or checked.pixels is None:
             return
-        try:
-            tokens = self._prompter.prompt_tokens(sample.query, sample.size)
-        except ValueError as error:
-            yield Finding(check=OVER_LIMIT, message=str(error))
-            return
-        if tokens > self._max_tokens:
-            image = self._prompter.image_tokens(sample.size)
-            more = "" if self._max_tokens == self._prompter.positions else ", or raise rollout.max_prompt_tokens"
-            message = (
-                f"the prompt has {tokens} tokens, {image} of them for the image, and {self._max_tokens} are allowed; "
-                f"shorten the question or make the image smaller{more}"
-            )
-            yield Finding(check=OVER_LIMIT, message=message, degree=tokens)
-        yield from self._shrunk(sample)
+        tokens, fault = self._limit.measure(sample)
+        if fault:
+            yield Finding(check=OVER_LIMIT, message=f"the row {fault}", degree=tokens)
+        if tokens:
+            yield from self._shrunk(sample)
 
     def _shrunk(self, sample: Sample) -> Iterator[Finding]:
         own = sample.size
@@ -59,7 +52,7 @@ class PromptLimits:
         )
         message = (
             f"the image of {own.width}x{own.height} px becomes {model.width}x{model.height} for the model, its target "
-            f"{width}x{height}; crop it, or raise the processor's longest_edge"
+            f"{width}x{height}; crop it, or raise max_pixels"
         )
         yield Finding(check=IMAGE_SHRUNK, message=message, degree=1 / scale)
 
@@ -93,9 +86,10 @@ class Oracle:
         return reference_mask(self._expert, embedding, sample.box, sample.points)
 
 
-def prompt_limits(model: Path, max_tokens: int) -> PromptLimits:
-    """The check against a model folder. Raises ValueError where it is none."""
-    return PromptLimits(load_prompter(model_folder(model)), max_tokens)
+def prompt_limits(model: Path, max_tokens: int, max_pixels: int | None = None) -> PromptLimits:
+    """The check against a model folder. max_pixels: as in a run's configuration. Raises ValueError where it is none."""
+    spec = ReasonerConfig(model=model, max_pixels=max_pixels).spec()
+    return PromptLimits(load_prompter(model_folder(model), spec), max_tokens)
 
 
 def load_oracle(expert: str) -> Oracle:

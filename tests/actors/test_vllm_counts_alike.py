@@ -4,9 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from reasoner.prompter import load_prompter
+from reasoner.prompter import Prompter, load_prompter
 from umrg.frames import Size
 from umrg.prompts import PromptSpec
 
@@ -37,18 +39,38 @@ def test_vllm_counts_as_many_tokens_for_an_image(tmp_path: Path, images: dict[st
         assert counted == prompter.image_tokens(Size(width, height)), (width, height)
 
 
-@pytest.mark.slow
-def test_vllm_keeps_the_bounds_of_a_configuration():
-    """Given to the engine as `Engine.start` gives them."""
+def assert_vllm_sees_alike(folder: Path, prompter: Prompter) -> None:
+    """vLLM's own processor of a folder, with the arguments that the engine gives it, makes a prompter's prompts, and
+    plans for the largest image that the prompter lets through."""
     from vllm.config import ModelConfig
     from vllm.multimodal import MULTIMODAL_REGISTRY
+    from vllm.multimodal.processing import ProcessorInputs
+    from vllm.multimodal.processing.context import TimingContext
 
-    prompter = load_prompter(TINY, PromptSpec.of_model(TINY).but(min_pixels=6272, max_pixels=50176))
-    kwargs = {"images_kwargs": {"size": prompter.size}}
-    config = ModelConfig(model=str(TINY), max_model_len=1024, dtype="float32", mm_processor_kwargs=kwargs)
-    info = MULTIMODAL_REGISTRY.create_processor(config).info
-    for width, height in [(1, 1), (28, 28), (447, 449), (700, 500), (3000, 2000)]:
-        counted = info.get_num_image_tokens(
-            image_width=width, image_height=height, image_processor=info.get_image_processor(**kwargs), mm_kwargs=kwargs
-        )
-        assert counted == prompter.image_tokens(Size(width, height)), (width, height)
+    config = ModelConfig(
+        model=str(folder),
+        max_model_len=1024,
+        dtype="float32",
+        mm_processor_kwargs=prompter.vllm_arguments,
+        limit_mm_per_prompt={"image": 1, "video": 0},
+    )
+    processor = MULTIMODAL_REGISTRY.create_processor(config)
+    tokens = processor.info.get_mm_max_tokens_per_item(1024, {"image": 1})
+    most = prompter.resize.max_pixels // prompter.resize.factor**2
+    assert tokens["image"] == most
+    text = prompter.processor.tokenizer(prompter.chat_text("Where?"), add_special_tokens=False)["input_ids"]
+    for width, height in [(1, 1), (1, 200), (28, 28), (447, 449), (700, 500), (1200, 900)]:
+        image = np.zeros((height, width, 3), dtype=np.uint8)
+        items = processor.info.parse_mm_data({"image": [Image.fromarray(image)]})
+        made = processor.apply(ProcessorInputs(prompt=text, mm_data_items=items), TimingContext())
+        encoded = prompter.encode("Where?", prompter.encode_image(image))
+        assert made["prompt_token_ids"] == encoded.token_ids.tolist(), (width, height)
+        grid = made["mm_kwargs"]["image"][0].get_data()["image_grid_thw"]
+        assert grid.tolist() == encoded.image.grid_thw[0].tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("least", "most"), [(6272, 50176), (None, 784), (200_704, None), (None, None)])
+def test_vllm_keeps_the_bounds_of_a_configuration(least: int | None, most: int | None) -> None:
+    spec = PromptSpec.of_model(TINY).but(min_pixels=least, max_pixels=most)
+    assert_vllm_sees_alike(TINY, load_prompter(TINY, spec))

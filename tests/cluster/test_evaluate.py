@@ -28,6 +28,7 @@ from phantoms import rows
 from reasoner.prompter import load_prompter
 from tests.actors.test_endpoint import Server
 from tests.conftest import ROOT, TINY_REASONER
+from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
 
 REAL_IMAGES = ROOT.parent / "shared" / "data" / "umrg_real_sample.parquet"
@@ -49,7 +50,7 @@ def configured(data, runs, name, *overrides, model=TINY_REASONER):
 def evaluated(workers, config):
     """As `run_evaluation`, on actors that run already."""
     run = RunFolder.begin(config.runs / config.name, config, resume=True)
-    samples, seen = open_held_out(config, run), TrainingCoverage([])
+    (samples, _), seen = open_held_out(config, run), TrainingCoverage([])
     results = Results(run.path / "results.jsonl", n=config.n)
     answer(workers, samples, config, results)
     results.sort([sample.id for sample in samples])
@@ -112,6 +113,10 @@ def test_two_evaluations_are_compared_with_a_page(whole, tmp_path, capsys):
             "say what the endpoint's coordinates are",
         ),
         (["modle=x"], "did you mean 'model'"),
+        (
+            ["model=null", "frame=model", "max_pixels=1000", "endpoint={url: 'http://127.0.0.1:1/v1', model: m}"],
+            "say in endpoint.min_pixels and endpoint.max_pixels what they are",
+        ),
     ],
 )
 def test_what_is_evaluated_must_be_said(data, tmp_path, overrides, message):
@@ -124,6 +129,29 @@ def test_what_was_measured_says_in_which_words_it_was_asked():
     given["endpoint"] = {"url": "http://127.0.0.1:9/v1", "model": "m"}
     said = [settings(EvaluateConfig(**given, prompt=prompt))["prompt"] for prompt in (None, "compact", "Wo? {query}")]
     assert said[:2] == ["full", "compact"] and re.fullmatch(r"template [0-9a-f]{12}: Wo\? \{query\}", said[2])
+
+
+def test_what_was_measured_says_how_large_images_were_seen(data, tmp_path):
+    assert "max_pixels" not in settings(configured(data, tmp_path, "x"))
+    assert settings(configured(data, tmp_path, "x", "max_pixels=12544"))["max_pixels"] == 12544
+
+
+def test_rows_left_out_of_an_evaluation_are_counted(data, tmp_path, whole):
+    """By a limit that the shorter half of the prompts keep, on the answers that are there already."""
+    rows = Dataset.open(data)
+    prompter = load_prompter(TINY_REASONER)
+    most = sorted(prompter.prompt_tokens(row.query, row.size) for row in rows)[3]
+    limits = (f"rollout.max_prompt_tokens={most}", "data.overlong=leave_out")
+    config = configured(data, tmp_path, "shorter", *limits)
+    run = RunFolder.begin(config.runs / config.name, config, resume=True)
+    samples, lengths = open_held_out(config, run)
+    assert lengths is not None and lengths.rows == len(samples) >= 4 and lengths.left_out == 8 - len(samples) > 0
+    shutil.copy(whole.path / "results.jsonl", run.path)
+    results = Results(run.path / "results.jsonl", n=config.n)
+    write_figures(run, samples, TrainingCoverage([]), results, config, left_out=lengths.left_out)
+    assert run.read_json("metrics.json")["left_out"] == lengths.left_out
+    page = (run.path / "report" / "index.html").read_text()
+    assert f"{len(samples)} rows, {lengths.left_out} left out as too long" in page
 
 
 def test_a_run_or_a_checkpoint_stands_for_its_model(data, tmp_path):
@@ -193,7 +221,7 @@ def test_an_endpoint_with_a_reasoning_parser_gives_the_direct_engines_figures(
 @pytest.fixture
 def replay(whole, data):
     """A server that answers as `whole` was answered, in a form of one's choice for each row's place in the data."""
-    samples = open_held_out(configured(data, whole.path.parent, "whole"), whole)
+    samples, _ = open_held_out(configured(data, whole.path.parent, "whole"), whole)
     records = read_results(whole.path / "results.jsonl")
     known = {group.seed(SEED): i for i, group in enumerate(evaluation_groups(samples))}
     completions = [records[sample.id][0]["completion"] for sample in samples]

@@ -57,6 +57,7 @@ def test_training_lowers_the_loss_and_leaves_a_run_folder(ray_cluster, tmp_path,
     assert metrics[-1]["loss"] < metrics[0]["loss"]
     summary = json.loads((run.path / "summary.json").read_text())
     assert (summary["status"], summary["steps"]) == ("ended", 8)
+    assert summary["prompts"]["rows"] == 12 and summary["prompts"]["left_out"] == 0
     before, after = load_reasoner(ROOT / "models" / "tiny-reasoner"), load_reasoner(run.model)
     assert before.prompt == after.prompt
     changed = {

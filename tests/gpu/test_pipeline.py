@@ -35,7 +35,7 @@ def test_the_demo_runs_and_leaves_its_report(scale, tmp_path):
     (run,) = tmp_path.glob("*/summary.json")
     summary = json.loads(run.read_text())
     assert summary["status"] == "ended" and summary["steps"] == 2
-    assert summary["engines"][0]["dtype"] == "bfloat16" and summary["prompts"]["rows"] == 24
+    assert summary["engines"][0]["dtype"] == "bfloat16" and summary["prompts"]["train"]["rows"] == 24
     lines = [json.loads(line) for line in (run.parent / "metrics.jsonl").read_text().splitlines()]
     assert all(line["learner/canary_gap"] < 0.15 and line["learner/grad_norm"] > 0 for line in lines)
     assert (run.parent / "report" / "index.html").exists()

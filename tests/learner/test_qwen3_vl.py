@@ -20,10 +20,12 @@ from learner.policy import freeze
 from learner.shared_prefix import Branches, branch_scores, pack
 from phantoms import rows
 from reasoner.model import load_reasoner
+from reasoner.prompter import load_prompter
+from tests.actors.test_vllm_counts_alike import assert_vllm_sees_alike
 from tests.conftest import TINY_REASONER
 from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
-from umrg.frames import Frame
+from umrg.frames import Frame, Size
 from umrg.prompts import PromptSpec
 
 pytestmark = pytest.mark.numeric
@@ -94,6 +96,16 @@ def test_its_coordinates_are_thousandths_of_the_image(folder):
     assert PromptSpec.of_model(folder).frame is Frame.RELATIVE
 
 
+def test_its_answers_stay_thousandths_however_small_it_is_seen(folder):
+    whole, small = (load_prompter(folder, PromptSpec.of_model(folder).but(max_pixels=most)) for most in (None, 16384))
+    original = Size(224, 112)
+    assert [each.image_tokens(original) for each in (whole, small)] == [7 * 4, 5 * 2]
+    frames = [
+        each.frames(original).box((100, 200, 500, 900), Frame.RELATIVE, Frame.ORIGINAL) for each in (whole, small)
+    ]
+    assert frames[0] == frames[1] == pytest.approx((22.4, 22.4, 112, 100.8))
+
+
 def test_shared_prefix_equals_single_sequences(folder, samples):
     reasoner = load_reasoner(folder)
     use_shared_prefix(reasoner.model)
@@ -143,7 +155,17 @@ def test_its_deepstack_mergers_are_frozen_with_the_merger(folder):
 
 
 @pytest.mark.slow
-def test_the_engines_log_probs_are_the_learners(ray_cluster, demo_config, folder, samples):
-    config = demo_config(f"model={folder}", "learner.freeze=[]", "rollout.max_prompt_tokens=2048")
+@pytest.mark.parametrize(("least", "most"), [(4096, 16384), (None, 1024), (None, None)])
+def test_vllm_keeps_its_bounds(folder, least, most):
+    """At 1,024, one image token, vLLM would divide by zero if films had this bound too."""
+    spec = PromptSpec.of_model(folder).but(min_pixels=least, max_pixels=most)
+    assert_vllm_sees_alike(folder, load_prompter(folder, spec))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bounds", [(), ("max_pixels=16384",)], ids=["as the folder says", "bounded"])
+def test_the_engines_log_probs_are_the_learners(ray_cluster, demo_config, folder, samples, bounds):
+    """Also where images are seen smaller than the folder says: both resize alike."""
+    config = demo_config(f"model={folder}", "learner.freeze=[]", "rollout.max_prompt_tokens=2048", *bounds)
     with started(actors(config), config) as workers:
         assert Canary(samples[0], config).check(workers) < 1e-5

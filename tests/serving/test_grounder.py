@@ -199,6 +199,16 @@ def test_a_picture_is_seen_as_its_file_would_be(monkeypatch, grounder):
         assert grounder.ground(Image.fromarray(BLOCKS).convert(mode), "What?").image.shape == BLOCKS.shape
 
 
+def test_a_large_picture_can_be_seen_smaller(monkeypatch, grounder):
+    """The answer, in the pixels that the model sees, is scaled back."""
+    answer = '<answer>{"bbox": [0, 0, 20, 20], "points_1": [5, 5], "points_2": [15, 15]}</answer>'
+    monkeypatch.setattr(Reasoner, "generate", lambda self, prompts, max_tokens: [answer])
+    picture = np.zeros((224, 224, 3), dtype=np.uint8)
+    small = Grounder.load(TINY_REASONER, "tiny", max_pixels=112 * 112)
+    assert grounder.ground(picture, "What?").box == (0, 0, 20, 20)
+    assert small.ground(picture, "What?").box == (0, 0, 40, 40)
+
+
 @pytest.mark.parametrize(
     ("image", "error", "said"),
     [
@@ -230,6 +240,7 @@ def test_a_question_longer_than_the_model_reads_is_refused(grounder):
         ({"expert": "tinny"}, "the nearest expert is 'tiny'"),
         ({"prompt": "fulll"}, "did you mean 'full'"),
         ({"model": "none"}, "none is not a model folder"),
+        ({"max_pixels": 100}, "max_pixels is 100, less than one image token's 28x28 px"),
     ],
 )
 def test_what_cannot_be_loaded_is_named(settings, said):

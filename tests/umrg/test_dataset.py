@@ -2,6 +2,7 @@ import json
 import pickle
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,13 @@ def test_a_sample_is_what_was_written(rows: list[Row], file: Path) -> None:
         assert sample.reasoning == row["extra_info"]["reasoning"]
         assert sample.extra["phrasing"] == "seen"
         assert (dataset.info(i).file, dataset.info(i).row) == (file, i)
+
+
+def test_rows_pass_by_without_their_masks(file: Path) -> None:
+    dataset = Dataset.open(file, modality="CT")
+    expected = [replace(sample, mask_bytes=()) for sample in dataset]
+    assert list(dataset.unmasked()) == expected and 0 < len(expected) < 24
+    assert list(dataset.only([1, 3]).unmasked()) == [expected[1], expected[3]]
 
 
 def test_several_masks_are_one_target(rows: list[Row], tmp_path: Path) -> None:

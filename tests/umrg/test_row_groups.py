@@ -49,6 +49,31 @@ def test_a_damaged_row_group_costs_its_own_rows_only(tmp_path: Path) -> None:
     assert isinstance(rows[25][1], Damage) and "rows 20 to 29, is damaged" in rows[25][1].reason
 
 
+@pytest.mark.parametrize("rows_per_group", [1, 7, 20, 100])
+@pytest.mark.parametrize("wanted", [[], [0], [49], [3, 4, 20, 41], list(range(50))])
+def test_some_rows_are_given_in_order(tmp_path: Path, rows_per_group: int, wanted: list[int]) -> None:
+    path = written(tmp_path / "rows.parquet", [str(i).encode() for i in range(50)], rows_per_group)
+    assert asked(scan(RowFile.open(path), rows=wanted)) == [(i, str(i)) for i in wanted]
+
+
+def test_of_some_rows_only_their_own_row_groups_are_read(tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.parquet", [b"row %02d " % i * 40 for i in range(50)], rows_per_group=10)
+    content = path.read_bytes()
+    start = content.index(b"row 20 row 20") - 20
+    path.write_bytes(content[:start] + b"\xff" * 400 + content[start + 400 :])
+    file, read = RowFile.open(path), list[int]()
+
+    class Watched(RowFile):
+        def batches(self, group: int, *arguments: Any) -> Iterator[pa.RecordBatch]:
+            read.append(group)
+            return file.batches(group, *arguments)
+
+    watched = Watched(path=file.path, metadata=file.metadata, schema=file.schema)
+    rows = list(scan(watched, rows=[3, 22, 49]))
+    assert [(number, isinstance(row, Damage)) for number, row in rows] == [(3, False), (22, True), (49, False)]
+    assert read == [0, 2, 4]
+
+
 def test_a_text_that_is_not_utf8_costs_its_own_row_only(tmp_path: Path) -> None:
     path = written(tmp_path / "rows.parquet", [b"a", b"b\xff", b"c"], rows_per_group=3)
     (_, first), (_, second), (_, third) = asked(scan(RowFile.open(path)))

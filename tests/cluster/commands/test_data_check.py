@@ -187,7 +187,10 @@ def test_prompts_are_counted_as_the_model_will_see_them(rows: list[Row], tmp_pat
     assert found_by(prompt_limits(TINY_REASONER, tokens), rows[0], tmp_path) == []
     ((name, message),) = found_by(prompt_limits(TINY_REASONER, tokens - 1), rows[0], tmp_path)
     assert name == "over_limit"
-    assert f"has {tokens} tokens, 16 of them for the image, and {tokens - 1} are allowed" in message
+    assert f"{tokens} tokens, 16 of them for the image, and rollout.max_prompt_tokens allows {tokens - 1}" in message
+    assert (
+        found_by(prompt_limits(TINY_REASONER, tokens - 12, max_pixels=3136), rows[0], tmp_path)[0][0] == "image_shrunk"
+    )
 
 
 def with_image(row: Row, width: int, height: int) -> Row:
