@@ -16,7 +16,13 @@ def qwen2_5_vl(text: dict[str, int], *, vocabulary: int, tied: bool) -> Any:
         "out_hidden_size": text["hidden_size"],
     }
     return Qwen2_5_VLConfig(
-        text_config={**text, "vocab_size": vocabulary, "tie_word_embeddings": tied},
+        text_config={
+            **text,
+            "vocab_size": vocabulary,
+            "tie_word_embeddings": tied,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
+        },
         vision_config=vision,
         tie_word_embeddings=tied,
     )

@@ -1,8 +1,9 @@
 """The shared-prefix forward and backward on a GPU, compared with padding: `python -m bench.gpu_learner [--layers N]`.
 
 A randomly initialised model of Qwen2.5-VL-3B's shape (`--layers` for fewer layers where memory is short), bfloat16,
-gradient checkpointing on both sides; one 840x840 image and the full prompt (900 image tokens, 700 text tokens), 16
-completions of 256 tokens. The padded side has one sequence per completion, in micro-batches of `--padded-batch`.
+gradient checkpointing on both sides; one 840x840 image and a prompt as long as the full one (900 image tokens, some 700
+text tokens), 16 completions of 256 tokens. The padded side has one sequence per completion, in micro-batches of
+`--padded-batch`.
 
 samples_per_s: completions per second, by side, and their ratio. memory_gib: peak memory above that of the model.
 utilisation: 6 FLOPs per parameter and token that the side processes, divided by the rate of large bfloat16 matrix
@@ -12,68 +13,41 @@ products on the same device. `--shape tiny` tries it on a CPU.
 import argparse
 import json
 import socket
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from bench.architectures import ARCHITECTURES
 from bench.machine import processor
+from bench.published_shapes import Work, scored_groups, write_reasoner
 from learner.attention import use_shared_prefix
 from learner.shared_prefix import Branches, branch_scores, pack
-from reasoner.prompter import EncodedImage, EncodedPrompt
-from umrg.frames import Frames, Size
+from reasoner.model import Reasoner, load_reasoner
+from rewards.scored import ScoredGroup
 
-SIDE, TEXT, N, LENGTH = 840, 700, 16, 256
-SHAPES: dict[str, dict[str, dict[str, Any]]] = {
-    "3b": {
-        "text": {"hidden_size": 2048, "intermediate_size": 11008, "num_attention_heads": 16, "num_key_value_heads": 2},
-        "vision": {"hidden_size": 1280, "out_hidden_size": 2048, "intermediate_size": 3420, "depth": 32},
-    },
-    "tiny": {
-        "text": {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 2, "num_key_value_heads": 1},
-        "vision": {"hidden_size": 64, "out_hidden_size": 256, "intermediate_size": 128, "depth": 2, "num_heads": 4},
-    },
-}
+WORK = Work(groups=1, n=16, side=840, words=690, length=256)
+TRIAL = Work(groups=1, n=4, side=112, words=20, length=12)
 
 
-def build(shape: str, layers: int, device: str) -> Any:
-    """The model in bfloat16, randomly initialised."""
-    sizes = SHAPES[shape]
-    text = {
-        **sizes["text"],
-        "num_hidden_layers": layers,
-        "vocab_size": 151936,
-        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-    }
-    config = Qwen2_5_VLConfig(text_config=text, vision_config={**sizes["vision"], "window_size": 112})
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = Qwen2_5_VLForConditionalGeneration(config).to(torch.bfloat16)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.train()
+def learning(folder: Path, device: str, dtype: torch.dtype) -> Reasoner:
+    """The model of a folder, to be learnt with gradient checkpointing."""
+    reasoner = load_reasoner(folder, device=device, dtype=dtype)
+    reasoner.model.gradient_checkpointing_enable({"use_reentrant": False})
+    reasoner.model.train()
+    return reasoner
 
 
-def prefix_tree(model: Any) -> Branches:
-    """A prompt and its completions, of random tokens."""
-    grid, factor = SIDE // 14, 2
-    tokens = (grid // factor) ** 2
-    size = Size(SIDE, SIDE)
-    config = model.config
-    ids = torch.randint(1000, 100_000, (TEXT,))
-    image = torch.full((tokens,), config.image_token_id)
-    start, end = torch.tensor([config.vision_start_token_id]), torch.tensor([config.vision_end_token_id])
-    prefix = EncodedPrompt(
-        token_ids=torch.cat([ids[:20], start, image, end, ids[20:]]),
-        image=EncodedImage(
-            pixel_values=torch.randn(grid * grid, 3 * 2 * 14 * 14),
-            grid_thw=torch.tensor([[1, grid, grid]]),
-            tokens=tokens,
-            frames=Frames(original=size, model=size),
-        ),
+def prefix_tree(reasoner: Reasoner, group: ScoredGroup) -> Branches:
+    """A group's prompt and its completions."""
+    sample = group.group.sample
+    return Branches(
+        prefix=reasoner.encode(sample.query, reasoner.encode_image(sample.image())),
+        branches=[torch.tensor(each.token_ids) for each in group.samples.completions],
     )
-    return Branches(prefix=prefix, branches=list(torch.randint(1000, 100_000, (N, LENGTH))))
 
 
 def shared(model: Any, branches: Branches, device: str) -> None:
@@ -130,28 +104,31 @@ def product(a: torch.Tensor, b: torch.Tensor) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="3b")
-    parser.add_argument("--layers", type=int, default=36)
+    parser.add_argument("--shape", choices=["tiny", *ARCHITECTURES], default="Qwen2.5-VL-3B")
+    parser.add_argument("--layers", type=int, default=None)
     parser.add_argument("--padded-batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = build(args.shape, args.layers, device)
-    work = prefix_tree(model)
-    plain_s, plain_gib = measured(model, lambda: padded(model, work, device, args.padded_batch), device, args.rounds)
+    work = TRIAL if args.shape == "tiny" else WORK
+    with tempfile.TemporaryDirectory() as name:
+        folder = write_reasoner(Path(name), args.shape, layers=args.layers, device=device)
+        reasoner = learning(folder, device, torch.bfloat16)
+    model, tree = reasoner.model, prefix_tree(reasoner, scored_groups(reasoner, work)[0])
+    plain_s, plain_gib = measured(model, lambda: padded(model, tree, device, args.padded_batch), device, args.rounds)
     use_shared_prefix(model)
-    shared_s, shared_gib = measured(model, lambda: shared(model, work, device), device, args.rounds)
+    shared_s, shared_gib = measured(model, lambda: shared(model, tree, device), device, args.rounds)
     square = torch.randn(2, 8192 if device == "cuda" else 1024, 8192 if device == "cuda" else 1024, device=device)
     a, b = square.to(torch.bfloat16)
     product_s, _ = measured(model, lambda: product(a, b), device, 10)
     ceiling = 2 * a.shape[0] ** 3 / product_s
     flops = 6 * sum(parameter.numel() for parameter in model.parameters())
-    tokens = {"shared": len(work), "padded": N * (len(work.prefix.token_ids) + LENGTH)}
+    tokens = {"shared": len(tree), "padded": work.n * (len(tree.prefix.token_ids) + work.length)}
     figures = {
         "shape": args.shape,
-        "layers": args.layers,
+        "layers": model.config.text_config.num_hidden_layers,
         "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
-        "samples_per_s": {"shared": N / shared_s, "padded": N / plain_s},
+        "samples_per_s": {"shared": work.n / shared_s, "padded": work.n / plain_s},
         "ratio": plain_s / shared_s,
         "memory_gib": {"shared": shared_gib, "padded": plain_gib},
         "utilisation": {

@@ -42,9 +42,7 @@ from learner.attention import use_shared_prefix
 from learner.collectives import join
 from learner.config import LearnerConfig, LearnerTask
 from learner.grpo import GrpoRank
-from learner.shared_prefix import Branches
 from learner.zero import ZeroRank
-from reasoner.model import load_reasoner
 from reasoner.prompter import load_prompter
 from rewards.scored import ScoredGroup
 from umrg.group import GroupSamples, SamplingParams
@@ -141,15 +139,8 @@ def timed(call: Callable[[], Any], device: str) -> tuple[float, Any]:
 
 def ratio_padded(folder: Path, group: ScoredGroup, device: str, dtype: str) -> float:
     """Seconds of forward and backward of one group on padded batches, divided by those of ours."""
-    reasoner = load_reasoner(folder, device=device, dtype=getattr(torch, dtype))
-    model = reasoner.model
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
-    sample = group.group.sample
-    tree = Branches(
-        prefix=reasoner.encode(sample.query, reasoner.encode_image(sample.image())),
-        branches=[torch.tensor(each.token_ids) for each in group.samples.completions],
-    )
+    reasoner = gpu_learner.learning(folder, device, getattr(torch, dtype))
+    model, tree = reasoner.model, gpu_learner.prefix_tree(reasoner, group)
     plain, _ = gpu_learner.measured(model, lambda: gpu_learner.padded(model, tree, device, 4), device, 2)
     use_shared_prefix(model)
     ours, _ = gpu_learner.measured(model, lambda: gpu_learner.shared(model, tree, device), device, 2)
@@ -170,7 +161,7 @@ async def step(folder: Path, setting: Setting) -> dict[str, Any]:
     """Seconds of each phase of one step, after one step that warms up; tokens, peak memory, parameters."""
     work, device = setting.work, setting.device
     groups = scored_groups(load_prompter(folder), work)
-    equal, prompts = groups[0], [len(group.samples.prompt_ids) for group in groups]
+    prompts = [len(group.samples.prompt_ids) for group in groups]
     running = None
     if importlib.util.find_spec("vllm"):
         running = await engine(folder, setting, max(prompts))
@@ -203,7 +194,6 @@ async def step(folder: Path, setting: Setting) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in zero.reasoner.model.parameters()),
         "peak_gib": peak / 2**30,
         "engine_gap": report.engine_gap,
-        "group": equal,
     }
 
 
@@ -213,14 +203,20 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=PUBLISHED.groups)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    setting = Setting(shape="7b", layers=args.layers, work=replace(PUBLISHED, groups=args.groups), device=device)
+    setting = Setting(
+        shape="Qwen2.5-VL-7B", layers=args.layers, work=replace(PUBLISHED, groups=args.groups), device=device
+    )
     if device == "cpu":
         setting = Setting(shape="tiny", layers=None, work=REHEARSAL, device=device)
     with tempfile.TemporaryDirectory() as name:
         folder = write_reasoner(Path(name), setting.shape, layers=setting.layers, device=device)
         join(0, 1, host="127.0.0.1", port=gpu_learner.free_port(), device=device, seconds=600)
+        # First, while no learner and no engine share the GPU's memory.
+        group = scored_groups(load_prompter(folder), setting.work)[0]
+        ratio = ratio_padded(folder, group, device, setting.dtype)
+        if device == "cuda":
+            torch.cuda.empty_cache()
         found = asyncio.run(step(folder, setting))
-        ratio = ratio_padded(folder, found["group"], device, setting.dtype)
     card, peak = peak_flops(device)
     whole = sum(value for value in found["seconds"].values() if isinstance(value, float))
     flops = 6 * found["parameters"] / found["seconds"]["learn"] / peak

@@ -1,7 +1,7 @@
 """Work of the published sizes without a download: reasoner folders with random weights of real shapes, and scored
 groups with the published lengths.
 
-Shapes are those of the models' public `config.json`. Tokenizer, processor and chat template are the bundled tiny
+Shapes are those of `bench.architectures`. Tokenizer, processor and chat template are the bundled tiny
 reasoner's, so a prompt is made as in a run; only its words mean nothing to the model.
 """
 
@@ -19,42 +19,6 @@ if TYPE_CHECKING:
     from rewards.scored import ScoredGroup
 
 TINY_REASONER = Path(__file__).parents[1] / "models" / "tiny-reasoner"
-
-_LANGUAGE = {"max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "bos_token_id": 1013, "pad_token_id": 1013}
-_ROPE = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
-_TOWER = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
-
-SHAPES: dict[str, dict[str, dict[str, Any]]] = {
-    "tiny": {"text": {}, "vision": {}},
-    "3b": {
-        "text": {
-            **_LANGUAGE,
-            "hidden_size": 2048,
-            "intermediate_size": 11008,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 2,
-            "num_hidden_layers": 36,
-            "vocab_size": 151936,
-            "rope_parameters": _ROPE,
-        },
-        "vision": {**_TOWER, "out_hidden_size": 2048, "fullatt_block_indexes": [7, 15, 23, 31]},
-    },
-    "7b": {
-        "text": {
-            **_LANGUAGE,
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            "num_hidden_layers": 28,
-            "vocab_size": 152064,
-            "rope_parameters": _ROPE,
-        },
-        "vision": {**_TOWER, "out_hidden_size": 3584, "fullatt_block_indexes": [7, 15, 23, 31]},
-    },
-}
-"""Differences from the tiny reasoner's configuration, of Qwen2.5-VL-3B and -7B (which is Lingshu-7B's shape too). The
-3B's lm_head is a matrix of its own here, because engines keep a packed copy of a tied one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,29 +44,40 @@ REHEARSAL = Work(groups=2, n=4, side=112, words=20, length=12)
 
 
 def write_reasoner(folder: Path, shape: str, *, layers: int | None = None, device: str = "cpu", seed: int = 0) -> Path:
-    """A reasoner folder with random weights in bfloat16 (those of the tiny reasoner for the shape `tiny`). layers: of
-    the language model, where all of them would not fit. Returns the folder."""
+    """A reasoner folder with random weights in bfloat16. shape: of `bench.architectures`, or `tiny` for the tiny
+    reasoner itself. layers: of the language model, where all of them would not fit. Returns the folder."""
     if shape == "tiny":
         return Path(shutil.copytree(TINY_REASONER, folder, dirs_exist_ok=True))
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
-    config = AutoConfig.from_pretrained(TINY_REASONER)
-    sizes = SHAPES[shape]
-    for name, value in (sizes["text"] | ({"num_hidden_layers": layers} if layers else {})).items():
-        setattr(config.text_config, name, value)
-    config.text_config.layer_types = ["full_attention"] * config.text_config.num_hidden_layers
-    for name, value in sizes["vision"].items():
-        setattr(config.vision_config, name, value)
-    config.dtype = torch.bfloat16
     torch.manual_seed(seed)
     with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForImageTextToText.from_config(_config(shape, layers), dtype=torch.bfloat16)
     model.save_pretrained(folder)
     for name in ("chat_template.jinja", "processor_config.json", "prompt.json", "tokenizer.json"):
         shutil.copy(TINY_REASONER / name, folder / name)
     shutil.copy(TINY_REASONER / "tokenizer_config.json", folder / "tokenizer_config.json")
     return folder
+
+
+def _config(shape: str, layers: int | None) -> Any:
+    """A published configuration with the special tokens of the tiny reasoner, and an lm_head of its own, because
+    engines keep a packed copy of a tied one."""
+    from transformers import AutoConfig
+
+    from bench.architectures import ARCHITECTURES
+
+    config, tiny = ARCHITECTURES[shape](), AutoConfig.from_pretrained(TINY_REASONER)
+    for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+        setattr(config, name, getattr(tiny, name))
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config.text_config, name, getattr(tiny.text_config, name))
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
+    if layers:
+        config.text_config.num_hidden_layers = layers
+        config.text_config.layer_types = config.text_config.layer_types[:layers]
+    return config
 
 
 def scored_groups(prompter: "Prompter", work: Work, *, seed: int = 0) -> list["ScoredGroup"]:

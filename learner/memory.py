@@ -74,7 +74,9 @@ def rank_need(source: Path | Any, config: ZeroConfig, image_tokens: int) -> Need
     if reference_of(config) == "parked":
         # A whole copy, while nothing is kept for a backward pass and nothing is reduced.
         copy = element * parameters(model)
-        host["reference"] = copy
+        # torch gives page-locked memory in powers of two, a tensor at a time.
+        rounded = [1 << (element * each.numel() - 1).bit_length() for each in model.parameters()]
+        host["reference"] = sum(rounded) if config.num_gpus > 0 else copy
         estimated["reference"] = max(0, copy + passing - stored - estimated["reduction"])
     elif reference_of(config) == "partitioned":
         parts["reference"] = element * -(-everything // config.ranks)

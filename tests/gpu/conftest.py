@@ -5,9 +5,11 @@ says which it is, and what stands in for what only a GPU has. `test_learner.py` 
 alone.
 """
 
+import gc
 import os
 import socket
 from dataclasses import dataclass
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ class Scale:
 
     device: str
     shape: str
-    """Of `bench.published_shapes.SHAPES`."""
+    """Of `bench.published_shapes.write_reasoner`."""
     layers: int | None
     """Of the language model; None for all."""
     work: Work
@@ -39,7 +41,7 @@ class Scale:
 
 # With 4 of 28 layers a 7B has 2.7e9 parameters: 49 GB of weights, float32 gradients and optimizer state on one rank.
 SCALE = (
-    Scale(device="cuda", shape="7b", layers=4, work=PUBLISHED)
+    Scale(device="cuda", shape="Qwen2.5-VL-7B", layers=4, work=PUBLISHED)
     if ON_GPU
     else Scale(device="cpu", shape="tiny", layers=None, work=REHEARSAL)
 )
@@ -65,15 +67,42 @@ def folder(tmp_path_factory):
     return write_reasoner(tmp_path_factory.mktemp("reasoner"), SCALE.shape, layers=SCALE.layers, device=SCALE.device)
 
 
+def held():
+    """Bytes of the tensors that this process holds on the device; what it keeps for later ones is given back."""
+    gc.collect()
+    if ON_GPU:
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_allocated()
+    alive = [each for each in gc.get_objects() if type(each) is torch.Tensor]
+    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in alive}.values())
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(scope="session")
-def process_group():
-    """This process as the only rank."""
-    from learner.collectives import join
-
-    join(0, 1, host="127.0.0.1", port=free_port(), device=SCALE.device, seconds=300)
+def in_processes(function, arguments, environments=({},), seconds=400):
+    """Call a function in a process for each environment, with the environment's index as the first argument where there
+    are several. DeepSpeed's engines need one, since they hold on to a GPU's memory beyond their `destroy`; and so does
+    CUDA_VISIBLE_DEVICES, which is read when torch first looks for GPUs, at an import."""
+    processes = []
+    for i, environment in enumerate(environments):
+        own = (i, *arguments) if len(environments) > 1 else arguments
+        processes.append(get_context("spawn").Process(target=function, args=own))
+        kept = dict(os.environ)
+        os.environ.update(environment)
+        try:
+            processes[-1].start()
+        finally:
+            os.environ.clear()
+            os.environ.update(kept)
+    try:
+        for process in processes:
+            process.join(seconds)
+            assert process.exitcode is not None, f"{function.__name__} did not end within {seconds} s"
+            assert process.exitcode == 0, f"{function.__name__} failed; its traceback is in the captured output"
+    finally:
+        for process in processes:
+            process.kill()

@@ -98,13 +98,17 @@ def test_engine_and_learner_agree_in_bfloat16(engine, loop, group, folder, scale
 
 
 def test_new_weights_arrive_are_live_and_leave_no_stale_cache(engine, loop, group, folder, scale):
-    """The prompt was answered before, so that a cache of its image or prefix would show."""
+    """The prompt was answered before, so that a cache of its image or prefix would show: a model with the tower of
+    before is farther from the engine than the bound."""
     reasoner = load_reasoner(folder, device=scale.device, dtype=torch.bfloat16)
-    sampled(engine, loop, group, scale)
-    with torch.no_grad():
-        for parameter in reasoner.model.parameters():
-            parameter.add_(0.05 * parameter.abs().mean() * torch.randn_like(parameter))
     weights = dict(reasoner.model.named_parameters())
+    tower = {name: parameter.clone() for name, parameter in weights.items() if "visual" in name}
+    sampled(engine, loop, group, scale)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in weights.items():
+            change = 2.0 if "visual" in name else 0.05
+            parameter.add_(change * parameter.abs().mean() * torch.randn_like(parameter))
 
     async def buckets():
         yield pack(weights)
@@ -116,7 +120,13 @@ def test_new_weights_arrive_are_live_and_leave_no_stale_cache(engine, loop, grou
         assert receipt.compared > 50, "on a GPU nothing is packed, so that matrices are compared too"
     samples = sampled(engine, loop, group, scale)
     assert {each.policy_version for each in samples.completions} == {1}
-    assert gap(samples, group, reasoner, scale) < BOUND
+    found = gap(samples, group, reasoner, scale)
+    with torch.no_grad():
+        for name, before in tower.items():
+            weights[name].copy_(before)
+    stale = gap(samples, group, reasoner, scale)
+    print(f"mean difference of log-probs: {found:.4f} nats, with the tower of before {stale:.4f}")
+    assert found < BOUND < stale
 
 
 def test_the_expert_in_bfloat16_draws_the_masks_of_float32(scale, tmp_path):

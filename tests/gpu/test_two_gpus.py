@@ -2,14 +2,17 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
 
 from bench.published_shapes import scored_groups
+from learner.collectives import join
 from learner.config import LearnerConfig, LearnerTask
-from tests.gpu.conftest import SCALE, free_port
+from learner.grpo import GrpoRank
+from learner.zero import ZeroRank
+from tests.gpu.conftest import SCALE, free_port, in_processes
 from umrg.prompts import PromptSpec
 
 pytestmark = [
@@ -20,14 +23,8 @@ pytestmark = [
 
 def learn(rank, folder, port, stage, out):
     """One of two ranks: a step, and its report, written to a file."""
-    import os
-
     if SCALE.device == "cuda":
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(rank)
-    from learner.collectives import join
-    from learner.grpo import GrpoRank
-    from learner.zero import ZeroRank
-
+        assert torch.cuda.device_count() == 1, "it was started with the other rank's GPU too"
     join(rank, 2, host="127.0.0.1", port=port, device=SCALE.device, seconds=300)
     config = LearnerConfig.model_validate(
         {
@@ -51,7 +48,9 @@ def learn(rank, folder, port, stage, out):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_ranks_make_one_update(folder, scale, stage, tmp_path):
     """Both report the same loss over all groups' tokens, and the same gradient norm."""
-    spawn(learn, args=(folder, free_port(), stage, tmp_path), nprocs=2)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")[:2]
+    own_gpus = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in visible] if SCALE.device == "cuda" else [{}, {}]
+    in_processes(learn, (folder, free_port(), stage, tmp_path), own_gpus)
     first, second = (json.loads((tmp_path / str(rank)).read_text()) for rank in range(2))
     assert first == second and math.isfinite(first[0]) and first[1] > 0
     assert first[2] == scale.work.groups * scale.work.n * scale.work.length

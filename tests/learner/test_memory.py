@@ -132,6 +132,14 @@ def test_offload_moves_parts_to_the_host():
     assert need.host == {"optimizer": 12 * 8_292_166_656, "gradients": 4 * 8_292_166_656, "weights": 2 * 8_292_166_656}
 
 
+def test_a_parked_reference_is_counted_as_torch_locks_its_pages():
+    """torch 2.13 takes the next power of two for each tensor: 29.2 GiB for the 15.4 of a 7B."""
+    kl = {"objective": {"kl": 0.01}, "reference": "parked"}
+    need = rank_need(qwen2_5_vl_7b(), config(num_gpus=1, **kl), 2700)
+    assert need.host["reference"] == pytest.approx(29.2 * GIB, rel=0.01)
+    assert rank_need(qwen2_5_vl_7b(), config(**kl), 2700).host == {"reference": 2 * 8_292_166_656}
+
+
 def test_adapters_need_no_reference_model():
     assert reference_of(config(objective={"kl": 0.01}, lora={})) == "none"
     assert reference_of(config(objective={"kl": 0.01})) != "none"
