@@ -1,0 +1,153 @@
+"""An elastic pool: the actors of one role, of which any may come, go or die at any time.
+
+    starting ──► loaded ──► ready ──► draining ──► ended
+        └───────────┴─────────┴──────────┴──► ended (died, or given up)
+
+Scaling and death are the same event: `reconcile` compares the members with how many are wanted, starts what is missing
+and drains what is too much. A member is `loaded` once its model is; whoever runs the pool admits it to work, a rollout
+not before it has the current weights. The pool decides and remembers; a `Starter` makes actors and ends them, so that
+the pool itself knows neither Ray nor a clock.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from actors.failures import ActorFailed
+
+State = Literal["starting", "loaded", "ready", "draining"]
+
+FAILED_STARTS = 3
+"""Starts that fail one after another before the pool gives up."""
+ERRORS = 2
+"""Errors of a member one after another before it is replaced."""
+
+
+class Starter(Protocol):
+    """Makes and ends the actors of a role."""
+
+    def start(self, name: str) -> Any:
+        """Make an actor and begin to load it. Returns its handle; the pool is told by `loaded` or `died`."""
+        ...
+
+    def end(self, name: str, handle: Any, *, gently: bool) -> None:
+        """End an actor and what it started. gently: it lives and has nothing to do."""
+        ...
+
+
+@dataclass(kw_only=True, eq=False)
+class Member:
+    """One actor."""
+
+    name: str
+    handle: Any
+    state: State = "starting"
+    flying: set[tuple[str, int]] = field(default_factory=set)
+    """Group and attempt of each call of work that it has."""
+    reserved: bool = False
+    """Nothing is dispatched to it beside the suspected group that it has, or waits for."""
+    errors: int = 0
+    """Calls of it that ended in errors, since the last one that did not."""
+
+
+class Pool:
+    """The members of one role, by name. bound: calls of work that a member has at the same time."""
+
+    def __init__(self, role: str, starter: Starter, *, bound: int) -> None:
+        self.role, self.bound = role, bound
+        self.members: dict[str, Member] = {}
+        self._starter = starter
+        self._made = 0
+        self._failed_starts = 0
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(list(self.members.values()))
+
+    @property
+    def ready(self) -> list[Member]:
+        """Those that work is dispatched to."""
+        return [member for member in self if member.state == "ready"]
+
+    @property
+    def staying(self) -> list[Member]:
+        """Those that are not on their way out."""
+        return [member for member in self if member.state != "draining"]
+
+    def reconcile(self, wanted: int) -> None:
+        """Start what is missing, drain what is too much, and end what is drained."""
+        surplus = len(self.staying) - wanted
+        for _ in range(-surplus):
+            name = f"{self.role} {self._made}"
+            self._made += 1
+            self.members[name] = Member(name=name, handle=self._starter.start(name))
+        leaving = sorted(self.staying, key=lambda member: (member.state == "ready", len(member.flying)))
+        for member in leaving[: max(0, surplus)]:
+            member.state = "draining"
+        for member in self:
+            if member.state == "draining" and not member.flying:
+                self._remove(member, gently=True)
+
+    def loaded(self, name: str) -> None:
+        """A member's model is loaded."""
+        self._failed_starts = 0
+        if (member := self.members.get(name)) and member.state == "starting":
+            member.state = "loaded"
+
+    def admit(self, name: str) -> None:
+        """A loaded member may work."""
+        if (member := self.members.get(name)) and member.state == "loaded":
+            member.state = "ready"
+
+    def pick(self, *, alone: bool = False) -> Member | None:
+        """The ready member with the least work that takes one more call; None if there is none now. alone: one that has
+        no other work and gets none; the least loaded one is kept free for it."""
+        if alone:
+            free = [member for member in self.ready if not member.reserved or not member.flying]
+            if not free:
+                return None
+            chosen = min(free, key=lambda member: (not member.reserved, len(member.flying)))
+            chosen.reserved = True
+            return None if chosen.flying else chosen
+        free = [member for member in self.ready if len(member.flying) < self.bound and not member.reserved]
+        return min(free, key=lambda member: len(member.flying), default=None)
+
+    def took(self, member: Member, id: str, attempt: int) -> None:
+        """A call of work was made to a member."""
+        member.flying.add((id, attempt))
+
+    def gave(self, name: str, id: str, attempt: int, *, error: bool = False) -> None:
+        """A call of work ended. error: in an error; after some of them the member is replaced."""
+        member = self.members.get(name)
+        if member is None:
+            return
+        member.flying.discard((id, attempt))
+        member.reserved = member.reserved and bool(member.flying)
+        member.errors = member.errors + 1 if error else 0
+        if member.errors >= ERRORS and not member.flying:
+            self._remove(member, gently=False)
+
+    def died(self, name: str, cause: str) -> set[tuple[str, int]]:
+        """A member died, or is given up. Returns the work that it had. Raises ActorFailed if members keep dying before
+        they are loaded."""
+        member = self.members.get(name)
+        if member is None:
+            return set()
+        self._remove(member, gently=False)
+        if member.state == "starting":
+            self._failed_starts += 1
+            if self._failed_starts >= FAILED_STARTS:
+                raise ActorFailed(f"{self._failed_starts} {self.role}s in turn did not start: {cause}")
+        return member.flying
+
+    def end(self) -> None:
+        """End all members."""
+        for member in self:
+            self._remove(member, gently=True)
+
+    def _remove(self, member: Member, *, gently: bool) -> None:
+        del self.members[member.name]
+        self._starter.end(member.name, member.handle, gently=gently)
+
+
+Wanted = Callable[[], int]
+"""How many members a pool should have now."""

@@ -1,0 +1,236 @@
+"""Pool, ledger and collector against actors that die, hang, answer late, come and go, with a clock of the test's own."""
+
+import random
+import tracemalloc
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors.calls import Call, Ended
+from actors.collector import Collector, Post
+from actors.failures import ActorFailed
+from actors.ledger import Ledger
+from actors.pool import Pool
+
+
+class World:
+    """Actors and their calls, as the driver sees them, and what really happens to them."""
+
+    def __init__(self, ids, *, bound=3, poison=(), broken=()):
+        """poison: groups that kill whatever works on them. broken: groups on which every call ends in an error."""
+        self.now = 0.0
+        self.alive: set[str] = set()
+        self.flying: dict[int, tuple[Call, float]] = {}
+        self.abandoned: list[Ended] = []
+        self.scored: Counter[str] = Counter()
+        self.poison, self.broken = set(poison), set(broken)
+        self.pools = {role: Pool(role, self, bound=bound) for role in ("rollout", "segmenter")}
+        self.ledger = Ledger(ids)
+        sampling, scoring = (
+            Post(pool=pool, make=lambda member, entry: self.make(member, entry), doing="working", seconds=10.0)
+            for pool in self.pools.values()
+        )
+        self.collector = Collector(self.ledger, sampling, scoring, self)
+        self.refs = 0
+
+    # As a `Starter`.
+    def start(self, name):
+        self.alive.add(name)
+        return name
+
+    def end(self, name, handle, *, gently):
+        if gently:
+            assert not any(call.actor == name for call, _ in self.flying.values()), "it was ended with work in hand"
+        self.alive.discard(name)
+
+    # As `Waiting`.
+    def make(self, member, entry):
+        assert member.state == "ready" and len(member.flying) <= self.pools[self.role(member.name)].bound
+        assert not entry.alone or len(member.flying) == 1, "a suspect has company"
+        self.refs += 1
+        return self.refs, (entry.id, self.refs)
+
+    def add(self, ref, call):
+        self.flying[ref] = (call, self.now + call.seconds)
+
+    def forget(self, actor):
+        for ref in [ref for ref, (call, _) in self.flying.items() if call.actor == actor]:
+            call, _ = self.flying.pop(ref)
+            self.abandoned.append(Ended(call=call))
+
+    @staticmethod
+    def role(name):
+        return name.partition(" ")[0]
+
+    # What happens.
+    def answer(self, ref):
+        """A call ends as it does by itself."""
+        call, _ = self.flying.pop(ref)
+        work = call.key
+        if work.id in self.poison:
+            self.alive.discard(call.actor)
+            self.heed(Ended(call=call, fault="died", cause="killed by it"))
+        elif work.id in self.broken:
+            self.heed(Ended(call=call, fault="error", cause="broken"))
+        else:
+            if work.stage == "sampled":
+                self.scored[work.id] += self.ledger.entries[work.id].attempt == work.attempt
+            self.heed(Ended(call=call, result=None))
+
+    def heed(self, ended):
+        self.collector.heed(ended)
+        self.check()
+
+    def kill(self, name):
+        """An actor dies with all its work, or unseen if it has none."""
+        self.alive.discard(name)
+        for ref in [ref for ref, (call, _) in self.flying.items() if call.actor == name]:
+            if ref in self.flying:
+                call, _ = self.flying.pop(ref)
+                self.heed(Ended(call=call, fault="died", cause="killed"))
+
+    def pass_time(self, seconds):
+        self.now += seconds
+        for ref in [ref for ref, (_, due) in self.flying.items() if due <= self.now]:
+            if ref in self.flying:
+                call, _ = self.flying.pop(ref)
+                self.heed(Ended(call=call, fault="late", cause="hangs"))
+
+    def come_up(self):
+        """All that start are loaded and admitted."""
+        for pool in self.pools.values():
+            for member in pool:
+                pool.loaded(member.name)
+                pool.admit(member.name)
+
+    def turn(self, wanted):
+        """One turn of the driver."""
+        for role, pool in self.pools.items():
+            pool.reconcile(wanted[role])
+        self.come_up()
+        self.collector.dispatch()
+        self.check()
+
+    def check(self):
+        """What holds at any time."""
+        for role, pool in self.pools.items():
+            for member in pool:
+                assert len(member.flying) <= pool.bound
+                assert member.name in self.alive or True
+            flying = [key for member in pool for key in member.flying]
+            assert len(flying) == len(set(flying))
+        assert all(count == 1 for count in self.scored.values()), "a group was scored twice"
+
+    def settle(self, wanted):
+        """Without further misfortune, until all groups are closed."""
+        for _ in range(50 * len(self.ledger.entries) + 50):
+            if self.ledger.closed:
+                return
+            self.turn(wanted)
+            for ref in sorted(self.flying)[:4]:
+                if ref in self.flying:
+                    self.answer(ref)
+        raise AssertionError("groups are left open")
+
+
+WANTED = {"rollout": 2, "segmenter": 3}
+EVENTS = st.lists(
+    st.tuples(st.sampled_from(["answer", "kill", "hang", "scale", "late", "turn"]), st.integers(0, 1 << 16)), max_size=80
+)
+
+
+def happen(world, event, number, wanted):
+    """One event of a random history."""
+    flying, members = sorted(world.flying), sorted(world.alive)
+    if event == "answer" and flying:
+        world.answer(flying[number % len(flying)])
+    elif event == "kill" and members:
+        world.kill(members[number % len(members)])
+    elif event == "hang":
+        world.pass_time(number % 12)
+    elif event == "scale":
+        wanted["rollout"], wanted["segmenter"] = 1 + number % 3, 1 + number // 3 % 4
+    elif event == "late" and world.abandoned:
+        world.heed(world.abandoned.pop(number % len(world.abandoned)))
+    world.turn(wanted)
+
+
+@given(events=EVENTS, groups=st.integers(1, 12), poisoned=st.integers(0, 2), broken=st.integers(0, 1))
+@settings(max_examples=300)
+def test_each_group_is_scored_once_or_put_aside_for_a_cause(events, groups, poisoned, broken):
+    """In any order of deaths, hangs, late answers and scalings."""
+    ids = [f"g{i}" for i in range(groups)]
+    world = World(ids, poison=ids[:poisoned], broken=ids[poisoned:][:broken])
+    wanted = dict(WANTED)
+    for event, number in events:
+        happen(world, event, number, wanted)
+    world.settle(wanted)
+    for entry in world.ledger.entries.values():
+        if entry.id in world.poison | world.broken:
+            assert entry.stage == "aside" and entry.cause
+        else:
+            assert entry.stage == "scored" or entry.deaths > 2
+            assert world.scored[entry.id] == (entry.stage == "scored")
+
+
+def test_ten_thousand_groups_in_bounded_memory():
+    """In steps of 100, through some thousand deaths, hangs and scalings."""
+    chance = random.Random(0)
+    tracemalloc.start()
+    peaks = []
+    deaths = scored = 0
+    for step in range(100):
+        tracemalloc.reset_peak()
+        world = World([f"{step}/{i}" for i in range(100)], bound=8)
+        wanted = dict(WANTED)
+        for _ in range(200):
+            event = chance.choices(["answer", "kill", "hang", "scale", "late"], [90, 5, 1, 2, 2])[0]
+            deaths += event == "kill"
+            happen(world, event, chance.randrange(1 << 16), wanted)
+        world.settle(wanted)
+        scored += sum(world.scored.values())
+        peaks.append(tracemalloc.get_traced_memory()[1])
+    tracemalloc.stop()
+    assert deaths > 500 and scored > 9_500
+    assert max(peaks[50:]) < 1.5 * max(peaks[:50])
+
+
+def test_what_was_merely_beside_the_culprit_is_scored():
+    """Each of the poisoned group's companions is dispatched alone in the end, and lives."""
+    ids = [f"g{i}" for i in range(6)]
+    world = World(ids, bound=6, poison=["g3"])
+    world.settle({"rollout": 1, "segmenter": 1})
+    assert [entry.id for entry in world.ledger.aside] == ["g3"]
+    assert world.ledger.entries["g3"].cause == "killed by it"
+    assert sum(world.scored.values()) == 5
+
+
+def test_an_error_is_tried_once_more_and_its_actor_lives():
+    world = World(["a", "b"], broken=["a"])
+    world.settle({"rollout": 1, "segmenter": 1})
+    assert [entry.id for entry in world.ledger.aside] == ["a"] and world.scored == {"b": 1}
+
+
+def test_actors_that_never_start_end_the_run():
+    world = World(["a"])
+    pool = world.pools["rollout"]
+    with pytest.raises(ActorFailed, match="3 rollouts in turn did not start: no such model"):
+        for _ in range(3):
+            pool.reconcile(1)
+            (member,) = pool
+            pool.died(member.name, "no such model")
+
+
+def test_scaling_down_lets_work_end_first():
+    world = World([f"g{i}" for i in range(8)])
+    world.turn({"rollout": 2, "segmenter": 1})
+    world.turn({"rollout": 1, "segmenter": 1})
+    assert [member.state for member in world.pools["rollout"]].count("draining") == 1
+    (leaving,) = [member for member in world.pools["rollout"] if member.state == "draining"]
+    had = set(leaving.flying)
+    for ref in [ref for ref, (call, _) in world.flying.items() if call.actor == leaving.name]:
+        world.answer(ref)
+    world.pools["rollout"].reconcile(1)
+    assert leaving.name not in world.alive and all(world.ledger.entries[id].stage != "queued" for id, _ in had)
