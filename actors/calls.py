@@ -1,29 +1,30 @@
-"""The driver's one wait: every call in flight, whoever it was made to, and how each ended.
+"""The driver's one wait: every call in flight, whoever it was made to, and what follows when it ends.
 
 A call ends in a result, or in one of four ways that mean different things:
 
-    died     its actor is gone                                   the actor's other calls are gone too
+    died     its actor is gone, or cannot work any more          its other calls are gone too
     late     it missed its own deadline                          the actor is given up, as if it had died
     error    the call raised                                     the actor lives; the traceback is kept
     lost     an object that it needed, or made, is gone          a node went; nobody's fault
 
-A mistake of the user's is none of these: it is raised at once.
+A mistake of the user's is none of these: it is raised, once all that has ended is dealt with.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
-from umrg.mistake import Mistake
+from actors.failures import ActorDied, ActorFailed, Broken, DeadlinePassed
 
 Ref = Any
 """A Ray object reference; Ray's own type says nothing of what it refers to."""
 
-Fault = Literal["died", "late", "error", "lost"]
+Fault = Literal["died", "late", "error", "lost", "mistake"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,8 +37,8 @@ class Call:
     """What the actor does, phrased to follow "while"."""
     seconds: float
     """Its deadline, from the moment that it was made."""
-    key: Any = None
-    """The caller's own name for it."""
+    then: "Callable[[Ended], None]"
+    """What follows when it ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,23 +55,19 @@ class Ended:
 
 
 class Waiting(Protocol):
-    """Makes calls, and waits for all of them at once."""
+    """Calls that somebody waits for."""
 
     def add(self, ref: Ref, call: Call) -> None:
-        """A call was made. ref: of its result, which must be small: it is fetched here."""
+        """A call was made. ref: of its result, which is fetched to the driver, so it should be small."""
         ...
 
-    def wait(self, seconds: float) -> list[Ended]:
-        """The calls that have ended; none if none does within so many seconds."""
-        ...
-
-    def forget(self, actor: str) -> None:
-        """Wait no more for an actor's calls."""
+    def gone(self, actor: str, cause: str) -> None:
+        """An actor died, or is given up: all its calls end as `died`."""
         ...
 
 
 class Calls:
-    """Calls to Ray's actors."""
+    """Calls to Ray's actors. now: a monotonic clock, in seconds."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._flying: dict[Ref, tuple[Call, float]] = {}
@@ -82,51 +79,101 @@ class Calls:
     def add(self, ref: Ref, call: Call) -> None:
         self._flying[ref] = (call, self._now() + call.seconds)
 
-    def wait(self, seconds: float) -> list[Ended]:
-        """Raises Mistake for a user's."""
+    def gone(self, actor: str, cause: str) -> None:
+        gone = {ref: call for ref, (call, _) in self._flying.items() if call.actor == actor}
+        for ref in gone:
+            del self._flying[ref]
+        for call in gone.values():
+            call.then(Ended(call=call, fault="died", cause=cause))
+
+    def turn(self, seconds: float = 1.0) -> None:
+        """Wait until a call ends, for so many seconds at most, and let follow what follows from all that have ended.
+        Raises ValueError for a mistake of the user's."""
+        ended = self._ended(seconds)
+        for each in ended:
+            each.call.then(each)
+        while late := self._late():
+            late.call.then(late)
+        for each in ended:
+            if each.fault == "mistake":
+                raise ValueError(each.cause) from each.error
+
+    def settle(self, calls: Mapping[str, Ref], *, seconds: float, doing: str) -> dict[str, Ended]:
+        """How calls ended, by the name of the actor that each was made to; other calls go on meanwhile."""
+        found: dict[str, Ended] = {}
+        for name, ref in calls.items():
+            self.add(ref, Call(actor=name, doing=doing, seconds=seconds, then=partial(_keep, found)))
+        while len(found) < len(calls):
+            self.turn()
+        return {name: found[name] for name in calls}
+
+    def gather(self, calls: Mapping[str, Ref], *, seconds: float, doing: str) -> list[Any]:
+        """The results of calls, in order, as `settle`. Raises ActorFailed or DeadlinePassed for the first fault."""
+        found: dict[str, Ended] = {}
+        for name, ref in calls.items():
+            self.add(ref, Call(actor=name, doing=doing, seconds=seconds, then=partial(_keep, found)))
+        while len(found) < len(calls):
+            self.turn()
+            for ended in found.values():
+                refuse(ended)
+        return [found[name].result for name in calls]
+
+    def _ended(self, seconds: float) -> list[Ended]:
         if not self._flying:
-            time.sleep(min(seconds, 0.2))
+            time.sleep(min(seconds, 0.1))
             return []
         refs = list(self._flying)
-        ready, _ = ray.wait(refs, num_returns=1, timeout=seconds, fetch_local=False)
+        due = min(due for _, due in self._flying.values()) - self._now()
+        ready, _ = ray.wait(refs, num_returns=1, timeout=max(0.0, min(seconds, due)), fetch_local=False)
         if ready:
             ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
-        return [*(self._ended(ref) for ref in ready), *self._late()]
+        return [outcome(ref, self._flying.pop(ref)[0]) for ref in ready]
 
-    def forget(self, actor: str) -> None:
-        self._flying = {ref: (call, due) for ref, (call, due) in self._flying.items() if call.actor != actor}
-
-    def _ended(self, ref: Ref) -> Ended:
-        call, _ = self._flying.pop(ref)
-        return outcome(ref, call)
-
-    def _late(self) -> Iterator[Ended]:
+    def _late(self) -> Ended | None:
+        """One call that missed its deadline."""
         now = self._now()
-        for ref in [ref for ref, (_, due) in self._flying.items() if due <= now]:
-            call, _ = self._flying.pop(ref)
-            yield Ended(
-                call=call, fault="late", cause=f"{call.actor} did not finish {call.doing} within {call.seconds:g} s"
-            )
+        for ref, (call, due) in self._flying.items():
+            if due <= now:
+                del self._flying[ref]
+                cause = f"{call.actor} did not finish {call.doing} within {call.seconds:g} s"
+                return Ended(call=call, fault="late", cause=cause)
+        return None
+
+
+def refuse(ended: Ended) -> None:
+    """Raise DeadlinePassed, ActorDied or ActorFailed for a call that ended in a fault."""
+    kinds = {"late": DeadlinePassed, "died": ActorDied}
+    if ended.fault and ended.fault != "mistake":
+        raise kinds.get(ended.fault, ActorFailed)(ended.cause) from ended.error
 
 
 def outcome(ref: Ref, call: Call) -> Ended:
-    """How a call that is over ended. Raises Mistake for a user's."""
+    """How a call that is over ended."""
     try:
         return Ended(call=call, result=ray.get(ref, timeout=60))
     except RayTaskError as error:
-        if isinstance(error.cause, Mistake):
-            raise Mistake(f"{call.actor}, {call.doing}: {error.cause}") from error
-        fault: Fault = "lost" if isinstance(error.cause, ObjectLostError) else "error"
-        cause = f"{call.actor} failed while {call.doing}: {type(error.cause).__name__}: {_first(error.cause)}"
-        return Ended(call=call, fault=fault, cause=cause, error=error)
+        cause = error.cause
+        if isinstance(cause, ValueError):
+            said = f"{call.actor}, {call.doing}: {cause}"
+            return Ended(call=call, fault="mistake", cause=said, error=error)
+        fault: Fault = (
+            "lost" if isinstance(cause, ObjectLostError) else "died" if isinstance(cause, Broken) else "error"
+        )
+        said = f"{call.actor} failed while {call.doing}: {type(cause).__name__}: {_first(cause)}"
+        return Ended(call=call, fault=fault, cause=said, error=error)
     except RayActorError as error:
-        fault, cause = "died", f"{call.actor} died while {call.doing}: {_first(error)}"
-        return Ended(call=call, fault=fault, cause=cause, error=error)
+        return Ended(
+            call=call, fault="died", cause=f"{call.actor} died while {call.doing}: {_first(error)}", error=error
+        )
     except (ObjectLostError, GetTimeoutError) as error:
         return Ended(call=call, fault="lost", cause=f"{call.actor}, {call.doing}: {_first(error)}", error=error)
     except RayError as error:
-        cause = f"{call.actor} failed while {call.doing}: {_first(error)}"
-        return Ended(call=call, fault="error", cause=cause, error=error)
+        said = f"{call.actor} failed while {call.doing}: {_first(error)}"
+        return Ended(call=call, fault="error", cause=said, error=error)
+
+
+def _keep(found: dict[str, Ended], ended: Ended) -> None:
+    found[ended.call.actor] = ended
 
 
 def _first(error: BaseException | None) -> str:

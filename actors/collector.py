@@ -1,4 +1,4 @@
-"""Groups through rollouts and segmenters: dispatch to whoever has room, and what follows from how each call ended.
+"""Groups through rollouts and segmenters: dispatch to whoever has room, and what follows from how each call ends.
 
     ledger ──queued──► rollouts ──samples──► ledger ──sampled──► segmenters ──scored──► ledger
                      (least loaded)                             (least loaded)
@@ -9,45 +9,39 @@ its cause.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from actors.calls import Call, Ended, Ref, Waiting
 from actors.ledger import Entry, Ledger
 from actors.pool import Member, Pool
 
-Make = Callable[[Member, Entry], tuple[Ref, Ref]]
-"""Calls a member to work on a group. Returns references of a receipt, which is small, and of what the call makes, which
-stays where it is made."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """The key of a call of work."""
-
-    stage: Literal["queued", "sampled"]
-    """Where the group was when it was dispatched."""
-    id: str
-    attempt: int
-    result: Ref
+Waits = Literal["queued", "sampled"]
+"""Where a group waits to be dispatched."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Post:
-    """One stage's workers."""
+    """The workers of one stage."""
 
     pool: Pool
-    make: Make
+    make: Callable[[Member, Entry], tuple[Ref, Ref]]
+    """Calls a member to work on a group. Returns two references: of what the driver is given when it ends, and of what
+    goes on to the next stage."""
     doing: str
+    """As in `Call`."""
     seconds: float
     """Deadline of a call."""
+    fault: Callable[[Entry, Any], str | None] = lambda entry, given: None
+    """What is wrong with what the driver was given, in words; None if it is sound."""
 
 
 class Collector:
-    """Takes the groups of a ledger through both stages. The caller waits, and gives what ended to `heed`."""
+    """Takes the groups of a ledger through both stages. Between two calls of `dispatch` the caller waits."""
 
     def __init__(self, ledger: Ledger, sampling: Post, scoring: Post, calls: Waiting) -> None:
         self.ledger = ledger
-        self._posts: dict[Literal["queued", "sampled"], Post] = {"queued": sampling, "sampled": scoring}
+        self._posts: dict[Waits, Post] = {"queued": sampling, "sampled": scoring}
         self._calls = calls
 
     def dispatch(self) -> None:
@@ -56,35 +50,32 @@ class Collector:
             for entry in self.ledger.waiting(stage):
                 member = post.pool.pick(alone=entry.alone)
                 if member is not None:
-                    self._make(stage, post, member, entry)
+                    self._make(post, member, entry)
                 elif not entry.alone:
                     break  # there is room for none of those after it
 
-    def _make(self, stage: Literal["queued", "sampled"], post: Post, member: Member, entry: Entry) -> None:
+    def _make(self, post: Post, member: Member, entry: Entry) -> None:
         attempt = self.ledger.begin(entry.id)
         post.pool.took(member, entry.id, attempt)
-        receipt, result = post.make(member, entry)
-        work = Work(stage=stage, id=entry.id, attempt=attempt, result=result)
-        self._calls.add(receipt, Call(actor=member.name, doing=post.doing, seconds=post.seconds, key=work))
+        given, onward = post.make(member, entry)
+        then = partial(self._ended, post, entry, attempt, onward)
+        self._calls.add(given, Call(actor=member.name, doing=post.doing, seconds=post.seconds, then=then))
 
-    def heed(self, ended: Ended) -> None:
-        """A call of work ended."""
-        work: Any = ended.call.key
-        pool = self._posts[work.stage].pool
-        pool.gave(ended.call.actor, work.id, work.attempt, error=ended.fault == "error")
-        match ended.fault:
+    def _ended(self, post: Post, entry: Entry, attempt: int, onward: Ref, ended: Ended) -> None:
+        actor, fault, cause = ended.call.actor, ended.fault, ended.cause
+        if fault is None and (wrong := post.fault(entry, ended.result)):
+            fault, cause = "error", f"{actor}, {post.doing}: {wrong}"
+        post.pool.gave(actor, entry.id, attempt, error=fault == "error")
+        match fault:
             case None:
-                self.ledger.end(work.id, work.attempt, work.result)
+                self.ledger.end(entry.id, attempt, (ended.result, onward))
             case "error":
-                self.ledger.failed(work.id, work.attempt, ended.cause)
+                self.ledger.failed(entry.id, attempt, cause)
             case "lost":
-                self.ledger.lost(work.id, work.attempt)
+                self.ledger.lost(entry.id, attempt)
+            case "mistake":
+                pass  # the run ends
             case "died" | "late":
-                self.gone(pool, ended.call.actor, ended.cause, (work.id, work.attempt))
-
-    def gone(self, pool: Pool, actor: str, cause: str, *also: tuple[str, int]) -> None:
-        """An actor died or is given up: all that it had is dispatched again. also: work of it that is no longer counted
-        as in flight."""
-        self._calls.forget(actor)
-        for id, attempt in (*also, *pool.died(actor, cause)):
-            self.ledger.died(id, attempt, cause)
+                self.ledger.died(entry.id, attempt, cause)
+                post.pool.died(actor, cause)
+                self._calls.gone(actor, cause)

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import time
 from typing import Any
 
 import openai
@@ -80,6 +81,12 @@ class Endpoint:
                 for choice in sorted(reply.choices, key=lambda choice: choice.index)
             ),
         )
+
+    async def sampled(self, group: Group, sampling: SamplingParams) -> tuple[float, GroupSamples]:
+        """`sample`, and before it what the driver is told: the seconds that it took."""
+        began = time.monotonic()
+        samples = await self.sample(group, sampling)
+        return time.monotonic() - began, samples
 
     async def stop(self) -> None:
         await self._client.close()

@@ -1,9 +1,18 @@
-"""What ends a run that is not a mistake of the user's."""
+"""What goes wrong with actors, and is no mistake of the user's."""
 
 
 class ActorFailed(RuntimeError):
     """An actor died, or raised an error that is no mistake of the user's."""
 
 
+class ActorDied(ActorFailed):
+    """An actor died."""
+
+
 class DeadlinePassed(TimeoutError):
     """A wait took longer than its deadline."""
+
+
+class Broken(RuntimeError):
+    """Raised by an actor that cannot work any more, because something that it depends on has died. It counts as dead
+    itself."""

@@ -39,9 +39,9 @@ class Entry:
     cause: str = ""
     """What the last of these said."""
     samples: Any = None
-    """From `sampled` on, the reference of its samples."""
+    """From `sampled` on, what sampling left."""
     scored: Any = None
-    """At `scored`, the reference of its scored group."""
+    """At `scored`, what scoring left."""
 
     @property
     def alone(self) -> bool:
@@ -61,6 +61,11 @@ class Ledger:
     def closed(self) -> bool:
         """Every group is scored or put aside."""
         return self._open == 0
+
+    @property
+    def sampled(self) -> bool:
+        """No group is left to be sampled."""
+        return not any(entry.stage in ("queued", "sampling") for entry in self.entries.values())
 
     @property
     def aside(self) -> list[Entry]:
@@ -83,7 +88,7 @@ class Ledger:
         return entry.attempt
 
     def end(self, id: str, attempt: int, result: Any) -> bool:
-        """An attempt succeeded. Returns whether it counts. result: reference of what it made."""
+        """An attempt succeeded. Returns whether it counts. result: what it left."""
         entry = self._current(id, attempt)
         if entry is None:
             return False

@@ -9,7 +9,7 @@ not before it has the current weights. The pool decides and remembers; a `Starte
 the pool itself knows neither Ray nor a clock.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -26,8 +26,8 @@ ERRORS = 2
 class Starter(Protocol):
     """Makes and ends the actors of a role."""
 
-    def start(self, name: str) -> Any:
-        """Make an actor and begin to load it. Returns its handle; the pool is told by `loaded` or `died`."""
+    def start(self, pool: "Pool", name: str) -> Any:
+        """Make an actor and begin to load it. Returns its handle; the pool is told by `has_loaded` or `died`."""
         ...
 
     def end(self, name: str, handle: Any, *, gently: bool) -> None:
@@ -69,6 +69,11 @@ class Pool:
         return [member for member in self if member.state == "ready"]
 
     @property
+    def loaded(self) -> list[Member]:
+        """Those that wait to be admitted."""
+        return [member for member in self if member.state == "loaded"]
+
+    @property
     def staying(self) -> list[Member]:
         """Those that are not on their way out."""
         return [member for member in self if member.state != "draining"]
@@ -79,7 +84,7 @@ class Pool:
         for _ in range(-surplus):
             name = f"{self.role} {self._made}"
             self._made += 1
-            self.members[name] = Member(name=name, handle=self._starter.start(name))
+            self.members[name] = Member(name=name, handle=self._starter.start(self, name))
         leaving = sorted(self.staying, key=lambda member: (member.state == "ready", len(member.flying)))
         for member in leaving[: max(0, surplus)]:
             member.state = "draining"
@@ -87,7 +92,13 @@ class Pool:
             if member.state == "draining" and not member.flying:
                 self._remove(member, gently=True)
 
-    def loaded(self, name: str) -> None:
+    def adopt(self, handles: Mapping[str, Any]) -> None:
+        """Take in actors that are loaded, and may work. handles: by name."""
+        for name, handle in handles.items():
+            self.members[name] = Member(name=name, handle=handle, state="ready")
+        self._made = max(self._made, len(handles))
+
+    def has_loaded(self, name: str) -> None:
         """A member's model is loaded."""
         self._failed_starts = 0
         if (member := self.members.get(name)) and member.state == "starting":
@@ -126,18 +137,16 @@ class Pool:
         if member.errors >= ERRORS and not member.flying:
             self._remove(member, gently=False)
 
-    def died(self, name: str, cause: str) -> set[tuple[str, int]]:
-        """A member died, or is given up. Returns the work that it had. Raises ActorFailed if members keep dying before
-        they are loaded."""
+    def died(self, name: str, cause: str) -> None:
+        """A member died, or is given up. Raises ActorFailed if members keep dying before they are loaded."""
         member = self.members.get(name)
         if member is None:
-            return set()
+            return
         self._remove(member, gently=False)
         if member.state == "starting":
             self._failed_starts += 1
             if self._failed_starts >= FAILED_STARTS:
                 raise ActorFailed(f"{self._failed_starts} {self.role}s in turn did not start: {cause}")
-        return member.flying
 
     def end(self) -> None:
         """End all members."""
@@ -147,7 +156,3 @@ class Pool:
     def _remove(self, member: Member, *, gently: bool) -> None:
         del self.members[member.name]
         self._starter.end(member.name, member.handle, gently=gently)
-
-
-Wanted = Callable[[], int]
-"""How many members a pool should have now."""

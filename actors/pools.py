@@ -1,37 +1,33 @@
-"""The pools of a run's actors, as typed facades: nothing else calls `.remote`.
+"""The pools of a run's actors, as typed facades: only they and `cluster.hiring` call `.remote`.
 
-Every wait has a deadline and a name. An actor that died, raised or took too long ends the run with `ActorFailed` or
-`DeadlinePassed`, which name the actor and what it was doing.
+Every wait has a deadline and a name. Rollouts and segmenters come and go (`actors.pool`), and what they were doing when
+they died is done again. The ranks of a learner live and die together.
 """
 
-import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.calls import Calls, Ref
+from actors.collector import Post
 from actors.config import DeadlineConfig
 from actors.engine_report import UpdateReceipt
+from actors.failures import ActorDied, ActorFailed, DeadlinePassed
+from actors.ledger import Entry
+from actors.pool import Member, Pool, Starter
 from learner.update_report import SftReport, UpdateReport
 from rewards.scored import ScoredGroup, ScoringDepth
 from umrg.durable import FileRecord
 from umrg.group import Group, GroupSamples, SamplingParams
 from umrg.sample import Sample
 
-Ref = Any
-"""A Ray object reference; Ray's own type says nothing of what it refers to."""
 
-
-class ActorFailed(RuntimeError):
-    """An actor died, or raised an error that is no mistake of the user's."""
-
-
-class DeadlinePassed(TimeoutError):
-    """A wait took longer than its deadline."""
+class LearnerDied(ActorDied):
+    """A rank of the learner died or hung; the others wait for it in a collective, and are of no use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +46,12 @@ class GroupRefs:
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where one actor is placed, and which resources of its placement-group bundle it takes."""
+    """Where one actor is placed, and which resources it takes."""
 
-    name: str
     group: Any
-    bundle: int
+    """The run's placement group."""
+    bundle: int | None
+    """Of the group; None for wherever the cluster has room."""
     num_cpus: float
     num_gpus: float
     environment: Mapping[str, str]
@@ -62,139 +59,97 @@ class Placement:
     def options(self) -> dict[str, Any]:
         """Ray's options for the actor. GPUs are requested by the actor as well as by its bundle; otherwise
         CUDA_VISIBLE_DEVICES is empty in its process."""
-        return {
+        options: dict[str, Any] = {
             "num_cpus": self.num_cpus,
             "num_gpus": self.num_gpus,
             "runtime_env": {"env_vars": dict(self.environment)},
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                placement_group=self.group, placement_group_bundle_index=self.bundle
-            ),
         }
+        if self.bundle is not None:
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+                placement_group=self.group, placement_group_bundle_index=self.bundle
+            )
+        return options
 
 
-def gather(calls: Mapping[str, Ref], *, seconds: float, doing: str) -> list[Any]:
-    """The results of calls, in order. calls: by the name of the actor that each was made to."""
-    found = dict(as_completed(calls, {name: name for name in calls}, seconds=seconds, doing=doing))
-    return [found[name] for name in calls]
+class RolloutPool(Pool):
+    """The rollout actors."""
 
+    def __init__(self, starter: Starter, calls: Calls, deadlines: DeadlineConfig, *, bound: int) -> None:
+        super().__init__("rollout", starter, bound=bound)
+        self._calls, self._deadlines = calls, deadlines
 
-def as_completed(
-    calls: Mapping[str, Ref],
-    owners: Mapping[str, str],
-    *,
-    seconds: float,
-    doing: str,
-    meanwhile: Callable[[], None] = lambda: None,
-) -> Iterator[tuple[str, Any]]:
-    """(key, result) of each call as it ends; the first failure is raised. owners: name of the actor that each call was
-    made to, by key. meanwhile: called at least once a second while waiting."""
-    deadline = time.monotonic() + seconds
-    keys = {ref: key for key, ref in calls.items()}
-    pending = list(keys)
-    while pending:
-        meanwhile()
-        ready, pending = ray.wait(pending, num_returns=1, timeout=min(1.0, max(0.0, deadline - time.monotonic())))
-        if not ready:
-            if time.monotonic() < deadline:
-                continue
-            late = ", ".join(sorted({owners[keys[ref]] for ref in pending}))
-            raise DeadlinePassed(f"{late} did not finish {doing} within {seconds:.0f} s")
-        key = keys[ready[0]]
-        yield key, _result(ready[0], owners[key], doing)
+    def sampling(self, groups: Mapping[str, GroupRefs], sampling: SamplingParams) -> Post:
+        """Sampling as a stage of work. groups: by id."""
 
+        def make(member: Member, entry: Entry) -> tuple[Ref, Ref]:
+            receipt, samples = member.handle.sampled.options(num_returns=2).remote(groups[entry.id].group, sampling)
+            return receipt, samples
 
-def _result(ref: Ref, name: str, doing: str) -> Any:
-    try:
-        return ray.get(ref, timeout=60)
-    except RayTaskError as error:
-        if isinstance(error.cause, ValueError):
-            raise ValueError(f"{name}, {doing}: {error.cause}") from error
-        raise ActorFailed(f"{name} failed while {doing}: {type(error.cause).__name__}: {error.cause}") from error
-    except (RayActorError, GetTimeoutError) as error:
-        raise ActorFailed(f"{name} died while {doing}: {str(error).strip().splitlines()[0]}") from error
+        return Post(pool=self, make=make, doing="sampling", seconds=self._deadlines.step)
 
-
-class RolloutPool:
-    """The rollout actors, by name."""
-
-    def __init__(self, actors: Mapping[str, Any], deadlines: DeadlineConfig) -> None:
-        self._actors, self._deadlines = dict(actors), deadlines
-
-    def starting(self, names: Container[str] | None = None) -> dict[str, Ref]:
-        """Begin to start these actors; None for all."""
-        return {name: actor.start.remote() for name, actor in self._actors.items() if names is None or name in names}
-
-    def sample(
-        self,
-        groups: Mapping[str, GroupRefs],
-        sampling: SamplingParams,
-        *,
-        meanwhile: Callable[[], None] = lambda: None,
-    ) -> Iterator[tuple[str, Ref]]:
-        """(group id, reference of its `GroupSamples`) of each group as soon as it is sampled. groups: by id; they are
-        assigned round-robin, and each engine batches its own. meanwhile: as in `as_completed`."""
-        actors = list(self._actors.items())
-        calls, owners = {}, {}
-        for i, (id, refs) in enumerate(groups.items()):
-            owners[id], actor = actors[i % len(actors)]
-            calls[id] = actor.sample.remote(refs.group, sampling)
-        doing = "sampling"
-        # Each result is fetched for the errors in it, so that they name the rollout; the reference goes on.
-        for id, _ in as_completed(calls, owners, seconds=self._deadlines.step, doing=doing, meanwhile=meanwhile):
-            yield id, calls[id]
-
-    def update_weights(self, version: int, buckets: Sequence[Ref]) -> dict[str, UpdateReceipt]:
-        """Send every engine the weights of a version. Returns what each says of them, by actor. The references travel
-        in a list, which Ray does not resolve: the actors fetch one bucket at a time."""
-        calls = {name: actor.update_weights.remote(version, list(buckets)) for name, actor in self._actors.items()}
-        return dict(zip(calls, gather(calls, seconds=self._deadlines.step, doing="taking new weights"), strict=True))
+    def update_weights(
+        self, version: int, buckets: Sequence[Ref], members: Iterable[Member] | None = None
+    ) -> dict[str, UpdateReceipt]:
+        """Send engines the weights of a version; None for all that work. Returns what each says of them, by actor; one
+        that dies meanwhile is left out, and replaced later. The references travel in a list, which Ray does not
+        resolve: the actors fetch one bucket at a time."""
+        return self._of_all(
+            lambda handle: handle.update_weights.remote(version, list(buckets)), "taking new weights", members
+        )
 
     def canary(self, group: Ref, sampling: SamplingParams) -> list[GroupSamples]:
         """Each engine's own completions of one group."""
-        calls = {name: actor.sample.remote(group, sampling) for name, actor in self._actors.items()}
-        return gather(calls, seconds=self._deadlines.step, doing="answering the canary")
+        return list(self._of_all(lambda handle: handle.sample.remote(group, sampling), "answering the canary").values())
 
-    def stop(self) -> None:
-        """End the engines' processes. An actor that is gone already has none."""
-        refs = [actor.stop.remote() for actor in self._actors.values()]
-        ray.wait(refs, num_returns=len(refs), timeout=20)
+    def _of_all(
+        self, call: Callable[[Any], Ref], doing: str, members: Iterable[Member] | None = None
+    ) -> dict[str, Any]:
+        refs = {member.name: call(member.handle) for member in (self.ready if members is None else members)}
+        found = self._calls.settle(refs, seconds=self._deadlines.step, doing=doing)
+        for name, ended in found.items():
+            if ended.fault == "error":
+                raise ActorFailed(ended.cause) from ended.error
+            if ended.fault:
+                self.died(name, ended.cause)
+        return {name: ended.result for name, ended in found.items() if not ended.fault}
 
 
-class SegmenterPool:
-    """The segmenter actors, by name."""
+class SegmenterPool(Pool):
+    """The segmenter actors."""
 
-    def __init__(self, actors: Mapping[str, Any], deadlines: DeadlineConfig) -> None:
-        self._actors, self._deadlines = dict(actors), deadlines
-        self._turn = 0
-
-    def starting(self, names: Container[str] | None = None) -> dict[str, Ref]:
-        """Calls that load the experts of these actors, None for all, and return their digests."""
-        return {name: actor.start.remote() for name, actor in self._actors.items() if names is None or name in names}
+    def __init__(self, starter: Starter, calls: Calls, deadlines: DeadlineConfig) -> None:
+        super().__init__("segmenter", starter, bound=2)  # the next group waits there while one is scored
+        self._calls, self._deadlines = calls, deadlines
 
     def digests(self) -> list[str]:
-        calls = {name: actor.digest.remote() for name, actor in self._actors.items()}
-        return gather(calls, seconds=self._deadlines.step, doing="hashing its expert")
+        """Of the experts' weights."""
+        refs = {member.name: member.handle.digest.remote() for member in self.ready}
+        return self._calls.gather(refs, seconds=self._deadlines.step, doing="hashing its expert")
 
-    def score(self, group: GroupRefs, samples: Ref, depth: ScoringDepth) -> tuple[str, Ref]:
-        """Start to score a group, on the next segmenter in turn. Returns its name and the reference of the coming
-        `ScoredGroup`. samples: reference of the group's `GroupSamples`."""
-        names = list(self._actors)
-        name = names[self._turn % len(names)]
-        self._turn += 1
-        return name, self._actors[name].score.remote(group.group, group.masks, samples, depth)
+    def scoring(self, groups: Mapping[str, GroupRefs], depth: ScoringDepth) -> Post:
+        """Scoring as a stage of work; the driver is given the `ScoredGroup`. groups: by id."""
 
-    def collect(self, calls: Mapping[str, tuple[str, Ref]]) -> dict[str, ScoredGroup]:
-        """The results of calls to `score`, by group id."""
-        refs = {group: ref for group, (_, ref) in calls.items()}
-        owners = {group: name for group, (name, _) in calls.items()}
-        return dict(as_completed(refs, owners, seconds=self._deadlines.step, doing="scoring"))
+        def make(member: Member, entry: Entry) -> tuple[Ref, Ref]:
+            refs, (_, samples) = groups[entry.id], entry.samples
+            scored = member.handle.score.remote(refs.group, refs.masks, samples, depth)
+            return scored, scored
+
+        return Post(pool=self, make=make, doing="scoring", seconds=self._deadlines.step, fault=_mixed_up)
+
+
+def _mixed_up(entry: Entry, scored: ScoredGroup) -> str | None:
+    """What is wrong with a scored group, which a broken segmenter could have mixed up."""
+    if scored.group.id != entry.id:
+        return f"it scored {scored.group.id} in place of {entry.id}"
+    asked = len(scored.samples.completions)
+    return None if len(scored.answers) == asked else f"{len(scored.answers)} answers scored of {asked}"
 
 
 class RankPool:
     """The ranks of a learner. Every method is called on all of them."""
 
-    def __init__(self, actors: Mapping[str, Any], deadlines: DeadlineConfig) -> None:
-        self._actors, self._deadlines = dict(actors), deadlines
+    def __init__(self, actors: Mapping[str, Any], deadlines: DeadlineConfig, calls: Calls | None = None) -> None:
+        self._actors, self._deadlines, self._calls = dict(actors), deadlines, calls or Calls()
         self._saved: dict[str, FileRecord] = {}
         self._saving: list[str] = []
 
@@ -203,10 +158,12 @@ class RankPool:
         if not self._actors or (names is not None and not any(name in names for name in self._actors)):
             return {}
         first = next(iter(self._actors))
-        host, port = gather(
-            {first: self._actors[first].address.remote()}, seconds=self._deadlines.start, doing="starting"
-        )[0]
+        host, port = self._gather({first: self._actors[first].address.remote()}, self._deadlines.start, "starting")[0]
         return {name: actor.start.remote(host, port, self._deadlines.step) for name, actor in self._actors.items()}
+
+    def become(self, actors: Mapping[str, Any]) -> None:
+        """Other actors, in the place of those that are gone; what they were writing is not awaited any more."""
+        self._actors, self._saved, self._saving = dict(actors), {}, []
 
     def save(self, folder: Path) -> None:
         """Begin to write state and model; `saved` says when they are written."""
@@ -219,7 +176,7 @@ class RankPool:
         long."""
         seconds = float(self._deadlines.step) if wait else 0.0
         calls = {name: self._actors[name].saved.remote(seconds) for name in self._saving}
-        written = gather(calls, seconds=seconds + self._deadlines.step, doing="writing a checkpoint")
+        written = self._gather(calls, seconds + self._deadlines.step, "writing a checkpoint")
         for name, files in zip(calls, written, strict=True):
             if files is not None:
                 self._saved.update(files)
@@ -234,7 +191,13 @@ class RankPool:
 
     def _all(self, method: str, doing: str, *args: Any) -> list[Any]:
         calls = {name: getattr(actor, method).remote(*args) for name, actor in self._actors.items()}
-        return gather(calls, seconds=self._deadlines.step, doing=doing)
+        return self._gather(calls, self._deadlines.step, doing)
+
+    def _gather(self, calls: Mapping[str, Ref], seconds: float, doing: str) -> list[Any]:
+        try:
+            return self._calls.gather(calls, seconds=seconds, doing=doing)
+        except (ActorDied, DeadlinePassed) as error:
+            raise LearnerDied(str(error)) from error
 
 
 class LearnerPool(RankPool):

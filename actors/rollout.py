@@ -1,11 +1,14 @@
 """The rollout actor: a vLLM engine that turns groups into sampled answers."""
 
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actors.config import RolloutConfig
 from actors.engine_report import EngineReport, UpdateReceipt
+from actors.failures import Broken
 from actors.gpus import Place, this_place
 from actors.threads import share_cores
 from actors.weight_files import Bucket
@@ -45,13 +48,21 @@ class Rollout:
         ValueError, with the row's name, for a prompt that is too long."""
         sample = group.sample
         try:
-            return await self._running().generate(sample.image(), sample.query, group.seeded(sampling))
+            with _engine_alive():
+                return await self._running().generate(sample.image(), sample.query, group.seeded(sampling))
         except ValueError as error:
             raise ValueError(f"{sample.name}: {error}") from error
 
+    async def sampled(self, group: Group, sampling: SamplingParams) -> tuple[float, GroupSamples]:
+        """`sample`, and before it what the driver is told: the seconds that it took."""
+        began = time.monotonic()
+        samples = await self.sample(group, sampling)
+        return time.monotonic() - began, samples
+
     async def update_weights(self, version: int, buckets: "Sequence[ray.ObjectRef[Bucket]]") -> UpdateReceipt:
         """Take over weights of a version. buckets: references, of which one at a time is fetched and released."""
-        return await self._running().update_weights(_fetched(buckets), version)
+        with _engine_alive():
+            return await self._running().update_weights(_fetched(buckets), version)
 
     async def stop(self) -> None:
         """End the engine's processes."""
@@ -62,6 +73,17 @@ class Rollout:
     def _running(self) -> "Engine":
         assert self._engine is not None, "the rollout was not started"
         return self._engine
+
+
+@contextmanager
+def _engine_alive() -> Iterator[None]:
+    """Raises Broken where the engine's processes have died."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise Broken(f"its engine has died: {error}") from None
 
 
 async def _fetched(buckets: "Sequence[ray.ObjectRef[Bucket]]") -> AsyncIterator[Bucket]:

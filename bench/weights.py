@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from actors.calls import Calls
 from actors.config import DeadlineConfig, RolloutConfig
 from actors.engine_report import EngineReport
 from actors.pools import RolloutPool
@@ -138,8 +139,10 @@ def compare(gib: int, rounds: int) -> dict[str, float]:
     layers = gib * (1 << 30) // (4 * SIDE * SIDE)
     config = RolloutConfig(max_tokens=layers)
     actor = ray.remote(Receiver).options(num_cpus=1, runtime_env={"env_vars": config.process_environment})
-    pool = RolloutPool({"rollout 0": actor.remote(MODEL, config, PromptSpec.of_model(MODEL))}, DeadlineConfig())
-    ray.get(list(pool.starting().values()))
+    starter: Any = None
+    pool = RolloutPool(starter, Calls(), DeadlineConfig(), bound=1)
+    pool.adopt({"rollout 0": actor.remote(MODEL, config, PromptSpec.of_model(MODEL))})
+    ray.get([member.handle.start.remote() for member in pool])
     found: dict[str, list[float]] = {"copy_s": [], "send_s": [], "update_s": []}
     for version in range(rounds):
         tensors = {f"layers.{i}.weight": torch.rand(SIDE, SIDE) for i in range(layers)}

@@ -223,6 +223,11 @@ class Checkpoints(CheckpointFolder):
         self._place(begun, files)
         self._prune()
 
+    def newest(self) -> Checkpoint | None:
+        """The newest whole one, after the learner died; what it was writing is given up."""
+        self._begun = None
+        return self.latest()
+
     def load(self, checkpoint: Checkpoint) -> None:
         """Let the learner go on from a checkpoint, this run's or another's. Later ones stay until `rewind`."""
         self._learner.load(checkpoint.folder)

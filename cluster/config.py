@@ -204,6 +204,12 @@ class TrainConfig(LearningConfig):
     keep_best: MayChange[NonNegativeInt] = 1
     """Number of checkpoints kept besides the newest: those with the highest greedy Dice, among the evaluated ones."""
 
+    restarts: MayChange[NonNegativeInt] = 2
+    """How often a learner that died is started again within the run, from the newest checkpoint."""
+    tolerated_failures: MayChange[float] = Field(default=0.05, ge=0, lt=1)
+    """Share of a step's groups that may be put aside because they kill or fail whatever samples or scores them; above
+    it the run stops."""
+
     @property
     def updates(self) -> int:
         """Number of optimizer updates of the run: one per step and mini-batch."""

@@ -24,10 +24,11 @@ from cluster.figures import (
     row_figures,
     summarise,
 )
+from cluster.hiring import ActorSpec
 from cluster.records import Results, as_results
 from cluster.report import write_evaluation_report
 from cluster.run_folder import RunFolder
-from cluster.workers import ActorSpec, Workers, endpoints, ray_connection, rollouts, segmenters, started
+from cluster.workers import Workers, endpoints, ray_connection, rollouts, segmenters, started
 from rewards.scoring import Scorer
 from umrg.atomic import write_text
 from umrg.sample import Sample

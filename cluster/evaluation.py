@@ -6,7 +6,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from actors.pools import GroupRefs, Ref
+from actors.calls import Ref
+from actors.collector import Collector
+from actors.ledger import Ledger
+from actors.pools import GroupRefs
+from cluster.weight_sync import tend
 from cluster.workers import Workers
 from rewards.answer_metrics import TRAINING_METRICS
 from rewards.scored import ScoredGroup, ScoringDepth
@@ -28,27 +32,49 @@ class Collected:
     """Of its `Group`, with the image, and of the `ScoredGroup`."""
 
 
+class TooManyFailures(RuntimeError):
+    """More groups were put aside than the configuration tolerates."""
+
+
 def collect(
     workers: Workers,
     groups: Sequence[Group],
     sampling: SamplingParams,
     depth: ScoringDepth,
     *,
+    tolerated: float = 0.0,
     phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
     meanwhile: Callable[[], None] = lambda: None,
 ) -> list[Collected]:
-    """Sample and score groups; a group is scored while others are still being sampled.
+    """Sample and score groups; a group is scored while others are still being sampled. Those that cannot be, because
+    they kill whatever works on them, or end in errors, are put aside: they are missing from the result.
 
-    phase: times the phases "rollout" and "score". meanwhile: called at least once a second while groups are sampled,
-    when the learner is idle."""
+    tolerated: share of the groups that may be put aside; above it TooManyFailures is raised. phase: times the phases
+    "rollout" and "score". meanwhile: called at least once a second, when the learner is idle."""
     refs = {group.id: GroupRefs.put(group) for group in groups}
-    scoring = {}
+    ledger = Ledger(refs)
+    sampling_post, scoring_post = workers.rollouts.sampling(refs, sampling), workers.segmenters.scoring(refs, depth)
+    collector = Collector(ledger, sampling_post, scoring_post, workers.calls)
+
+    def turn() -> None:
+        tend(workers)
+        collector.dispatch()
+        workers.calls.turn()
+        meanwhile()
+        if len(ledger.aside) > tolerated * len(refs):
+            raise TooManyFailures(
+                f"{len(ledger.aside)} of {len(refs)} groups could not be sampled or scored; the last: "
+                f"{ledger.aside[-1].id}: {ledger.aside[-1].cause}"
+            )
+
     with phase("rollout"):
-        for id, samples in workers.rollouts.sample(refs, sampling, meanwhile=meanwhile):
-            scoring[id] = workers.segmenters.score(refs[id], samples, depth)
+        while not ledger.sampled:
+            turn()
     with phase("score"):
-        scored = workers.segmenters.collect(scoring)
-    return [Collected(scored=scored[group.id], refs=(refs[group.id].group, scoring[group.id][1])) for group in groups]
+        while not ledger.closed:
+            turn()
+    scored = {id: entry.scored for id, entry in ledger.entries.items() if entry.stage == "scored"}
+    return [Collected(scored=value, refs=(refs[id].group, ref)) for id, (value, ref) in scored.items()]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,6 +59,7 @@ class Loop:
         checkpoint of another run, whose metrics are not this run's. The caller drops what came later, once nothing can
         refuse the checkpoint any more. Raises ValueError if this run had another number of rows then."""
         if checkpoint is None:
+            self.step, self.cursor = 0, Cursor(seed=self.config.seed)
             return 0
         ours, before = self.checkpoints.holds(checkpoint), checkpoint.state.rows
         if ours and before not in (None, self._row_count):

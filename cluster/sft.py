@@ -20,10 +20,11 @@ from cluster.cli import run_command
 from cluster.config import SftConfig, load_config
 from cluster.data import opened
 from cluster.display import progress
+from cluster.hiring import ActorSpec
 from cluster.lengths import RowLimit, fitting
 from cluster.loop import Loop, checkpoint_to_resume
 from cluster.run_folder import RunFolder
-from cluster.workers import ActorSpec, ranks, ray_connection, started_supervised
+from cluster.workers import ranks, ray_connection, started_supervised
 from learner.config import LearnerTask
 from reasoner.prompter import load_prompter
 from umrg.dataset import Dataset

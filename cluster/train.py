@@ -12,18 +12,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from actors.learner_rank import LearnerRank
+from actors.pools import LearnerDied
 from cluster.checkpoints import Checkpoint
 from cluster.cli import run_command
 from cluster.config import TrainConfig, load_config
 from cluster.data import open_rows
 from cluster.display import Display
 from cluster.evaluation import Collected, collect, evaluate, evaluation_groups
+from cluster.hiring import ActorSpec
 from cluster.journal import Journal
 from cluster.loop import Loop, checkpoint_to_resume
 from cluster.placement import alone
 from cluster.run_folder import RunFolder
 from cluster.weight_sync import Canary, sync_weights
-from cluster.workers import ActorSpec, Workers, ranks, ray_connection, rollouts, segmenters, started
+from cluster.workers import Workers, ranks, ray_connection, rollouts, segmenters, started
 from learner.config import LearnerTask
 from umrg.dataset import Dataset
 from umrg.group import Group
@@ -111,7 +113,23 @@ class Training(Loop):
         journal.facts["engines"] = [asdict(engine) for engine in workers.engines]
 
     def go(self, checkpoint: Checkpoint | None) -> None:
-        """Resume or begin, take all steps, and leave model, summary and report behind."""
+        """Resume or begin, take all steps, and leave model, summary and report behind. Where the learner dies, it is
+        started again and goes on from the newest checkpoint, `restarts` times."""
+        for left in range(self.config.restarts, -1, -1):
+            try:
+                self.take_all_steps(checkpoint)
+                break
+            except LearnerDied as error:
+                if left == 0:
+                    raise
+                self.display.warning(f"{error}; the learner starts again")
+                checkpoint = self.checkpoints.newest() or checkpoint
+                self.workers.restart_learner(self.config.deadlines.start)
+        self.workers.check_expert()
+        self.display.improvement(self.journal.finish(self.held_out))
+
+    def take_all_steps(self, checkpoint: Checkpoint | None) -> None:
+        """From a checkpoint, or from the first step, to the exported model."""
         self.resume(checkpoint)
         clock = self.journal.clock
         if self.config.evaluation.before and not self.journal.has_evaluation("before"):
@@ -125,8 +143,6 @@ class Training(Loop):
         self.evaluate_held_out("after")
         with clock.phase("save"):
             self.export_model(checkpoint)
-        self.workers.check_expert()
-        self.display.improvement(self.journal.finish(self.held_out))
 
     def take_step(self) -> None:
         """Sample and score, learn, sync weights, record."""
@@ -158,6 +174,7 @@ class Training(Loop):
                 fresh,
                 self.sampling,
                 "reward",
+                tolerated=self.config.tolerated_failures,
                 phase=self.journal.clock.phase,
                 meanwhile=self.checkpoints.saved,
             )
@@ -191,7 +208,7 @@ class Training(Loop):
     def resume(self, checkpoint: Checkpoint | None) -> int:
         """As `Loop.resume`; the rollouts get the checkpoint's weights, and the journal drops later records."""
         position = super().resume(checkpoint)
-        if checkpoint:
+        if checkpoint or self.workers.version:
             sync_weights(self.workers, version=self.step, everything=True)
             self.display.resumed(self.step)
         self.journal.rewind(self.step, position)

@@ -1,8 +1,11 @@
 """Weights from the learner to every rollout, and the proof that they arrived and are used."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import ray
 
+from actors.pool import Member
 from cluster.config import TrainConfig
 from cluster.workers import Workers
 from umrg.group import Group, SamplingParams
@@ -20,11 +23,31 @@ class WeightsDiffer(RuntimeError):
 
 
 def sync_weights(workers: Workers, *, version: int, everything: bool = False) -> None:
-    """Send the learner's weights to every rollout. everything: those of modules of which nothing learns too, for
-    engines that may hold others. Raises WeightsDiffer if other tensors arrive than were sent, or if an engine's live
-    parameters are others after the update."""
+    """Send the learner's weights to every rollout that works; others get them before they begin. everything: those of
+    modules of which nothing learns too, for engines that may hold others. Raises WeightsDiffer if other tensors arrive
+    than were sent, or if an engine's live parameters are others after the update."""
+    workers.version = version
+    _send(workers, workers.rollouts.ready, everything=everything)
+
+
+def tend(workers: Workers) -> None:
+    """Start the actors that are missing, drain those that are too many, and let those that are loaded work: a rollout
+    with the learner's weights, which it is sent here."""
+    workers.rollouts.reconcile(workers.wanted["rollout"])
+    workers.segmenters.reconcile(workers.wanted["segmenter"])
+    for member in workers.segmenters.loaded:
+        workers.segmenters.admit(member.name)
+    if joining := workers.rollouts.loaded:
+        if workers.version > 0:
+            _send(workers, joining, everything=True)
+        for member in joining:
+            workers.rollouts.admit(member.name)
+
+
+def _send(workers: Workers, members: Sequence[Member], *, everything: bool) -> None:
+    version = workers.version
     checksum, buckets = workers.learner.weights(everything=everything)
-    for name, receipt in workers.rollouts.update_weights(version, buckets).items():
+    for name, receipt in workers.rollouts.update_weights(version, buckets, members).items():
         if receipt.checksum != checksum:
             raise WeightsDiffer(
                 f"weights of version {version} arrived at {name} with checksum {receipt.checksum[:12]}, not "

@@ -8,7 +8,7 @@ A job lists its actors with `rollouts`, `segmenters` and `ranks`:
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +16,26 @@ import ray
 from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from actors.calls import Calls
 from actors.config import EndpointConfig, RolloutConfig, SegmenterConfig
 from actors.connection import connect
 from actors.endpoint import Endpoint
 from actors.engine_report import EngineReport
 from actors.experts.registry import check_expert
+from actors.failures import DeadlinePassed
 from actors.learner_rank import ZeroActor
-from actors.pools import DeadlinePassed, LearnerPool, Placement, RolloutPool, SegmenterPool, SupervisedPool, gather
+from actors.pools import LearnerPool, RolloutPool, SegmenterPool, SupervisedPool
 from actors.rollout import Rollout
 from actors.segmenter import Segmenter
 from cluster.config import RunConfig
-from cluster.memory import GpuNeed, learner_need, overfull, rollout_need, segmenter_need, summary, tenant
+from cluster.hiring import ActorSpec, Hiring
+from cluster.memory import learner_need, rollout_need, segmenter_need
 from cluster.placement import Bundle, Node, bundles, largest_first, shortage, turns
 from learner.config import LearnerTask, ZeroConfig
 from rewards.scoring import Scorer
 from umrg.config import located
 from umrg.prompts import PromptSpec
 from umrg.reasoner_folder import check_reasoner_folder
-
-
-@dataclass(frozen=True, kw_only=True)
-class ActorSpec:
-    """One actor of a job."""
-
-    bundle: Bundle
-    """Its role and index, and the CPUs and GPUs that it takes."""
-    actor_class: type
-    arguments: Mapping[str, Any]
-    """Of its constructor, by name."""
-    environment: Mapping[str, str] = field(default_factory=dict)
-    """Variables that its process has from the start."""
-    need: GpuNeed | None = None
-    """What it needs of its GPU; None if that is not known."""
 
 
 def rollouts(model: Path, config: RolloutConfig, spec: PromptSpec) -> list[ActorSpec]:
@@ -121,23 +109,36 @@ def ranks(actor_class: type[ZeroActor], config: ZeroConfig, task: LearnerTask, *
     ]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Workers:
-    """The pools of a run that trains or evaluates."""
+    """The pools of a run that trains or evaluates, and the one wait for all of them."""
 
     rollouts: RolloutPool
     segmenters: SegmenterPool
     learner: LearnerPool
     """Without ranks if a model is only evaluated."""
+    calls: Calls
+    wanted: dict[str, int]
+    """How many rollouts and segmenters there should be now, by role."""
     expert_digest: str
     """Of the frozen expert's weights."""
     engines: tuple[EngineReport, ...] = ()
-    """What the engines said of themselves; empty with an endpoint."""
+    """What the engines of the start said of themselves; empty with an endpoint."""
+    version: int = 0
+    """Of the weights that rollouts work with; those of the model's folder are 0."""
+    hiring: Hiring | None = None
+    """Makes the actors; None where others do."""
 
     def check_expert(self) -> None:
         """Assert that the expert's weights are those of the start."""
         for digest in self.segmenters.digests():
             assert digest == self.expert_digest, "the frozen expert's weights changed"
+
+    def restart_learner(self, seconds: float) -> None:
+        """Kill all ranks, and start others in their place, with the model that the run began with."""
+        assert self.hiring is not None
+        self.learner.become(self.hiring.again("learner"))
+        self.calls.gather(self.learner.starting(), seconds=seconds, doing="starting again")
 
 
 @contextmanager
@@ -155,76 +156,62 @@ def ray_connection() -> Iterator[None]:
 def started(actors: Sequence[ActorSpec], config: RunConfig) -> Iterator[Workers]:
     """Start the actors that a job lists, in one placement group. Raises ValueError if the cluster is too small for
     them, or if one cannot load its model, expert or run folder."""
-    with _placed(actors, config) as handles:
-        rollouts = RolloutPool(_by_role("rollout", handles), config.deadlines)
-        segmenters = SegmenterPool(_by_role("segmenter", handles), config.deadlines)
-        learner = LearnerPool(_by_role("learner", handles), config.deadlines)
+    calls = Calls()
+    with _hired(actors, config, calls) as hiring:
+        handles = hiring.begin()
+        learner = LearnerPool(_by_role("learner", handles), config.deadlines, calls)
         results: dict[str, Any] = {}
-        try:
-            for names in turns([actor.bundle for actor in actors]):
-                calls = {
-                    name: call
-                    for pool in (rollouts, segmenters, learner)
-                    for name, call in pool.starting(names).items()
-                }
-                found = gather(calls, seconds=config.deadlines.start, doing="starting")
-                results.update(zip(calls, found, strict=True))
-            digests = {result for name, result in results.items() if name.startswith("segmenter")}
-            assert len(digests) == 1, "the segmenters hold different experts"
-            engines = tuple(result for result in results.values() if isinstance(result, EngineReport))
-            for line in dict.fromkeys(f"rollout: {engine}" for engine in engines):
-                print(line, flush=True)
-            yield Workers(
-                rollouts=rollouts,
-                segmenters=segmenters,
-                learner=learner,
-                expert_digest=digests.pop(),
-                engines=engines,
-            )
-        finally:
-            rollouts.stop()
+        for names in turns([actor.bundle for actor in actors]):
+            refs = {name: handles[name].start.remote() for name in names if not name.startswith("learner")}
+            refs |= learner.starting(names)
+            found = calls.gather(refs, seconds=config.deadlines.start, doing="starting")
+            results.update(zip(refs, found, strict=True))
+        digests = {result for name, result in results.items() if name.startswith("segmenter")}
+        assert len(digests) == 1, "the segmenters hold different experts"
+        engines = tuple(result for result in results.values() if isinstance(result, EngineReport))
+        for line in dict.fromkeys(f"rollout: {engine}" for engine in engines):
+            print(line, flush=True)
+        bound = max(1, (engines[0].max_num_seqs if engines else 1024) // config.rollout.n)  # type: ignore[attr-defined]
+        rollouts = RolloutPool(hiring, calls, config.deadlines, bound=bound)
+        segmenters = SegmenterPool(hiring, calls, config.deadlines)
+        for pool in (rollouts, segmenters):
+            pool.adopt(_by_role(pool.role, handles))
+        yield Workers(
+            rollouts=rollouts,
+            segmenters=segmenters,
+            learner=learner,
+            calls=calls,
+            wanted={pool.role: len(pool.ready) for pool in (rollouts, segmenters)},
+            expert_digest=digests.pop(),
+            engines=engines,
+            hiring=hiring,
+        )
 
 
 @contextmanager
 def started_supervised(actors: Sequence[ActorSpec], config: RunConfig) -> Iterator[SupervisedPool]:
     """Start the ranks of a supervised run, as `started` does."""
-    with _placed(actors, config) as handles:
-        pool = SupervisedPool(handles, config.deadlines)
-        gather(pool.starting(), seconds=config.deadlines.start, doing="starting")
+    calls = Calls()
+    with _hired(actors, config, calls) as hiring:
+        pool = SupervisedPool(hiring.begin(), config.deadlines, calls)
+        calls.gather(pool.starting(), seconds=config.deadlines.start, doing="starting")
         yield pool
 
 
 @contextmanager
-def _placed(actors: Sequence[ActorSpec], config: RunConfig) -> Iterator[dict[str, Any]]:
-    """The actors by name, created and not yet started; killed at the end of the context."""
+def _hired(actors: Sequence[ActorSpec], config: RunConfig, calls: Calls) -> Iterator[Hiring]:
+    """What makes the actors, with their placement group; both end with the context."""
     wanted = largest_first([actor.bundle for actor in actors])
     if missing := shortage(wanted, cluster_nodes()):
         raise ValueError(f"{missing}; ask for fewer actors or less of each, or add nodes")
     group = placement_group([bundle.resources for bundle in wanted], strategy=config.placement.upper())
-    handles: dict[str, Any] = {}
+    hiring = Hiring(actors, group, wanted, calls, config.deadlines.start)
     try:
         _await_resources(group, config.deadlines.resources, wanted)
-        for actor in actors:
-            options = _placement(group, wanted.index(actor.bundle), actor).options()
-            handles[actor.bundle.name] = ray.remote(actor.actor_class).options(**options).remote(**actor.arguments)
-        _check_memory(actors, handles, config)
-        yield handles
+        yield hiring
     finally:
-        for handle in handles.values():
-            ray.kill(handle)
+        hiring.close()
         remove_placement_group(group)
-
-
-def _check_memory(actors: Sequence[ActorSpec], handles: Mapping[str, Any], config: RunConfig) -> None:
-    """Print what each role needs of its GPU, and raise ValueError where that cannot fit, before anything is loaded."""
-    known = {actor.bundle.name: actor.need for actor in actors if actor.need and actor.bundle.gpus > 0}
-    calls = {name: handles[name].place.remote() for name in known}
-    places = gather(calls, seconds=config.deadlines.start, doing="looking at its GPU")
-    tenants = [tenant(name, known[name], place) for name, place in zip(known, places, strict=True) if place.gpus]
-    for line in summary(tenants):
-        print(line, flush=True)
-    if fault := overfull(tenants):
-        raise ValueError(fault)
 
 
 def cluster_nodes() -> list[Node]:
@@ -252,16 +239,5 @@ def _await_resources(group: Any, seconds: float, wanted: Sequence[Bundle]) -> No
             print(f"waiting for {need}; {have}", flush=True)
 
 
-def _placement(group: Any, index: int, actor: ActorSpec) -> Placement:
-    return Placement(
-        name=actor.bundle.name,
-        group=group,
-        bundle=index,
-        num_cpus=actor.bundle.cpus,
-        num_gpus=actor.bundle.gpus,
-        environment=actor.environment,
-    )
-
-
 def _by_role(role: str, handles: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: handle for name, handle in handles.items() if name.startswith(role)}
+    return {name: handle for name, handle in handles.items() if name.partition(" ")[0] == role}

@@ -6,9 +6,10 @@ from pathlib import Path
 import ray
 import torch
 
+from actors.calls import Calls
 from actors.config import DeadlineConfig
 from actors.learner_rank import LearnerRank
-from actors.pools import LearnerPool, gather
+from actors.pools import LearnerPool
 from learner.config import LearnerConfig, LearnerTask
 from reasoner.model import load_reasoner
 from rewards.scored import ScoredAnswer, ScoredGroup
@@ -97,5 +98,5 @@ def running(hosts, *, steps=3, kind=LearnerRank, **changes):
     config = LearnerConfig.model_validate({"lr": 1e-4, "micro_batch_tokens": 1000, "threads": 1, **changes})
     task = LearnerTask(model=TINY_REASONER, spec=PromptSpec.of_model(TINY_REASONER), updates=steps, max_tokens=128)
     pool = LearnerPool(hosted(hosts, config.ranks, kind, config, task), DeadlineConfig())
-    gather(pool.starting(), seconds=300, doing="starting")
+    Calls().gather(pool.starting(), seconds=300, doing="starting")
     return pool

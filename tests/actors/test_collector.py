@@ -1,4 +1,4 @@
-"""Pool, ledger and collector against actors that die, hang, answer late, come and go, with a clock of the test's own."""
+"""Pool, ledger and collector against actors that die, hang, answer late, come and go, by a clock of the tests' own."""
 
 import random
 import tracemalloc
@@ -34,9 +34,10 @@ class World:
         )
         self.collector = Collector(self.ledger, sampling, scoring, self)
         self.refs = 0
+        self.group: dict[int, str] = {}
 
     # As a `Starter`.
-    def start(self, name):
+    def start(self, pool, name):
         self.alive.add(name)
         return name
 
@@ -50,15 +51,19 @@ class World:
         assert member.state == "ready" and len(member.flying) <= self.pools[self.role(member.name)].bound
         assert not entry.alone or len(member.flying) == 1, "a suspect has company"
         self.refs += 1
-        return self.refs, (entry.id, self.refs)
+        self.group[self.refs] = entry.id
+        return self.refs, self.refs
 
     def add(self, ref, call):
         self.flying[ref] = (call, self.now + call.seconds)
 
-    def forget(self, actor):
-        for ref in [ref for ref, (call, _) in self.flying.items() if call.actor == actor]:
-            call, _ = self.flying.pop(ref)
-            self.abandoned.append(Ended(call=call))
+    def gone(self, actor, cause):
+        gone = {ref: call for ref, (call, _) in self.flying.items() if call.actor == actor}
+        for ref in gone:
+            del self.flying[ref]
+        for ref, call in gone.items():
+            call.then(Ended(call=call, fault="died", cause=cause))
+            self.abandoned.append(Ended(call=call, result=ref))
 
     @staticmethod
     def role(name):
@@ -68,19 +73,22 @@ class World:
     def answer(self, ref):
         """A call ends as it does by itself."""
         call, _ = self.flying.pop(ref)
-        work = call.key
-        if work.id in self.poison:
+        entry = self.ledger.entries[self.group[ref]]
+        if call.actor not in self.alive:
+            self.heed(Ended(call=call, fault="died", cause="was dead"))
+        elif entry.id in self.poison:
             self.alive.discard(call.actor)
             self.heed(Ended(call=call, fault="died", cause="killed by it"))
-        elif work.id in self.broken:
+        elif entry.id in self.broken:
             self.heed(Ended(call=call, fault="error", cause="broken"))
         else:
-            if work.stage == "sampled":
-                self.scored[work.id] += self.ledger.entries[work.id].attempt == work.attempt
-            self.heed(Ended(call=call, result=None))
+            before = entry.stage
+            self.heed(Ended(call=call, result=ref))
+            if entry.stage == "scored" != before:
+                self.scored[entry.id] += 1
 
     def heed(self, ended):
-        self.collector.heed(ended)
+        ended.call.then(ended)
         self.check()
 
     def kill(self, name):
@@ -102,7 +110,7 @@ class World:
         """All that start are loaded and admitted."""
         for pool in self.pools.values():
             for member in pool:
-                pool.loaded(member.name)
+                pool.has_loaded(member.name)
                 pool.admit(member.name)
 
     def turn(self, wanted):
@@ -115,10 +123,9 @@ class World:
 
     def check(self):
         """What holds at any time."""
-        for role, pool in self.pools.items():
+        for pool in self.pools.values():
             for member in pool:
                 assert len(member.flying) <= pool.bound
-                assert member.name in self.alive or True
             flying = [key for member in pool for key in member.flying]
             assert len(flying) == len(set(flying))
         assert all(count == 1 for count in self.scored.values()), "a group was scored twice"
@@ -137,7 +144,8 @@ class World:
 
 WANTED = {"rollout": 2, "segmenter": 3}
 EVENTS = st.lists(
-    st.tuples(st.sampled_from(["answer", "kill", "hang", "scale", "late", "turn"]), st.integers(0, 1 << 16)), max_size=80
+    st.tuples(st.sampled_from(["answer", "kill", "hang", "scale", "late", "turn"]), st.integers(0, 1 << 16)),
+    max_size=80,
 )
 
 

@@ -8,7 +8,9 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from actors.pools import ActorFailed, DeadlinePassed, Placement, as_completed, gather
+from actors.calls import Call, Calls, Ended
+from actors.failures import ActorDied, ActorFailed, Broken, DeadlinePassed
+from actors.pools import Placement
 
 
 class _Worker:
@@ -26,6 +28,9 @@ class _Worker:
 
     def fault(self):
         raise RuntimeError("out of memory")
+
+    def broken(self):
+        raise Broken("its engine has died")
 
     def die(self):
         import os
@@ -48,6 +53,10 @@ def worker(ray_cluster):
     ray.kill(actor)
 
 
+def gather(calls, *, seconds, doing):
+    return Calls().gather(calls, seconds=seconds, doing=doing)
+
+
 def test_results_come_in_the_order_of_the_calls(worker):
     calls = {f"worker {i}": worker.quick.remote(i) for i in range(3)}
     assert gather(calls, seconds=30, doing="counting") == [0, 1, 2]
@@ -64,19 +73,39 @@ def test_a_full_disk_is_named_with_the_file(worker):
         gather({"learner 0": worker.full.remote()}, seconds=30, doing="writing a checkpoint")
 
 
-def test_something_can_be_done_while_actors_are_waited_for(worker):
-    done = []
-    with pytest.raises(DeadlinePassed):
-        dict(
-            as_completed(
-                {"a": worker.slow.remote()},
-                {"a": "rollout 0"},
-                seconds=2.5,
-                doing="sampling",
-                meanwhile=lambda: done.append(1),
-            )
-        )
-    assert len(done) >= 3
+def test_other_calls_go_on_while_some_are_waited_for(worker):
+    calls = Calls()
+    ended: list[Ended] = []
+    other = Worker.remote()
+    calls.add(worker.quick.remote(1), Call(actor="rollout 0", doing="sampling", seconds=30, then=ended.append))
+    calls.add(other.slow.remote(), Call(actor="rollout 1", doing="sampling", seconds=2, then=ended.append))
+    assert calls.gather({"learner 0": worker.quick.remote(2)}, seconds=30, doing="updating") == [2]
+    while len(calls):
+        calls.turn()
+    assert [(each.call.actor, each.result, each.fault) for each in ended] == [
+        ("rollout 0", 1, None),
+        ("rollout 1", None, "late"),
+    ]
+    ray.kill(other)
+
+
+def test_how_calls_end(worker):
+    """Each in its own way; none of them ends the others."""
+    methods = {"quick": None, "fault": "error", "broken": "died"}
+    calls = {name: getattr(worker, name).remote(*([3] if name == "quick" else [])) for name in methods}
+    found = Calls().settle(calls, seconds=30, doing="working")
+    assert {name: each.fault for name, each in found.items()} == methods
+    assert found["fault"].cause == "fault failed while working: RuntimeError: out of memory"
+    assert 'raise RuntimeError("out of memory")' in str(found["fault"].error), "with the actor's traceback"
+
+
+def test_the_calls_of_an_actor_that_is_given_up_end_with_it(worker):
+    calls = Calls()
+    ended: list[Ended] = []
+    for _ in range(2):
+        calls.add(worker.slow.remote(), Call(actor="rollout 0", doing="sampling", seconds=60, then=ended.append))
+    calls.gone("rollout 0", "it was given up")
+    assert len(calls) == 0 and [(each.fault, each.cause) for each in ended] == [("died", "it was given up")] * 2
 
 
 def test_a_mistake_in_the_data_stays_a_mistake(worker):
@@ -90,7 +119,7 @@ def test_a_fault_names_the_actor_and_what_it_did(worker):
 
 
 def test_a_death_names_the_actor(worker):
-    with pytest.raises(ActorFailed, match="rollout 0 died while sampling"):
+    with pytest.raises(ActorDied, match="rollout 0 died while sampling"):
         gather({"rollout 0": worker.die.remote()}, seconds=30, doing="sampling")
 
 
@@ -98,10 +127,8 @@ def test_a_placement_gives_an_actor_its_share_of_a_gpu_and_its_environment(ray_c
     group = placement_group([{"CPU": 0.5, "GPU": 0.25}, {"CPU": 0.5}])
     ray.get(group.ready(), timeout=30)
     try:
-        shared = Placement(
-            name="segmenter 0", group=group, bundle=0, num_cpus=0.5, num_gpus=0.25, environment={"OMP_NUM_THREADS": "3"}
-        )
-        alone = Placement(name="rollout 0", group=group, bundle=1, num_cpus=0.5, num_gpus=0.0, environment={})
+        shared = Placement(group=group, bundle=0, num_cpus=0.5, num_gpus=0.25, environment={"OMP_NUM_THREADS": "3"})
+        alone = Placement(group=group, bundle=1, num_cpus=0.5, num_gpus=0.0, environment={})
         actors = [Worker.options(**placed.options()).remote() for placed in (shared, alone)]
         (devices, gpus, threads), (none, no_gpus, _) = ray.get([a.environment.remote() for a in actors], timeout=60)
         assert devices == "0" and [int(gpu) for gpu in gpus] == [0] and threads == "3"

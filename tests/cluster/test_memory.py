@@ -9,9 +9,10 @@ from actors.gpus import Gpu, Place
 from bench.architectures import ARCHITECTURES
 from cluster.commands.memory import print_memory, tenants
 from cluster.config import TrainConfig, load_config
+from cluster.hiring import ActorSpec
 from cluster.memory import TRUST, overfull, summary, tenant
 from cluster.placement import Bundle
-from cluster.workers import ActorSpec, started_supervised
+from cluster.workers import started_supervised
 from docs import sizing
 from reasoner.footprint import GIB, Need
 from tests.conftest import ROOT

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from actors.calls import Calls
 from actors.learner_rank import SupervisedRank
-from actors.pools import SupervisedPool, gather
+from actors.pools import SupervisedPool
 from cluster.config import SftConfig, load_config
 from cluster.loop import checkpoint_to_resume
 from cluster.run_folder import RunFolder
@@ -44,7 +45,7 @@ def finetuned(hosts, config):
         task = actors(config, run.path)[0].arguments["task"]
         ranks = hosted(hosts, config.learner.ranks, SupervisedRank, config.learner, task)
         learner = SupervisedPool(ranks, config.deadlines)
-        gather(learner.starting(), seconds=300, doing="starting")
+        Calls().gather(learner.starting(), seconds=300, doing="starting")
         Finetuning(config, run, learner, Images(config)).go(checkpoint_to_resume(config, run))
     return run
 

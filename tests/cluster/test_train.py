@@ -7,6 +7,7 @@ import signal
 import struct
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ from tensorboardX.proto.event_pb2 import Event
 
 import cluster.train
 from actors.config import DeadlineConfig, SegmenterConfig
-from actors.pools import DeadlinePassed, SegmenterPool, gather
+from actors.failures import DeadlinePassed
+from actors.pools import SegmenterPool
 from actors.rollout import Rollout
 from actors.segmenter import Segmenter
 from actors.weight_files import pack
@@ -263,8 +265,11 @@ def test_zero_variance_groups_give_way_to_others(workers, demo_config, tmp_path)
             think=spec.think,
         )
     )
-    own = replace(workers, segmenters=SegmenterPool({"segmenter 0": segmenter}, config.deadlines))
-    gather(own.segmenters.starting(), seconds=300, doing="starting")
+    workers.calls.gather({"segmenter 0": segmenter.start.remote()}, seconds=300, doing="starting")
+    starter: Any = None
+    pool = SegmenterPool(starter, workers.calls, config.deadlines)
+    pool.adopt({"segmenter 0": segmenter})
+    own = replace(workers, segmenters=pool, wanted={"rollout": 1, "segmenter": 1})
     with RunFolder.begun(tmp_path / "resampled", config, resume=False) as run, Journal(run, config) as journal:
         training = Training(config, run, own, journal, Display(config), *open_rows(config, run)[:2])
         kept, resampled = training.collect_groups()

@@ -10,8 +10,9 @@ import ray
 
 from cluster import evaluate, sft, train
 from cluster.config import EvaluateConfig, SftConfig
+from cluster.hiring import ActorSpec
 from cluster.placement import Bundle
-from cluster.workers import ActorSpec, started
+from cluster.workers import started
 from tests.conftest import TINY_REASONER
 
 
