@@ -74,6 +74,18 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def scale(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that is under way.")],
+    wishes: Annotated[list[str], typer.Argument(metavar="ROLE=N...", help="rollout=2 segmenter=4, one or both.")],
+) -> None:
+    """Change how many rollouts and segmenters a running run has."""
+    from cluster.scaling import ask
+
+    wanted = ask(run, wishes)
+    typer.echo(f"asked for {' and '.join(f'{count} {role}s' for role, count in wanted.items())}")
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run.")],
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder to write, which must not exist yet.")],

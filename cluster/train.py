@@ -24,6 +24,7 @@ from cluster.journal import Journal
 from cluster.loop import Loop, checkpoint_to_resume
 from cluster.placement import alone
 from cluster.run_folder import RunFolder
+from cluster.scaling import Wishes
 from cluster.weight_sync import Canary, sync_weights
 from cluster.workers import Workers, ranks, ray_connection, rollouts, segmenters, started
 from learner.config import LearnerTask
@@ -109,6 +110,7 @@ class Training(Loop):
         self.workers = workers
         self.journal, self.display, self.rows, self.held_out = journal, display, rows, held_out
         self.canary = Canary(rows[0], config)
+        self.wishes = Wishes(run.path)
         self.sampling = config.rollout.sampling(seed=config.seed)
         journal.facts["engines"] = [asdict(engine) for engine in workers.engines]
 
@@ -176,7 +178,7 @@ class Training(Loop):
                 "reward",
                 tolerated=self.config.tolerated_failures,
                 phase=self.journal.clock.phase,
-                meanwhile=self.checkpoints.saved,
+                meanwhile=self.meanwhile,
             )
             kept += [group for group in collected if not group.scored.zero_variance]
             zero_variance = [group for group in collected if group.scored.zero_variance]
@@ -185,6 +187,13 @@ class Training(Loop):
         # Zero-variance groups that no retry replaced are kept: every step has the same number of groups.
         kept += zero_variance[: self.config.batch - len(kept)]
         return kept, sampled - len(kept)
+
+    def meanwhile(self) -> None:
+        """What is looked at every second while groups are sampled and scored."""
+        self.checkpoints.saved()
+        for role, count in self.wishes.changed(self.workers.wanted).items():
+            self.display.note(f"{role}s: {self.workers.wanted[role]} -> {count}, as asked for")
+            self.workers.wanted[role] = count
 
     def groups(self, count: int, first: int) -> list[Group]:
         """The next `count` rows of the data as groups of this step, with indices from `first` on."""
