@@ -144,7 +144,7 @@ class Bereft(Training):
 
 def test_a_learner_that_dies_goes_on_from_its_newest_checkpoint(undisturbed, demo_config, tmp_path, monkeypatch):
     """Whatever it is asked for: an update before there is any checkpoint, weights, the canary, a checkpoint."""
-    deaths = ["update 1", "weights 3", "logprobs 4", "save 5"]
+    deaths = ["update 1", "weights 3", "logprobs 4", "save 6"]
     monkeypatch.setattr(Bereft, "before", list(deaths), raising=False)
     monkeypatch.setattr(cluster.train, "Training", Bereft)
     settings = ("steps=12", "checkpoint_every=2", "restarts=4", f"runs={tmp_path}", "name=chaos")
