@@ -298,16 +298,16 @@ def told(folder):
 
 
 @pytest.mark.slow
-def test_a_dead_actor_ends_the_run_by_its_name(tmp_path):
-    run = Run(tmp_path, "steps=200")
+def test_a_learner_that_may_not_restart_ends_the_run_by_its_name(tmp_path):
+    run = Run(tmp_path, "steps=200", "restarts=0")
     run.await_line("step 1/")
-    (rollout,) = [process for process in run.processes() if "ray::Rollout" in " ".join(process.cmdline())]
-    rollout.kill()
+    (rank,) = [process for process in run.processes() if "ray::LearnerRank" in " ".join(process.cmdline())]
+    rank.kill()
     assert run.process.wait(timeout=120) == 1
-    assert "ActorFailed: rollout 0 died while" in run.output.read_text()
+    assert "LearnerDied: learner 0 died while" in run.output.read_text()
     run.assert_nothing_left()
     assert run.summary()["status"] == "failed"
-    assert str(run.summary()["error"]).startswith("ActorFailed: rollout 0 died")
+    assert str(run.summary()["error"]).startswith("LearnerDied: learner 0 died")
 
 
 @pytest.mark.slow

@@ -104,6 +104,7 @@ OF_AN_ENGINE = {f"rollout.{key}" for key in ("max_num_seqs", "max_num_batched_to
 OF_A_RANK = {*OF_AN_ACTOR, "zero_stage", "offload", "micro_batch_tokens", "gradient_checkpointing", "ranks"}
 OF_A_RUN = {"runs", "placement", "deadlines.resources", "deadlines.start", "deadlines.step"}
 OF_LEARNING = {"steps", "resume", "checkpoint_every", "keep"} | {f"learner.{key}" for key in OF_A_RANK}
+OF_GRPO = {"keep_best", "learner.reference", "learner.sha256", "restarts", "tolerated_failures"}
 OF_INFERENCE = OF_AN_ENGINE | {f"{role}.{key}" for role in ("rollout", "segmenter") for key in {*OF_AN_ACTOR, "actors"}}
 
 
@@ -113,7 +114,7 @@ OF_INFERENCE = OF_AN_ENGINE | {f"{role}.{key}" for role in ("rollout", "segmente
         (
             TrainConfig,
             "demo",
-            OF_A_RUN | OF_LEARNING | OF_INFERENCE | {"keep_best", "learner.reference", "learner.sha256"},
+            OF_A_RUN | OF_LEARNING | OF_INFERENCE | OF_GRPO,
         ),
         (EvaluateConfig, "evaluate_demo", OF_A_RUN | OF_INFERENCE),
         (SftConfig, "tiny_reasoner_sft", OF_A_RUN | OF_LEARNING | {"patience"}),
