@@ -21,9 +21,8 @@ from typing import Any
 
 import torch
 
-from bench.architectures import ARCHITECTURES
 from bench.machine import processor
-from bench.published_shapes import Work, scored_groups, write_reasoner
+from bench.published_shapes import SHAPES, Work, scored_groups, write_reasoner
 from learner.attention import use_shared_prefix
 from learner.shared_prefix import Branches, branch_scores, pack
 from reasoner.model import Reasoner, load_reasoner
@@ -104,7 +103,7 @@ def product(a: torch.Tensor, b: torch.Tensor) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=["tiny", *ARCHITECTURES], default="Qwen2.5-VL-3B")
+    parser.add_argument("--shape", choices=SHAPES, default="Qwen2.5-VL-3B")
     parser.add_argument("--layers", type=int, default=None)
     parser.add_argument("--padded-batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from reasoner.prompter import Prompter
     from rewards.scored import ScoredGroup
 
+SHAPES = ("tiny", "Qwen2.5-VL-3B", "Qwen2.5-VL-7B")
+"""The tiny reasoner, and those of `bench.architectures` whose images are cut as its are."""
+
 TINY_REASONER = Path(__file__).parents[1] / "models" / "tiny-reasoner"
 
 
@@ -44,8 +47,9 @@ REHEARSAL = Work(groups=2, n=4, side=112, words=20, length=12)
 
 
 def write_reasoner(folder: Path, shape: str, *, layers: int | None = None, device: str = "cpu", seed: int = 0) -> Path:
-    """A reasoner folder with random weights in bfloat16. shape: of `bench.architectures`, or `tiny` for the tiny
-    reasoner itself. layers: of the language model, where all of them would not fit. Returns the folder."""
+    """A reasoner folder with random weights in bfloat16. shape: of `SHAPES`; `tiny` is the tiny reasoner itself.
+    layers: of the language model, where all of them would not fit. Returns the folder."""
+    assert shape in SHAPES, shape
     if shape == "tiny":
         return Path(shutil.copytree(TINY_REASONER, folder, dirs_exist_ok=True))
     import torch

@@ -23,14 +23,11 @@ class RowLimit:
 
     def __init__(self, prompter: Prompter, most: int, key: str, *, answers: bool = False) -> None:
         self._prompter, self._answers = prompter, answers
-        self._most, self._bound, self._remedy = min(
-            (most, f"{key} allows {most}", "raise it, lower max_pixels or shorten the question"),
-            (
-                prompter.positions,
-                f"the model has {prompter.positions} positions",
-                "lower max_pixels or shorten the question",
-            ),
-        )
+        self._most = min(most, prompter.positions)
+        self._bound, self._remedy = f"{key} allows {most}", "raise it, lower max_pixels or shorten the question"
+        if prompter.positions <= most:
+            self._bound = f"the model has {prompter.positions} positions"
+            self._remedy = "lower max_pixels or shorten the question"
         self._texts: dict[str, int] = {}
 
     def measure(self, sample: Sample) -> tuple[int, str | None]:

@@ -16,6 +16,18 @@ def checkpoint_to_resume(config: LearningConfig, run: RunFolder) -> Checkpoint |
     return CheckpointFolder(run.checkpoints).chosen(config.resume, config.steps)
 
 
+def refuse_other_rows(checkpoint: Checkpoint | None, run: RunFolder, rows: int) -> None:
+    """Raise ValueError where the run had another number of rows when its checkpoint was written. rows: those now, those
+    left out not counted."""
+    if checkpoint is None or not CheckpointFolder(run.checkpoints).holds(checkpoint):
+        return
+    if checkpoint.state.rows not in (None, rows):
+        raise ValueError(
+            f"the run has {rows} rows and had {checkpoint.state.rows} when {checkpoint.folder.name} was written, among "
+            "which its position in the data is; resume with the files and the limits on tokens of then"
+        )
+
+
 class Loop:
     """One run from its first step, or the one after a checkpoint, to its last."""
 
@@ -57,19 +69,13 @@ class Loop:
     def resume(self, checkpoint: Checkpoint | None) -> int:
         """Resume from a checkpoint, if there is one. Returns how many bytes of metrics.jsonl to keep: 0 for the
         checkpoint of another run, whose metrics are not this run's. The caller drops what came later, once nothing can
-        refuse the checkpoint any more. Raises ValueError if this run had another number of rows then."""
+        refuse the checkpoint any more."""
         if checkpoint is None:
             self.step, self.cursor = 0, Cursor(seed=self.config.seed)
             return 0
-        ours, before = self.checkpoints.holds(checkpoint), checkpoint.state.rows
-        if ours and before not in (None, self._row_count):
-            raise ValueError(
-                f"the run has {self._row_count} rows and had {before} when {checkpoint.folder.name} was written, among "
-                "which its position in the data is; resume with the files and the limits on tokens of then"
-            )
         self.checkpoints.load(checkpoint)
         self.step, self.cursor = checkpoint.state.step, checkpoint.state.cursor
-        return checkpoint.state.metrics if ours else 0
+        return checkpoint.state.metrics if self.checkpoints.holds(checkpoint) else 0
 
     def save_if_due(self, score: float | None, *, at_once: bool = False) -> None:
         """Begin to write a checkpoint of everything that the next step depends on, if one is due; otherwise put the one

@@ -159,8 +159,14 @@ def _overfull_node(tenants: Sequence[Tenant]) -> str | None:
         kept: Mapping[str, int] = {each.name: sum(each.need.host.values()) for each in together if each.need.host}
         if sum(kept.values()) > together[0].place.memory:
             listed = ", ".join(f"{name} {in_gib(size)}" for name, size in kept.items())
+            parts = {part for each in together for part in each.need.host}
+            remedies = [
+                *(["set learner.reference to partitioned"] if "reference" in parts else []),
+                *(["set learner.offload to none"] if parts - {"reference"} else []),
+                "train adapters (learner.lora), or spread the ranks over more nodes",
+            ]
             return (
                 f"a node's memory of {in_gib(together[0].place.memory)} cannot hold what is kept there ({listed}); "
-                "set learner.offload to none, train adapters (learner.lora), or spread the ranks over more nodes"
+                f"{', '.join(remedies)}"
             )
     return None

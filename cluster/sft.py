@@ -22,7 +22,7 @@ from cluster.data import opened
 from cluster.display import progress
 from cluster.hiring import ActorSpec
 from cluster.lengths import RowLimit, fitting
-from cluster.loop import Loop, checkpoint_to_resume
+from cluster.loop import Loop, checkpoint_to_resume, refuse_other_rows
 from cluster.run_folder import RunFolder
 from cluster.workers import ranks, ray_connection, started_supervised
 from learner.config import LearnerTask
@@ -44,6 +44,7 @@ def sft(config: SftConfig) -> RunFolder:
         images = Images(config)
         print(images.lengths, flush=True)
         run.tell(prompts=asdict(images.lengths))
+        refuse_other_rows(checkpoint, run, images.lengths.rows)
         stack.enter_context(ray_connection())
         print("starting the learner", flush=True)
         learner = stack.enter_context(started_supervised(actors(config, run.path), config))

@@ -5,6 +5,7 @@ rows ──Group──► rollouts ──GroupSamples──► segmenters ──
                    └───────────── weights, checksum, canary ──────────────┘
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -21,7 +22,7 @@ from cluster.display import Display
 from cluster.evaluation import Collected, collect, evaluate, evaluation_groups
 from cluster.hiring import ActorSpec
 from cluster.journal import Journal
-from cluster.loop import Loop, checkpoint_to_resume
+from cluster.loop import Loop, checkpoint_to_resume, refuse_other_rows
 from cluster.placement import alone
 from cluster.run_folder import RunFolder
 from cluster.scaling import Wishes
@@ -45,6 +46,7 @@ def train(config: TrainConfig) -> RunFolder:
             rows, held_out, lengths = open_rows(config, run, display.console)
         for name, each in lengths.items():
             display.note(f"{name}: {each}")
+        refuse_other_rows(checkpoint, run, len(rows))
         journal.facts["prompts"] = {name: asdict(each) for name, each in lengths.items()}
         stack.enter_context(ray_connection())
         listed = actors(config, run.path)
@@ -83,10 +85,13 @@ def idle_segmenters(config: TrainConfig, listed: Sequence[ActorSpec]) -> str | N
     if not idle or config.reward.scorer(think=config.spec().think).uses_mask:
         return None
     gpus = "a GPU" if idle == 1 else f"{idle} GPUs"
+    found = f"the reward looks at no mask, and segmenters have {gpus} for themselves, idle but for evaluations; "
+    rollout, beside = config.rollout, math.ceil(config.segmenter.actors / config.rollout.actors)
+    if rollout.tensor_parallel > 1 or beside > 4:
+        return found + "set segmenter.num_gpus to 0, and they work on CPUs"
     return (
-        f"the reward looks at no mask, and segmenters have {gpus} for themselves, idle but for evaluations; set "
-        "rollout.num_gpus to 0.9 and segmenter.num_gpus to 0.1, with a lower rollout.gpu_memory, and they lie beside "
-        "the engines"
+        f"{found}set rollout.num_gpus to {1 - 0.1 * beside:g} and segmenter.num_gpus to 0.1, with a lower "
+        "rollout.gpu_memory, and they lie beside the engines"
     )
 
 

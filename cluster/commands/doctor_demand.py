@@ -69,7 +69,8 @@ def demand(config: JobConfig, count: int) -> Demand:
         )
     objective = config.learner.objective
     if objective.kl > 0 and learner.lora is None and config.learner.reference_kind == "parked":
-        host += learner.ranks * weights
+        # Page-locked memory is given in powers of two for each tensor, at the worst twice as much.
+        host += learner.ranks * weights * (2 if learner.num_gpus > 0 else 1)
     return Demand(
         weights=weights,
         shared=weights,

@@ -13,7 +13,7 @@ from cluster.checkpoints import Checkpoint, RunState
 from cluster.config import SftConfig, load_config
 from cluster.data import open_rows, prompt_limit
 from cluster.lengths import RowLimit, fitting
-from cluster.loop import Loop
+from cluster.loop import refuse_other_rows
 from cluster.run_folder import RunFolder
 from cluster.sft import Images
 from learner.sft import reference_branches
@@ -85,6 +85,13 @@ def test_nothing_left_is_refused(files, prompter):
 def test_the_models_positions_are_a_limit_too(files, prompter):
     limit = RowLimit(replace(prompter, positions=80), 500, KEY)
     with pytest.raises(ValueError, match="and the model has 80 positions; lower max_pixels or shorten the question"):
+        fitting(Dataset.open(files), limit, "refuse")
+
+
+def test_a_limit_that_raising_would_not_lift_is_the_models(files, prompter):
+    """Where the configuration allows as many tokens as the model has positions."""
+    limit = RowLimit(replace(prompter, positions=80), 80, KEY)
+    with pytest.raises(ValueError, match="and the model has 80 positions; lower max_pixels"):
         fitting(Dataset.open(files), limit, "refuse")
 
 
@@ -195,28 +202,15 @@ def test_a_run_resumes_with_the_rows_that_it_began_with(files, tmp_path):
     state = RunState(step=1, cursor=Cursor(seed=0, position=1), metrics=7, rows=Images(before).lengths.rows)
 
     def resumed(config, checkpoint):
-        learner: Any = Restored()
-        position = Loop(config, run, learner, rows=Images(config).lengths.rows, keep_best=1).resume(checkpoint)
-        assert learner.loaded == [checkpoint.folder]
-        return position
+        refuse_other_rows(checkpoint, run, Images(config).lengths.rows)
 
     ours = Checkpoint(folder=run.checkpoints.resolve() / "step-000001", state=state, sha256="")
     with pytest.raises(
         ValueError, match=r"has 4 rows and had 6 when step-000001 was written.* limits on tokens of then"
     ):
         resumed(config, ours)
-    assert resumed(before, ours) == 7
-    older = state.model_copy(update={"rows": None})
-    assert resumed(config, replace(ours, state=older)) == 7
+    resumed(before, ours)
+    resumed(config, replace(ours, state=state.model_copy(update={"rows": None})))
     # Another run's checkpoint may be gone on from with other rows.
-    assert resumed(config, replace(ours, folder=tmp_path / "another" / "step-000001")) == 0
-
-
-class Restored:
-    """A learner that remembers what it was restored from."""
-
-    def __init__(self):
-        self.loaded = []
-
-    def load(self, folder):
-        self.loaded.append(folder)
+    resumed(config, replace(ours, folder=tmp_path / "another" / "step-000001"))
+    resumed(config, None)

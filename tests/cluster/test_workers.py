@@ -49,6 +49,19 @@ def test_segmenters_that_idle_on_a_gpu_are_remarked(demo_config, preset, segment
     assert remark is None if said is None else remark is not None and remark.startswith(said)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "advice"),
+    [
+        ("segmenter.actors=2", "set rollout.num_gpus to 0.8 and segmenter.num_gpus to 0.1"),
+        ("segmenter.actors=5", "set segmenter.num_gpus to 0, and"),
+        ("rollout={tensor_parallel: 2, num_gpus: 2}", "set segmenter.num_gpus to 0, and"),
+    ],
+)
+def test_the_remark_advises_what_a_configuration_may_say(demo_config, overrides, advice):
+    config = demo_config("reward.preset=soft", "segmenter.num_gpus=1", "rollout.num_gpus=1", overrides)
+    assert advice in str(train.idle_segmenters(config, train.actors(config)))
+
+
 class Log:
     """What the actors did, in order."""
 
@@ -109,6 +122,6 @@ def test_engines_that_share_a_gpu_start_one_after_another_and_before_all_others(
 
 def test_a_variable_of_a_role_reaches_the_engines_own_processes(workers):
     """vLLM's core and worker, which the actor starts (the variable is in conftest.py)."""
-    engines = [process for process in psutil.process_iter() if "VLLM::" in process.name()]
+    engines = [each for each in psutil.Process().children(recursive=True) if "VLLM::" in each.name()]
     assert len(engines) >= 2
     assert {process.environ().get("OF_A_USER") for process in engines} == {"7"}

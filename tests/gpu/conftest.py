@@ -8,8 +8,10 @@ alone.
 import gc
 import os
 import socket
+import time
 from dataclasses import dataclass
 from multiprocessing import get_context
+from multiprocessing.connection import wait
 
 import pytest
 import torch
@@ -71,6 +73,7 @@ def held():
     """Bytes of the tensors that this process holds on the device; what it keeps for later ones is given back."""
     gc.collect()
     if ON_GPU:
+        torch._C._cuda_clearCublasWorkspaces()  # kept by torch after the first matrix product
         torch.cuda.empty_cache()
         return torch.cuda.memory_allocated()
     alive = [each for each in gc.get_objects() if type(each) is torch.Tensor]
@@ -98,11 +101,14 @@ def in_processes(function, arguments, environments=({},), seconds=400):
         finally:
             os.environ.clear()
             os.environ.update(kept)
+    deadline = time.monotonic() + seconds
     try:
-        for process in processes:
-            process.join(seconds)
-            assert process.exitcode is not None, f"{function.__name__} did not end within {seconds} s"
-            assert process.exitcode == 0, f"{function.__name__} failed; its traceback is in the captured output"
+        while running := [process.sentinel for process in processes if process.exitcode is None]:
+            assert wait(running, deadline - time.monotonic()), f"{function.__name__} did not end within {seconds} s"
+            # One that failed leaves the others waiting for it.
+            failed = [process.exitcode for process in processes if process.exitcode]
+            assert not failed, f"{function.__name__} failed; its traceback is in the captured output"
     finally:
         for process in processes:
             process.kill()
+            process.join(30)

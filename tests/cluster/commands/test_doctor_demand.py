@@ -33,8 +33,8 @@ def test_what_the_published_run_needs():
     weights, checkpoint = 2 * SEVEN_BILLION, 14 * SEVEN_BILLION  # bfloat16; masters and two moments in float32 besides
     assert wanted.weights == weights
     assert wanted.shared == weights, "one version, in the object store"
-    assert wanted.memory == checkpoint + 4 * weights + weights + 4 * BUCKET, (
-        "four parked reference models, the object store, and a bucket of each engine"
+    assert wanted.memory == checkpoint + 4 * 2 * weights + weights + 4 * BUCKET, (
+        "four parked reference models, page-locked, the object store, and a bucket of each engine"
     )
     assert BUCKET == BUCKET_BYTES
     assert wanted.disk == checkpoint * 5, "three newest, the best, and the one that is being written"
@@ -47,7 +47,7 @@ def test_adapters_need_no_reference_model_and_no_optimizer_state():
 
 @pytest.mark.parametrize(
     ("override", "more"),
-    [("learner.offload=optimizer", 18), ("learner.objective.kl=0", -8), ("learner.reference=partitioned", -8)],
+    [("learner.offload=optimizer", 18), ("learner.objective.kl=0", -16), ("learner.reference=partitioned", -16)],
 )
 def test_what_the_host_keeps(override, more):
     """In bytes of each parameter, beside the published run's."""
