@@ -15,6 +15,7 @@ import ray
 from ray.util.state import get_actor
 
 import cluster.train
+from actors.pools import LearnerPool
 from cluster.evaluation import TooManyFailures
 from cluster.records import read_records
 from cluster.scaling import ask
@@ -34,6 +35,8 @@ SMALL = (
     "learner.num_cpus=0.3",
 )
 pytestmark = pytest.mark.slow
+chaos = pytest.mark.chaos
+"""Of what takes minutes: `make chaos`."""
 
 
 def pid(handle):
@@ -91,23 +94,50 @@ def answers(run):
     return [read_records(path) for path in sorted(run.samples.glob("step-*.parquet"))]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(ray_cluster, demo_config, tmp_path_factory):
-    """A run's metrics and answers, by its number of steps."""
-    config = demo_config(*SMALL, "steps=12", f"runs={tmp_path_factory.mktemp('runs')}", "name=chaos")
-    run = train(config)
+def undisturbed_run(demo_config, folder, steps):
+    run = train(demo_config(*SMALL, f"steps={steps}", f"runs={folder}", "name=chaos"))
     return told(run), answers(run)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(ray_cluster, demo_config, tmp_path_factory):
+    """Metrics and answers of a run of twelve steps."""
+    return undisturbed_run(demo_config, tmp_path_factory.mktemp("runs"), 12)
+
+
+def disturb(monkeypatch, kills, chance):
+    monkeypatch.setattr(Disturbed, "kills", list(kills), raising=False)
+    monkeypatch.setattr(Disturbed, "killed", [], raising=False)
+    monkeypatch.setattr(Disturbed, "chance", chance, raising=False)
+    monkeypatch.setattr(cluster.train, "Training", Disturbed)
+
+
+def test_a_short_run_learns_the_same_whoever_dies(ray_cluster, demo_config, tmp_path, monkeypatch):
+    """A segmenter, an engine's core, and the learner in the middle of an update."""
+    metrics, expected = undisturbed_run(demo_config, tmp_path / "undisturbed", 3)
+    disturb(monkeypatch, ["segmenter", "core"], random.Random(0))
+    update = LearnerPool.update
+    deaths = [2]
+
+    def dying_once(self, *work):
+        deaths[0] -= 1
+        if deaths[0] == 0:
+            ray.kill(next(iter(self._actors.values())))
+        return update(self, *work)
+
+    monkeypatch.setattr(LearnerPool, "update", dying_once)
+    run = train(demo_config(*SMALL, "steps=3", "checkpoint_every=1", f"runs={tmp_path}", "name=chaos"))
+    assert Disturbed.killed == ["segmenter", "core"] and deaths[0] < 0
+    assert answers(run) == expected and told(run) == metrics
+
+
+@chaos
 def test_every_group_is_learnt_from_once_whoever_dies(undisturbed, demo_config, tmp_path, monkeypatch):
     """Six segmenters are killed, and a rollout, an engine's core and its worker."""
     kills = ["segmenter"] * 6 + ["rollout", "core", "worker"]
     chance = random.Random(7)
     chance.shuffle(kills)
-    monkeypatch.setattr(Disturbed, "kills", list(kills), raising=False)
-    monkeypatch.setattr(Disturbed, "killed", [], raising=False)
-    monkeypatch.setattr(Disturbed, "chance", chance, raising=False)
-    monkeypatch.setattr(cluster.train, "Training", Disturbed)
+    disturb(monkeypatch, kills, chance)
     before = set(os.listdir("/dev/shm"))
     run = train(demo_config(*SMALL, "steps=12", f"runs={tmp_path}", "name=chaos"))
     assert Disturbed.killed == kills
@@ -143,6 +173,7 @@ class Bereft(Training):
         return call
 
 
+@chaos
 def test_a_learner_that_dies_goes_on_from_its_newest_checkpoint(undisturbed, demo_config, tmp_path, monkeypatch):
     """Whatever it is asked for: an update before there is any checkpoint, weights, the canary, a checkpoint."""
     deaths = ["update 1", "weights 3", "logprobs 4", "save 6"]
@@ -155,6 +186,7 @@ def test_a_learner_that_dies_goes_on_from_its_newest_checkpoint(undisturbed, dem
     assert answers(run) == expected and told(run) == metrics
 
 
+@chaos
 def test_a_segmenter_that_hangs_is_replaced(undisturbed, demo_config, tmp_path, monkeypatch):
     """At the deadline of its own call."""
 
@@ -173,6 +205,7 @@ def test_a_segmenter_that_hangs_is_replaced(undisturbed, demo_config, tmp_path, 
     assert not psutil.pid_exists(stopped[0])
 
 
+@chaos
 def test_scaling_in_mid_step_loses_and_doubles_nothing(undisturbed, demo_config, tmp_path, monkeypatch):
     """Rollouts from one to two and back, segmenters from one to four and back."""
 
@@ -196,6 +229,7 @@ def test_scaling_in_mid_step_loses_and_doubles_nothing(undisturbed, demo_config,
     assert answers(run) == undisturbed[1] and told(run) == undisturbed[0]
 
 
+@chaos
 def test_groups_that_fail_everywhere_end_the_run_by_name(demo_config, ray_cluster, tmp_path, monkeypatch):
     config = demo_config(
         *SMALL, "steps=1", f"runs={tmp_path}", "reward={terms: [{name: tests.cluster.test_chaos:broken}]}"
