@@ -74,12 +74,14 @@ class Placement:
 class RolloutPool(Pool):
     """The rollout actors."""
 
-    def __init__(self, starter: Starter, calls: Calls, deadlines: DeadlineConfig, *, bound: int) -> None:
-        super().__init__("rollout", starter, bound=bound)
-        self._calls, self._deadlines = calls, deadlines
+    def __init__(self, starter: Starter, calls: Calls, deadlines: DeadlineConfig, *, sequences: int) -> None:
+        """sequences: completions that an engine samples at the same time."""
+        super().__init__("rollout", starter, bound=1)
+        self._calls, self._deadlines, self._sequences = calls, deadlines, sequences
 
     def sampling(self, groups: Mapping[str, GroupRefs], sampling: SamplingParams) -> Post:
-        """Sampling as a stage of work. groups: by id."""
+        """Sampling as a stage of work: an engine has as many groups as it samples at once. groups: by id."""
+        self.bound = max(1, self._sequences // sampling.n)
 
         def make(member: Member, entry: Entry) -> tuple[Ref, Ref]:
             receipt, samples = member.handle.sampled.options(num_returns=2).remote(groups[entry.id].group, sampling)

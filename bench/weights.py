@@ -140,7 +140,7 @@ def compare(gib: int, rounds: int) -> dict[str, float]:
     config = RolloutConfig(max_tokens=layers)
     actor = ray.remote(Receiver).options(num_cpus=1, runtime_env={"env_vars": config.process_environment})
     starter: Any = None
-    pool = RolloutPool(starter, Calls(), DeadlineConfig(), bound=1)
+    pool = RolloutPool(starter, Calls(), DeadlineConfig(), sequences=1)
     pool.adopt({"rollout 0": actor.remote(MODEL, config, PromptSpec.of_model(MODEL))})
     ray.get([member.handle.start.remote() for member in pool])
     found: dict[str, list[float]] = {"copy_s": [], "send_s": [], "update_s": []}

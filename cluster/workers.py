@@ -171,8 +171,9 @@ def started(actors: Sequence[ActorSpec], config: RunConfig) -> Iterator[Workers]
         engines = tuple(result for result in results.values() if isinstance(result, EngineReport))
         for line in dict.fromkeys(f"rollout: {engine}" for engine in engines):
             print(line, flush=True)
-        bound = max(1, (engines[0].max_num_seqs if engines else 1024) // config.rollout.n)  # type: ignore[attr-defined]
-        rollouts = RolloutPool(hiring, calls, config.deadlines, bound=bound)
+        # An endpoint has a bound of its own.
+        sequences = engines[0].max_num_seqs if engines else 1024
+        rollouts = RolloutPool(hiring, calls, config.deadlines, sequences=sequences)
         segmenters = SegmenterPool(hiring, calls, config.deadlines)
         for pool in (rollouts, segmenters):
             pool.adopt(_by_role(pool.role, handles))

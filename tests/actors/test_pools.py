@@ -9,8 +9,10 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from actors.calls import Call, Calls, Ended
+from actors.config import DeadlineConfig
 from actors.failures import ActorDied, ActorFailed, Broken, DeadlinePassed
-from actors.pools import Placement
+from actors.pools import Placement, RolloutPool
+from umrg.group import SamplingParams
 
 
 class _Worker:
@@ -121,6 +123,14 @@ def test_a_fault_names_the_actor_and_what_it_did(worker):
 def test_a_death_names_the_actor(worker):
     with pytest.raises(ActorDied, match="rollout 0 died while sampling"):
         gather({"rollout 0": worker.die.remote()}, seconds=30, doing="sampling")
+
+
+@pytest.mark.parametrize(("n", "groups"), [(1, 24), (4, 6), (5, 4), (100, 1)])
+def test_an_engine_has_as_many_groups_as_it_samples_at_once(n, groups):
+    starter: Any = None
+    pool = RolloutPool(starter, Calls(), DeadlineConfig(), sequences=24)
+    pool.sampling({}, SamplingParams(n=n, temperature=1.0, max_tokens=8))
+    assert pool.bound == groups
 
 
 def test_a_placement_gives_an_actor_its_share_of_a_gpu_and_its_environment(ray_cluster):
