@@ -30,8 +30,9 @@ class Starter(Protocol):
         """Make an actor and begin to load it. Returns its handle; the pool is told by `has_loaded` or `died`."""
         ...
 
-    def end(self, name: str, handle: Any, *, gently: bool) -> None:
-        """End an actor and what it started. gently: it lives and has nothing to do."""
+    def end(self, name: str, handle: Any, *, cause: str | None) -> None:
+        """End an actor and what it started. cause: what it died of, or why it is given up; None for one that lives and
+        has nothing to do."""
         ...
 
 
@@ -90,7 +91,7 @@ class Pool:
             member.state = "draining"
         for member in self:
             if member.state == "draining" and not member.flying:
-                self._remove(member, gently=True)
+                self._remove(member)
 
     def adopt(self, handles: Mapping[str, Any]) -> None:
         """Take in actors that are loaded, and may work. handles: by name."""
@@ -135,14 +136,14 @@ class Pool:
         member.reserved = member.reserved and bool(member.flying)
         member.errors = member.errors + 1 if error else 0
         if member.errors >= ERRORS and not member.flying:
-            self._remove(member, gently=False)
+            self._remove(member, cause=f"{name} failed {ERRORS} times in turn")
 
     def died(self, name: str, cause: str) -> None:
         """A member died, or is given up. Raises ActorFailed if members keep dying before they are loaded."""
         member = self.members.get(name)
         if member is None:
             return
-        self._remove(member, gently=False)
+        self._remove(member, cause=cause)
         if member.state == "starting":
             self._failed_starts += 1
             if self._failed_starts >= FAILED_STARTS:
@@ -151,8 +152,8 @@ class Pool:
     def end(self) -> None:
         """End all members."""
         for member in self:
-            self._remove(member, gently=True)
+            self._remove(member)
 
-    def _remove(self, member: Member, *, gently: bool) -> None:
+    def _remove(self, member: Member, *, cause: str | None = None) -> None:
         del self.members[member.name]
-        self._starter.end(member.name, member.handle, gently=gently)
+        self._starter.end(member.name, member.handle, cause=cause)

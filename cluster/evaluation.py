@@ -47,7 +47,7 @@ def collect(
     meanwhile: Callable[[], None] = lambda: None,
 ) -> list[Collected]:
     """Sample and score groups; a group is scored while others are still being sampled. Those that cannot be, because
-    they kill whatever works on them, or end in errors, are put aside: they are missing from the result.
+    they kill whatever works on them, or end in errors, are put aside: they are missing from the result, and listed in `workers.put_aside`.
 
     tolerated: share of the groups that may be put aside; above it TooManyFailures is raised. phase: times the phases
     "rollout" and "score". meanwhile: called at least once a second, when the learner is idle."""
@@ -73,6 +73,7 @@ def collect(
     with phase("score"):
         while not ledger.closed:
             turn()
+    workers.put_aside += [f"{entry.id}: {entry.cause}" for entry in ledger.aside]
     scored = {id: entry.scored for id, entry in ledger.entries.items() if entry.stage == "scored"}
     return [Collected(scored=value, refs=(refs[id].group, ref)) for id, (value, ref) in scored.items()]
 

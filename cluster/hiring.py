@@ -3,6 +3,7 @@
 listed by the job ──► created ──► looks at its GPU ──► refused, or loads ──► member of its pool
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,9 @@ from actors.pool import Pool
 from actors.pools import Placement
 from cluster.memory import GpuNeed, Tenant, overfull, summary, tenant
 from cluster.placement import Bundle
+
+PATIENCE_S = 30.0
+"""Seconds without room after which it is said what an actor waits for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +49,13 @@ class Hiring:
         self._free = {bundle.name: i for i, bundle in enumerate(wanted)}
         self._held: dict[str, tuple[str, int]] = {}
         self._tenants: dict[str, Tenant] = {}
+        self._pending: dict[str, float] = {}
+        self._now = time.monotonic
         self.handles: dict[str, Any] = {}
 
     def make(self, name: str) -> Any:
         """Create an actor; it loads nothing yet."""
-        kind = self._listed.get(name) or self._kinds[name.partition(" ")[0]]
+        kind = self._kind(name)
         slot = next((each for each in self._free if each == name), None) or next(
             (each for each in self._free if each.partition(" ")[0] == kind.bundle.role), None
         )
@@ -89,12 +95,14 @@ class Hiring:
         """As `Starter.start`: the actor looks at its GPU, and then loads."""
         print(f"starting {name}", flush=True)
         handle = self.make(name)
+        self._pending[name] = self._now() + PATIENCE_S
         self._call(pool, name, handle.place.remote(), self._placed)
         return handle
 
-    def end(self, name: str, handle: Any, *, gently: bool) -> None:
+    def end(self, name: str, handle: Any, *, cause: str | None) -> None:
         """As `Starter.end`."""
-        if gently and hasattr(handle, "stop"):
+        print(cause or f"{name} has nothing more to do, and is ended", flush=True)
+        if cause is None and hasattr(handle, "stop"):
             self._calls.add(
                 handle.stop.remote(),
                 Call(actor=name, doing="stopping", seconds=20.0, then=lambda _: self._remove(name)),
@@ -119,7 +127,19 @@ class Hiring:
 
         self._calls.add(ref, Call(actor=name, doing="starting", seconds=self._seconds, then=ended))
 
+    def remind(self) -> None:
+        """Say of the actors that the cluster has had no room for what they wait for."""
+        for name in [name for name, due in self._pending.items() if due <= self._now()]:
+            self._pending[name] = self._now() + PATIENCE_S
+            bundle, free = self._kind(name).bundle, ray.available_resources()
+            print(
+                f"{name} waits for {bundle.cpus:g} CPUs and {bundle.gpus:g} GPUs; {free.get('CPU', 0):g} and "
+                f"{free.get('GPU', 0):g} are free",
+                flush=True,
+            )
+
     def _placed(self, pool: Pool, name: str, place: Place) -> None:
+        self._pending.pop(name, None)
         if self._need(name):
             self._lodge(name, place)
             self._refuse_overfull()
@@ -129,8 +149,11 @@ class Hiring:
         print(f"{name} is there{f': {said}' if isinstance(said, EngineReport) else ''}", flush=True)
         pool.has_loaded(name)
 
+    def _kind(self, name: str) -> ActorSpec:
+        return self._listed.get(name) or self._kinds[name.partition(" ")[0]]
+
     def _need(self, name: str) -> GpuNeed | None:
-        kind = self._listed.get(name) or self._kinds[name.partition(" ")[0]]
+        kind = self._kind(name)
         return kind.need if kind.bundle.gpus > 0 else None
 
     def _lodge(self, name: str, place: Place) -> None:
@@ -144,6 +167,7 @@ class Hiring:
 
     def _remove(self, name: str) -> None:
         self._tenants.pop(name, None)
+        self._pending.pop(name, None)
         if name in self._held:
             slot, index = self._held.pop(name)
             self._free[slot] = index

@@ -133,6 +133,8 @@ class Training(Loop):
                 checkpoint = self.checkpoints.newest() or checkpoint
                 self.workers.restart_learner(self.config.deadlines.start)
         self.workers.check_expert()
+        if self.workers.put_aside:
+            self.journal.facts["put_aside"] = self.workers.put_aside
         self.display.improvement(self.journal.finish(self.held_out))
 
     def take_all_steps(self, checkpoint: Checkpoint | None) -> None:
@@ -172,7 +174,7 @@ class Training(Loop):
         """The groups of a step, sampled and scored, and how many zero-variance groups were resampled
         (dynamic sampling: DAPO, Yu et al. 2025, arXiv:2503.14476)."""
         kept: list[Collected] = []
-        sampled = 0
+        sampled, aside = 0, len(self.workers.put_aside)
         for _ in range(self.config.dynamic_sampling_retries + 1):
             fresh = self.groups(self.config.batch - len(kept), first=sampled)
             sampled += len(fresh)
@@ -191,7 +193,9 @@ class Training(Loop):
                 break
         # Zero-variance groups that no retry replaced are kept: every step has the same number of groups.
         kept += zero_variance[: self.config.batch - len(kept)]
-        return kept, sampled - len(kept)
+        for text in self.workers.put_aside[aside:]:
+            self.display.warning(f"put aside: {text}")
+        return kept, sampled - len(kept) - (len(self.workers.put_aside) - aside)
 
     def meanwhile(self) -> None:
         """What is looked at every second while groups are sampled and scored."""

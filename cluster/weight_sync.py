@@ -35,6 +35,8 @@ def tend(workers: Workers) -> None:
     with the learner's weights, which it is sent here."""
     workers.rollouts.reconcile(workers.wanted["rollout"])
     workers.segmenters.reconcile(workers.wanted["segmenter"])
+    if workers.hiring:
+        workers.hiring.remind()
     for member in workers.segmenters.loaded:
         workers.segmenters.admit(member.name)
     if joining := workers.rollouts.loaded:

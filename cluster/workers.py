@@ -8,7 +8,7 @@ A job lists its actors with `rollouts`, `segmenters` and `ranks`:
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,8 @@ class Workers:
     """Of the weights that rollouts work with; those of the model's folder are 0."""
     hiring: Hiring | None = None
     """Makes the actors; None where others do."""
+    put_aside: list[str] = field(default_factory=list)
+    """The groups that could not be sampled or scored, each with its cause."""
 
     def check_expert(self) -> None:
         """Assert that the expert's weights are those of the start."""

@@ -41,8 +41,8 @@ class World:
         self.alive.add(name)
         return name
 
-    def end(self, name, handle, *, gently):
-        if gently:
+    def end(self, name, handle, *, cause):
+        if cause is None:
             assert not any(call.actor == name for call, _ in self.flying.values()), "it was ended with work in hand"
         self.alive.discard(name)
 

@@ -8,10 +8,12 @@ import psutil
 import pytest
 import ray
 
+from actors.gpus import Place
 from cluster import evaluate, sft, train
 from cluster.config import EvaluateConfig, SftConfig
 from cluster.hiring import ActorSpec
 from cluster.placement import Bundle
+from cluster.weight_sync import tend
 from cluster.workers import started
 from tests.conftest import TINY_REASONER
 
@@ -84,6 +86,9 @@ class Fake:
     def address(self):
         return "127.0.0.1", 1
 
+    def place(self):
+        return Place(node="", memory=1, gpus=())
+
     def start(self, *_):
         ray.get(self.log.add.remote(f"{self.name} begins on GPU {os.environ['CUDA_VISIBLE_DEVICES']}"))
         time.sleep(0.2)
@@ -118,6 +123,29 @@ def test_engines_that_share_a_gpu_start_one_after_another_and_before_all_others(
         *("learner 0 begins on GPU 0", "learner 0 is up"),
         *("segmenter 0 begins on GPU 0", "segmenter 0 is up"),
     ]
+
+
+def test_an_actor_that_finds_no_room_says_what_it_waits_for(ray_cluster, demo_config, monkeypatch, capsys):
+    """Another one that is asked for on a cluster that has no CPU left for it; it does not end the run."""
+    monkeypatch.setattr("cluster.hiring.PATIENCE_S", 0.0)
+    log = ray.remote(Log).options(num_cpus=0).remote()
+    free = ray.available_resources()["CPU"]
+    listed = [
+        ActorSpec(
+            bundle=(bundle := Bundle(role=role, index=0, cpus=cpus, gpus=0)),
+            actor_class=Fake,
+            arguments={"log": log, "name": bundle.name},
+        )
+        for role, cpus in (("learner", 0), ("rollout", 0), ("segmenter", 0.6 * free))
+    ]
+    with started(listed, demo_config()) as workers:
+        workers.wanted["segmenter"] = 2
+        for _ in range(3):
+            tend(workers)
+            workers.calls.turn(0.2)
+        assert [member.state for member in workers.segmenters] == ["ready", "starting"]
+    said = capsys.readouterr().out
+    assert f"starting segmenter 1\nsegmenter 1 waits for {0.6 * free:g} CPUs and 0 GPUs; " in said
 
 
 def test_a_variable_of_a_role_reaches_the_engines_own_processes(workers):
