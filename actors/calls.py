@@ -17,9 +17,21 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from actors.failures import ActorDied, ActorFailed, Broken, DeadlinePassed
+
+_KILLED = (RayActorError, OutOfMemoryError, WorkerCrashedError, NodeDiedError)
+"""What Ray says of a call whose actor's process is gone; by the second, because its node ran out of memory."""
 
 Ref = Any
 """A Ray object reference; Ray's own type says nothing of what it refers to."""
@@ -161,7 +173,7 @@ def outcome(ref: Ref, call: Call) -> Ended:
         )
         said = f"{call.actor} failed while {call.doing}: {type(cause).__name__}: {_first(cause)}"
         return Ended(call=call, fault=fault, cause=said, error=error)
-    except RayActorError as error:
+    except _KILLED as error:
         return Ended(
             call=call, fault="died", cause=f"{call.actor} died while {call.doing}: {_first(error)}", error=error
         )

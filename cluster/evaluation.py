@@ -47,7 +47,8 @@ def collect(
     meanwhile: Callable[[], None] = lambda: None,
 ) -> list[Collected]:
     """Sample and score groups; a group is scored while others are still being sampled. Those that cannot be, because
-    they kill whatever works on them, or end in errors, are put aside: they are missing from the result, and listed in `workers.put_aside`.
+    they kill whatever works on them, or end in errors, are put aside: they are missing from the result, and listed in
+    `workers.put_aside`.
 
     tolerated: share of the groups that may be put aside; above it TooManyFailures is raised. phase: times the phases
     "rollout" and "score". meanwhile: called at least once a second, when the learner is idle."""
