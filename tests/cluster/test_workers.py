@@ -90,7 +90,7 @@ class Fake:
         return Place(node="", memory=1, gpus=())
 
     def start(self, *_):
-        ray.get(self.log.add.remote(f"{self.name} begins on GPU {os.environ['CUDA_VISIBLE_DEVICES']}"))
+        ray.get(self.log.add.remote(f"{self.name} begins on GPU {os.environ.get('CUDA_VISIBLE_DEVICES')}"))
         time.sleep(0.2)
         ray.get(self.log.add.remote(f"{self.name} is up"))
         return os.environ.get("OF_A_USER")
