@@ -3,6 +3,7 @@
 listed by the job ──► created ──► looks at its GPU ──► refused, or loads ──► member of its pool
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -96,7 +97,8 @@ class Hiring:
         print(f"starting {name}", flush=True)
         handle = self.make(name)
         self._pending[name] = self._now() + PATIENCE_S
-        self._call(pool, name, handle.place.remote(), self._placed)
+        # An actor may wait for room as long as it takes; its start has a deadline.
+        self._call(pool, name, handle.place.remote(), self._placed, seconds=math.inf)
         return handle
 
     def end(self, name: str, handle: Any, *, cause: str | None) -> None:
@@ -118,14 +120,14 @@ class Hiring:
         for name in list(self.handles):
             self._remove(name)
 
-    def _call(self, pool: Pool, name: str, ref: Ref, then: Callable[[Pool, str, Any], None]) -> None:
-        def ended(ended: Ended) -> None:
+    def _call(self, pool: Pool, name: str, ref: Ref, then: Callable[[Pool, str, Any], None], *, seconds: float) -> None:
+        def follow(ended: Ended) -> None:
             if ended.fault:
                 pool.died(name, ended.cause)
-            else:
+            elif name in self.handles:  # it may have been ended meanwhile
                 then(pool, name, ended.result)
 
-        self._calls.add(ref, Call(actor=name, doing="starting", seconds=self._seconds, then=ended))
+        self._calls.add(ref, Call(actor=name, doing="starting", seconds=seconds, then=follow))
 
     def remind(self) -> None:
         """Say of the actors that the cluster has had no room for what they wait for."""
@@ -143,7 +145,7 @@ class Hiring:
         if self._need(name):
             self._lodge(name, place)
             self._refuse_overfull()
-        self._call(pool, name, self.handles[name].start.remote(), self._loaded)
+        self._call(pool, name, self.handles[name].start.remote(), self._loaded, seconds=self._seconds)
 
     def _loaded(self, pool: Pool, name: str, said: Any) -> None:
         print(f"{name} is there{f': {said}' if isinstance(said, EngineReport) else ''}", flush=True)
