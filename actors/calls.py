@@ -7,7 +7,8 @@ A call ends in a result, or in one of four ways that mean different things:
     error    the call raised                                     the actor lives; the traceback is kept
     lost     an object that it needed, or made, is gone          a node went; nobody's fault
 
-A mistake of the user's is none of these: it is raised, once all that has ended is dealt with.
+A mistake of the user's (`umrg.mistake`) is none of these: it is raised, once all that has ended is dealt
+with. A library's ValueError is an error like any other.
 """
 
 import time
@@ -29,6 +30,7 @@ from ray.exceptions import (
 )
 
 from actors.failures import ActorDied, ActorFailed, Broken, DeadlinePassed
+from umrg.mistake import Mistake
 
 _KILLED = (RayActorError, OutOfMemoryError, WorkerCrashedError, NodeDiedError)
 """What Ray says of a call whose actor's process is gone; by the second, because its node ran out of memory."""
@@ -100,7 +102,7 @@ class Calls:
 
     def turn(self, seconds: float = 1.0) -> None:
         """Wait until a call ends, for so many seconds at most, and let follow what follows from all that have ended.
-        Raises ValueError for a mistake of the user's."""
+        Raises Mistake for one of the user's."""
         ended = self._ended(seconds)
         for each in ended:
             each.call.then(each)
@@ -108,7 +110,7 @@ class Calls:
             late.call.then(late)
         for each in ended:
             if each.fault == "mistake":
-                raise ValueError(each.cause) from each.error
+                raise Mistake(each.cause) from each.error
 
     def settle(self, calls: Mapping[str, Ref], *, seconds: float, doing: str) -> dict[str, Ended]:
         """How calls ended, by the name of the actor that each was made to; other calls go on meanwhile."""
@@ -165,7 +167,7 @@ def outcome(ref: Ref, call: Call) -> Ended:
         return Ended(call=call, result=ray.get(ref, timeout=60))
     except RayTaskError as error:
         cause = error.cause
-        if isinstance(cause, ValueError):
+        if isinstance(cause, Mistake):
             said = f"{call.actor}, {call.doing}: {cause}"
             return Ended(call=call, fault="mistake", cause=said, error=error)
         fault: Fault = (

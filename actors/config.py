@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from actors.experts.protocol import Preprocess
 from umrg.config import ActorConfig, Config, MayChange, located
 from umrg.group import SamplingParams
+from umrg.mistake import Mistake
 
 
 class RolloutConfig(ActorConfig):
@@ -48,7 +49,7 @@ class RolloutConfig(ActorConfig):
     @model_validator(mode="after")
     def _a_gpu_each(self) -> Self:
         if self.tensor_parallel > 1 and self.num_gpus != self.tensor_parallel:
-            raise ValueError(
+            raise Mistake(
                 f"an engine over {self.tensor_parallel} GPUs needs as many; set num_gpus to {self.tensor_parallel}, "
                 "or tensor_parallel to 1"
             )
@@ -57,13 +58,13 @@ class RolloutConfig(ActorConfig):
     @model_validator(mode="after")
     def _a_gpu_for_8_bits(self) -> Self:
         if self.kv_cache == "fp8" and self.num_gpus == 0:
-            raise ValueError("kv_cache=fp8 needs a GPU; set num_gpus, or kv_cache to auto")
+            raise Mistake("kv_cache=fp8 needs a GPU; set num_gpus, or kv_cache to auto")
         return self
 
     @model_validator(mode="after")
     def _a_prompt_in_one_pass(self) -> Self:
         if self.max_num_batched_tokens and self.num_gpus == 0 and self.max_num_batched_tokens < self.longest:
-            raise ValueError(
+            raise Mistake(
                 f"a CPU's engine takes a prompt in one pass; set max_num_batched_tokens to {self.longest} "
                 "(max_prompt_tokens and max_tokens) at least"
             )
@@ -72,7 +73,7 @@ class RolloutConfig(ActorConfig):
     @model_validator(mode="after")
     def _a_token_each_in_one_pass(self) -> Self:
         if self.max_num_seqs and self.max_num_seqs > self.pass_tokens:
-            raise ValueError(
+            raise Mistake(
                 f"{self.max_num_seqs} completions at a time need a token each, and a pass has {self.pass_tokens}; "
                 "lower max_num_seqs, or raise max_num_batched_tokens"
             )
@@ -149,7 +150,7 @@ class EndpointConfig(Config):
         if self.key_variable is None:
             return None
         if not (key := os.environ.get(self.key_variable)):
-            raise ValueError(f"the environment variable {self.key_variable} is not set; export it with the key")
+            raise Mistake(f"the environment variable {self.key_variable} is not set; export it with the key")
         return key
 
 

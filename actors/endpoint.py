@@ -11,6 +11,7 @@ from actors.config import EndpointConfig
 from umrg.frames import Frames, ResizeRule
 from umrg.group import Completion, Group, GroupSamples, SamplingParams
 from umrg.images import encode_png
+from umrg.mistake import Mistake
 from umrg.prompts import PromptSpec, prompt_text
 
 _THOUGHTS = ("reasoning", "reasoning_content")
@@ -38,9 +39,9 @@ class Endpoint:
         try:
             names = [model.id async for model in self._client.models.list()]
         except openai.OpenAIError as error:
-            raise ValueError(f"the endpoint {self._config.url} does not answer: {error}; check endpoint.url") from error
+            raise Mistake(f"the endpoint {self._config.url} does not answer: {error}; check endpoint.url") from error
         if self._config.model not in names:
-            raise ValueError(
+            raise Mistake(
                 f"the endpoint {self._config.url} has no model {self._config.model!r}; it has {', '.join(names)}"
             )
 

@@ -24,6 +24,7 @@ from reasoner.footprint import GIB, cache_bytes, empty_model
 from reasoner.prompter import Prompter
 from umrg.frames import Size
 from umrg.group import Completion, GroupSamples, SamplingParams
+from umrg.mistake import Mistake
 
 _CPU_BLOCK = 128  # tokens of a block of a CPU's KV cache
 _FORBIDDEN = -100.0  # vLLM's lowest logit bias: e^-100 is no probability in any precision
@@ -136,7 +137,7 @@ class Engine:
     def _check_length(self, query: str, image: Size) -> None:
         tokens, most = self.prompter.prompt_tokens(query, image), self._config.max_prompt_tokens
         if tokens > most:
-            raise ValueError(
+            raise Mistake(
                 f"the prompt has {tokens} tokens, {self.prompter.image_tokens(image)} of them for the image, and "
                 f"rollout.max_prompt_tokens allows {most}; raise it, shorten the question or make the image smaller"
             )
@@ -162,7 +163,7 @@ def check_cache(model: Path, config: RolloutConfig) -> None:
     blocks = math.ceil(config.longest / _CPU_BLOCK) + 1  # vLLM keeps one to itself
     needed = blocks * _CPU_BLOCK * cache_bytes(empty_model(model, dtype), dtype.itemsize)
     if needed > config.cpu_cache_gib * GIB:
-        raise ValueError(
+        raise Mistake(
             f"{config.longest} tokens, the longest prompt with its completion, need {needed / GIB:.1f} GiB of an "
             f"engine's cache, which has {config.cpu_cache_gib}; raise rollout.cpu_cache_gib, or lower "
             "rollout.max_prompt_tokens or max_tokens"

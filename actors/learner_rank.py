@@ -14,6 +14,7 @@ from learner.config import LearnerConfig, LearnerTask, ZeroConfig
 from learner.update_report import SftReport, UpdateReport
 from rewards.scored import ScoredGroup
 from umrg.group import Group
+from umrg.mistake import Mistake
 from umrg.sample import Sample
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class ZeroActor:
         run's folder is not visible from this node, or if the model cannot be loaded."""
         run, config = self._task.run, self._config
         if run is not None and not run.is_dir():
-            raise ValueError(
+            raise Mistake(
                 f"the run's folder {run} is not on this node ({ray.util.get_node_ip_address()}); give runs=… on "
                 "storage that all nodes share"
             )

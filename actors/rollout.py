@@ -14,6 +14,7 @@ from actors.threads import share_cores
 from actors.weight_files import Bucket
 from reasoner.prompter import load_prompter
 from umrg.group import Group, GroupSamples, SamplingParams
+from umrg.mistake import Mistake
 from umrg.prompts import PromptSpec
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ class Rollout:
         try:
             with _engine_alive():
                 return await self._running().generate(sample.image(), sample.query, group.seeded(sampling))
-        except ValueError as error:
-            raise ValueError(f"{sample.name}: {error}") from error
+        except Mistake as error:
+            raise Mistake(f"{sample.name}: {error}") from error
 
     async def sampled(self, group: Group, sampling: SamplingParams) -> tuple[float, GroupSamples]:
         """`sample`, and before it what the driver is told: the seconds that it took."""

@@ -33,6 +33,7 @@ from umrg.durable import (
     verify,
     write_durably,
 )
+from umrg.mistake import Mistake
 from umrg.shuffling import Cursor
 
 LATEST, STATE = "latest", "state.json"
@@ -80,7 +81,7 @@ class Checkpoint:
     def open(cls, folder: Path) -> Self:
         """Verify every file. Raises ValueError if there is no checkpoint, Damaged if it is not as it was written."""
         if not folder.is_dir():
-            raise ValueError(f"there is no checkpoint {folder}; give auto, or the folder of one")
+            raise Mistake(f"there is no checkpoint {folder}; give auto, or the folder of one")
         sha256 = verify(folder)
         state = RunState.model_validate_json((folder / STATE).read_text())
         return cls(folder=folder.resolve(), state=state, sha256=sha256)
@@ -115,10 +116,10 @@ class CheckpointFolder:
         missing or damaged, or if no step is left."""
         if isinstance(resume, Path):
             if resume.resolve().parent != self._folder and self._all():
-                raise ValueError(f"{self._folder} has checkpoints of its own; resume from these, or give another name")
+                raise Mistake(f"{self._folder} has checkpoints of its own; resume from these, or give another name")
             checkpoint = Checkpoint.open(resume)
             if checkpoint.state.step >= steps:
-                raise ValueError(f"{resume} is of step {checkpoint.state.step}; give steps a larger number")
+                raise Mistake(f"{resume} is of step {checkpoint.state.step}; give steps a larger number")
             return checkpoint
         return self.latest() if resume == "auto" else None
 
@@ -288,15 +289,13 @@ def export_run(run: Path, step: int | None, out: Path, *, adapter: bool = False)
     checkpoints = CheckpointFolder(run / "checkpoints")
     there = checkpoints.steps()
     if not there or (step is not None and step not in there):
-        raise ValueError(
-            f"{run} has no such checkpoint; those there are of steps {', '.join(map(str, there)) or 'none'}"
-        )
+        raise Mistake(f"{run} has no such checkpoint; those there are of steps {', '.join(map(str, there)) or 'none'}")
     if out.exists():
-        raise ValueError(f"{out} exists; give another folder")
+        raise Mistake(f"{out} exists; give another folder")
     checkpoint = checkpoints.latest() if step is None else checkpoints.at(step)
     assert checkpoint is not None
     if adapter and not (checkpoint.folder / "adapter").is_dir():
-        raise ValueError(f"{run} trained no adapter (learner.lora); leave --adapter out")
+        raise Mistake(f"{run} trained no adapter (learner.lora); leave --adapter out")
     export(checkpoint, out, part="adapter" if adapter else "model")
     return checkpoint
 

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from cluster.commands.data import data_app
 from cluster.commands.expert import expert_app
+from umrg.mistake import Mistake
 
 TINY_REASONER = Path(__file__).parents[1] / "models" / "tiny-reasoner"
 
@@ -242,7 +243,7 @@ _REFUSALS = {
 """Errors of the file system that a user can fix, and how."""
 
 
-def one_line(error: ValueError) -> str:
+def one_line(error: Mistake | ValidationError) -> str:
     """The error as one line; a ValidationError lists each fault as `place: message`."""
     if isinstance(error, ValidationError):
         faults = (
@@ -260,9 +261,9 @@ def refusal(error: OSError) -> str | None:
 
 
 def run_command(command: Callable[[], object]) -> None:
-    """Run `command`. A ValueError, or an error of the file system that a user can fix, becomes the line `error: …` on
-    stderr and SystemExit(2), unless MEDREASONER_TRACEBACK=1 is in the environment. Ctrl-C and SIGTERM both become
-    SystemExit(130), after everything was cleaned up. All other errors are bugs and pass through.
+    """Run `command`. A mistake of the user's, or an error of the file system that a user can fix, becomes the line
+    `error: …` on stderr and SystemExit(2), unless MEDREASONER_TRACEBACK=1 is in the environment. Ctrl-C and SIGTERM
+    both become SystemExit(130), after everything was cleaned up. All other errors are bugs and pass through.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -270,8 +271,8 @@ def run_command(command: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         typer.secho("interrupted", fg=typer.colors.YELLOW, err=True)
         raise SystemExit(130) from None
-    except (ValueError, OSError) as error:
-        line = one_line(error) if isinstance(error, ValueError) else refusal(error)
+    except (Mistake, ValidationError, OSError) as error:
+        line = refusal(error) if isinstance(error, OSError) else one_line(error)
         if line is None or os.environ.get("MEDREASONER_TRACEBACK") == "1":
             raise
         typer.secho(f"error: {line}", fg=typer.colors.RED, err=True)

@@ -17,6 +17,7 @@ from cluster.records import Record, read_results, read_samples
 from cluster.report import write_comparison_report
 from cluster.run_folder import RunFolder, kept_config
 from rewards.answer_metrics import METRICS
+from umrg.mistake import Mistake
 
 RecordsByRow = Mapping[str, Sequence[Record]]
 """Records by the id of the row that they answer."""
@@ -73,7 +74,7 @@ def compare(first: Path, second: Path, out: Path | None = None) -> Path:
     answers = greedy_answers(first), greedy_answers(second)
     shared = [row for row in answers[1] if row in answers[0]]
     if not shared:
-        raise ValueError(f"{first} and {second} have no row in common; compare evaluations of the same data")
+        raise Mistake(f"{first} and {second} have no row in common; compare evaluations of the same data")
     before, after = ({row: [records[row]] for row in shared} for records in answers)
     differences = compare_records(before, after, tuple(METRICS))
     console, names = Console(), (first.name, second.name)

@@ -29,6 +29,7 @@ from rewards.config import RewardConfig
 from umrg.atomic import write_text
 from umrg.config import Config, MayChange, ModelFolder
 from umrg.group import SamplingParams
+from umrg.mistake import Mistake
 from umrg.prompts import PromptSpec, ReasonerConfig
 
 C = TypeVar("C", bound=Config)
@@ -39,21 +40,19 @@ ANSWER_TOKENS = 256
 
 def _is_every(value: Any) -> Any:
     if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-        raise ValueError(
-            f"{value!r} is neither auto nor a number of steps; give one of them, 0 for the last step alone"
-        )
+        raise Mistake(f"{value!r} is neither auto nor a number of steps; give one of them, 0 for the last step alone")
     return value
 
 
 def _is_resume(value: Any) -> Any:
     if not isinstance(value, (str, Path)) or not str(value):
-        raise ValueError(f"{value!r} is neither auto nor never nor a checkpoint's folder; give one of them")
+        raise Mistake(f"{value!r} is neither auto nor never nor a checkpoint's folder; give one of them")
     return value
 
 
 def _is_name(value: str) -> str:
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", value):
-        raise ValueError(f"{value!r} is no name for a folder; give letters, digits, dots and dashes")
+        raise Mistake(f"{value!r} is no name for a folder; give letters, digits, dots and dashes")
     return value
 
 
@@ -234,12 +233,10 @@ class TrainConfig(LearningConfig):
     def _can_learn(self) -> Self:
         kind, n = self.learner.objective.advantage, self.rollout.n
         if n < 2:
-            raise ValueError(
-                f"learner.objective.advantage={kind} compares a group's answers; set rollout.n to 2 or more"
-            )
+            raise Mistake(f"learner.objective.advantage={kind} compares a group's answers; set rollout.n to 2 or more")
         longest = self.rollout.max_prompt_tokens + self.rollout.max_tokens
         if self.learner.micro_batch_tokens < longest:
-            raise ValueError(
+            raise Mistake(
                 f"learner.micro_batch_tokens is {self.learner.micro_batch_tokens}, and a prompt with one answer may "
                 f"have {longest} (rollout.max_prompt_tokens and max_tokens); raise it to that at least"
             )
@@ -249,7 +246,7 @@ class TrainConfig(LearningConfig):
     @classmethod
     def _on_policy(cls, value: int) -> int:
         if value:
-            raise ValueError("only 0 is supported: every step's answers come from the newest weights")
+            raise Mistake("only 0 is supported: every step's answers come from the newest weights")
         return value
 
 
@@ -282,11 +279,11 @@ class EvaluateConfig(RunConfig):
     @model_validator(mode="after")
     def _one_reasoner(self) -> Self:
         if (self.model is None) == (self.endpoint is None):
-            raise ValueError("give either model or endpoint")
+            raise Mistake("give either model or endpoint")
         if self.endpoint and self.frame is None:
-            raise ValueError("say what the endpoint's coordinates are: frame=model, original or relative")
+            raise Mistake("say what the endpoint's coordinates are: frame=model, original or relative")
         if self.endpoint and (self.min_pixels or self.max_pixels):
-            raise ValueError(
+            raise Mistake(
                 "an endpoint resizes images by its own settings; leave min_pixels and max_pixels out, and say in "
                 "endpoint.min_pixels and endpoint.max_pixels what they are"
             )
@@ -331,7 +328,7 @@ class SftConfig(LearningConfig):
     @model_validator(mode="after")
     def _stops_by_something(self) -> Self:
         if self.patience and not self.validation:
-            raise ValueError("patience waits for a lower validation loss; give validation, the share that is held out")
+            raise Mistake("patience waits for a lower validation loss; give validation, the share that is held out")
         return self
 
 
@@ -352,7 +349,7 @@ def load_config(
         return schema.model_validate(tree)
     except ValidationError as error:
         where = "" if path is None else f"{path}: "
-        raise ValueError(where + "; ".join(in_words(schema, tree, error.errors()))) from None
+        raise Mistake(where + "; ".join(in_words(schema, tree, error.errors()))) from None
 
 
 def schema_of(path: Path) -> type[TrainConfig | SftConfig | EvaluateConfig]:
@@ -373,24 +370,24 @@ def save_config(config: Config, path: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"there is no config file {path}")
+        raise Mistake(f"there is no config file {path}")
     try:
         tree = yaml.safe_load(path.read_bytes()) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        raise Mistake(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
-        raise ValueError(f"{path} must hold keys and values, not a {type(tree).__name__}")
+        raise Mistake(f"{path} must hold keys and values, not a {type(tree).__name__}")
     return tree
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ValueError(f"{override!r} is not key=value; write for example learner.lr=1e-4")
+        raise Mistake(f"{override!r} is not key=value; write for example learner.lr=1e-4")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{override!r}: the value is not YAML") from error
+        raise Mistake(f"{override!r}: the value is not YAML") from error
     _set(tree, key, value)
 
 
@@ -399,5 +396,5 @@ def _set(tree: dict[str, Any], key: str, value: object) -> None:
     for parent in parents:
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
-            raise ValueError(f"{key!r} cannot be set: {parent} holds a value, not keys")
+            raise Mistake(f"{key!r} cannot be set: {parent} holds a value, not keys")
     tree[last] = value

@@ -31,6 +31,7 @@ from cluster.run_folder import RunFolder
 from cluster.workers import Workers, endpoints, ray_connection, rollouts, segmenters, started
 from rewards.scoring import Scorer
 from umrg.atomic import write_text
+from umrg.mistake import Mistake
 from umrg.sample import Sample
 
 
@@ -38,7 +39,7 @@ def run_evaluation(config: EvaluateConfig) -> RunFolder:
     """Evaluate, or continue an interrupted evaluation. Raises ValueError where one of that name is finished."""
     with RunFolder.begun(config.runs / config.name, config, resume=True) as run:
         if run.read_json("metrics.json"):
-            raise ValueError(f"the evaluation {run.path} is finished; give another name=… or remove it")
+            raise Mistake(f"the evaluation {run.path} is finished; give another name=… or remove it")
         rows, lengths = open_held_out(config, run)
         if lengths:
             print(lengths, flush=True)

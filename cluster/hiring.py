@@ -18,6 +18,7 @@ from actors.pool import Pool
 from actors.pools import Placement
 from cluster.memory import GpuNeed, Tenant, overfull, summary, tenant
 from cluster.placement import Bundle
+from umrg.mistake import Mistake
 
 PATIENCE_S = 30.0
 """Seconds without room after which it is said what an actor waits for."""
@@ -165,7 +166,7 @@ class Hiring:
 
     def _refuse_overfull(self) -> None:
         if fault := overfull(list(self._tenants.values())):
-            raise ValueError(fault)
+            raise Mistake(fault)
 
     def _remove(self, name: str) -> None:
         self._tenants.pop(name, None)

@@ -24,6 +24,7 @@ from pydantic import ValidationError
 
 from umrg.atomic import named
 from umrg.config import Config
+from umrg.mistake import Mistake
 
 BEAT, LOOK, PATIENCE, SILENCE = 5.0, 1.0, 30.0, 60.0
 """Seconds between two heartbeats, between two looks of a waiting driver, until it gives up on a living holder, and
@@ -191,7 +192,7 @@ def take(path: Path, machine: Machine, *, say: Callable[[Holder], object] = lamb
         else:
             lives = _known_to_live(holder, first, machine)
             if lives and now - began >= PATIENCE:
-                raise ValueError(f"the run is held by {holder} ({path}); wait for it, end it, or give another name=…")
+                raise Mistake(f"the run is held by {holder} ({path}); wait for it, end it, or give another name=…")
             machine.sleep(LOOK)
             continue
         if lease is None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from cluster.display import progress
 from reasoner.prompter import Prompter
 from umrg.dataset import Dataset
+from umrg.mistake import Mistake
 from umrg.sample import Sample
 
 Overlong = Literal["refuse", "leave_out"]
@@ -93,7 +94,7 @@ def fitting(
     left_out = len(rows) - len(kept)
     if left_out and (overlong == "refuse" or not kept):
         others = f", or leave out the {left_out} such rows of {len(rows)} with data.overlong=leave_out" if kept else ""
-        raise ValueError(first + (others or f"; none of the {len(rows)} rows can be used as it is"))
+        raise Mistake(first + (others or f"; none of the {len(rows)} rows can be used as it is"))
     found = Lengths(
         rows=len(kept),
         shortest=min(lengths),

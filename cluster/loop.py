@@ -7,6 +7,7 @@ from actors.pools import RankPool
 from cluster.checkpoints import Checkpoint, CheckpointFolder, Checkpoints, RunState, export
 from cluster.config import LearningConfig, config_text
 from cluster.run_folder import RunFolder
+from umrg.mistake import Mistake
 from umrg.shuffling import Cursor
 
 
@@ -22,7 +23,7 @@ def refuse_other_rows(checkpoint: Checkpoint | None, run: RunFolder, rows: int) 
     if checkpoint is None or not CheckpointFolder(run.checkpoints).holds(checkpoint):
         return
     if checkpoint.state.rows not in (None, rows):
-        raise ValueError(
+        raise Mistake(
             f"the run has {rows} rows and had {checkpoint.state.rows} when {checkpoint.folder.name} was written, among "
             "which its position in the data is; resume with the files and the limits on tokens of then"
         )

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from rewards.scored import ScoredGroup
 from umrg.atomic import named, whole_lines, written_aside
+from umrg.mistake import Mistake
 
 
 def records(groups: Iterable[ScoredGroup]) -> Iterator[dict[str, Any]]:
@@ -114,7 +115,7 @@ class Results:
 def read_results(path: Path) -> dict[str, list[Record]]:
     """The records of a results.jsonl by row id. Raises ValueError if there is no such file."""
     if not path.is_file():
-        raise ValueError(f"there is no {path}; give the folder of an evaluation")
+        raise Mistake(f"there is no {path}; give the folder of an evaluation")
     rows: dict[str, list[Record]] = {}
     for record in whole_lines(path):
         rows.setdefault(record["sample_id"], []).append(record)

@@ -20,6 +20,7 @@ from cluster.interruption import first_of_all
 from cluster.lease import Lease, leased
 from umrg.atomic import named, remove_leftovers, whole_lines, write_text, written_aside
 from umrg.config import Config
+from umrg.mistake import Mistake
 
 SUMMARY = "summary.json"
 Status = Literal["running", "ended", "interrupted", "failed"]
@@ -46,7 +47,7 @@ class RunFolder:
         """Make the folder, with the resolved configuration and a summary of status "running". Raises ValueError if it
         exists, unless it is blank (`is_blank`)."""
         if path.exists() and not is_blank(path):
-            raise ValueError(f"the run folder {path} exists; give another name=… or remove it")
+            raise Mistake(f"the run folder {path} exists; give another name=… or remove it")
         with written_aside(path) as aside:
             aside.mkdir()
             save_config(config, aside / "config.yaml")
@@ -68,7 +69,7 @@ class RunFolder:
             try:
                 with run._told():
                     yield run
-            except ValueError:
+            except Mistake:
                 if ours and lease.ours() and not run.has_results():
                     shutil.rmtree(path)
                 raise
@@ -85,13 +86,11 @@ class RunFolder:
             return cls.create(path, config)
         kept = yaml.safe_load((path / "config.yaml").read_bytes()) if (path / "config.yaml").is_file() else None
         if not isinstance(kept, dict):
-            raise ValueError(f"{path} is not a run's folder (no config.yaml); give another name=… or remove it")
+            raise Mistake(f"{path} is not a run's folder (no config.yaml); give another name=… or remove it")
         given, was = flat(config.model_dump(mode="json")), _as_read_now(type(config), kept)
         changed = sorted(key for key in given if not may_change(type(config), key) and was.get(key) != given[key])
         if changed:
-            raise ValueError(
-                f"{path} was made with another {', '.join(changed)}; resume with what its config.yaml says"
-            )
+            raise Mistake(f"{path} was made with another {', '.join(changed)}; resume with what its config.yaml says")
         save_config(config, path / "config.yaml")
         return cls(path)
 
@@ -104,7 +103,7 @@ class RunFolder:
         try:
             with first_of_all(lambda: self._end("interrupted")), self.telling():
                 yield
-        except ValueError:
+        except Mistake:
             if before.get("status", "running") != "running" and self._done() == done:
                 self.write_json(SUMMARY, before)
             raise
@@ -231,7 +230,7 @@ def _passing(path: Path) -> bool:
 def refuse_rays_cache(path: Path) -> None:
     """Raises ValueError for a folder in the cache into which Ray unpacks jobs' packages, and which it may empty."""
     if _RAYS_CACHE & set(path.resolve().parts):
-        raise ValueError(
+        raise Mistake(
             f"the run folder {path} would lie in Ray's cache of packages ({path.resolve()}), from which it may vanish "
             "at any time; give runs=/a/folder/that/all/nodes/share"
         )

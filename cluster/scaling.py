@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from umrg.atomic import write_text
+from umrg.mistake import Mistake
 
 ROLES = ("rollout", "segmenter")
 _FILE = "scale.json"
@@ -21,13 +22,13 @@ def ask(run: Path, wishes: Sequence[str]) -> dict[str, int]:
     way."""
     wanted = dict(_wish(text) for text in wishes)
     if not wanted:
-        raise ValueError("say how many, such as rollout=2 segmenter=4")
+        raise Mistake("say how many, such as rollout=2 segmenter=4")
     summary = run / "summary.json"
     if not summary.exists():
-        raise ValueError(f"{run} is no run's folder; give one that has a summary.json")
+        raise Mistake(f"{run} is no run's folder; give one that has a summary.json")
     status = json.loads(summary.read_text()).get("status")
     if status != "running":
-        raise ValueError(f"the run {run} is {status}; only one that is running can be scaled")
+        raise Mistake(f"the run {run} is {status}; only one that is running can be scaled")
     write_text(run / _FILE, json.dumps({**_read(run / _FILE), **wanted}))
     return wanted
 
@@ -35,7 +36,7 @@ def ask(run: Path, wishes: Sequence[str]) -> dict[str, int]:
 def _wish(text: str) -> tuple[str, int]:
     role, _, count = text.partition("=")
     if role not in ROLES or not count.isdecimal() or int(count) < 1:
-        raise ValueError(f"{text!r} is not understood; give {' or '.join(f'{role}=N' for role in ROLES)}, N from 1 on")
+        raise Mistake(f"{text!r} is not understood; give {' or '.join(f'{role}=N' for role in ROLES)}, N from 1 on")
     return role, int(count)
 
 

@@ -28,6 +28,7 @@ from cluster.workers import ranks, ray_connection, started_supervised
 from learner.config import LearnerTask
 from reasoner.prompter import load_prompter
 from umrg.dataset import Dataset
+from umrg.mistake import Mistake
 from umrg.rows import reasoning_fault
 from umrg.sample import Sample
 from umrg.shuffling import batches
@@ -72,7 +73,7 @@ class Images:
         images = self._dataset.rows_by_image()
         held_out = round(config.validation * len(images))
         if config.validation and not 0 < held_out < len(images):
-            raise ValueError(
+            raise Mistake(
                 f"validation={config.validation:g} of {len(images)} images leaves none on one side; give another share"
             )
         order = np.random.default_rng(config.seed).permutation(len(images)).tolist()
@@ -91,7 +92,7 @@ class Images:
 def _refuse_unteachable(dataset: Dataset) -> None:
     for info, reasoning in dataset.reasonings():
         if fault := reasoning_fault(reasoning):
-            raise ValueError(f"row {info.row} ({info.id!r}) of {info.file} has {fault}")
+            raise Mistake(f"row {info.row} ({info.id!r}) of {info.file} has {fault}")
 
 
 class Finetuning(Loop):
@@ -169,7 +170,7 @@ def out_of_patience(validations: Sequence[float], patience: int | None) -> bool:
 
 def main(arguments: list[str]) -> None:
     if not arguments:
-        raise ValueError("usage: python -m cluster.sft CONFIG [key=value …]")
+        raise Mistake("usage: python -m cluster.sft CONFIG [key=value …]")
     run = sft(load_config(SftConfig, Path(arguments[0]), arguments[1:]))
     print(f"the model lies in {run.model}")
 

@@ -31,6 +31,7 @@ from cluster.workers import Workers, ranks, ray_connection, rollouts, segmenters
 from learner.config import LearnerTask
 from umrg.dataset import Dataset
 from umrg.group import Group
+from umrg.mistake import Mistake
 from umrg.sample import Sample
 from umrg.shuffling import batches
 
@@ -237,7 +238,7 @@ class Training(Loop):
 
 def main(arguments: list[str]) -> None:
     if not arguments:
-        raise ValueError("usage: python -m cluster.train CONFIG [key=value …]")
+        raise Mistake("usage: python -m cluster.train CONFIG [key=value …]")
     run = train(load_config(TrainConfig, Path(arguments[0]), arguments[1:]))
     print(f"the run lies in {run.path}; open {run.path / 'report' / 'index.html'}")
 

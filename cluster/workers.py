@@ -34,6 +34,7 @@ from cluster.placement import Bundle, Node, bundles, largest_first, shortage, tu
 from learner.config import LearnerTask, ZeroConfig
 from rewards.scoring import Scorer
 from umrg.config import located
+from umrg.mistake import Mistake
 from umrg.prompts import PromptSpec
 from umrg.reasoner_folder import check_reasoner_folder
 
@@ -206,7 +207,7 @@ def _hired(actors: Sequence[ActorSpec], config: RunConfig, calls: Calls) -> Iter
     """What makes the actors, with their placement group; both end with the context."""
     wanted = largest_first([actor.bundle for actor in actors])
     if missing := shortage(wanted, cluster_nodes()):
-        raise ValueError(f"{missing}; ask for fewer actors or less of each, or add nodes")
+        raise Mistake(f"{missing}; ask for fewer actors or less of each, or add nodes")
     group = placement_group([bundle.resources for bundle in wanted], strategy=config.placement.upper())
     hiring = Hiring(actors, group, wanted, calls, config.deadlines.start)
     try:

@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from rewards.scored import ScoredGroup
 from umrg.config import ActorConfig, Config, MayChange, located
+from umrg.mistake import Mistake
 from umrg.prompts import PromptSpec
 
 
@@ -71,7 +72,7 @@ class OptimizerConfig(Config):
     @model_validator(mode="after")
     def _something_learns(self) -> Self:
         if set(self.freeze) == {"vision_tower", "merger", "language_model"}:
-            raise ValueError("every part of the model is frozen; take one out of freeze")
+            raise Mistake("every part of the model is frozen; take one out of freeze")
         return self
 
 
@@ -116,9 +117,9 @@ class ObjectiveConfig(Config):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.clip >= 1:
-            raise ValueError(f"clip is {self.clip:g}, and 1 - clip a ratio; give one below 1")
+            raise Mistake(f"clip is {self.clip:g}, and 1 - clip a ratio; give one below 1")
         if self.clip_high is not None and self.clip_high < self.clip:
-            raise ValueError(f"clip_high {self.clip_high:g} is below clip {self.clip:g}; give at least that")
+            raise Mistake(f"clip_high {self.clip_high:g} is below clip {self.clip:g}; give at least that")
         return self
 
 
@@ -172,7 +173,7 @@ class ZeroConfig(OptimizerConfig, ActorConfig):
     @model_validator(mode="after")
     def _adapters_learn(self) -> Self:
         if self.lora and "language_model" in self.freeze:
-            raise ValueError("lora adapts the language model, and freeze holds it still; take it out of freeze")
+            raise Mistake("lora adapts the language model, and freeze holds it still; take it out of freeze")
         return self
 
     @model_validator(mode="after")
@@ -180,14 +181,14 @@ class ZeroConfig(OptimizerConfig, ActorConfig):
         # Without ZeRO DeepSpeed has no float32 gradients for a bfloat16 model, and at stage 1 it takes an optimizer of
         # another kind. Stage 2 does the work of both, on one rank too.
         if self.dtype == "bfloat16" and self.zero_stage < 2:
-            raise ValueError(f"dtype=bfloat16 needs zero_stage 2 or 3, this is {self.zero_stage}; one rank takes 2 too")
+            raise Mistake(f"dtype=bfloat16 needs zero_stage 2 or 3, this is {self.zero_stage}; one rank takes 2 too")
         return self
 
     @model_validator(mode="after")
     def _a_gpu_each(self) -> Self:
         # NCCL takes one rank for each GPU.
         if self.ranks > 1 and 0 < self.num_gpus <= 0.5:
-            raise ValueError(
+            raise Mistake(
                 f"{self.ranks} ranks of {self.num_gpus:g} GPUs may share one, which NCCL refuses; set num_gpus above "
                 "0.5"
             )
@@ -197,7 +198,7 @@ class ZeroConfig(OptimizerConfig, ActorConfig):
     def _offload_fits_stage(self) -> Self:
         least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
         if self.zero_stage < least:
-            raise ValueError(f"offload={self.offload} needs zero_stage {least} or more; this is {self.zero_stage}")
+            raise Mistake(f"offload={self.offload} needs zero_stage {least} or more; this is {self.zero_stage}")
         return self
 
 

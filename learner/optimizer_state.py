@@ -28,6 +28,7 @@ import torch
 from safetensors import safe_open
 
 from learner.collectives import Ranks
+from umrg.mistake import Mistake
 
 MASTER = "fp32"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -97,7 +98,7 @@ class SavedPieces:
 
     def __enter__(self) -> Self:
         if not (paths := sorted(self._folder.glob("*.safetensors"))):
-            raise ValueError(f"{self._folder} holds no state of an optimizer; give a checkpoint of a run")
+            raise Mistake(f"{self._folder} holds no state of an optimizer; give a checkpoint of a run")
         for path in paths:
             file = self._stack.enter_context(safe_open(path, "pt"))
             for key in file.keys():  # noqa: SIM118 (not a mapping)
@@ -115,7 +116,7 @@ class SavedPieces:
         of each parameter, by name."""
         if unlike := sorted(trained.keys() ^ self._starts.keys()):
             side = "trained here and not there" if unlike[0] in trained else "trained there and not here"
-            raise ValueError(
+            raise Mistake(
                 f"{self._folder} is the state of other parameters: {unlike[0]} is {side}; resume with the model and "
                 "the frozen parts that it was saved with"
             )
@@ -124,9 +125,7 @@ class SavedPieces:
             for start, length in sorted(self._starts[name]):
                 end = start + length if start == end else -1
             if end != numel:
-                raise ValueError(
-                    f"{self._folder} is the state of another model: {name} has another size, or lacks a part"
-                )
+                raise Mistake(f"{self._folder} is the state of another model: {name} has another size, or lacks a part")
 
     def restore(self, piece: Piece) -> None:
         """Fill a piece with what was saved of its range."""

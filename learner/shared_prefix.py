@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from learner.attention import Layout, Span
 from reasoner.prompter import EncodedPrompt
+from umrg.mistake import Mistake
 
 LOGITS_BYTES = 256 << 20
 """Largest block of logits [tokens, vocabulary] in float32 that is held at a time. With a vocabulary of 150,000, those
@@ -159,7 +160,7 @@ def _cut(prefix: int, branches: Sequence[int], max_tokens: int) -> list[range]:
     parts = [range(0)]
     for i, length in enumerate(branches):
         if prefix + length > max_tokens:
-            raise ValueError(
+            raise Mistake(
                 f"a prompt of {prefix} tokens and an answer of {length} do not fit into learner.micro_batch_tokens, "
                 f"{max_tokens}; raise it"
             )

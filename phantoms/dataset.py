@@ -15,6 +15,7 @@ from phantoms.coarse import jitter_points, loosen_box
 from phantoms.reasoning import place_of, trace
 from phantoms.scenes import MODALITIES, Phantom, draw
 from umrg.keypoints import reference_points, tight_box
+from umrg.mistake import Mistake
 
 Phrasing = Literal["seen", "held_out"]
 Annotation = Literal["exact", "coarse"]
@@ -39,9 +40,9 @@ def rows(
     """
     if not modalities or (unknown := [name for name in modalities if name not in MODALITIES]):
         given = ", ".join(unknown) if modalities else "none"
-        raise ValueError(f"modalities must be among {', '.join(MODALITIES)}; given: {given}")
+        raise Mistake(f"modalities must be among {', '.join(MODALITIES)}; given: {given}")
     if queries_per_image < 1:
-        raise ValueError(f"queries_per_image must be at least 1, not {queries_per_image}")
+        raise Mistake(f"queries_per_image must be at least 1, not {queries_per_image}")
     return islice(_all_rows(seed, size, modalities, phrasings, annotation, queries_per_image), count)
 
 

@@ -25,6 +25,7 @@ from phantoms.radiology import RADIOLOGY
 from phantoms.structure import Structure
 from phantoms.tomography import TOMOGRAPHY
 from umrg.keypoints import tight_box
+from umrg.mistake import Mistake
 
 STRUCTURES: tuple[Structure, ...] = TOMOGRAPHY + RADIOLOGY + OPTICAL
 
@@ -77,9 +78,9 @@ def draw(modality: str, rng: np.random.Generator, *, size: int = 224) -> Phantom
     Raises ValueError for an unknown modality or a size below 112.
     """
     if modality not in _PAINTERS:
-        raise ValueError(f"unknown modality {modality!r}: choose one of {', '.join(MODALITIES)}")
+        raise Mistake(f"unknown modality {modality!r}: choose one of {', '.join(MODALITIES)}")
     if size < SMALLEST_IMAGE:
-        raise ValueError(f"a phantom of {size} pixels shows too little: ask for {SMALLEST_IMAGE} or more")
+        raise Mistake(f"a phantom of {size} pixels shows too little: ask for {SMALLEST_IMAGE} or more")
     while True:
         canvas = _PAINTERS[modality](rng, size)
         names = [name for name, mask in canvas.masks.items() if large_enough(mask)]

@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.core_model_loading import revert_weight_conversion
 
 from reasoner.prompter import EncodedPrompt, Prompter, loading, prompter_of_folder
+from umrg.mistake import Mistake
 from umrg.prompts import PromptSpec
 
 
@@ -84,7 +85,7 @@ def load_reasoner(
         prompter = prompter_of_folder(folder, spec)
         model, found = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
         if missing := sorted(found["missing_keys"]):
-            raise ValueError(f"its weights lack {missing[0]}")
+            raise Mistake(f"its weights lack {missing[0]}")
         return with_model(prompter, model.to(device).eval())
 
 

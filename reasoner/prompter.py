@@ -27,6 +27,7 @@ from transformers import (
 
 from umrg.answers import TAGS, format_answer
 from umrg.frames import Frame, Frames, ResizeRule, Size
+from umrg.mistake import Mistake
 from umrg.prompts import PromptSpec, prompt_messages
 from umrg.reasoner_folder import check_reasoner_folder
 from umrg.rows import reasoning_fault
@@ -173,7 +174,7 @@ class Prompter:
         is asked for and cannot be learnt from."""
         frames, frame = self.frames(sample.size), self.prompt.frame
         if self.prompt.think and (fault := reasoning_fault(sample.reasoning)):
-            raise ValueError(f"{sample.name} has {fault}")
+            raise Mistake(f"{sample.name} has {fault}")
         return format_answer(
             box=frames.box(sample.box, Frame.ORIGINAL, frame),
             points=frames.points(sample.points, Frame.ORIGINAL, frame),
@@ -191,7 +192,7 @@ class Prompter:
         opened, closed, thinks = bool(self.opening), "</think>" in self.opening, text.startswith("<think>")
         if opened and thinks == closed:
             what, remedy = ("closes an empty", "think=false") if closed else ("opens", "think=true")
-            raise ValueError(f"the chat template {what} <think> itself; set {remedy}, or use another chat template")
+            raise Mistake(f"the chat template {what} <think> itself; set {remedy}, or use another chat template")
         return text.removeprefix("<think>") if opened else text
 
 
@@ -227,14 +228,14 @@ def loading(folder: Path) -> Iterator[None]:
     try:
         yield
     except TemplateError as error:
-        raise ValueError(f"{folder} cannot be loaded as a reasoner: its chat template fails: {error}") from error
+        raise Mistake(f"{folder} cannot be loaded as a reasoner: its chat template fails: {error}") from error
     except (OSError, ValueError, RuntimeError, StrictDataclassError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise ValueError(f"{folder} cannot be loaded as a reasoner: {reason}") from error
+        raise Mistake(f"{folder} cannot be loaded as a reasoner: {reason}") from error
     except (LookupError, TypeError, AttributeError) as error:
         # Raised for valid JSON with content that the library does not expect.
         reason = f"transformers cannot read its files ({type(error).__name__}: {error})"
-        raise ValueError(f"{folder} cannot be loaded as a reasoner: {' '.join(reason.split())}") from error
+        raise Mistake(f"{folder} cannot be loaded as a reasoner: {' '.join(reason.split())}") from error
 
 
 def _check_tokenizer(file: Path) -> None:
@@ -246,7 +247,7 @@ def _check_tokenizer(file: Path) -> None:
         # The library raises plain Exception, so its subclasses are other errors.
         if type(error) is not Exception:
             raise
-        raise ValueError(f"tokenizer.json is not a tokenizer's ({error}); copy that of its base model") from error
+        raise Mistake(f"tokenizer.json is not a tokenizer's ({error}); copy that of its base model") from error
 
 
 def prompter_of_folder(folder: Path, spec: PromptSpec | None) -> Prompter:
@@ -259,11 +260,11 @@ def prompter_of_folder(folder: Path, spec: PromptSpec | None) -> Prompter:
     prompter = prompter_of(config, processor, spec or PromptSpec.of_model(folder))
     _bound(processor.image_processor, prompter)
     if processor.tokenizer.eos_token_id is None:
-        raise ValueError("its tokenizer_config.json names no eos_token, which ends an answer")
+        raise Mistake("its tokenizer_config.json names no eos_token, which ends an answer")
     if processor.chat_template is None:
-        raise ValueError("it has no chat_template.jinja (nor chat_template in tokenizer_config.json); copy its base's")
+        raise Mistake("it has no chat_template.jinja (nor chat_template in tokenizer_config.json); copy its base's")
     if prompter.chat_text("?").count(processor.image_token) != 1:
-        raise ValueError(f"its chat template makes no place for one image ({processor.image_token})")
+        raise Mistake(f"its chat template makes no place for one image ({processor.image_token})")
     return prompter
 
 
@@ -275,7 +276,7 @@ def _bound(images: Any, prompter: Prompter) -> None:
         return
     least, most = spec.min_pixels or own.min_pixels, spec.max_pixels or own.max_pixels
     if most < own.factor**2:
-        raise ValueError(
+        raise Mistake(
             f"max_pixels is {most}, less than one image token's {own.factor}x{own.factor} px; give at least "
             f"{own.factor**2}"
         )
@@ -283,18 +284,16 @@ def _bound(images: Any, prompter: Prompter) -> None:
         if spec.max_pixels and spec.min_pixels is None:
             least = most  # the folder's own lower bound gives way
         else:
-            raise ValueError(f"min_pixels is {least}, above max_pixels, {most}; lower it")
+            raise Mistake(f"min_pixels is {least}, above max_pixels, {most}; lower it")
     images.size = type(images.size)(shortest_edge=least, longest_edge=most)
 
 
 def _check_processor(config: Any, processor: Any) -> None:
     vocabulary = len(processor.tokenizer)
     if vocabulary > config.text_config.vocab_size:
-        raise ValueError(f"the tokenizer has {vocabulary} tokens, the model {config.text_config.vocab_size}")
+        raise Mistake(f"the tokenizer has {vocabulary} tokens, the model {config.text_config.vocab_size}")
     if processor.image_token_id != config.image_token_id:
-        raise ValueError(
-            f"the image token is {processor.image_token_id} in the processor, {config.image_token_id} here"
-        )
+        raise Mistake(f"the image token is {processor.image_token_id} in the processor, {config.image_token_id} here")
 
 
 def _check_resize(vision: Any, images: Any) -> None:
@@ -302,16 +301,16 @@ def _check_resize(vision: Any, images: Any) -> None:
     expected = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
     found = (images.patch_size, images.merge_size, images.temporal_patch_size)
     if found != expected:
-        raise ValueError(f"the processor cuts patches of {found} (size, merge, temporal), the model expects {expected}")
+        raise Mistake(f"the processor cuts patches of {found} (size, merge, temporal), the model expects {expected}")
     if not images.do_resize:
-        raise ValueError("its image processor has do_resize false, and images come in any size; set it to true")
+        raise Mistake("its image processor has do_resize false, and images come in any size; set it to true")
     size = dict(images.size)
     if size.keys() != {"shortest_edge", "longest_edge"}:
         edges = {"shortest_edge": size.get("min_pixels", "LEAST"), "longest_edge": size.get("max_pixels", "MOST")}
-        raise ValueError(
+        raise Mistake(
             f"its image processor has size {json.dumps(size)}, by which transformers resizes nothing; write the least "
             f'and the largest area, in pixels: "size": {json.dumps(edges)}'
         )
     least, most = size["shortest_edge"], size["longest_edge"]
     if not (isinstance(least, int) and isinstance(most, int) and 0 < least <= most):
-        raise ValueError(f"its image processor has size {json.dumps(size)}; both are whole numbers, the least first")
+        raise Mistake(f"its image processor has size {json.dumps(size)}; both are whole numbers, the least first")

@@ -7,6 +7,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from rewards.scoring import Scorer
 from umrg.config import Config
+from umrg.mistake import Mistake
 
 
 class TermConfig(Config):
@@ -33,10 +34,10 @@ class RewardConfig(Config):
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
         if (self.preset is None) == (not self.terms):
-            raise ValueError("give either reward.preset or reward.terms")
+            raise Mistake("give either reward.preset or reward.terms")
         twice = [name for name, count in Counter(term.name for term in self.terms).items() if count > 1]
         if twice:
-            raise ValueError(f"reward.terms names {twice[0]!r} more than once; give each term once")
+            raise Mistake(f"reward.terms names {twice[0]!r} more than once; give each term once")
         self.scorer(think=True)
         return self
 

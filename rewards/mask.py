@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from rewards.case import Case, looks_at_masks
 from rewards.options import Pixels
 from umrg import metrics
+from umrg.mistake import Mistake
 
 
 class MissingMask(RuntimeError):
@@ -41,5 +42,5 @@ def _masks(case: Case) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     if case.mask is None:
         raise MissingMask("a well-formed answer reached a mask term without the expert's mask")
     if case.reference.mask is None:
-        raise ValueError("a mask term needs reference masks; use data with masks, or no mask terms")
+        raise Mistake("a mask term needs reference masks; use data with masks, or no mask terms")
     return case.mask, case.reference.mask

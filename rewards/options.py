@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, PositiveInt, TypeAdapter, ValidationErro
 
 from rewards.case import Term
 from umrg.config import Config
+from umrg.mistake import Mistake
 
 Share = Annotated[float, Field(ge=0, le=1)]
 """A float in [0, 1]; true and false pass for 1 and 0."""
@@ -50,7 +51,7 @@ def checked_options(name: str, term: Term, given: Mapping[str, object]) -> dict[
     types = option_types(name, term)
     for option in given:
         if option not in types:
-            raise ValueError(f"reward term {name!r} has no option {option!r}; {_nearest(option, list(types))}")
+            raise Mistake(f"reward term {name!r} has no option {option!r}; {_nearest(option, list(types))}")
     return {
         option: _checked(f"option {option!r} of reward term {name!r}", types[option], value)
         for option, value in given.items()
@@ -65,15 +66,15 @@ def option_types(name: str, term: Term) -> dict[str, Any]:
     try:
         parameters = list(inspect.signature(term, eval_str=True).parameters.values())
     except (NameError, TypeError, ValueError) as error:
-        raise ValueError(f"the signature of reward term {name!r} cannot be read ({error})") from error
+        raise Mistake(f"the signature of reward term {name!r} cannot be read ({error})") from error
     if not parameters or parameters[0].kind not in (
         inspect.Parameter.POSITIONAL_ONLY,
         inspect.Parameter.POSITIONAL_OR_KEYWORD,
     ):
-        raise ValueError(f"reward term {name!r} must take the case as its first parameter")
+        raise Mistake(f"reward term {name!r} must take the case as its first parameter")
     for parameter in parameters[1:]:
         if not _is_option(parameter):
-            raise ValueError(
+            raise Mistake(
                 f"parameter {parameter.name!r} of reward term {name!r} is no option; make it keyword-only, a bool, int "
                 "or float, with a default"
             )
@@ -104,13 +105,13 @@ def _checked(what: str, kind: Any, value: object) -> Option:
             checked: Option = adapter.validate_python(value)
             return checked
         if _base(kind) is not float:
-            raise ValueError(f"{what} cannot follow a schedule; give one value")
+            raise Mistake(f"{what} cannot follow a schedule; give one value")
         schedule = Schedule.model_validate(value)
         for end in (schedule.start, schedule.end):
             adapter.validate_python(end)
         return schedule
     except ValidationError as error:
-        raise ValueError(f"{what}: {_sentence(error)}") from None
+        raise Mistake(f"{what}: {_sentence(error)}") from None
 
 
 def _sentence(error: ValidationError) -> str:

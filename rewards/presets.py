@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from rewards import box, format, mask, points, text
 from rewards.case import Term
 from rewards.user_terms import load_user_term
+from umrg.mistake import Mistake
 
 TERMS: Mapping[str, Term] = {
     "format_think": format.format_think,
@@ -93,14 +94,14 @@ def find_term(name: str) -> Term:
     if ":" in name:
         return load_user_term(name)
     if name not in TERMS:
-        raise ValueError(_unknown("reward term", name, TERMS))
+        raise Mistake(_unknown("reward term", name, TERMS))
     return TERMS[name]
 
 
 def find_preset(name: str) -> Preset:
     """The preset of that name. Raises ValueError, which suggests the closest name."""
     if name not in PRESETS:
-        raise ValueError(_unknown("reward preset", name, PRESETS))
+        raise Mistake(_unknown("reward preset", name, PRESETS))
     return PRESETS[name]
 
 

@@ -18,6 +18,7 @@ from rewards.presets import find_preset
 from rewards.scoring import Scorer
 from umrg.dataset import parse_ground_truth
 from umrg.frames import Size
+from umrg.mistake import Mistake
 
 _VALIDITIES = ("bbox_position_valid", "bbox_area_valid", "points_position_valid", "points_spread_valid")
 _GEOMETRY = (
@@ -60,7 +61,7 @@ def score_lines(lines: Iterable[bytes], preset: str, *, prefilled: str = "") -> 
 def _published_scorer(preset: str) -> Scorer:
     weights = dict(find_preset(preset).weights)
     if preset not in _PUBLISHED:
-        raise ValueError(f"preset {preset!r} looks at masks, which such a file does not hold; give base, soft or hard")
+        raise Mistake(f"preset {preset!r} looks at masks, which such a file does not hold; give base, soft or hard")
     # The validities damp other parts and are not in the sum; with weight 0 they are reported all the same.
     reported = {name: 0.0 for name in _VALIDITIES if name in _PUBLISHED[preset]}
     return Scorer(weights | reported, published=True)
@@ -70,12 +71,12 @@ def _read(line: bytes, where: str) -> tuple[str, Reference]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON ({error})") from error
+        raise Mistake(f"{where} is not JSON ({error})") from error
     if not isinstance(row, dict) or not isinstance(row.get("completion"), str):
-        raise ValueError(f"{where} must be an object with the text `completion` and a `ground_truth`")
+        raise Mistake(f"{where} must be an object with the text `completion` and a `ground_truth`")
     box, points = parse_ground_truth(row.get("ground_truth"), where)
     if box[0] > box[2] or box[1] > box[3]:
-        raise ValueError(f"{where} has an inverted bbox_2d; it must be x1, y1, x2, y2 with x1 <= x2 and y1 <= y2")
+        raise Mistake(f"{where} has an inverted bbox_2d; it must be x1, y1, x2, y2 with x1 <= x2 and y1 <= y2")
     return row["completion"], Reference(box=box, points=points, size=_RELEASED, name=where)
 
 
@@ -101,7 +102,7 @@ def _lines(path: Path) -> list[bytes]:
     try:
         return path.read_bytes().splitlines()
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror})") from error
+        raise Mistake(f"{path} cannot be read ({error.strerror})") from error
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from rewards.options import Option, at_step, checked_options
 from rewards.presets import MASK_TERMS, find_preset, find_term
 from rewards.user_terms import UserTerm
 from umrg.answers import Answer, parse_answer, parse_published
+from umrg.mistake import Mistake
 
 _RELEASED_SIDE = 840.0
 """Side of the released dataset's images, to which the published thresholds in pixels refer."""
@@ -49,7 +50,7 @@ class WeightedTerm:
         """The term of that name. Raises ValueError for an unknown name, and for a weight or option out of range."""
         term = find_term(name)
         if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"the weight of reward term {name!r} is {weight}; give a finite one, 0 or more")
+            raise Mistake(f"the weight of reward term {name!r} is {weight}; give a finite one, 0 or more")
         checked = checked_options(name, term, options)
         if isinstance(term, UserTerm):
             term.try_out(checked)
@@ -90,7 +91,7 @@ class Scorer:
         self.weights = {term.name: term.weight for term in self._terms}
         self.maximum = sum(self.weights.values())
         if self.maximum == 0:
-            raise ValueError("the reward is always 0; give at least one term a weight above 0")
+            raise Mistake("the reward is always 0; give at least one term a weight above 0")
         # What a user's own term looks at is unknown, so it is given everything.
         self.uses_mask = any(term.name in MASK_TERMS or isinstance(term.term, UserTerm) for term in self._terms)
 

@@ -14,6 +14,7 @@ from rewards.case import Case, Reference, Term
 from rewards.options import Option, at_step
 from umrg.answers import Answer, format_answer, parse_answer
 from umrg.frames import Size
+from umrg.mistake import Mistake
 
 
 class RewardTermError(RuntimeError):
@@ -52,7 +53,7 @@ class UserTerm:
             try:
                 self(case, **at_step(options, 0))
             except RewardTermError as error:
-                raise ValueError(f"{error}; a term must score any answer whatever") from error
+                raise Mistake(f"{error}; a term must score any answer whatever") from error
 
     def _about(self, case: Case) -> str:
         return (
@@ -73,12 +74,12 @@ def load_user_term(path: str) -> UserTerm:
     try:
         function = getattr(importlib.import_module(module), name, None)
     except (ImportError, SyntaxError, TypeError, ValueError) as error:
-        raise ValueError(
+        raise Mistake(
             f"reward term {path!r} cannot be imported ({error}); write my_pkg.my_module:my_term, and start where "
             "my_pkg lies, or install it"
         ) from error
     if not callable(function):
-        raise ValueError(f"reward term {path!r} cannot be called; {module} must have a function {name!r}")
+        raise Mistake(f"reward term {path!r} cannot be called; {module} must have a function {name!r}")
     return UserTerm(path, function)
 
 

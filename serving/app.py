@@ -25,6 +25,7 @@ from umrg.config import located
 from umrg.group import SamplingParams
 from umrg.images import decode_image
 from umrg.masks import encode_rle
+from umrg.mistake import Mistake
 from umrg.windowing import Window
 
 api = FastAPI(title="MedReasoner", description="Ask a medical image an implicit question.")
@@ -140,7 +141,7 @@ class Ingress:
         try:
             check_query(query)
             return await asyncio.wait_for(self._ground(pixels, query), self._config.timeout)
-        except ValueError as error:
+        except Mistake as error:
             # Ray wraps an error that a replica raised and puts the whole traceback into the message; `cause` is bare.
             raise HTTPException(400, str(getattr(error, "cause", error))) from None
         except TimeoutError:
@@ -176,7 +177,7 @@ class Ingress:
         try:
             levels = None if window is None else Window.parse(window)
             return decode_image(data, name, window=levels, frame=frame)
-        except ValueError as error:
+        except Mistake as error:
             raise HTTPException(400, str(error)) from None
 
 

@@ -25,6 +25,7 @@ from umrg.answers import Answer, parse_answer
 from umrg.atomic import write_bytes, written_aside
 from umrg.frames import Box, PointPair
 from umrg.images import decode_image, encode_png
+from umrg.mistake import Mistake
 from umrg.pictures import overlay
 from umrg.prompts import ReasonerConfig, clean_query
 from umrg.windowing import Window
@@ -128,7 +129,7 @@ class Grounder:
         Raises ValueError for what cannot be loaded; all but the weights themselves is checked before any are read.
         """
         if dtype not in _DTYPES:
-            raise ValueError(f"a reasoner's dtype is one of {', '.join(_DTYPES)}, not {dtype!r}")
+            raise Mistake(f"a reasoner's dtype is one of {', '.join(_DTYPES)}, not {dtype!r}")
         config = ReasonerConfig(model=Path(model), prompt=prompt, min_pixels=min_pixels, max_pixels=max_pixels)
         spec = config.spec()
 
@@ -160,7 +161,7 @@ class Grounder:
         prompt = self.reasoner.encode(query, self.reasoner.encode_image(pixels))
         room = self.reasoner.positions - len(prompt.token_ids)
         if room < 1:
-            raise ValueError(
+            raise Mistake(
                 f"the prompt has {len(prompt.token_ids)} tokens, {prompt.image.tokens} of them for the image, and the "
                 f"model has {self.reasoner.positions} positions; shorten the question or make the image smaller"
             )
@@ -173,7 +174,7 @@ class Grounder:
 def check_query(query: str) -> None:
     """Raise ValueError for a query of which nothing is left once special tokens are removed."""
     if not clean_query(query):
-        raise ValueError("the query is empty; ask about something in the image")
+        raise Mistake("the query is empty; ask about something in the image")
 
 
 def read_image(path: str | Path, *, window: Window | None = None, frame: int | None = None) -> NDArray[np.uint8]:
@@ -220,8 +221,8 @@ def _read(path: Path) -> bytes:
         if path.is_file():
             return path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); give the path of an image") from error
-    raise ValueError(f"{path} is not a file; give the path of an image")
+        raise Mistake(f"{path} cannot be read ({error.strerror}); give the path of an image") from error
+    raise Mistake(f"{path} is not a file; give the path of an image")
 
 
 def _pixels(image: str | Path | Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -232,21 +233,21 @@ def _pixels(image: str | Path | Image.Image | NDArray[np.uint8]) -> NDArray[np.u
     if not isinstance(image, np.ndarray):
         raise TypeError(f"an image is a path, a PIL image or an array, not {type(image).__name__}")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        raise ValueError(f"an image is uint8 [H, W, 3], this one is {image.dtype} {list(image.shape)}")
+        raise Mistake(f"an image is uint8 [H, W, 3], this one is {image.dtype} {list(image.shape)}")
     return image
 
 
 def _pixels_of_pil(image: Image.Image) -> NDArray[np.uint8]:
     """By way of a file, so that orientation, transparency and depth are treated as in every other image."""
     if image.mode.startswith(("I", "F")):
-        raise ValueError(f"the image has more than 8 bits a channel (mode {image.mode}); window it to 8 bits first")
+        raise Mistake(f"the image has more than 8 bits a channel (mode {image.mode}); window it to 8 bits first")
     buffer = io.BytesIO()
     try:
         if image.mode not in _PNG_MODES:
             image = image.convert("RGBA" if image.has_transparency_data else "RGB")
         image.save(buffer, "PNG", exif=image.getexif(), compress_level=1)
     except OSError as error:
-        raise ValueError(f"the image cannot be decoded ({error})") from error
+        raise Mistake(f"the image cannot be decoded ({error})") from error
     return decode_image(buffer.getvalue(), "the image")
 
 
@@ -257,4 +258,4 @@ def _check_device(device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"the device {device!r} cannot be used ({reason}); give another, such as cpu") from error
+        raise Mistake(f"the device {device!r} cannot be used ({reason}); give another, such as cpu") from error

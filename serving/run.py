@@ -16,6 +16,7 @@ from actors.experts.registry import check_expert
 from reasoner.prompter import load_prompter
 from serving.app import build_app
 from serving.config import ServeConfig
+from umrg.mistake import Mistake
 
 HOST = "127.0.0.1"
 NAME = "medreasoner"
@@ -78,10 +79,10 @@ def refuse_collision(running: dict[str, str | None]) -> None:
     """Raise ValueError where a running application has our name, or a route prefix that captures one of our routes.
     running: route prefixes by the applications' names."""
     if NAME in running:
-        raise ValueError(f"an application {NAME} runs on this cluster already; end it, or use another cluster")
+        raise Mistake(f"an application {NAME} runs on this cluster already; end it, or use another cluster")
     for name, prefix in running.items():
         if prefix is not None and any(f"{path}/".startswith(f"{prefix.rstrip('/')}/") for path in PATHS):
-            raise ValueError(
+            raise Mistake(
                 f"the application {name} of this cluster answers at {prefix}, where this one would; "
                 "give it another route prefix, or use another cluster"
             )

@@ -19,6 +19,7 @@ from scipy.ndimage import label
 from umrg.columns import Row
 from umrg.frames import Box, Point, PointPair
 from umrg.keypoints import reference_points, tight_box
+from umrg.mistake import Mistake
 from umrg.names import UNKNOWN, names_outright
 from umrg.prompts import clean_query, special_tokens
 from umrg.row_groups import Damage
@@ -228,7 +229,7 @@ def check_row(row: Row | Damage, file: Path, number: int, duplicates: DuplicateI
         )
         # Messages need not name the file, because it has a column of its own in the table of findings.
         sample = replace(read_sample(row, info, "the row"), source="")
-    except ValueError as error:
+    except Mistake as error:
         return _found(checked, SCHEMA, str(error))
     return _check_pictures(replace(checked, sample=sample), info, sample, duplicates)
 
@@ -236,13 +237,13 @@ def check_row(row: Row | Damage, file: Path, number: int, duplicates: DuplicateI
 def _check_pictures(checked: CheckedRow, info: RowInfo, sample: Sample, duplicates: DuplicateIndex) -> CheckedRow:
     try:
         pixels = duplicates.pixels(sample)
-    except ValueError as error:
+    except Mistake as error:
         return _found(checked, UNREADABLE_IMAGE, str(error))
     found = [*checked.findings, *duplicates.check_image(info, pixels), *check_reference(sample)]
     checked = replace(checked, pixels=pixels, findings=found)
     try:
         mask = sample.mask_union()
-    except ValueError as error:
+    except Mistake as error:
         return _found(checked, UNREADABLE_MASK, str(error))
     found = [*checked.findings, *check_mask(sample, mask), *duplicates.check_target(info, pixels, mask)]
     return replace(checked, mask=mask, findings=found)

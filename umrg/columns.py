@@ -18,6 +18,8 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import types
 
+from umrg.mistake import Mistake
+
 Row = dict[str, Any]
 
 _FILE = {"bytes": pa.binary(), "path": pa.string()}
@@ -112,14 +114,14 @@ def check_columns(schema: pa.Schema, path: Path) -> None:
     columns = plain_columns(schema)
     found = {name: _leaf(columns, name) for name in _WANTED}
     if missing := [name for name, (_, kind) in found.items() if kind is None]:
-        raise ValueError(
+        raise Mistake(
             f"{path} lacks {', '.join(missing)}; a dataset has the columns {', '.join(_WANTED)} "
             "(a dot leads into a struct or a list of structs)"
         )
     for name, (there, kind) in found.items():
         if not _fits(name, there, kind):
             what = kind if there == name else columns[there]
-            raise ValueError(f"{path} has {there} of type {what}; {name} must be {_WANTED[name]}")
+            raise Mistake(f"{path} has {there} of type {what}; {name} must be {_WANTED[name]}")
 
 
 def _refuse_repeated_names(names: list[str], path: Path) -> None:
@@ -128,7 +130,7 @@ def _refuse_repeated_names(names: list[str], path: Path) -> None:
         # `extra_info` beside `extra_info.id` is a conflict too: both define the same field.
         outer = {name.rsplit(".", count)[0] for count in range(1, name.count(".") + 1)} if _is_read(name) else set()
         for other in known & {name, *outer}:
-            raise ValueError(f"{path} has the columns {other} and {name}; keep one of the two")
+            raise Mistake(f"{path} has the columns {other} and {name}; keep one of the two")
         known.add(name)
 
 
@@ -264,7 +266,7 @@ def _array(values: list[Any], field: pa.Field) -> pa.Array:
     try:
         return pa.array(values, type=field.type)
     except (pa.ArrowException, OverflowError, TypeError) as error:
-        raise ValueError(f"the column {field.name} has a value that is not {field.type} ({error})") from error
+        raise Mistake(f"the column {field.name} has a value that is not {field.type} ({error})") from error
 
 
 def _cast(column: pa.Array, field: pa.Field) -> pa.Array:

@@ -7,6 +7,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
+from umrg.mistake import Mistake
+
 
 class Config(BaseModel):
     """A part of a run's configuration. Each package has the part that it reads; `cluster.config` joins them."""
@@ -43,7 +45,7 @@ class ActorConfig(Config):
     @classmethod
     def _whole_above_one(cls, value: float) -> float:
         if value > 1 and not value.is_integer():
-            raise ValueError(f"{value:g} GPUs cannot be given; Ray divides one GPU, and gives whole ones above that")
+            raise Mistake(f"{value:g} GPUs cannot be given; Ray divides one GPU, and gives whole ones above that")
         return value
 
     @field_validator("environment", mode="before")
@@ -52,12 +54,12 @@ class ActorConfig(Config):
         if not isinstance(value, dict):
             return value
         if own := sorted(name for name in map(str, value) if name.startswith("RAY_") or name == "CUDA_VISIBLE_DEVICES"):
-            raise ValueError(f"{own[0]} is set by Ray; take it out of environment, and see num_gpus and placement")
+            raise Mistake(f"{own[0]} is set by Ray; take it out of environment, and see num_gpus and placement")
         for name, text in value.items():
             if not re.fullmatch(r"[A-Za-z_]\w*", str(name), re.ASCII):
-                raise ValueError(f"{name!r} is no name of a variable; give letters, digits and underscores")
+                raise Mistake(f"{name!r} is no name of a variable; give letters, digits and underscores")
             if type(text) not in (str, int, float):
-                raise ValueError(f"{name} is {text!r}; give text, in quotes where YAML would read something else")
+                raise Mistake(f"{name} is {text!r}; give text, in quotes where YAML would read something else")
         # YAML reads 1 as a number; a variable is text.
         return {name: str(text) for name, text in value.items()}
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from umrg.columns import INFO_LEAVES, Row, check_columns, unmasked_leaves
 from umrg.dataset_writer import write_rows
+from umrg.mistake import Mistake
 from umrg.names import category_matches, modality_matches
 from umrg.row_groups import LIGHT_ROWS, Damage, RowFile, RowGroups, common_schema, copied, scan
 from umrg.rows import (
@@ -72,7 +73,7 @@ class Dataset:
             check_names(infos, field, names, matches)
             kept = [i for i in kept if not names or any(matches(getattr(i, field), name) for name in names)]
         if not kept:
-            raise ValueError(f"no row of {_listed(file.path for file in files)} passes all filters")
+            raise Mistake(f"no row of {_listed(file.path for file in files)} passes all filters")
         return cls(files, kept, memory)
 
     def __len__(self) -> int:
@@ -159,7 +160,7 @@ def check_names(
         if not any(matches(other, name) for other in known):
             near = get_close_matches(name.casefold(), [other.casefold() for other in known], n=1)
             hint = next((f"did you mean {n!r}? " for n in known if n.casefold() in near), "")
-            raise ValueError(f"no row has the {field} {name!r}; {hint}there is: {_listed(known)}")
+            raise Mistake(f"no row has the {field} {name!r}; {hint}there is: {_listed(known)}")
 
 
 def open_files(paths: Path | str | Sequence[Path | str]) -> list[RowFile]:
@@ -172,7 +173,7 @@ def open_files(paths: Path | str | Sequence[Path | str]) -> list[RowFile]:
     for file in files:
         check_columns(file.schema, file.path)
     if not any(file.rows for file in files):
-        raise ValueError(f"{_listed(file.path for file in files)} has no rows; give a file with some")
+        raise Mistake(f"{_listed(file.path for file in files)} has no rows; give a file with some")
     return files
 
 
@@ -180,7 +181,7 @@ def _distinct(paths: Path | str | Sequence[Path | str]) -> list[Path]:
     """The paths without repetitions. Raises ValueError if there are none."""
     several = [paths] if isinstance(paths, (Path, str)) else paths
     if not several:
-        raise ValueError("no dataset file was given; name at least one parquet file")
+        raise Mistake("no dataset file was given; name at least one parquet file")
     # A file given twice would otherwise be rejected for duplicate ids.
     return list(dict.fromkeys(Path(path) for path in several))
 
@@ -199,7 +200,7 @@ def _refuse_duplicates(infos: Sequence[RowInfo]) -> None:
     for info in infos:
         other = first.setdefault(info.id, info)
         if other is not info:
-            raise ValueError(
+            raise Mistake(
                 f"the id {info.id!r} occurs twice: in row {other.row} of {other.file} and row {info.row} of "
                 f"{info.file}; ids must be unique"
             )
@@ -217,7 +218,7 @@ def _light_rows(file: RowFile, leaves: Collection[str]) -> Iterator[tuple[int, R
 def _read(rows: Iterator[tuple[int, Row | Damage]], path: Path) -> Iterator[tuple[int, Row]]:
     for number, row in rows:
         if isinstance(row, Damage):
-            raise ValueError(f"row {number} of {path} cannot be read: {row.reason}; write the file again")
+            raise Mistake(f"row {number} of {path} cannot be read: {row.reason}; write the file again")
         yield number, row
 
 
@@ -226,5 +227,5 @@ def _sound_sample(row: Row, info: RowInfo, *, masked: bool = True) -> Sample:
     sample = read_sample(row, info, where, masked=masked)
     faults = [box_fault(sample.box, sample.size), *(point_fault(point, sample.size) for point in sample.points)]
     for fault in filter(None, faults):
-        raise ValueError(f"{where} has {fault}")
+        raise Mistake(f"{where} has {fault}")
     return sample

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 
 from umrg.atomic import written_aside
 from umrg.columns import RELEASED_SCHEMA, Row
+from umrg.mistake import Mistake
 
 # Row groups are small because reading a single row decodes its whole row group.
 _GROUP_ROWS = 64
@@ -26,7 +27,7 @@ def write_rows(
     """Write rows to a parquet file, one row group in memory at a time, and return their number.
 
     The file is written under a temporary name and renamed when complete. Columns and fields missing from a row become
-    null; those missing from the schema raise ValueError. After each row group, `progress` is called with the number of
+    null; those missing from the schema raise Mistake. After each row group, `progress` is called with the number of
     rows written so far.
     """
     written = 0
@@ -86,4 +87,4 @@ def _refuse_unknown_fields(rows: list[Row], schema: pa.Schema) -> None:
         unknown = sorted((row.keys() - columns) | ((row.get("extra_info") or {}).keys() - fields))
         if unknown:
             names = ", ".join(unknown)
-            raise ValueError(f"a row has {names}, which the schema lacks; add it to the schema or leave it out")
+            raise Mistake(f"a row has {names}, which the schema lacks; add it to the schema or leave it out")

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from umrg.atomic import named
+from umrg.mistake import Mistake
 
 MANIFEST = "manifest.json"
 
@@ -57,7 +58,7 @@ class FileRecord:
     """Hexadecimal digest."""
 
 
-class Damaged(ValueError):
+class Damaged(Mistake):
     """Raised for a file or folder that differs from what was written."""
 
 

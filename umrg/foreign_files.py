@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from umrg.mistake import Mistake
+
 _LOOK = 512
 """How many bytes are examined. The pattern that reaches farthest, NIfTI's, ends at byte 348."""
 
@@ -64,16 +66,16 @@ FOREIGN_FILES = (
 def first_bytes(path: Path, count: int = _LOOK) -> bytes:
     """The first bytes of a file. Raises ValueError if it does not exist, is not a regular file, or cannot be read."""
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; give the file in it")
+        raise Mistake(f"{path} is a folder; give the file in it")
     try:
         if path.exists() and not path.is_file():
-            raise ValueError(f"{path} is no ordinary file; give one that lies on a disk")
+            raise Mistake(f"{path} is no ordinary file; give one that lies on a disk")
         with path.open("rb") as file:
             return file.read(count)
     except FileNotFoundError as error:
-        raise ValueError(f"there is no file {path}") from error
+        raise Mistake(f"there is no file {path}") from error
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+        raise Mistake(f"{path} cannot be read: {error.strerror}") from error
 
 
 def what_it_is(path: Path) -> str | None:

@@ -18,6 +18,8 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from umrg.mistake import Mistake
+
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]
 PointPair = tuple[Point, Point]
@@ -107,7 +109,7 @@ class ResizeRule:
         """
         height, width = original.height, original.width
         if max(height, width) > 200 * min(height, width):
-            raise ValueError(f"an image of {width}x{height} px has an aspect ratio over 200; crop it first")
+            raise Mistake(f"an image of {width}x{height} px has an aspect ratio over 200; crop it first")
         new_height, new_width = (round(side / self.factor) * self.factor for side in (height, width))
         if new_height * new_width > self.max_pixels:
             shrink = math.sqrt(height * width / self.max_pixels)

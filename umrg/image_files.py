@@ -15,6 +15,7 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from umrg.foreign_files import FOREIGN_FILES, GZIP, HDF5, NUMPY, ZIP, ForeignFile
+from umrg.mistake import Mistake
 
 # Pillow's readers of still images that decode within this process. Excluded are formats that need other programs (EPS,
 # WMF, HDF5, GRIB), videos, and collections of icons, layers or textures, which have no single main image.
@@ -109,7 +110,7 @@ _REMEDIES = {
 """Remedies for the kinds of `FOREIGN_FILES` that may contain the image, in place of their general remedies."""
 
 
-class ImageRefused(ValueError):
+class ImageRefused(Mistake):
     """A file that cannot be used as an image; the message says what to change."""
 
 

@@ -4,6 +4,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt
 
+from umrg.mistake import Mistake
+
 
 def tight_box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
     """The smallest box that encloses a mask.
@@ -13,7 +15,7 @@ def tight_box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
     """
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if rows.size == 0:
-        raise ValueError("the mask is empty: give a mask with at least one pixel set")
+        raise Mistake("the mask is empty: give a mask with at least one pixel set")
     return int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1])
 
 

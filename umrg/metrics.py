@@ -8,6 +8,7 @@ from scipy.ndimage import distance_transform_edt
 
 from umrg.frames import Box, PointPair
 from umrg.keypoints import tight_box
+from umrg.mistake import Mistake
 
 _HALF = math.sqrt(0.5)
 # Length of the marching-squares outline within a 2x2 neighbourhood of pixels a b / c d, indexed by 8·a + 4·b + 2·c + d:
@@ -118,7 +119,7 @@ def _area(width: float, height: float) -> float:
 
 def _check_sizes(prediction: NDArray[np.bool_], reference: NDArray[np.bool_]) -> None:
     if prediction.shape != reference.shape:
-        raise ValueError(f"masks of {prediction.shape} and {reference.shape} cannot be compared; resize one")
+        raise Mistake(f"masks of {prediction.shape} and {reference.shape} cannot be compared; resize one")
 
 
 def _circle(points: PointPair) -> tuple[float, float, float]:

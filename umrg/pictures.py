@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 
 from umrg.frames import Box, PointPair
+from umrg.mistake import Mistake
 
 Picture = NDArray[np.uint8]
 _Field = NDArray[np.float32]
@@ -95,7 +96,7 @@ def contact_sheet(tiles: Sequence[Tile], columns: int, *, side: int = 280, headi
     Raises ValueError if there are no tiles or no columns.
     """
     if not tiles or columns < 1:
-        raise ValueError("a contact sheet needs at least one tile and one column")
+        raise Mistake("a contact sheet needs at least one tile and one column")
     columns = min(columns, len(tiles))
     # All spacing and font sizes scale with the tile's side.
     gap, line = side // 14, side // 14

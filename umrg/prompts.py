@@ -14,6 +14,7 @@ from umrg.atomic import write_text
 from umrg.config import Config, ModelFolder
 from umrg.foreign_files import first_bytes
 from umrg.frames import Frame
+from umrg.mistake import Mistake
 from umrg.reasoner_folder import read_object
 
 _SPECIAL = re.compile(r"<\|[^<>|]*\|>|<(?:image|video)>")
@@ -101,18 +102,18 @@ def _style(value: object) -> PromptStyle | str:
         return PromptStyle(value)
     if isinstance(value, str) and QUERY in value:
         return _sound_template(value)
-    raise ValueError(f"must be full, compact, or a template's text with {QUERY} in it")
+    raise Mistake(f"must be full, compact, or a template's text with {QUERY} in it")
 
 
 def _sound_template(text: str) -> str:
     for place, least in ((QUERY, 1), (ANSWER, 0)):
         if not least <= (count := text.count(place)) <= 1:
             wanted = "exactly once" if least else "at most once"
-            raise ValueError(f"a template has {place} {wanted}, and this has it {count or 'no'} times")
+            raise Mistake(f"a template has {place} {wanted}, and this has it {count or 'no'} times")
     # The placeholders are filled before the check, because a filled placeholder can complete a special token.
     if found := special_tokens(text.replace(QUERY, "x").replace(ANSWER, "x")):
         named = ", ".join(dict.fromkeys(found))
-        raise ValueError(f"a template has no special tokens, and this has {named}; remove them")
+        raise Mistake(f"a template has no special tokens, and this has {named}; remove them")
     return text
 
 
@@ -121,18 +122,18 @@ def read_template(path: Path) -> str:
     template."""
     start = first_bytes(path, _LONGEST_TEMPLATE)
     if len(start) == _LONGEST_TEMPLATE or b"\0" in start:
-        raise ValueError(f"{path} is no text of a prompt's length in UTF-8; give a template")
+        raise Mistake(f"{path} is no text of a prompt's length in UTF-8; give a template")
     try:
         # Windows editors write a byte order mark and CRLF line ends.
         text = start.decode("utf-8-sig").replace("\r\n", "\n").strip()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8; save it as that") from error
+        raise Mistake(f"{path} is no text in UTF-8; save it as that") from error
     if not text:
-        raise ValueError(f"{path} is empty; a template says what is asked, with {QUERY} where the question goes")
+        raise Mistake(f"{path} is empty; a template says what is asked, with {QUERY} where the question goes")
     try:
         return _sound_template(text)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise Mistake(f"{path}: {error}") from None
 
 
 def chosen_prompt(value: object) -> PromptStyle | str | None:
@@ -143,7 +144,7 @@ def chosen_prompt(value: object) -> PromptStyle | str | None:
     if isinstance(value, str) and (value in list(PromptStyle) or QUERY in value):
         return _style(value)
     if not isinstance(value, (str, Path)):
-        raise ValueError(f"{value!r} is no prompt; give full, compact, or a text file with {QUERY} in it")
+        raise Mistake(f"{value!r} is no prompt; give full, compact, or a text file with {QUERY} in it")
     try:
         there = Path(value).exists()
     except (OSError, ValueError):  # too long for a path, or a character that paths cannot have
@@ -152,7 +153,7 @@ def chosen_prompt(value: object) -> PromptStyle | str | None:
         return read_template(Path(value))
     near = difflib.get_close_matches(str(value).lower(), list(PromptStyle), n=1)
     hint = f"did you mean '{near[0]}'?" if near else f"give full, compact, or a text file with {QUERY} in it"
-    raise ValueError(f"there is no file {str(value)[:80]!r}; {hint}")
+    raise Mistake(f"there is no file {str(value)[:80]!r}; {hint}")
 
 
 class PromptSpec(BaseModel):
@@ -188,7 +189,7 @@ class PromptSpec(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             what = " ".join((*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")))
-            raise ValueError(f"{path} is not a prompt spec: {what}") from error
+            raise Mistake(f"{path} is not a prompt spec: {what}") from error
 
     @property
     def name(self) -> str:
@@ -252,7 +253,7 @@ class ReasonerConfig(Config):
     @model_validator(mode="after")
     def _bounds_in_order(self) -> Self:
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
-            raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}; lower it")
+            raise Mistake(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}; lower it")
         return self
 
     def spec(self) -> PromptSpec:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from umrg.foreign_files import first_bytes, what_it_is, what_it_is_but_text
+from umrg.mistake import Mistake
 from umrg.safetensors_header import read_header
 
 ARCHITECTURES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
@@ -30,11 +31,11 @@ def check_reasoner_folder(folder: Path) -> None:
     """Raise ValueError, naming the file, if a folder holds no reasoner that can be loaded: because of another
     architecture, missing or damaged files, Git LFS pointers in place of files, or weights in another format."""
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is not a model folder ({_instead(folder)}); give a Hugging Face folder")
+        raise Mistake(f"{folder} is not a model folder ({_instead(folder)}); give a Hugging Face folder")
     try:
         kind = read_object(folder / "config.json").get("model_type")
         if kind not in ARCHITECTURES:
-            raise ValueError(
+            raise Mistake(
                 f"its architecture is {kind or 'not said'} (config.json); supported are {', '.join(ARCHITECTURES)}"
             )
         for name in _OBJECTS:
@@ -42,13 +43,13 @@ def check_reasoner_folder(folder: Path) -> None:
                 read_object(folder / name)
         for name in _TEXTS:
             if (folder / name).exists() and (what := what_it_is_but_text(folder / name)):
-                raise ValueError(f"{folder / name} is {what}")
+                raise Mistake(f"{folder / name} is {what}")
         _check_tokenizer(folder)
         _check_processor(folder)
         _check_weights(folder)
     except ValueError as error:
         reason = str(error).removeprefix(f"{folder}/")
-        raise ValueError(f"{folder} cannot be loaded as a reasoner: {reason}") from error
+        raise Mistake(f"{folder} cannot be loaded as a reasoner: {reason}") from error
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -61,9 +62,9 @@ def read_object(path: Path) -> dict[str, Any]:
         kind = what_it_is(path) or "no JSON"
         # A file that begins like JSON is damaged JSON, whatever else it looks like.
         kind = "damaged JSON; get it again" if data.lstrip()[:1] in (b"{", b"[") else kind
-        raise ValueError(f"{path} is {kind}") from error
+        raise Mistake(f"{path} is {kind}") from error
     if not isinstance(tree, dict):
-        raise ValueError(f"{path} must hold keys and values, not a {type(tree).__name__}")
+        raise Mistake(f"{path} must hold keys and values, not a {type(tree).__name__}")
     return tree
 
 
@@ -83,9 +84,9 @@ def _instead(folder: Path) -> str:
 def _check_tokenizer(folder: Path) -> None:
     there = {path.name for path in folder.iterdir()}
     if "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= there:
-        raise ValueError("it has no tokenizer.json; copy the tokenizer's files of the model that it was made from")
+        raise Mistake("it has no tokenizer.json; copy the tokenizer's files of the model that it was made from")
     if "tokenizer_config.json" not in there:
-        raise ValueError("it has no tokenizer_config.json, which says what ends an answer; copy that of its base model")
+        raise Mistake("it has no tokenizer_config.json, which says what ends an answer; copy that of its base model")
 
 
 def _check_processor(folder: Path) -> None:
@@ -97,11 +98,11 @@ def _check_processor(folder: Path) -> None:
         if isinstance(images, dict) and images:
             kind = images.get("image_processor_type", _IMAGE_PROCESSOR)
             if kind not in (_IMAGE_PROCESSOR, f"{_IMAGE_PROCESSOR}Fast", f"{_IMAGE_PROCESSOR}Pil"):
-                raise ValueError(
+                raise Mistake(
                     f"{name} has image_processor_type {kind!r}; only {_IMAGE_PROCESSOR} cuts images as the model does"
                 )
             return
-    raise ValueError(
+    raise Mistake(
         "it has no preprocessor_config.json (nor an image_processor in processor_config.json), which says how images "
         "are resized; copy that of its base model"
     )
@@ -116,11 +117,11 @@ def _check_weights(folder: Path) -> None:
     elif not weights.exists():
         others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
         if others:
-            raise ValueError(
+            raise Mistake(
                 f"its weights are {others[0]}, and safetensors are wanted; in transformers, "
                 "`AutoModelForImageTextToText.from_pretrained(FOLDER).save_pretrained(NEW)` writes them"
             )
-        raise ValueError(f"it has no {WEIGHTS} (nor {INDEX}); copy the weights into it")
+        raise Mistake(f"it has no {WEIGHTS} (nor {INDEX}); copy the weights into it")
 
 
 def _check_shards(folder: Path, index: dict[str, Any]) -> None:
@@ -128,11 +129,11 @@ def _check_shards(folder: Path, index: dict[str, Any]) -> None:
     them."""
     places = index.get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()) or not places:
-        raise ValueError(f"{folder / INDEX} has no weight_map that names a file for each tensor; get it again")
+        raise Mistake(f"{folder / INDEX} has no weight_map that names a file for each tensor; get it again")
     files = sorted(set(places.values()))
     if missing := [name for name in files if not (folder / name).exists()]:
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
-        raise ValueError(f"{INDEX} names files that are not there: {missing[0]}{more}; get them too")
+        raise Mistake(f"{INDEX} names files that are not there: {missing[0]}{more}; get them too")
     found = {name: read_header(folder / name).shapes.keys() for name in files}
     if lost := [tensor for tensor, name in places.items() if tensor not in found[name]]:
-        raise ValueError(f"{places[lost[0]]} has no tensor {lost[0]}, which {INDEX} says it has; get both again")
+        raise Mistake(f"{places[lost[0]]} has no tensor {lost[0]}, which {INDEX} says it has; get both again")

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from umrg.columns import Row, leaf_columns, plain_row, read_columns, released_batch, released_columns
 from umrg.foreign_files import what_it_is_but_text
+from umrg.mistake import Mistake
 
 _STREAMED_ROWS = 8
 _STREAMED_BYTES = 32 << 20
@@ -36,11 +37,11 @@ class RowFile:
             metadata = pq.read_metadata(path)
             schema = pq.ParquetFile(path, metadata=metadata).schema_arrow
         except FileNotFoundError as error:
-            raise ValueError(f"{path} does not exist; give the path of a parquet file") from error
+            raise Mistake(f"{path} does not exist; give the path of a parquet file") from error
         except (*_UNREADABLE, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is {_kind_of(path)}; give the path of a parquet file") from error
+            raise Mistake(f"{path} is {_kind_of(path)}; give the path of a parquet file") from error
         if not _counts_agree(metadata):
-            raise ValueError(f"{path} has a damaged footer: its numbers of rows contradict; write the file again")
+            raise Mistake(f"{path} has a damaged footer: its numbers of rows contradict; write the file again")
         return cls(path=path, metadata=metadata, schema=schema)
 
     @property
@@ -101,7 +102,7 @@ def common_schema(files: Sequence[RowFile]) -> pa.Schema:
         return pa.unify_schemas(schemas, promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         names = ", ".join(str(file.path) for file in files[:20])
-        raise ValueError(f"the columns of {names} are of different types ({error})") from error
+        raise Mistake(f"the columns of {names} are of different types ({error})") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +190,7 @@ def copied(file: RowFile, rows: Sequence[int], schema: pa.Schema) -> Iterator[pa
         try:
             yield from _copied(file, group, wanted, schema) if wanted else ()
         except _UNREADABLE as error:
-            raise ValueError(f"{file.path} cannot be copied: {_damaged(inside, error).reason}") from error
+            raise Mistake(f"{file.path} cannot be copied: {_damaged(inside, error).reason}") from error
 
 
 def _copied(file: RowFile, group: int, wanted: Sequence[int], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -237,7 +238,7 @@ class RowGroups:
         except _UNREADABLE as error:
             found = Damage(reason=f"its row group is damaged ({_short(error)})")
         if isinstance(found, Damage):
-            raise ValueError(f"row {row} of {file.path} cannot be read: {found.reason}; write the file again")
+            raise Mistake(f"row {row} of {file.path} cannot be read: {found.reason}; write the file again")
         return found
 
     def _batch(self, file: RowFile, group: int, offset: int) -> pa.RecordBatch:

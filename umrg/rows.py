@@ -13,6 +13,7 @@ from pathlib import Path
 from umrg.answers import as_point, finite_numbers
 from umrg.columns import Row
 from umrg.frames import Box, Point, PointPair, Size
+from umrg.mistake import Mistake
 from umrg.names import category_name, modality_name
 from umrg.prompts import special_tokens
 from umrg.sample import Sample
@@ -48,9 +49,9 @@ def read_info(row: Row, file: Path, number: int, where: str) -> RowInfo:
     """Read the metadata of a row. Raises ValueError if id or question is missing or `no_target` is not a boolean."""
     extra = row["extra_info"] or {}
     if not isinstance(extra.get("id"), str) or not extra["id"]:
-        raise ValueError(f"{where} has no extra_info.id; give each row one of its own")
+        raise Mistake(f"{where} has no extra_info.id; give each row one of its own")
     if extra.get("no_target") not in (None, True, False):
-        raise ValueError(f"{where} has the no_target {extra['no_target']!r}; write true or false")
+        raise Mistake(f"{where} has the no_target {extra['no_target']!r}; write true or false")
     return RowInfo(
         id=extra["id"],
         # Many rows repeat the same question; interning keeps one copy in memory.
@@ -76,9 +77,9 @@ def _query(row: Row, where: str) -> str:
     asked = [text for role, text in said if role == "user"]
     if said and not asked:
         roles = ", ".join(sorted({role for role, _ in said}))
-        raise ValueError(f"{where} has no question, only turns of {roles}; its prompt needs a message of the user")
+        raise Mistake(f"{where} has no question, only turns of {roles}; its prompt needs a message of the user")
     if not asked:
-        raise ValueError(f"{where} has no question; its prompt needs a message with content")
+        raise Mistake(f"{where} has no question; its prompt needs a message with content")
     # In a chat of several turns, a model answers the user's last message.
     return asked[-1]
 
@@ -91,10 +92,10 @@ def read_sample(row: Row, info: RowInfo, where: str, *, masked: bool = True) -> 
     """
     images = _encoded(row, "images", where)
     if len(images) != 1:
-        raise ValueError(f"{where} has {len(images)} images with bytes; it must have one")
+        raise Mistake(f"{where} has {len(images)} images with bytes; it must have one")
     masks = _encoded(row, "masks", where) if masked else []
     if masked and not masks:
-        raise ValueError(f"{where} has an image without mask; add one to its `masks` or leave the row out")
+        raise Mistake(f"{where} has an image without mask; add one to its `masks` or leave the row out")
     box, points = parse_ground_truth((row["reward_model"] or {}).get("ground_truth"), where)
     extra = row["extra_info"]
     reasoning = extra.get("reasoning")
@@ -119,7 +120,7 @@ def _encoded(row: Row, column: str, where: str) -> list[bytes]:
     files = row[column] or ()
     for file in files:
         if file.get("path") and not file.get("bytes"):
-            raise ValueError(
+            raise Mistake(
                 f"{where} names {file['path']!r} in its {column} and does not hold it; write the content of the file "
                 f"into {column}.bytes"
             )
@@ -153,7 +154,7 @@ def parse_ground_truth(truth: object, where: str) -> tuple[Box, PointPair]:
     pair = fields.get("point_2d")
     points = [as_point(point) for point in pair] if isinstance(pair, list) else []
     if box is None or len(points) != 2 or points[0] is None or points[1] is None:
-        raise ValueError(
+        raise Mistake(
             f"{where} has a ground_truth without a usable bbox_2d and point_2d; it must read "
             '{"bbox_2d": [x1, y1, x2, y2], "point_2d": [[x, y], [x, y]]}'
         )
@@ -163,11 +164,11 @@ def parse_ground_truth(truth: object, where: str) -> tuple[Box, PointPair]:
 
 def _loaded(truth: object, where: str) -> Mapping[str, object]:
     if truth is None or truth == "":
-        raise ValueError(f"{where} has no ground_truth; it must hold bbox_2d and point_2d")
+        raise Mistake(f"{where} has no ground_truth; it must hold bbox_2d and point_2d")
     try:
         loaded = json.loads(truth) if isinstance(truth, str) else truth
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} has a ground_truth that is not JSON ({error})") from error
+        raise Mistake(f"{where} has a ground_truth that is not JSON ({error})") from error
     return loaded if isinstance(loaded, Mapping) else {}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from umrg.foreign_files import first_bytes, what_it_is
+from umrg.mistake import Mistake
 
 _LONGEST = 100_000_000
 """The largest header in bytes that the format allows."""
@@ -32,19 +33,19 @@ def read_header(path: Path) -> Header:
     length = int.from_bytes(start[:8], "little")
     if len(start) < 9 or start[8:9] != b"{" or length > _LONGEST:
         kind = what_it_is(path)
-        raise ValueError(f"{path} is {kind}" if kind else f"{path} is not a safetensors file")
+        raise Mistake(f"{path} is {kind}" if kind else f"{path} is not a safetensors file")
     if size < 8 + length:
-        raise ValueError(f"{path} is cut short within its header; download it again")
+        raise Mistake(f"{path} is cut short within its header; download it again")
     with path.open("rb") as file:
         file.seek(8)
         text = file.read(length)
     try:
         header, end = _parsed(json.loads(text))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} has a damaged header; download it again") from error
+        raise Mistake(f"{path} has a damaged header; download it again") from error
     if size != 8 + length + end:
         cut = "is cut short" if size < 8 + length + end else "is longer than its header says"
-        raise ValueError(f"{path} {cut}: {size:,} bytes of {8 + length + end:,}; download it again")
+        raise Mistake(f"{path} {cut}: {size:,} bytes of {8 + length + end:,}; download it again")
     return header
 
 
@@ -56,6 +57,6 @@ def _parsed(tree: dict[str, Any]) -> tuple[Header, int]:
     for name, entry in tree.items():
         begin, end = entry["data_offsets"]
         if not 0 <= begin <= end or (prod(shapes[name]) == 0) != (begin == end):
-            raise ValueError(f"{name} has no such place")
+            raise Mistake(f"{name} has no such place")
         ends.append(end)
     return Header(shapes=shapes, metadata=dict(metadata)), max(ends)

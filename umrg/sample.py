@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from umrg.frames import Box, PointPair, Size
 from umrg.images import decode_image, decode_mask, image_size
+from umrg.mistake import Mistake
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class Sample:
         """
         union = self.mask_union()
         if not union.any() and not self.no_target:
-            raise ValueError(f"the mask of {self.name} is empty; mark the row `no_target` or leave it out")
+            raise Mistake(f"the mask of {self.name} is empty; mark the row `no_target` or leave it out")
         return union
 
     @property
@@ -74,12 +75,12 @@ class Sample:
         Raises ValueError if the row has no mask, or if a mask cannot be decoded or differs in size from the image.
         """
         if not self.mask_bytes:
-            raise ValueError(f"{self.name} has no mask; add one to its `masks` or leave the row out")
+            raise Mistake(f"{self.name} has no mask; add one to its `masks` or leave the row out")
         union = np.zeros((self.size.height, self.size.width), dtype=np.bool_)
         for part in self.mask_bytes:
             mask = decode_mask(part, f"the mask of {self.name}")
             if mask.shape != union.shape:
-                raise ValueError(
+                raise Mistake(
                     f"the mask of {self.name} is {mask.shape[1]}x{mask.shape[0]} px, its image "
                     f"{self.size.width}x{self.size.height}; they must be of one size"
                 )

@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
+from umrg.mistake import Mistake
+
 
 class Cursor(BaseModel):
     """A position in the shuffled iteration."""
@@ -34,9 +36,9 @@ def batches(dataset: Sized, batch_size: int, cursor: Cursor) -> Iterator[tuple[l
     """
     length = len(dataset)
     if length < 1 or batch_size < 1:
-        raise ValueError(f"batches of {batch_size} from {length} rows: both must be 1 or more")
+        raise Mistake(f"batches of {batch_size} from {length} rows: both must be 1 or more")
     if cursor.position > length:
-        raise ValueError(f"the cursor is at row {cursor.position} of {length}; it belongs to another dataset")
+        raise Mistake(f"the cursor is at row {cursor.position} of {length}; it belongs to another dataset")
     return _batches(length, batch_size, cursor)
 
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 from umrg.atomic import named
 from umrg.dataset import Dataset, RowInfo, check_names
 from umrg.dataset_writer import write_batches
+from umrg.mistake import Mistake
 from umrg.names import category_matches, category_name, modality_family, modality_matches, modality_name
 from umrg.prompts import clean_query
 
@@ -61,9 +62,9 @@ def plan_split(
     Raises ValueError if a name is unknown, the share is outside (0, 1), or either side would be empty.
     """
     if not 0 < share < 1:
-        raise ValueError(f"the share to hold out is {share}; it must lie between 0 and 1")
+        raise Mistake(f"the share to hold out is {share}; it must lie between 0 and 1")
     if by is SplitBy.PHRASING and hold_out:
-        raise ValueError("names cannot be held out by phrasing; name none, or split by category")
+        raise Mistake("names cannot be held out by phrasing; name none, or split by category")
     rng = np.random.default_rng(seed)
     if by is SplitBy.PHRASING:
         names, held = _by_phrasing(infos, share, rng)
@@ -140,7 +141,7 @@ def _refuse_overwriting(dataset: Dataset, folder: Path) -> None:
     sources = {info.file.resolve() for info in dataset.infos}
     for name in _PARQUETS:
         if (folder / name).resolve() in sources:
-            raise ValueError(f"{folder / name} is a file of the dataset itself; choose another folder")
+            raise Mistake(f"{folder / name} is a file of the dataset itself; choose another folder")
 
 
 def _counting_on(progress: Callable[[int], object], before: int) -> Callable[[int], object]:
@@ -188,6 +189,6 @@ def _query_key(info: RowInfo) -> str:
 def _refuse_empty_side(split: Split) -> None:
     if not split.held_out:
         what = "category has two different queries" if split.by is SplitBy.PHRASING else "second name exists"
-        raise ValueError(f"nothing can be held out by {split.by.value}: no {what}; split by something else")
+        raise Mistake(f"nothing can be held out by {split.by.value}: no {what}; split by something else")
     if not split.train:
-        raise ValueError(f"all rows would be held out by {split.by.value}; hold out less")
+        raise Mistake(f"all rows would be held out by {split.by.value}; hold out less")

@@ -12,6 +12,7 @@ from PIL import ExifTags, Image, ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from umrg.image_files import ImageRefused, opened
+from umrg.mistake import Mistake
 
 # Values [H, W] or [H, W, 3], and alpha [H, W] in 8 bits if there is any.
 _Decoded = tuple[NDArray[Any], NDArray[np.uint8] | None]
@@ -38,7 +39,7 @@ class Window:
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.centre) and np.isfinite(self.width) and self.width > 0):
-            raise ValueError(
+            raise Mistake(
                 f"the window {self.centre:g},{self.width:g} has no levels; CENTRE must be a number, WIDTH one above 0"
             )
 
@@ -48,7 +49,7 @@ class Window:
         try:
             centre, width = map(float, text.split(","))
         except ValueError:
-            raise ValueError(
+            raise Mistake(
                 f"the window {text!r} cannot be read; it must be CENTRE,WIDTH in the image's own values, such as 40,400"
             ) from None
         return cls(centre, width)

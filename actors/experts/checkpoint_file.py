@@ -11,6 +11,7 @@ import torch
 
 from actors.experts.weights import read_tensors
 from umrg.foreign_files import first_bytes, what_it_is
+from umrg.mistake import Mistake
 
 _DAMAGED = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError, struct.error)
 """The exceptions of torch's weights-only unpickler, which accepts only containers and tensors, for damaged files."""
@@ -25,18 +26,18 @@ def read_checkpoint(source: Path) -> object:
     elif start[8:9] == b"{":
         return read_tensors(source)
     elif kind := what_it_is(source):
-        raise ValueError(f"{source} is {kind}; a checkpoint is a .pth or .safetensors file")
+        raise Mistake(f"{source} is {kind}; a checkpoint is a .pth or .safetensors file")
     try:
         with warnings.catch_warnings():
             # torch warns of older pickle protocols, which do not matter here.
             warnings.simplefilter("ignore")
             return torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{source} {_refused(str(error))}") from error
+        raise Mistake(f"{source} {_refused(str(error))}") from error
     except OSError as error:
-        raise ValueError(f"{source} cannot be read: {error.strerror}") from error
+        raise Mistake(f"{source} cannot be read: {error.strerror}") from error
     except _DAMAGED as error:
-        raise ValueError(f"{source} is no PyTorch checkpoint, or a damaged one; download it again") from error
+        raise Mistake(f"{source} is no PyTorch checkpoint, or a damaged one; download it again") from error
 
 
 def _check_archive(source: Path) -> None:
@@ -45,15 +46,15 @@ def _check_archive(source: Path) -> None:
         with zipfile.ZipFile(source) as archive:
             names = archive.namelist()
     except (zipfile.BadZipFile, OSError, *_DAMAGED) as error:
-        raise ValueError(f"{source} is cut short or damaged; download it again") from error
+        raise Mistake(f"{source} is cut short or damaged; download it again") from error
     parts = {name.partition("/")[2] for name in names}
     if "constants.pkl" in parts:
-        raise ValueError(
+        raise Mistake(
             f"{source} is a TorchScript archive, which holds code; save the weights alone, where it was made, with "
             "`torch.save(torch.jit.load(FILE).state_dict(), NEW)`"
         )
     if "data.pkl" not in parts:
-        raise ValueError(f"{source} is a zip archive and no PyTorch checkpoint; unpack it, and give the file in it")
+        raise Mistake(f"{source} is a zip archive and no PyTorch checkpoint; unpack it, and give the file in it")
 
 
 def _refused(error: str) -> str:

@@ -12,6 +12,7 @@ from actors.experts.sam import build_sam
 from actors.experts.sam_config import PUBLISHED_EXPERTS
 from actors.experts.unwrapping import unwrapped
 from actors.experts.weights import check_shapes, save_weights, shapes_of, weights_digest
+from umrg.mistake import Mistake
 
 
 def convert_checkpoint(
@@ -25,7 +26,7 @@ def convert_checkpoint(
     the expert `name`.
     """
     if name not in PUBLISHED_EXPERTS:
-        raise ValueError(f"no official checkpoint is called {name!r}; name one of {', '.join(PUBLISHED_EXPERTS)}")
+        raise Mistake(f"no official checkpoint is called {name!r}; name one of {', '.join(PUBLISHED_EXPERTS)}")
     with torch.device("meta"):  # only the shapes are needed, so no memory is allocated
         expected = shapes_of(build_sam(PUBLISHED_EXPERTS[name].config).state_dict())
     found = unwrapped(read_checkpoint(source), expected.keys(), source=source, key=key)
@@ -44,7 +45,7 @@ def _float32(tensor: Tensor, what: str) -> Tensor:
     """A copy in float32 that shares no storage with other tensors, as safetensors requires. Raises ValueError if the
     tensor is not of a plain floating-point type."""
     if tensor.layout is not torch.strided or tensor.is_quantized or not tensor.is_floating_point():
-        raise ValueError(f"{what} is {str(tensor.dtype).removeprefix('torch.')}; give weights that are plain floats")
+        raise Mistake(f"{what} is {str(tensor.dtype).removeprefix('torch.')}; give weights that are plain floats")
     return tensor.detach().to(torch.float32, copy=True)
 
 

@@ -13,6 +13,7 @@ from actors.experts.protocol import Expert, Preprocess
 from actors.experts.sam import SamExpert, build_sam
 from actors.experts.sam_config import PUBLISHED_EXPERTS, SamConfig, read_config
 from actors.experts.weights import load_into, read_header
+from umrg.mistake import Mistake
 
 TINY_FOLDER = Path(__file__).parents[2] / "models" / "tiny-expert"
 
@@ -80,7 +81,7 @@ def _find_sam(name: str, checkpoint: Path | None, preprocess: Preprocess) -> tup
         config, weights = read_config(folder / "config.json"), checkpoint or folder / "model.safetensors"
     else:
         nearest = difflib.get_close_matches(name, LOADERS, n=1, cutoff=0)[0]
-        raise ValueError(f"no expert or folder is called {name!r}; the nearest expert is {nearest!r}")
+        raise Mistake(f"no expert or folder is called {name!r}; the nearest expert is {nearest!r}")
     _check_preprocess(name, preprocess)
     read_header(weights)
     return name, config, weights
@@ -88,7 +89,7 @@ def _find_sam(name: str, checkpoint: Path | None, preprocess: Preprocess) -> tup
 
 def _missing_checkpoint(name: str) -> Path:
     official = PUBLISHED_EXPERTS[name]
-    raise ValueError(
+    raise Mistake(
         f"{name} needs its weights: get {official.checkpoint} from {official.source}, run "
         f"`medreasoner expert convert {official.checkpoint} --name {name} --out {name}.safetensors`, "
         "and give that file as checkpoint"
@@ -97,6 +98,6 @@ def _missing_checkpoint(name: str) -> Path:
 
 def _check_preprocess(name: str, preprocess: Preprocess) -> None:
     if preprocess not in ("published", "native"):
-        raise ValueError(f"preprocess is published or native, not {preprocess!r}")
+        raise Mistake(f"preprocess is published or native, not {preprocess!r}")
     if preprocess == "native" and name != "medsam_vit_b":
-        raise ValueError(f"{name} has one preprocessing, `published`; `native` is for medsam_vit_b")
+        raise Mistake(f"{name} has one preprocessing, `published`; `native` is for medsam_vit_b")

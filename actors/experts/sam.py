@@ -15,6 +15,7 @@ from actors.experts.protocol import Decoded, Embedding, Preprocess
 from actors.experts.sam_config import SamConfig
 from actors.experts.weights import weights_digest
 from umrg.frames import Size, rescale
+from umrg.mistake import Mistake
 
 # segment-anything's own constants: ImageNet's mean and standard deviation in levels of 0 to 255.
 _PIXEL_MEAN = (123.675, 116.28, 103.53)
@@ -94,9 +95,9 @@ class SamExpert:
         dtype: str = "float32",
     ) -> None:
         if dtype not in DTYPES:
-            raise ValueError(f"an expert's dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
+            raise Mistake(f"an expert's dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
         if multimask and not config.multimask_outputs:
-            raise ValueError(f"{name} has a single mask a prompt; leave multimask off")
+            raise Mistake(f"{name} has a single mask a prompt; leave multimask off")
         self.name = name
         self.preprocess: Preprocess = preprocess
         self.config = config
@@ -112,7 +113,7 @@ class SamExpert:
 
     def embed(self, image: NDArray[np.uint8]) -> Embedding:
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise ValueError(f"an image is uint8 [H, W, 3], this one is {image.dtype} {list(image.shape)}")
+            raise Mistake(f"an image is uint8 [H, W, 3], this one is {image.dtype} {list(image.shape)}")
         original = Size(width=image.shape[1], height=image.shape[0])
         side = self.config.image_side
         with torch.inference_mode():
@@ -134,7 +135,7 @@ class SamExpert:
         """See `Expert.decode`. batch: how many prompts are decoded at a time; it affects only memory."""
         n = _prompt_count(boxes, points)
         if points is not None and not self.takes_points:
-            raise ValueError("MedSAM's native preprocessing takes boxes only; drop the points, or use `published`")
+            raise Mistake("MedSAM's native preprocessing takes boxes only; drop the points, or use `published`")
         frame_boxes = self._in_expert_frame(boxes, embedding)
         frame_points = self._in_expert_frame(points, embedding)
         low = 4 * self.config.grid
@@ -212,16 +213,14 @@ def _squeezed(image: NDArray[np.uint8], side: int) -> Tensor:
 def _prompt_count(boxes: NDArray[np.floating] | None, points: NDArray[np.floating] | None) -> int:
     """The number of prompts. Raises ValueError if there are none, or if a shape or a number is invalid."""
     if boxes is None and points is None:
-        raise ValueError("an expert needs a prompt: give boxes, points, or both")
+        raise Mistake("an expert needs a prompt: give boxes, points, or both")
     if boxes is not None and (boxes.ndim != 2 or boxes.shape[1] != 4):
-        raise ValueError(f"boxes are [n, 4] (XYXY), these are {list(boxes.shape)}")
+        raise Mistake(f"boxes are [n, 4] (XYXY), these are {list(boxes.shape)}")
     if points is not None and (points.ndim != 3 or points.shape[2] != 2 or points.shape[1] == 0):
-        raise ValueError(f"points are [n, k, 2] (XY) with k at least 1, these are {list(points.shape)}")
+        raise Mistake(f"points are [n, k, 2] (XY) with k at least 1, these are {list(points.shape)}")
     if boxes is not None and points is not None and len(boxes) != len(points):
-        raise ValueError(
-            f"a prompt of both has a box and its points; these are {len(boxes)} boxes, {len(points)} points"
-        )
+        raise Mistake(f"a prompt of both has a box and its points; these are {len(boxes)} boxes, {len(points)} points")
     given = [prompt for prompt in (boxes, points) if prompt is not None]
     if not all(np.isfinite(prompt).all() for prompt in given):
-        raise ValueError("boxes and points must be finite numbers")
+        raise Mistake("boxes and points must be finite numbers")
     return len(given[0])

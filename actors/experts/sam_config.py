@@ -6,6 +6,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
+from umrg.mistake import Mistake
+
 
 class SamConfig(BaseModel):
     """Sizes of a Segment Anything model; the defaults are those that ViT-B, ViT-L and ViT-H share."""
@@ -70,11 +72,11 @@ def read_config(path: Path) -> SamConfig:
     try:
         return SamConfig.model_validate_json(path.read_text())
     except FileNotFoundError as error:
-        raise ValueError(f"{path.parent} is not an expert's folder: it has no {path.name}") from error
+        raise Mistake(f"{path.parent} is not an expert's folder: it has no {path.name}") from error
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise ValueError(f"{path}: {field}: {first['msg']}") from error
+        raise Mistake(f"{path}: {field}: {first['msg']}") from error
 
 
 def config_json(config: SamConfig) -> str:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from umrg.mistake import Mistake
+
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """The parts that data parallelism, `torch.compile`, FSDP and activation checkpointing insert anywhere into names."""
 
@@ -40,13 +42,11 @@ def unwrapped(checkpoint: object, expected: Collection[str], *, source: Path, ke
     tables = {path: table for path, table in every.items() if key in (None, _dotted(path))}
     if not tables:
         there = f" under {key!r}; it has some under {_listed(every) or 'nothing'}" if key is not None and every else ""
-        raise ValueError(f"{source} holds no tensors by name{there}; give a checkpoint that torch.save wrote")
+        raise Mistake(f"{source} holds no tensors by name{there}; give a checkpoint that torch.save wrote")
     plain = {path: _plain(table, expected, source) for path, table in tables.items()}
     fitting = [path for path, (weights, _) in plain.items() if not weights.keys().isdisjoint(expected)]
     if len(fitting) > 1:
-        raise ValueError(
-            f"{source} holds several models: {_listed(fitting)}; say which with --key {_dotted(fitting[0])}"
-        )
+        raise Mistake(f"{source} holds several models: {_listed(fitting)}; say which with --key {_dotted(fitting[0])}")
     path = fitting[0] if fitting else max(tables, key=lambda path: len(tables[path]))
     weights, prefixes = plain[path]
     beside = _beside(checkpoint, path)
@@ -87,7 +87,7 @@ def _plain(
         taken |= dict.fromkeys(part for part in parts if part in _WRAPPERS)
         bare = ".".join(part for part in parts if part not in _WRAPPERS)
         if bare in plain:
-            raise ValueError(f"{source} holds {bare} twice, wrapped and not; save one of them alone")
+            raise Mistake(f"{source} holds {bare} twice, wrapped and not; save one of them alone")
         plain[bare] = tensor
     # A prefix that all names share and the model itself lacks is the attribute that held the model, such as `self.sam`.
     while plain.keys().isdisjoint(expected) and (prefix := _shared(plain)):

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from umrg.atomic import written_aside
+from umrg.mistake import Mistake
 from umrg.safetensors_header import Header
 from umrg.safetensors_header import read_header as read_any
 
@@ -34,24 +35,22 @@ def check_shapes(found: Shapes, expected: Shapes, *, source: Path, name: str) ->
     """Raise ValueError, naming the first tensor in the model's own order that is not as in the expert `name`."""
     for tensor, shape in expected.items():
         if tensor not in found:
-            raise ValueError(f"{source} is not {name}: it has no tensor {tensor}")
+            raise Mistake(f"{source} is not {name}: it has no tensor {tensor}")
         if found[tensor] != shape:
-            raise ValueError(
-                f"{source} is not {name}: {tensor} is {list(found[tensor])} there, {list(shape)} in {name}"
-            )
+            raise Mistake(f"{source} is not {name}: {tensor} is {list(found[tensor])} there, {list(shape)} in {name}")
     for tensor in found:
         if tensor not in expected:
-            raise ValueError(f"{source} is not {name}: it has a tensor {tensor}, which {name} has not")
+            raise Mistake(f"{source} is not {name}: it has a tensor {tensor}, which {name} has not")
 
 
 def read_header(path: Path) -> Header:
     """Shapes and metadata of a safetensors file. Raises ValueError if it is not one, or is truncated."""
     if not path.exists():
-        raise ValueError(f"there is no checkpoint {path}; give the path of a safetensors file")
+        raise Mistake(f"there is no checkpoint {path}; give the path of a safetensors file")
     try:
         return read_any(path)
     except ValueError as error:
-        raise ValueError(
+        raise Mistake(
             f"{error}; an expert's weights are a safetensors file, as `medreasoner expert convert` makes one of a .pth"
         ) from error
 
@@ -62,7 +61,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} has a damaged header; download it again") from error
+        raise Mistake(f"{path} has a damaged header; download it again") from error
 
 
 def load_into(model: torch.nn.Module, path: Path, *, name: str) -> None:

@@ -22,6 +22,7 @@ from cluster.config_keys import Key, keys, models
 from serving.config import ServeConfig
 from umrg.atomic import write_text
 from umrg.config import Config
+from umrg.mistake import Mistake
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("umrg", "rewards", "reasoner", "learner", "actors", "cluster", "serving")
@@ -71,7 +72,7 @@ def print_key(name: str, console: Console) -> None:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         ending = [key for key in known if key.endswith(f".{name}")]
         hint = f"did you mean {' or '.join(ending or near)}?" if ending or near else "medreasoner config lists all"
-        raise ValueError(f"there is no configuration key {name!r}; {hint}")
+        raise Mistake(f"there is no configuration key {name!r}; {hint}")
     found = known[name]
     first = next(iter(found.values()))
     console.print(f"{name}\n", style="bold", highlight=False)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from umrg.atomic import written_aside
 from umrg.checks import CHECKS, LOW_CEILING, Check, CheckedRow, DuplicateIndex, Finding, check_row
 from umrg.dataset_writer import write_batches
+from umrg.mistake import Mistake
 from umrg.pictures import Picture, Tile, contact_sheet, overlay
 from umrg.row_groups import RowFile, common_schema, copied, scan
 from umrg.sample import Sample
@@ -88,7 +89,7 @@ def check_files(
     where `clean` is one of the files.
     """
     if clean is not None and clean.resolve() in {file.path.resolve() for file in files}:
-        raise ValueError(f"{clean} is one of the files to check; give the cleaned rows another name")
+        raise Mistake(f"{clean} is one of the files to check; give the cleaned rows another name")
     schema = None if clean is None else common_schema(files)
     report = Report()
     usable: dict[Path, list[int]] = {file.path: [] for file in files}
@@ -154,11 +155,11 @@ def _tile(example: Example, draw: DrawMask | None, side: int) -> Tile | None:
         return None
     try:
         image = sample.image()
-    except ValueError:
+    except Mistake:
         return None
     try:
         mask = sample.mask_union()
-    except ValueError:
+    except Mistake:
         mask = None
     picture = overlay(
         image,

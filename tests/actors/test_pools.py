@@ -13,6 +13,7 @@ from actors.config import DeadlineConfig
 from actors.failures import ActorDied, ActorFailed, Broken, DeadlinePassed
 from actors.pools import Placement, RolloutPool
 from umrg.group import SamplingParams
+from umrg.mistake import Mistake
 
 
 class _Worker:
@@ -23,7 +24,10 @@ class _Worker:
         time.sleep(60)
 
     def mistake(self):
-        raise ValueError("the image of row 3 cannot be decoded")
+        raise Mistake("the image of row 3 cannot be decoded")
+
+    def library(self):
+        return int("many")
 
     def full(self):
         raise OSError(errno.ENOSPC, "No space left on device", "/data/step-000002/model.safetensors")
@@ -113,6 +117,12 @@ def test_the_calls_of_an_actor_that_is_given_up_end_with_it(worker):
 def test_a_mistake_in_the_data_stays_a_mistake(worker):
     with pytest.raises(ValueError, match="segmenter 0, scoring: the image of row 3 cannot be decoded"):
         gather({"segmenter 0": worker.mistake.remote()}, seconds=30, doing="scoring")
+
+
+def test_a_librarys_value_error_is_the_actors_own(worker):
+    with pytest.raises(ActorFailed, match=r"segmenter 0 failed while scoring: ValueError: invalid literal") as failed:
+        gather({"segmenter 0": worker.library.remote()}, seconds=30, doing="scoring")
+    assert "in library" in str(failed.value.__cause__), "with the actor's traceback"
 
 
 def test_a_fault_names_the_actor_and_what_it_did(worker):

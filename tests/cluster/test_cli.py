@@ -21,13 +21,14 @@ FRAME = """
 import sys
 from pydantic import BaseModel
 from cluster.cli import app, main
+from umrg.mistake import Mistake
 
 class Config(BaseModel):
     steps: int
 
 @app.command()
 def mistake() -> None:
-    raise ValueError("the file rows.parquet is missing;\\n    write its path after `data stats`")
+    raise Mistake("the file rows.parquet is missing;\\n    write its path after `data stats`")
 
 @app.command()
 def config() -> None:
@@ -36,6 +37,10 @@ def config() -> None:
 @app.command()
 def fault() -> None:
     raise ZeroDivisionError("ours")
+
+@app.command()
+def library() -> None:
+    int("many")
 
 main()
 """
@@ -70,6 +75,12 @@ def test_the_traceback_of_a_mistake_can_be_asked_for() -> None:
     outcome = run_python("-c", FRAME, "mistake", MEDREASONER_TRACEBACK="1")
     assert outcome.returncode == 1
     assert "Traceback" in outcome.stderr
+
+
+def test_a_librarys_value_error_is_no_mistake_of_the_users() -> None:
+    outcome = run_python("-c", FRAME, "library")
+    assert outcome.returncode == 1
+    assert "Traceback" in outcome.stderr and "invalid literal for int()" in outcome.stderr
 
 
 def test_a_fault_of_ours_keeps_its_traceback() -> None:

@@ -17,6 +17,7 @@ from cluster.lease import LeaseLost, leased
 from cluster.run_folder import RunFolder, kept_config
 from tests.conftest import ROOT
 from umrg.config import Config, MayChange
+from umrg.mistake import Mistake
 from umrg.prompts import ReasonerConfig
 
 
@@ -31,7 +32,7 @@ def test_a_mistake_before_anything_was_done_leaves_the_name_free(tmp_path):
         RunFolder.begun(tmp_path / "run", Small(), resume=False) as run,
     ):
         (run.path / "data").mkdir()
-        raise ValueError("there is no expert")
+        raise Mistake("there is no expert")
     with RunFolder.begun(tmp_path / "run", Small(lr=0.2), resume=False) as run:
         assert run.path.is_dir()
 
@@ -39,7 +40,7 @@ def test_a_mistake_before_anything_was_done_leaves_the_name_free(tmp_path):
 def test_what_was_done_stays_whatever_ends_it(tmp_path):
     with pytest.raises(ValueError, match="row 3"), RunFolder.begun(tmp_path / "run", Small(), resume=False) as run:
         run.samples.mkdir()
-        raise ValueError("row 3")
+        raise Mistake("row 3")
     with pytest.raises(KeyboardInterrupt), RunFolder.begun(tmp_path / "other", Small(), resume=False) as run:
         raise KeyboardInterrupt
     assert (tmp_path / "run").is_dir() and (tmp_path / "other").is_dir()
@@ -77,7 +78,7 @@ def test_a_run_folder_of_an_earlier_version_resumes(tmp_path, demo_config):
 def test_a_folder_that_was_there_is_never_removed(tmp_path):
     RunFolder.create(tmp_path / "run", Small()).log({"step": 1})
     with pytest.raises(ValueError, match="no rows"), RunFolder.begun(tmp_path / "run", Small(), resume=True):
-        raise ValueError("no rows")
+        raise Mistake("no rows")
     assert (tmp_path / "run" / "config.yaml").is_file()
 
 
@@ -161,12 +162,12 @@ def test_a_mistake_in_going_on_leaves_what_the_summary_said(tmp_path):
     with RunFolder.begun(tmp_path / "run", Small(), resume=False) as run:
         run.log({"step": 1})
     with pytest.raises(ValueError, match="no such"), RunFolder.begun(tmp_path / "run", Small(), resume=True):
-        raise ValueError("no such checkpoint")
+        raise Mistake("no such checkpoint")
     assert summary(tmp_path / "run")["status"] == "ended"
     with pytest.raises(ValueError, match="row 3"), RunFolder.begun(tmp_path / "run", Small(), resume=True) as run:
         run.log({"step": 2})
-        raise ValueError("row 3")
-    assert summary(tmp_path / "run") == {"status": "failed", "error": "ValueError: row 3"}
+        raise Mistake("row 3")
+    assert summary(tmp_path / "run") == {"status": "failed", "error": "Mistake: row 3"}
 
 
 # The main thread waits in a call that heeds no signals, as there are in Ray; Ray's own handler of SIGTERM is there too.

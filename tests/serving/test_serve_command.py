@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+from pydantic import ValidationError
 
 from cluster.cli import one_line
 from serving.run import check
@@ -91,6 +92,6 @@ def test_a_wrong_expert_is_one_line_before_anything_starts(tmp_path, arguments, 
 
 
 def test_a_prompt_that_is_none_is_named_before_anything_starts():
-    with pytest.raises(ValueError, match="prompt") as caught:
+    with pytest.raises(ValidationError, match="prompt") as caught:
         check({"model": TINY_REASONER, "prompt": "fulll"})
     assert one_line(caught.value) == "prompt: there is no file 'fulll'; did you mean 'full'?"
