@@ -181,8 +181,8 @@ class SegmenterConfig(ActorConfig):
 class DeadlineConfig(Config):
     """Seconds after which a wait is given up."""
 
-    resources: NonNegativeInt = 120
-    """For the cluster to have free resources for all actors."""
+    resources: NonNegativeInt = 600
+    """For the cluster to have room for what a run cannot begin without: the learner, a rollout and a segmenter."""
     start: PositiveInt = 900
     """For actors to start and to load their models."""
     step: PositiveInt = 1800

@@ -7,6 +7,11 @@ import threading
 import ray
 
 
+def is_local() -> bool:
+    """Whether the cluster is one that this process started for itself, and which will have no other nodes."""
+    return bool(ray._private.worker._global_node.head)
+
+
 def connect() -> bool:
     """Connect to the cluster named by RAY_ADDRESS or by a Ray job, or start a local one. Returns False if there was a
     connection before, which is not ours to end."""

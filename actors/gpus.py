@@ -26,12 +26,19 @@ class Place:
     """Of the node, in bytes."""
     gpus: tuple[Gpu, ...]
     """Those that the actor sees."""
+    given: tuple[str, ...] = ()
+    """Ray's ids of the GPUs that the actor was given, whether there are such devices or not."""
 
 
 def this_place() -> Place:
     """Where this actor is."""
+    given = tuple(map(str, ray.get_gpu_ids()))
     return Place(
-        node=ray.get_runtime_context().get_node_id(), memory=psutil.virtual_memory().total, gpus=visible_gpus()
+        node=ray.get_runtime_context().get_node_id(),
+        memory=psutil.virtual_memory().total,
+        # Looking imports torch, for which an actor without a GPU need not wait.
+        gpus=visible_gpus() if given else (),
+        given=given,
     )
 
 

@@ -42,9 +42,9 @@ class ZeroActor:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
 
-    def start(self, host: str, port: int, seconds: float) -> None:
-        """Join the process group and load the model; a collective times out after `seconds`. Raises ValueError if the
-        run's folder is not visible from this node, or if the model cannot be loaded."""
+    def start(self, host: str, port: int, seconds: float, sharers: int = 1) -> None:
+        """Join the process group and load the model; a collective times out after `seconds`. sharers: ranks on this
+        node. Raises ValueError if the run's folder is not visible from this node, or if the model cannot be loaded."""
         run, config = self._task.run, self._config
         if run is not None and not run.is_dir():
             raise Mistake(
@@ -58,7 +58,7 @@ class ZeroActor:
         from learner.collectives import join
         from learner.zero import ZeroRank
 
-        share_cores(config.threads, config.ranks)
+        share_cores(config.threads, sharers)
         torch.manual_seed(self._task.seed)
         device = "cuda" if config.num_gpus > 0 else "cpu"
         join(self._rank, config.ranks, host=host, port=port, device=device, seconds=seconds)
@@ -91,9 +91,9 @@ class LearnerRank(ZeroActor):
         self._grpo_config = config
         self._grpo: GrpoRank | None = None
 
-    def start(self, host: str, port: int, seconds: float) -> None:
+    def start(self, host: str, port: int, seconds: float, sharers: int = 1) -> None:
         """As `ZeroActor.start`; the reference model is loaded too, if the objective needs it."""
-        super().start(host, port, seconds)
+        super().start(host, port, seconds, sharers)
         from learner.grpo import GrpoRank
 
         self._grpo = GrpoRank(self.running(), self._grpo_config)

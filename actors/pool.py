@@ -47,6 +47,8 @@ class Member:
     """Group and attempt of each call of work that it has."""
     reserved: bool = False
     """Nothing is dispatched to it beside the suspected group that it has, or waits for."""
+    said: Any = None
+    """What its start returned."""
     errors: int = 0
     """Calls of it that ended in errors, since the last one that did not."""
 
@@ -93,17 +95,17 @@ class Pool:
             if member.state == "draining" and not member.flying:
                 self._remove(member)
 
-    def adopt(self, handles: Mapping[str, Any]) -> None:
-        """Take in actors that are loaded, and may work. handles: by name."""
+    def adopt(self, handles: Mapping[str, Any], *, state: State = "ready") -> None:
+        """Take in actors that others made: those that may work, or those that are yet starting. handles: by name."""
         for name, handle in handles.items():
-            self.members[name] = Member(name=name, handle=handle, state="ready")
-        self._made = max(self._made, len(handles))
+            self.members[name] = Member(name=name, handle=handle, state=state)
+        self._made = max([self._made, *(int(name.split()[-1]) + 1 for name in handles)])
 
-    def has_loaded(self, name: str) -> None:
-        """A member's model is loaded."""
+    def has_loaded(self, name: str, said: Any = None) -> None:
+        """A member's model is loaded. said: what its start returned."""
         self._failed_starts = 0
         if (member := self.members.get(name)) and member.state == "starting":
-            member.state = "loaded"
+            member.state, member.said = "loaded", said
 
     def admit(self, name: str) -> None:
         """A loaded member may work."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import ray
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from actors.calls import Calls, Ref
 from actors.collector import Post
@@ -55,6 +55,12 @@ class Placement:
     num_cpus: float
     num_gpus: float
     environment: Mapping[str, str]
+    labels: Mapping[str, str]
+    """That its node must have, as Ray's label selectors; a bundle has its own."""
+    node: str | None = None
+    """Id of the node that it lies on if it can; outside of bundles."""
+    spread: bool = False
+    """Over the nodes; outside of bundles."""
 
     def options(self) -> dict[str, Any]:
         """Ray's options for the actor. GPUs are requested by the actor as well as by its bundle; otherwise
@@ -68,6 +74,13 @@ class Placement:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
                 placement_group=self.group, placement_group_bundle_index=self.bundle
             )
+            return options
+        if self.labels:
+            options["label_selector"] = dict(self.labels)
+        if self.node is not None:
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(self.node, soft=True)
+        elif self.spread:
+            options["scheduling_strategy"] = "SPREAD"
         return options
 
 
@@ -155,13 +168,19 @@ class RankPool:
         self._saved: dict[str, FileRecord] = {}
         self._saving: list[str] = []
 
-    def starting(self, names: Container[str] | None = None) -> dict[str, Ref]:
-        """Begin to start the ranks, which wait for one another: all of them, or none if they are not among `names`."""
+    def starting(
+        self, names: Container[str] | None = None, sharers: Callable[[str], int] = lambda name: 1
+    ) -> dict[str, Ref]:
+        """Begin to start the ranks, which wait for one another: all of them, or none if they are not among `names`.
+        sharers: how many ranks share the node of one."""
         if not self._actors or (names is not None and not any(name in names for name in self._actors)):
             return {}
         first = next(iter(self._actors))
         host, port = self._gather({first: self._actors[first].address.remote()}, self._deadlines.start, "starting")[0]
-        return {name: actor.start.remote(host, port, self._deadlines.step) for name, actor in self._actors.items()}
+        return {
+            name: actor.start.remote(host, port, self._deadlines.step, sharers(name))
+            for name, actor in self._actors.items()
+        }
 
     def become(self, actors: Mapping[str, Any]) -> None:
         """Other actors, in the place of those that are gone; what they were writing is not awaited any more."""

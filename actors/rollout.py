@@ -35,9 +35,10 @@ class Rollout:
         """Where it is; may be called before `start`."""
         return this_place()
 
-    async def start(self) -> EngineReport:
-        """Load the engine; what it says of itself. Raises ValueError if the folder holds no model."""
-        share_cores(self._config.threads, self._config.actors)
+    async def start(self, sharers: int = 1) -> EngineReport:
+        """Load the engine; what it says of itself. sharers: rollouts on this node. Raises ValueError if the folder
+        holds no model."""
+        share_cores(self._config.threads, sharers)
         prompter = load_prompter(self._model, self._spec)
         from actors.engine import Engine
 

@@ -52,9 +52,10 @@ class Segmenter:
         """Where it is; may be called before `start`."""
         return this_place()
 
-    def start(self) -> str:
-        """Load the expert; `digest`. Raises ValueError where there is none by that name, or its weights do not fit."""
-        share_cores(self._config.threads, self._config.actors)
+    def start(self, sharers: int = 1) -> str:
+        """Load the expert; `digest`. sharers: segmenters on this node. Raises ValueError where there is no expert by
+        that name, or its weights do not fit."""
+        share_cores(self._config.threads, sharers)
         self._loaded = load_frozen(self._name, self._config)
         return self.digest()
 

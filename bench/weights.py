@@ -94,7 +94,7 @@ class WorkerInProcess:
 class Receiver(Rollout):
     """A rollout actor around a random model of as many layers as a completion may have tokens."""
 
-    async def start(self) -> EngineReport:
+    async def start(self, sharers: int = 1) -> EngineReport:
         import torch
 
         from actors.engine import Engine

@@ -1,27 +1,33 @@
 """Who makes a run's actors, at its start and later, and ends them.
 
-listed by the job ──► created ──► looks at its GPU ──► refused, or loads ──► member of its pool
+listed by the job ──► created ──► has room: says where it is ──► refused, or loads ──► member of its pool
 """
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ray
 
-from actors.calls import Call, Calls, Ended, Ref
+from actors.calls import Call, Calls, Ended, refuse
+from actors.config import DeadlineConfig
 from actors.engine_report import EngineReport
+from actors.failures import DeadlinePassed
 from actors.gpus import Place
 from actors.pool import Pool
 from actors.pools import Placement
 from cluster.memory import GpuNeed, Tenant, overfull, summary, tenant
-from cluster.placement import Bundle
+from cluster.placement import Bundle, Node, Slot, beside, shortage, waves
 from umrg.mistake import Mistake
 
 PATIENCE_S = 30.0
-"""Seconds without room after which it is said what an actor waits for."""
+"""Seconds without room after which a run begins without an actor, and it is said what it waits for."""
+SAY_EVERY_S = 10.0
+"""Seconds after which it is said again what a run that cannot begin waits for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,26 +43,82 @@ class ActorSpec:
     """Variables that its process has from the start."""
     need: GpuNeed | None = None
     """What it needs of its GPU; None if that is not known."""
+    nodes: int | None = None
+    """Nodes over which the actors of its role are spread, as many on each; None for the fewest. Of the learner."""
 
 
 class Hiring:
-    """Makes the actors of a run: at its start those that the job lists, each in its bundle of the placement group, and
-    later others of the same kinds, in the bundle of one that has gone, or wherever the cluster has room."""
+    """Makes the actors of a run. What it cannot begin without lies in a placement group; the others are actors of their
+    own. Later ones take the place of one that has gone, or any that the cluster has."""
 
-    def __init__(self, listed: Sequence[ActorSpec], group: Any, wanted: Sequence[Bundle], calls: Calls, seconds: float):
-        """wanted: the bundles, in the order of the placement group. seconds: deadline of a start."""
+    def __init__(
+        self,
+        listed: Sequence[ActorSpec],
+        group: Any,
+        slots: Sequence[Slot],
+        calls: Calls,
+        deadlines: DeadlineConfig,
+        *,
+        spread: bool = False,
+    ) -> None:
+        """group: the placement group. slots: its bundles, in order. spread: the other actors over the nodes."""
         self._listed = {actor.bundle.name: actor for actor in listed}
         self._kinds = {actor.bundle.role: actor for actor in listed}
-        self._group, self._calls, self._seconds = group, calls, seconds
-        self._free = {bundle.name: i for i, bundle in enumerate(wanted)}
+        self._group, self._slots, self._calls, self._deadlines = group, slots, calls, deadlines
+        self._spread = spread
+        self._free = {name: index for index, slot in enumerate(slots) for name in slot.names}
         self._held: dict[str, tuple[str, int]] = {}
+        self._places: dict[str, Place] = {}
+        self._sharers: dict[tuple[str, str], int] = {}
         self._tenants: dict[str, Tenant] = {}
+        self._pools: dict[str, Pool] = {}
         self._pending: dict[str, float] = {}
         self._now = time.monotonic
         self.handles: dict[str, Any] = {}
 
-    def make(self, name: str) -> Any:
-        """Create an actor; it loads nothing yet."""
+    def begin(self) -> list[str]:
+        """Create all actors that the job lists; the names of those that have room, which loads nothing yet. What the
+        run cannot begin without is waited for, as long as `deadlines.resources`, and the others for half a minute: they
+        may come later. Raises DeadlinePassed, and Mistake for what does not fit into its GPU."""
+        self._await_group()
+        core = [name for slot in self._slots for name in slot.names]
+        self._ask(core)
+        for wave in waves([actor.bundle for name, actor in self._listed.items() if name not in core]) or [[]]:
+            names = [bundle.name for bundle in wave]
+            self._ask(names)
+            self._await_places(core, others=names)
+        for line in summary(list(self._tenants.values())):
+            print(line, flush=True)
+        self._refuse_overfull()
+        return [name for name in self._listed if name in self._places]
+
+    def sharers(self, name: str) -> int:
+        """How many actors of its role share its node; those that have gone count, as others will take their place."""
+        return self._sharers[self._places[name].node, self._kind(name).bundle.role]
+
+    def expect(self, pool: Pool) -> None:
+        """Let those that have not found room yet join a pool when they do."""
+        waiting = {name: self.handles[name] for name in self._pending if self._kind(name).bundle.role == pool.role}
+        self._pools |= dict.fromkeys(waiting, pool)
+        pool.adopt(waiting, state="starting")
+
+    def again(self, role: str) -> dict[str, Any]:
+        """Others in the place of all listed actors of a role."""
+        names = [name for name, actor in self._listed.items() if actor.bundle.role == role]
+        for name in names:
+            self._remove(name)
+        self._ask(names)
+        self._await_places(names)
+        return {name: self.handles[name] for name in names}
+
+    def start(self, pool: Pool, name: str) -> Any:
+        """As `Starter.start`: the actor says where it is, and then loads."""
+        print(f"starting {name}", flush=True)
+        self._pools[name] = pool
+        self._ask([name])
+        return self.handles[name]
+
+    def _make(self, name: str) -> Any:
         kind = self._kind(name)
         slot = next((each for each in self._free if each == name), None) or next(
             (each for each in self._free if each.partition(" ")[0] == kind.bundle.role), None
@@ -68,39 +130,69 @@ class Hiring:
             bundle=self._held[name][1] if slot is not None else None,
             num_cpus=kind.bundle.cpus,
             num_gpus=kind.bundle.gpus,
+            labels=kind.bundle.labels,
+            node=beside(kind.bundle.gpus, self._shared()) if kind.bundle.shares_a_gpu else None,
+            spread=self._spread,
             environment=kind.environment,
         )
-        self.handles[name] = ray.remote(kind.actor_class).options(**placement.options()).remote(**kind.arguments)
-        return self.handles[name]
+        return ray.remote(kind.actor_class).options(**placement.options()).remote(**kind.arguments)
 
-    def begin(self) -> dict[str, Any]:
-        """All actors that the job lists, by name, once it is known that they fit into their GPUs."""
-        for name in self._listed:
-            self.make(name)
-        on_gpus = {name: self.handles[name].place.remote() for name in self._listed if self._need(name)}
-        places = self._calls.gather(on_gpus, seconds=self._seconds, doing="looking at its GPU")
-        for name, place in zip(on_gpus, places, strict=True):
-            self._lodge(name, place)
-        for line in summary(list(self._tenants.values())):
-            print(line, flush=True)
-        self._refuse_overfull()
-        return self.handles
+    def _shared(self) -> dict[tuple[str, str], float]:
+        """What this run's actors take of each GPU that is shared out, by its node and its id."""
+        taken: dict[tuple[str, str], float] = defaultdict(float)
+        for name, place in self._places.items():
+            if self._kind(name).bundle.shares_a_gpu:
+                for gpu in place.given:
+                    taken[place.node, gpu] += self._kind(name).bundle.gpus
+        return taken
 
-    def again(self, role: str) -> dict[str, Any]:
-        """Others in the place of all listed actors of a role."""
-        names = [name for name, actor in self._listed.items() if actor.bundle.role == role]
+    def _ask(self, names: Sequence[str]) -> None:
+        """Create actors, and let each say where it is. One may wait for room as long as it takes."""
         for name in names:
-            self._remove(name)
-        return {name: self.make(name) for name in names}
+            self.handles[name] = self._make(name)
+            self._pending[name] = self._now() + PATIENCE_S
+            call = Call(actor=name, doing="starting", seconds=math.inf, then=partial(self._placed, name))
+            self._calls.add(self.handles[name].place.remote(), call)
 
-    def start(self, pool: Pool, name: str) -> Any:
-        """As `Starter.start`: the actor looks at its GPU, and then loads."""
-        print(f"starting {name}", flush=True)
-        handle = self.make(name)
-        self._pending[name] = self._now() + PATIENCE_S
-        # An actor may wait for room as long as it takes; its start has a deadline.
-        self._call(pool, name, handle.place.remote(), self._placed, seconds=math.inf)
-        return handle
+    def _await_group(self) -> None:
+        """Wait until the cluster has room for what the run cannot begin without, and say so meanwhile."""
+        ready = False
+
+        def follow(ended: Ended) -> None:
+            nonlocal ready
+            refuse(ended)
+            ready = True
+
+        seconds, began = self._deadlines.resources, self._now()
+        call = Call(actor="the placement group", doing="waiting for room", seconds=math.inf, then=follow)
+        self._calls.add(self._group.ready(), call)
+        said = began
+        while not ready:
+            self._calls.turn(min(1.0, max(0.1, began + seconds - self._now())))
+            if not ready and self._now() >= began + seconds:
+                raise DeadlinePassed(f"waited {seconds:g} s for {self._lack()}")
+            if not ready and self._now() >= said + SAY_EVERY_S:
+                said = self._now()
+                print(f"waiting for {self._lack()}", flush=True)
+
+    def _lack(self) -> str:
+        free, wanted = ray.available_resources(), [slot.whole for slot in self._slots]
+        cpus, gpus = sum(bundle.cpus for bundle in wanted), sum(bundle.gpus for bundle in wanted)
+        lack = f"{cpus:g} CPUs and {gpus:g} GPUs; {free.get('CPU', 0):g} and {free.get('GPU', 0):g} are free"
+        missing = shortage(wanted, cluster_nodes())
+        return f"{lack}, and {missing}" if missing else lack
+
+    def _await_places(self, needed: Sequence[str], others: Sequence[str] = ()) -> None:
+        """Wait until the needed actors have said where they are, and the others that find room soon."""
+        began = self._now()
+        while True:
+            missing = [name for name in needed if name not in self._places]
+            late = any(name not in self._places for name in others)
+            if not missing and not (late and self._now() < began + PATIENCE_S):
+                return
+            if missing and self._now() > began + self._deadlines.start:
+                raise DeadlinePassed(f"{', '.join(missing)} did not start within {self._deadlines.start:g} s")
+            self._calls.turn()
 
     def end(self, name: str, handle: Any, *, cause: str | None) -> None:
         """As `Starter.end`."""
@@ -121,15 +213,6 @@ class Hiring:
         for name in list(self.handles):
             self._remove(name)
 
-    def _call(self, pool: Pool, name: str, ref: Ref, then: Callable[[Pool, str, Any], None], *, seconds: float) -> None:
-        def follow(ended: Ended) -> None:
-            if ended.fault:
-                pool.died(name, ended.cause)
-            elif name in self.handles:  # it may have been ended meanwhile
-                then(pool, name, ended.result)
-
-        self._calls.add(ref, Call(actor=name, doing="starting", seconds=seconds, then=follow))
-
     def remind(self) -> None:
         """Say of the actors that the cluster has had no room for what they wait for."""
         for name in [name for name, due in self._pending.items() if due <= self._now()]:
@@ -141,16 +224,31 @@ class Hiring:
                 flush=True,
             )
 
-    def _placed(self, pool: Pool, name: str, place: Place) -> None:
+    def _placed(self, name: str, ended: Ended) -> None:
+        """An actor has found room. It loads now if its pool expects it, and else when the run begins."""
+        pool = self._pools.get(name)
+        if pool and ended.fault:
+            pool.died(name, ended.cause)
+            return
+        refuse(ended)
+        if name not in self.handles:
+            return  # it was ended meanwhile
         self._pending.pop(name, None)
-        if self._need(name):
-            self._lodge(name, place)
+        self._lodge(name, ended.result)
+        if pool:
             self._refuse_overfull()
-        self._call(pool, name, self.handles[name].start.remote(), self._loaded, seconds=self._seconds)
+            call = Call(
+                actor=name, doing="starting", seconds=self._deadlines.start, then=partial(self._loaded, pool, name)
+            )
+            self._calls.add(self.handles[name].start.remote(self.sharers(name)), call)
 
-    def _loaded(self, pool: Pool, name: str, said: Any) -> None:
-        print(f"{name} is there{f': {said}' if isinstance(said, EngineReport) else ''}", flush=True)
-        pool.has_loaded(name)
+    def _loaded(self, pool: Pool, name: str, ended: Ended) -> None:
+        if ended.fault:
+            pool.died(name, ended.cause)
+        elif name in self.handles:
+            said = ended.result
+            print(f"{name} is there{f': {said}' if isinstance(said, EngineReport) else ''}", flush=True)
+            pool.has_loaded(name, said)
 
     def _kind(self, name: str) -> ActorSpec:
         return self._listed.get(name) or self._kinds[name.partition(" ")[0]]
@@ -160,7 +258,10 @@ class Hiring:
         return kind.need if kind.bundle.gpus > 0 else None
 
     def _lodge(self, name: str, place: Place) -> None:
-        need = self._need(name)
+        self._places[name] = place
+        role, need = self._kind(name).bundle.role, self._need(name)
+        there = sum(other.node == place.node for each, other in self._places.items() if each.startswith(role))
+        self._sharers[place.node, role] = max(there, self._sharers.get((place.node, role), 0))
         if need and place.gpus:
             self._tenants[name] = tenant(name, need, place)
 
@@ -169,10 +270,19 @@ class Hiring:
             raise Mistake(fault)
 
     def _remove(self, name: str) -> None:
-        self._tenants.pop(name, None)
-        self._pending.pop(name, None)
+        for known in (self._tenants, self._pending, self._places, self._pools):
+            known.pop(name, None)
         if name in self._held:
             slot, index = self._held.pop(name)
             self._free[slot] = index
         if handle := self.handles.pop(name, None):
             ray.kill(handle)
+
+
+def cluster_nodes() -> list[Node]:
+    """The resources of each living node."""
+    return [
+        Node(cpus=node["Resources"].get("CPU", 0.0), gpus=node["Resources"].get("GPU", 0.0))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]

@@ -1,13 +1,18 @@
 """Placement of a run's actors: arithmetic apart from Ray, so that a table can test it.
 
-a role's configuration ──bundles──► one Bundle an actor ──shortage(nodes)──► what is missing, in words
+                                          ┌─core──► slots of one placement group, without which a run cannot begin
+a role's configuration ──bundles──► one Bundle an actor
+                                          └─waves─► actors of their own, which may come later
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from umrg.config import ActorConfig
+
+_ROUNDING = 1e-6
+"""Shares of a GPU that are written as decimals add up to a little more or less than 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,15 +25,39 @@ class Bundle:
     """Its number within the role."""
     cpus: float
     gpus: float
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """That its node must have, as Ray's label selectors."""
 
     @property
     def name(self) -> str:
         return f"{self.role} {self.index}"
 
     @property
+    def shares_a_gpu(self) -> bool:
+        return 0 < self.gpus < 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """A bundle of the placement group: what actors that share it take together, on one node."""
+
+    together: tuple[Bundle, ...]
+
+    @property
+    def names(self) -> list[str]:
+        return [bundle.name for bundle in self.together]
+
+    @property
+    def whole(self) -> Bundle:
+        """As if it were one actor's."""
+        first = self.together[0]
+        cpus, gpus = sum(each.cpus for each in self.together), sum(each.gpus for each in self.together)
+        return Bundle(role=first.role, index=first.index, cpus=cpus, gpus=gpus, labels=first.labels)
+
+    @property
     def resources(self) -> dict[str, float]:
         """For Ray's placement groups, which refuse amounts of 0 and empty bundles."""
-        wanted = {"CPU": self.cpus, "GPU": self.gpus}
+        wanted = {"CPU": self.whole.cpus, "GPU": self.whole.gpus}
         return {name: amount for name, amount in wanted.items() if amount > 0} or {"CPU": 0.001}
 
 
@@ -42,11 +71,53 @@ class Node:
 
 def bundles(role: str, count: int, each: ActorConfig) -> list[Bundle]:
     """The bundles of all actors of a role."""
-    return [Bundle(role=role, index=i, cpus=each.num_cpus, gpus=each.num_gpus) for i in range(count)]
+    return [
+        Bundle(role=role, index=i, cpus=each.num_cpus, gpus=each.num_gpus, labels=each.node_labels)
+        for i in range(count)
+    ]
 
 
-_ROUNDING = 1e-6
-"""Shares of a GPU that are written as decimals add up to a little more or less than 1."""
+def core(
+    listed: Sequence[Bundle], nodes: Sequence[Node], *, asked: int | None = None, spread: bool = False
+) -> list[Slot]:
+    """What a run cannot begin without, the largest first: a slot for the ranks of each of the learner's nodes, and one
+    each for the first rollout and the first segmenter. asked: nodes for the ranks; None for the fewest of those that
+    are there or, with `spread`, one each."""
+    ranks = [bundle for bundle in listed if bundle.role == "learner"]
+    each = len(ranks) // (asked or (len(ranks) if spread else _fewest(ranks, nodes))) if ranks else 1
+    slots = [Slot(together=tuple(ranks[i : i + each])) for i in range(0, len(ranks), each)]
+    slots += [Slot(together=(bundle,)) for bundle in listed if bundle.role != "learner" and bundle.index == 0]
+    return sorted(slots, key=lambda slot: _size(slot.whole), reverse=True)
+
+
+def _fewest(ranks: Sequence[Bundle], nodes: Sequence[Node]) -> int:
+    """Nodes over which ranks can be spread, as many on each. Where no node holds a single one, a cluster may yet start
+    nodes that do: they are asked for together. Ray's bundles hold no parts of GPUs beside whole ones."""
+    if ranks[0].shares_a_gpu:
+        return len(ranks)
+    holds = max((_ranks_on(node, ranks[0]) for node in nodes), default=0) or len(ranks)
+    return next(count for count in range(1, len(ranks) + 1) if len(ranks) % count == 0 and len(ranks) // count <= holds)
+
+
+def _ranks_on(node: Node, rank: Bundle) -> int:
+    parts = [(node.cpus, rank.cpus), (node.gpus, rank.gpus)]
+    return min((math.floor(there / each + _ROUNDING) for there, each in parts if each), default=1 << 20)
+
+
+def waves(listed: Sequence[Bundle]) -> list[list[Bundle]]:
+    """The order in which actors ask for room: first those that take whole GPUs, or none, and then those that share
+    one, the largest shares first. A small share that came before would break a GPU that another needs whole."""
+    shares = sorted({bundle.gpus for bundle in listed if bundle.shares_a_gpu}, reverse=True)
+    found = [[each for each in listed if not each.shares_a_gpu]]
+    found += [[each for each in listed if each.gpus == share] for share in shares]
+    return [wave for wave in found if wave]
+
+
+def beside(share: float, taken: Mapping[tuple[str, str], float]) -> str | None:
+    """The node for an actor that takes a share of a GPU: that of the fullest one, of those that are shared out, with
+    room for it. None if there is none. taken: what is taken of each shared GPU, by its node and its id."""
+    fitting = {place: used for place, used in taken.items() if used + share <= 1 + _ROUNDING}
+    return max(fitting, key=lambda place: fitting[place])[0] if fitting else None
 
 
 @dataclass
@@ -62,7 +133,7 @@ class _Room:
         the least left, or whole ones."""
         if bundle.cpus > self.cpus + _ROUNDING:
             return None
-        count, share = (1, bundle.gpus) if 0 < bundle.gpus < 1 else (round(bundle.gpus), 1.0)
+        count, share = (1, bundle.gpus) if bundle.shares_a_gpu else (round(bundle.gpus), 1.0)
         fitting = [i for i in range(len(self.gpus)) if self.gpus[i] + _ROUNDING >= share]
         return sorted(fitting, key=lambda i: self.gpus[i])[:count] if len(fitting) >= count else None
 
@@ -79,7 +150,11 @@ class _Room:
 def largest_first(wanted: Sequence[Bundle]) -> list[Bundle]:
     """The order in which bundles are placed. Ray places those of a group as they come; small shares that come first
     gather on one GPU, and the larger ones then lack it."""
-    return sorted(wanted, key=lambda bundle: (bundle.gpus, bundle.cpus), reverse=True)
+    return sorted(wanted, key=_size, reverse=True)
+
+
+def _size(bundle: Bundle) -> tuple[float, float]:
+    return bundle.gpus, bundle.cpus
 
 
 def shortage(wanted: Sequence[Bundle], nodes: Sequence[Node]) -> str | None:
@@ -102,9 +177,10 @@ def shortage(wanted: Sequence[Bundle], nodes: Sequence[Node]) -> str | None:
 
 
 def _described(bundle: Bundle) -> str:
-    if 0 < bundle.gpus < 1:
-        return f"{bundle.cpus:g} CPUs, {bundle.gpus:g} of one GPU"
-    return f"{bundle.cpus:g} CPUs, {bundle.gpus:g} GPUs on one node"
+    labels = "".join(f", {name}={value}" for name, value in bundle.labels.items())
+    if bundle.shares_a_gpu:
+        return f"{bundle.cpus:g} CPUs, {bundle.gpus:g} of one GPU{labels}"
+    return f"{bundle.cpus:g} CPUs, {bundle.gpus:g} GPUs on one node{labels}"
 
 
 def gpus_taken(wanted: Sequence[Bundle]) -> dict[str, list[int]]:
@@ -126,7 +202,7 @@ def turns(wanted: Sequence[Bundle]) -> list[list[str]]:
     """Names of the actors that start together, in the order of their turns. vLLM measures its GPU's memory while it
     starts, and another process that fills it meanwhile spoils that. So engines that have a part of a GPU start before
     all others, and where two fit on one GPU, one after another."""
-    engines = [bundle.name for bundle in wanted if bundle.role == "rollout" and 0 < bundle.gpus < 1]
+    engines = [bundle.name for bundle in wanted if bundle.role == "rollout" and bundle.shares_a_gpu]
     others = [bundle.name for bundle in wanted if bundle.name not in engines]
     if any(bundle.gpus <= 0.5 for bundle in wanted if bundle.name in engines):
         return [*([name] for name in engines), others]

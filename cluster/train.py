@@ -125,6 +125,8 @@ class Training(Loop):
         started again and goes on from the newest checkpoint, `restarts` times."""
         for left in range(self.config.restarts, -1, -1):
             try:
+                if left < self.config.restarts:
+                    self.workers.restart_learner(self.config.deadlines.start)
                 self.take_all_steps(checkpoint)
                 break
             except LearnerDied as error:
@@ -132,7 +134,6 @@ class Training(Loop):
                     raise
                 self.display.warning(f"{error}; the learner starts again")
                 checkpoint = self.checkpoints.newest() or checkpoint
-                self.workers.restart_learner(self.config.deadlines.start)
         self.workers.check_expert()
         if self.workers.put_aside:
             self.journal.facts["put_aside"] = self.workers.put_aside

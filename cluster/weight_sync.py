@@ -38,6 +38,7 @@ def tend(workers: Workers) -> None:
     if workers.hiring:
         workers.hiring.remind()
     for member in workers.segmenters.loaded:
+        assert member.said == workers.expert_digest, f"{member.name} holds another expert than the others"
         workers.segmenters.admit(member.name)
     if joining := workers.rollouts.loaded:
         if workers.version > 0:

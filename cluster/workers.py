@@ -5,7 +5,6 @@ A job lists its actors with `rollouts`, `segmenters` and `ranks`:
     [*ranks(LearnerRank, config.learner, task), *rollouts(…), *segmenters(…)] ──started──► Workers
 """
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,24 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from actors.calls import Calls
 from actors.config import EndpointConfig, RolloutConfig, SegmenterConfig
-from actors.connection import connect
+from actors.connection import connect, is_local
 from actors.endpoint import Endpoint
 from actors.engine_report import EngineReport
 from actors.experts.registry import check_expert
-from actors.failures import DeadlinePassed
+from actors.failures import ActorDied, DeadlinePassed
 from actors.learner_rank import ZeroActor
-from actors.pools import LearnerPool, RolloutPool, SegmenterPool, SupervisedPool
+from actors.pools import LearnerDied, LearnerPool, RolloutPool, SegmenterPool, SupervisedPool
 from actors.rollout import Rollout
 from actors.segmenter import Segmenter
 from cluster.config import RunConfig
-from cluster.hiring import ActorSpec, Hiring
+from cluster.hiring import ActorSpec, Hiring, cluster_nodes
 from cluster.memory import learner_need, rollout_need, segmenter_need
-from cluster.placement import Bundle, Node, bundles, largest_first, shortage, turns
+from cluster.placement import Slot, bundles, core, shortage, turns
 from learner.config import LearnerTask, ZeroConfig
 from rewards.scoring import Scorer
 from umrg.config import located
@@ -105,6 +103,7 @@ def ranks(actor_class: type[ZeroActor], config: ZeroConfig, task: LearnerTask, *
             arguments={"config": config, "task": here, "rank": bundle.index},
             environment=config.process_environment,
             need=need,
+            nodes=config.nodes,
         )
         for bundle in bundles("learner", config.ranks, config)
     ]
@@ -138,10 +137,15 @@ class Workers:
             assert digest == self.expert_digest, "the frozen expert's weights changed"
 
     def restart_learner(self, seconds: float) -> None:
-        """Kill all ranks, and start others in their place, with the model that the run began with."""
+        """Kill all ranks, and start others in their place, with the model that the run began with. Raises LearnerDied
+        if they die as well."""
         assert self.hiring is not None
-        self.learner.become(self.hiring.again("learner"))
-        self.calls.gather(self.learner.starting(), seconds=seconds, doing="starting again")
+        try:
+            self.learner.become(self.hiring.again("learner"))
+            starting = self.learner.starting(sharers=self.hiring.sharers)
+            self.calls.gather(starting, seconds=seconds, doing="starting again")
+        except (ActorDied, DeadlinePassed) as error:
+            raise LearnerDied(str(error)) from error
 
 
 @contextmanager
@@ -157,16 +161,21 @@ def ray_connection() -> Iterator[None]:
 
 @contextmanager
 def started(actors: Sequence[ActorSpec], config: RunConfig) -> Iterator[Workers]:
-    """Start the actors that a job lists, in one placement group. Raises ValueError if the cluster is too small for
-    them, or if one cannot load its model, expert or run folder."""
+    """Start the actors that a job lists: what a run cannot begin without, and of the others those that have room by
+    then; the rest may come later. Raises ValueError if a local cluster is too small for them, or if one cannot load its
+    model, expert or run folder, and DeadlinePassed if there is no room."""
     calls = Calls()
     with _hired(actors, config, calls) as hiring:
-        handles = hiring.begin()
-        learner = LearnerPool(_by_role("learner", handles), config.deadlines, calls)
+        placed = hiring.begin()
+        learner = LearnerPool(_by_role("learner", hiring.handles), config.deadlines, calls)
         results: dict[str, Any] = {}
-        for names in turns([actor.bundle for actor in actors]):
-            refs = {name: handles[name].start.remote() for name in names if not name.startswith("learner")}
-            refs |= learner.starting(names)
+        for names in turns([actor.bundle for actor in actors if actor.bundle.name in placed]):
+            refs = {
+                name: hiring.handles[name].start.remote(hiring.sharers(name))
+                for name in names
+                if not name.startswith("learner")
+            }
+            refs |= learner.starting(names, hiring.sharers)
             found = calls.gather(refs, seconds=config.deadlines.start, doing="starting")
             results.update(zip(refs, found, strict=True))
         digests = {result for name, result in results.items() if name.startswith("segmenter")}
@@ -179,13 +188,14 @@ def started(actors: Sequence[ActorSpec], config: RunConfig) -> Iterator[Workers]
         rollouts = RolloutPool(hiring, calls, config.deadlines, sequences=sequences)
         segmenters = SegmenterPool(hiring, calls, config.deadlines)
         for pool in (rollouts, segmenters):
-            pool.adopt(_by_role(pool.role, handles))
+            pool.adopt(_by_role(pool.role, {name: hiring.handles[name] for name in placed}))
+            hiring.expect(pool)
         yield Workers(
             rollouts=rollouts,
             segmenters=segmenters,
             learner=learner,
             calls=calls,
-            wanted={pool.role: len(pool.ready) for pool in (rollouts, segmenters)},
+            wanted={pool.role: len(pool.members) for pool in (rollouts, segmenters)},
             expert_digest=digests.pop(),
             engines=engines,
             hiring=hiring,
@@ -197,50 +207,41 @@ def started_supervised(actors: Sequence[ActorSpec], config: RunConfig) -> Iterat
     """Start the ranks of a supervised run, as `started` does."""
     calls = Calls()
     with _hired(actors, config, calls) as hiring:
-        pool = SupervisedPool(hiring.begin(), config.deadlines, calls)
-        calls.gather(pool.starting(), seconds=config.deadlines.start, doing="starting")
+        hiring.begin()
+        pool = SupervisedPool(hiring.handles, config.deadlines, calls)
+        calls.gather(pool.starting(sharers=hiring.sharers), seconds=config.deadlines.start, doing="starting")
         yield pool
 
 
 @contextmanager
 def _hired(actors: Sequence[ActorSpec], config: RunConfig, calls: Calls) -> Iterator[Hiring]:
     """What makes the actors, with their placement group; both end with the context."""
-    wanted = largest_first([actor.bundle for actor in actors])
-    if missing := shortage(wanted, cluster_nodes()):
-        raise Mistake(f"{missing}; ask for fewer actors or less of each, or add nodes")
-    group = placement_group([bundle.resources for bundle in wanted], strategy=config.placement.upper())
-    hiring = Hiring(actors, group, wanted, calls, config.deadlines.start)
+    listed, nodes = [actor.bundle for actor in actors], cluster_nodes()
+    # Other clusters may start nodes for what is asked of them.
+    if is_local() and (missing := shortage(listed, nodes)):
+        raise Mistake(f"{missing}; ask for fewer actors or less of each")
+    spread = config.placement == "spread"
+    asked = next((actor.nodes for actor in actors if actor.nodes), None)
+    slots = core(listed, nodes, asked=asked, spread=spread)
+    group = _placement_group(slots, config.placement)
+    hiring = Hiring(actors, group, slots, calls, config.deadlines, spread=spread)
     try:
-        _await_resources(group, config.deadlines.resources, wanted)
         yield hiring
     finally:
         hiring.close()
         remove_placement_group(group)
 
 
-def cluster_nodes() -> list[Node]:
-    """The resources of each living node."""
-    return [
-        Node(cpus=node["Resources"].get("CPU", 0.0), gpus=node["Resources"].get("GPU", 0.0))
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
-
-
-def _await_resources(group: Any, seconds: float, wanted: Sequence[Bundle]) -> None:
-    """Wait until other jobs leave enough resources. Raises DeadlinePassed that says what is missing."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            ray.get(group.ready(), timeout=min(10.0, max(0.1, deadline - time.monotonic())))
-            return
-        except GetTimeoutError:
-            free = ray.available_resources()
-            need = f"{sum(b.cpus for b in wanted):g} CPUs and {sum(b.gpus for b in wanted):g} GPUs"
-            have = f"{free.get('CPU', 0):g} and {free.get('GPU', 0):g} are free"
-            if time.monotonic() >= deadline:
-                raise DeadlinePassed(f"waited {seconds:g} s for {need}; {have}") from None
-            print(f"waiting for {need}; {have}", flush=True)
+def _placement_group(slots: Sequence[Slot], placement: str) -> Any:
+    labels = [dict(slot.whole.labels) for slot in slots]
+    try:
+        return placement_group(
+            [slot.resources for slot in slots],
+            strategy=placement.upper(),
+            bundle_label_selector=labels if any(labels) else None,
+        )
+    except ValueError as error:
+        raise Mistake(f"node_labels: {' '.join(str(error).split())}") from error
 
 
 def _by_role(role: str, handles: Mapping[str, Any]) -> dict[str, Any]:

@@ -141,6 +141,8 @@ class ZeroConfig(OptimizerConfig, ActorConfig):
 
     ranks: MayChange[PositiveInt] = 1
     """Number of ranks (data-parallel size)."""
+    nodes: MayChange[PositiveInt | None] = None
+    """Nodes over which the ranks are spread, as many on each; null for the fewest that hold them."""
     zero_stage: MayChange[Literal[0, 1, 2, 3]] = 2
     """What ZeRO partitions over the ranks: nothing, optimizer state (1), gradients too (2), parameters too (3)."""
     offload: MayChange[Literal["none", "optimizer", "parameters"]] = "none"
@@ -182,6 +184,12 @@ class ZeroConfig(OptimizerConfig, ActorConfig):
         # another kind. Stage 2 does the work of both, on one rank too.
         if self.dtype == "bfloat16" and self.zero_stage < 2:
             raise Mistake(f"dtype=bfloat16 needs zero_stage 2 or 3, this is {self.zero_stage}; one rank takes 2 too")
+        return self
+
+    @model_validator(mode="after")
+    def _as_many_ranks_on_each_node(self) -> Self:
+        if self.nodes and self.ranks % self.nodes:
+            raise Mistake(f"{self.ranks} ranks cannot be spread over {self.nodes} nodes, as many on each; change nodes")
         return self
 
     @model_validator(mode="after")

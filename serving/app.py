@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from serving.config import ServeConfig
 from serving.grounder import check_query
 from umrg.answers import Answer, parse_answer
-from umrg.config import located
+from umrg.config import ActorConfig, located
 from umrg.group import SamplingParams
 from umrg.images import decode_image
 from umrg.masks import encode_rle
@@ -194,21 +194,21 @@ def build_app(args: dict[str, Any]) -> Application:
     config = config.model_copy(update=absolute)
     rollout, segmenter = config.rollout, config.segmenter
     reasoner = ReasonerDeployment.options(  # type: ignore[attr-defined]
-        num_replicas=rollout.actors,
-        ray_actor_options={
-            "num_cpus": rollout.num_cpus,
-            "num_gpus": rollout.num_gpus,
-            "runtime_env": {"env_vars": rollout.process_environment},
-        },
+        num_replicas=rollout.actors, ray_actor_options=_resources(rollout)
     ).bind(config)
     expert = SegmenterDeployment.options(  # type: ignore[attr-defined]
-        num_replicas=segmenter.actors,
-        ray_actor_options={
-            "num_cpus": segmenter.num_cpus,
-            "num_gpus": segmenter.num_gpus,
-            "runtime_env": {"env_vars": segmenter.process_environment},
-        },
+        num_replicas=segmenter.actors, ray_actor_options=_resources(segmenter)
     ).bind(config)
     ingress = Ingress.options(ray_actor_options={"num_cpus": 0.1})  # type: ignore[attr-defined]
     app: Application = ingress.bind(config, reasoner, expert)
     return app
+
+
+def _resources(config: ActorConfig) -> dict[str, Any]:
+    """Ray's options of each replica."""
+    return {
+        "num_cpus": config.num_cpus,
+        "num_gpus": config.num_gpus,
+        "label_selector": config.node_labels,
+        "runtime_env": {"env_vars": config.process_environment},
+    }

@@ -37,6 +37,9 @@ class ActorConfig(Config):
     """CPUs of each actor, as Ray counts them."""
     threads: MayChange[PositiveInt | None] = None
     """CPU threads that each actor computes with; null for an equal share of the machine's cores."""
+    node_labels: MayChange[dict[str, str]] = Field(default_factory=dict)
+    """Labels of the nodes that actors may lie on, such as `{ray.io/accelerator-type: H100}`; a value may be a condition
+    of Ray's, such as `in(H100, H200)` or `!T4`. Empty for any node."""
     environment: MayChange[dict[str, str]] = Field(default_factory=dict)
     """Environment variables of each actor's process, such as NCCL_SOCKET_IFNAME. What the driver's shell exports does
     not reach actors."""

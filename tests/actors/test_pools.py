@@ -147,8 +147,10 @@ def test_a_placement_gives_an_actor_its_share_of_a_gpu_and_its_environment(ray_c
     group = placement_group([{"CPU": 0.5, "GPU": 0.25}, {"CPU": 0.5}])
     ray.get(group.ready(), timeout=30)
     try:
-        shared = Placement(group=group, bundle=0, num_cpus=0.5, num_gpus=0.25, environment={"OMP_NUM_THREADS": "3"})
-        alone = Placement(group=group, bundle=1, num_cpus=0.5, num_gpus=0.0, environment={})
+        shared = Placement(
+            group=group, bundle=0, num_cpus=0.5, num_gpus=0.25, environment={"OMP_NUM_THREADS": "3"}, labels={}
+        )
+        alone = Placement(group=group, bundle=1, num_cpus=0.5, num_gpus=0.0, environment={}, labels={})
         actors = [Worker.options(**placed.options()).remote() for placed in (shared, alone)]
         (devices, gpus, threads), (none, no_gpus, _) = ray.get([a.environment.remote() for a in actors], timeout=60)
         assert devices == "0" and [int(gpu) for gpu in gpus] == [0] and threads == "3"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.placement import Bundle, Node, alone, gpus_taken, largest_first, shortage, turns
+from cluster.placement import Bundle, Node, Slot, alone, beside, core, gpus_taken, largest_first, shortage, turns, waves
 from cluster.train import actors
 
 
@@ -46,8 +46,9 @@ def test_what_is_missing_is_said():
 
 
 def test_a_bundle_asks_for_something():
-    assert actor().resources == {"CPU": 0.001}
-    assert actor(cpus=0.5, gpus=0.25).resources == {"CPU": 0.5, "GPU": 0.25}
+    assert Slot(together=(actor(),)).resources == {"CPU": 0.001}
+    assert Slot(together=(actor(cpus=0.5, gpus=0.25),)).resources == {"CPU": 0.5, "GPU": 0.25}
+    assert Slot(together=(actor(cpus=2, gpus=1),) * 4).resources == {"CPU": 8, "GPU": 4}
 
 
 def test_every_actor_has_a_bundle(demo_config):
@@ -104,3 +105,66 @@ def test_small_shares_lie_beside_the_large_ones_whatever_the_order():
 )
 def test_gpus_that_segmenters_have_for_themselves(segmenters, engines, idle):
     assert alone("segmenter", [*engines, *segmenters]) == idle
+
+
+def parts(slots):
+    return [slot.names for slot in slots]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "asked", "each"),
+    [
+        ([Node(cpus=64, gpus=8)], None, 8),
+        ([Node(cpus=64, gpus=8)] * 2, None, 8),
+        ([Node(cpus=64, gpus=4)] * 2, None, 4),
+        ([Node(cpus=64, gpus=6)] * 2, None, 4),  # as many on each
+        ([Node(cpus=64, gpus=8)] * 2, 4, 2),
+        ([Node(cpus=3, gpus=8)] * 3, None, 2),
+        # A node that is not there yet is asked for with all its GPUs.
+        ([Node(cpus=4, gpus=0)], None, 8),
+        ([], None, 8),
+    ],
+)
+def test_the_ranks_of_a_node_share_a_bundle(nodes, asked, each):
+    ranks = [actor(cpus=1, gpus=1, role="learner", index=i) for i in range(8)]
+    slots = core(ranks, nodes, asked=asked)
+    assert [len(slot.together) for slot in slots] == [each] * (8 // each)
+    assert [name for names in parts(slots) for name in names] == [rank.name for rank in ranks]
+
+
+def test_a_run_begins_with_the_learner_a_rollout_and_a_segmenter():
+    """The largest first; whoever else it asks for lies outside of the placement group."""
+    listed = [*role("segmenter", 0.1, 4), *role("rollout", 0.9, 4), *role("learner", 1, 4)]
+    assert parts(core(listed, [Node(cpus=8, gpus=8)])) == [
+        ["learner 0", "learner 1", "learner 2", "learner 3"],
+        ["rollout 0"],
+        ["segmenter 0"],
+    ]
+    assert parts(core(listed[:8], [])) == [["rollout 0"], ["segmenter 0"]], "an evaluation"
+
+
+def test_ranks_are_spread_where_that_is_asked_for_and_where_they_have_parts_of_gpus():
+    node = Node(cpus=8, gpus=8)
+    assert len(core(role("learner", 1, 4), [node], spread=True)) == 4
+    assert len(core(role("learner", 0.75, 4), [node])) == 4
+
+
+def test_whole_gpus_are_asked_for_before_shares_of_them():
+    """A share that came first would break a GPU that an engine needs whole."""
+    listed = [*role("segmenter", 0.25, 2), *role("rollout", 1, 2), *role("other", 0.5, 1), *role("cpu", 0, 1)]
+    assert [[each.name for each in wave] for wave in waves(listed)] == [
+        ["rollout 0", "rollout 1", "cpu 0"],
+        ["other 0"],
+        ["segmenter 0", "segmenter 1"],
+    ]
+
+
+def test_a_share_goes_beside_others():
+    taken = {("a", "0"): 0.25, ("a", "1"): 0.5, ("b", "0"): 0.9}
+    assert [beside(share, taken) for share in (0.1, 0.25, 0.6, 0.8)] == ["b", "a", "a", None]
+    assert beside(0.1, {("b", "0"): 0.1 * 9}) == "b"
+
+
+def test_a_shortage_names_the_labels_of_a_node():
+    wanted = Bundle(role="learner", index=0, cpus=1, gpus=9, labels={"ray.io/accelerator-type": "H100"})
+    assert "ray.io/accelerator-type=H100" in str(shortage([wanted], [Node(cpus=8, gpus=8)]))

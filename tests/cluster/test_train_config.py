@@ -101,7 +101,7 @@ def test_a_key_of_an_earlier_version_is_answered_with_its_name(demo_config):
 
 OF_AN_ACTOR = {"num_cpus", "num_gpus", "threads"}
 OF_AN_ENGINE = {f"rollout.{key}" for key in ("max_num_seqs", "max_num_batched_tokens", "cuda_graphs")}
-OF_A_RANK = {*OF_AN_ACTOR, "zero_stage", "offload", "micro_batch_tokens", "gradient_checkpointing", "ranks"}
+OF_A_RANK = {*OF_AN_ACTOR, "zero_stage", "offload", "micro_batch_tokens", "gradient_checkpointing", "ranks", "nodes"}
 OF_A_RUN = {"runs", "placement", "deadlines.resources", "deadlines.start", "deadlines.step"}
 OF_LEARNING = {"steps", "resume", "checkpoint_every", "keep"} | {f"learner.{key}" for key in OF_A_RANK}
 OF_GRPO = {"keep_best", "learner.reference", "learner.sha256", "restarts", "tolerated_failures"}
