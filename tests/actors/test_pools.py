@@ -80,12 +80,14 @@ def test_a_full_disk_is_named_with_the_file(worker):
 
 
 def test_other_calls_go_on_while_some_are_waited_for(worker):
-    calls = Calls()
+    clock = [0.0]  # of the test's own: a new actor's process may take longer to start than any deadline here
+    calls = Calls(lambda: clock[0])
     ended: list[Ended] = []
     other = Worker.remote()
     calls.add(worker.quick.remote(1), Call(actor="rollout 0", doing="sampling", seconds=30, then=ended.append))
     calls.add(other.slow.remote(), Call(actor="rollout 1", doing="sampling", seconds=2, then=ended.append))
     assert calls.gather({"learner 0": worker.quick.remote(2)}, seconds=30, doing="updating") == [2]
+    clock[0] = 2.0
     while len(calls):
         calls.turn()
     assert [(each.call.actor, each.result, each.fault) for each in ended] == [

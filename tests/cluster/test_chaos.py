@@ -8,6 +8,8 @@ import signal
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
@@ -15,7 +17,9 @@ import ray
 from ray.util.state import get_actor
 
 import cluster.train
-from actors.pools import LearnerPool
+import cluster.workers
+from actors.pools import LearnerPool, RolloutPool
+from actors.segmenter import Segmenter
 from cluster.evaluation import TooManyFailures
 from cluster.records import read_records
 from cluster.scaling import ask
@@ -205,6 +209,47 @@ def test_a_segmenter_that_hangs_is_replaced(undisturbed, demo_config, tmp_path, 
     run = train(demo_config(*SMALL, "steps=3", "deadlines={step: 20}", f"runs={tmp_path}", "name=chaos"))
     assert answers(run) == undisturbed[1][:3] and time.monotonic() - began > 20
     assert not psutil.pid_exists(stopped[0])
+
+
+@chaos
+def test_a_rollout_that_dies_in_a_weight_update_is_replaced(undisturbed, demo_config, tmp_path, monkeypatch):
+    """The others are updated; the one that joins gets the same weights."""
+    update_weights = RolloutPool.update_weights
+    killed: list[str] = []
+
+    def interrupted(self, version, buckets, members=None):
+        if version == 2 and not killed:
+            victim = self.ready[0]
+            killed.append(victim.name)
+            threading.Timer(0.02, os.kill, (pid(victim.handle), signal.SIGKILL)).start()
+        return update_weights(self, version, buckets, members)
+
+    monkeypatch.setattr(RolloutPool, "update_weights", interrupted)
+    run = train(demo_config(*SMALL, "steps=4", f"runs={tmp_path}", "name=chaos"))
+    assert killed and answers(run) == undisturbed[1][:4]
+
+
+class Crooked(Segmenter):
+    """The first of its kind that scores leaves an answer out of each group."""
+
+    def score(self, *args, **kwargs):
+        if self.crooked is None:
+            flag = Path(os.environ["OF_CROOKED"])
+            self.crooked = not flag.exists()
+            flag.touch()
+        scored = super().score(*args, **kwargs)
+        return replace(scored, answers=scored.answers[1:]) if self.crooked else scored
+
+    crooked: bool | None = None
+
+
+@chaos
+def test_a_segmenter_that_leaves_answers_out_is_replaced(undisturbed, demo_config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cluster.workers, "Segmenter", Crooked)
+    settings = (f"segmenter.environment={{OF_CROOKED: {tmp_path / 'flag'}}}", f"runs={tmp_path}", "name=chaos")
+    run = train(demo_config(*SMALL, "steps=3", *settings))
+    assert "failed 2 times in turn" in capsys.readouterr().out
+    assert answers(run) == undisturbed[1][:3]
 
 
 @chaos

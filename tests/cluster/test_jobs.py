@@ -6,81 +6,19 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import yaml
 
 from cluster.records import read_records
 from tests.conftest import ROOT
+from tests.runs import SMALL, Run, told
 
 REAL_IMAGES = ROOT.parent / "shared" / "data" / "umrg_real_sample.parquet"
-SMALL = (
-    "data.train={phantoms: 16, seed: 1, modalities: [CT]}",
-    "data.eval={phantoms: 4, seed: 2, modalities: [CT]}",
-    *("batch=2", "rollout.n=2", "evaluation.limit=4", "evaluation.n=0"),
-)
-MARK = "MEDREASONER_TEST_RUN"
-
 pytestmark = pytest.mark.cluster
-
-
-TRAIN = ("-m", "cluster.train")
-
-
-class Run:
-    """`python -m cluster.train` in a process group of its own, all of whose descendants carry a mark. program: in its
-    place."""
-
-    def __init__(self, folder: Path, *overrides: str, program: Sequence[str] = TRAIN, output: str = "output") -> None:
-        self.mark = uuid.uuid4().hex
-        self.folder = folder / "runs" / "trial"
-        self.output = folder / f"{output}.txt"
-        folder.mkdir(exist_ok=True)
-        environment = {**os.environ, MARK: self.mark}
-        environment.pop("RAY_ADDRESS", None)
-        command = (sys.executable, *program, "configs/demo.yaml", "name=trial", f"runs={folder / 'runs'}")
-        self.process = subprocess.Popen(
-            [*command, *SMALL, *overrides],
-            cwd=ROOT,
-            env=environment,
-            stdout=self.output.open("w"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            # A shell that starts the tests in the background lets everything that they start ignore Ctrl-C.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-
-    def await_line(self, text: str, seconds: float = 600) -> None:
-        deadline = time.monotonic() + seconds
-        while text not in self.output.read_text():
-            assert self.process.poll() is None, self.output.read_text()
-            assert time.monotonic() < deadline, f"no {text!r} in: {self.output.read_text()}"
-            time.sleep(0.2)
-
-    def processes(self) -> list[psutil.Process]:
-        """Living processes that descend from the run, whoever their parent is now."""
-        found = []
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
-
-    def assert_nothing_left(self, seconds: float = 60) -> None:
-        deadline = time.monotonic() + seconds
-        while left := self.processes():
-            assert time.monotonic() < deadline, [" ".join(process.cmdline())[:80] for process in left]
-            time.sleep(0.5)
-
-    def summary(self) -> dict[str, object]:
-        found: dict[str, object] = json.loads((self.folder / "summary.json").read_text())
-        return found
 
 
 # First: a killed cluster's agent may hold on to the port that jobs are submitted to.
@@ -289,12 +227,6 @@ def learnt(folder):
     """Digests of the last checkpoint's files, but of what the driver adds, which holds paths and timings' digits."""
     files = json.loads((folder / "checkpoints" / "step-000004" / "manifest.json").read_text())["files"]
     return {name: each["sha256"] for name, each in files.items() if name not in ("state.json", "config.yaml")}
-
-
-def told(folder):
-    """Metrics of each step, timings left out."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{name: value for name, value in line.items() if not name.startswith("seconds/")} for line in lines]
 
 
 @pytest.mark.slow

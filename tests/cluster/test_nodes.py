@@ -1,0 +1,263 @@
+"""Runs on clusters of several nodes, which come and go: nothing is lost, nothing is left, and what happens is said."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.util.state import list_actors, list_placement_groups
+
+from cluster.records import read_records
+from tests.conftest import ROOT
+from tests.runs import MARK, Run, marked, told
+
+SMALL = (
+    *("batch=4", "evaluation={before: false, limit: 4, n: 0}", "learner.warmup=0"),
+    *("rollout.actors=2", "rollout.num_cpus=1", "rollout.threads=1", "rollout.node_labels={kind: engines}"),
+    *("segmenter.actors=2", "segmenter.num_cpus=0.5", "segmenter.threads=1", "segmenter.node_labels={kind: engines}"),
+    *("learner.num_cpus=1", "learner.threads=1", "learner.node_labels={kind: learner}"),
+)
+ROLES = {"Rollout": "rollout", "Segmenter": "segmenter", "LearnerRank": "learner"}
+pytestmark = pytest.mark.slow
+chaos = pytest.mark.chaos
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Whatever is started carries a mark, by which it is found and ended. Others' clusters may run beside."""
+    mark = uuid.uuid4().hex
+    monkeypatch.setenv(MARK, mark)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    yield mark
+    for process in marked(mark):
+        with suppress(psutil.Error):
+            process.kill()
+
+
+@pytest.fixture
+def nodes(environment):
+    """A cluster of which the head computes nothing, with a node for the learner and two for engines and experts."""
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "num_gpus": 0, "include_dashboard": True, "dashboard_port": 0},
+    )
+    for kind, cpus in (("learner", 1), ("engines", 2), ("engines", 2)):
+        cluster.add_node(num_cpus=cpus, num_gpus=0, labels={"kind": kind})
+    yield cluster
+    cluster.shutdown()
+
+
+def labelled(cluster, kind):
+    return [node for node in cluster.worker_nodes if node.get_labels().get("kind") == kind]
+
+
+def living(address):
+    """The living actors of runs: role and node of each."""
+    found = list_actors(address=address, filters=[("state", "=", "ALIVE")], limit=1000)
+    return [(ROLES[actor.class_name], actor.node_id) for actor in found if actor.class_name in ROLES]
+
+
+def assert_nothing_left(address):
+    """Of actors, their engines' processes and placement groups; the cluster stays."""
+    deadline = time.monotonic() + 60
+    while True:
+        groups = [each for each in list_placement_groups(address=address) if each.state != "REMOVED"]
+        engines = [each for each in marked(os.environ[MARK]) if "VLLM::" in each.name()]
+        if not (left := [*living(address), *groups, *engines]):
+            return
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)
+
+
+def answers(folder: Path):
+    return [read_records(path) for path in sorted((folder / "samples").glob("step-*.parquet"))]
+
+
+WHOLE_BEFORE = """
+import sys
+from cluster import train
+from cluster.cli import run_command
+from cluster.weight_sync import tend
+
+take_step = train.Training.take_step
+
+def take_step_by_all(self):
+    pools = (self.workers.rollouts, self.workers.segmenters)
+    while self.step == {step} and any(len(pool.ready) < self.workers.wanted[pool.role] for pool in pools):
+        tend(self.workers)
+        self.workers.calls.turn()
+    take_step(self)
+
+train.Training.take_step = take_step_by_all
+run_command(lambda: train.main(sys.argv[1:]))
+"""
+"""A run that waits before a step until all its actors are there."""
+
+
+@chaos
+def test_nodes_that_are_lost_and_added_change_nothing(nodes, environment, tmp_path):
+    """One with a rollout and a segmenter, and then the learner's own. Roles lie where they were placed."""
+    settings = (*SMALL, "steps=6", "checkpoint_every=1")
+    calm = Run(tmp_path / "calm", *settings, address=nodes.address)
+    calm.await_line("step 1/")
+    (learner,), (first, second) = labelled(nodes, "learner"), labelled(nodes, "engines")
+    elsewhere = [(role, node.node_id) for role in ("rollout", "segmenter") for node in (first, second)]
+    assert sorted(living(nodes.address)) == sorted([("learner", learner.node_id), *elsewhere])
+    assert calm.process.wait(timeout=300) == 0, calm.output.read_text()
+
+    run = Run(tmp_path / "lossy", *settings, program=("-c", WHOLE_BEFORE.format(step=3)), address=nodes.address)
+    run.await_line("step 1/")
+    nodes.remove_node(second, allow_graceful=False)
+    run.await_line("died while")
+    third = nodes.add_node(num_cpus=2, num_gpus=0, labels={"kind": "engines"})
+    run.await_line("step 4/")
+    assert ("rollout", third.node_id) in living(nodes.address) and ("segmenter", third.node_id) in living(nodes.address)
+    nodes.remove_node(learner, allow_graceful=False)
+    run.await_line("the learner starts again")
+    nodes.add_node(num_cpus=1, num_gpus=0, labels={"kind": "learner"})
+    assert run.process.wait(timeout=600) == 0, run.output.read_text()
+    assert answers(run.folder) == answers(calm.folder) and len(answers(run.folder)) == 6
+    assert told(run.folder) == told(calm.folder)
+    assert_nothing_left(nodes.address)
+
+
+FILL = """
+import time, numpy, ray
+ray.init(log_to_driver=False)
+held = [ray.put(numpy.full(10 << 20, i, dtype=numpy.uint8)) for i in range(30)]
+print("full", flush=True)
+time.sleep(3600)
+"""
+
+
+@chaos
+def test_a_full_object_store_changes_nothing(environment, tmp_path):
+    """Others hold four times as much as it can: what a run puts there is spilled to disk, and read from there."""
+    small = {
+        "num_cpus": 4,
+        "num_gpus": 0,
+        "object_store_memory": 80 << 20,
+        "include_dashboard": True,
+        "dashboard_port": 0,
+    }
+    cluster = Cluster(initialize_head=True, head_node_args=small)
+    settings = (*SMALL, *(f"{role}.node_labels={{}}" for role in ROLES.values()), "steps=3", "checkpoint_every=1")
+    try:
+        calm = Run(tmp_path / "calm", *settings, address=cluster.address)
+        assert calm.process.wait(timeout=300) == 0, calm.output.read_text()
+        filler = subprocess.Popen(
+            [sys.executable, "-c", FILL],
+            env={**os.environ, "RAY_ADDRESS": cluster.address},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert filler.stdout and filler.stdout.readline() == "full\n"
+        run = Run(tmp_path / "full", *settings, address=cluster.address)
+        assert run.process.wait(timeout=400) == 0, run.output.read_text()
+        assert filler.poll() is None
+        assert answers(run.folder) == answers(calm.folder) and told(run.folder) == told(calm.folder)
+    finally:
+        cluster.shutdown()
+
+
+@chaos
+def test_two_runs_share_a_cluster(nodes, tmp_path):
+    """The second waits until the first leaves it room, and says what it waits for."""
+    first = Run(tmp_path / "first", *SMALL, "steps=8", address=nodes.address)
+    first.await_line("step 1/")
+    one_each = ("rollout.actors=1", "segmenter.actors=1")
+    second = Run(tmp_path / "second", *SMALL, *one_each, "steps=2", address=nodes.address)
+    second.await_line("waiting for 2.5 CPUs and 0 GPUs; ")
+    for run, steps in ((first, 8), (second, 2)):
+        assert run.process.wait(timeout=600) == 0, run.output.read_text()
+        assert len(answers(run.folder)) == steps
+    assert_nothing_left(nodes.address)
+
+
+@chaos
+@pytest.mark.parametrize("moment", ["starting actors", "step 1/", "evaluating after"])
+def test_a_job_that_is_stopped_leaves_nothing(nodes, tmp_path, moment):
+    client = JobSubmissionClient(nodes.head_node.webui_url and f"http://{nodes.head_node.webui_url}")
+    words = " ".join(f"'{each}'" for each in (*SMALL, "name=job", "steps=3", f"runs={tmp_path}"))
+    deadline = time.monotonic() + 300
+    job = client.submit_job(
+        entrypoint=f"{sys.executable} -m cluster.train configs/demo.yaml {words}",
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}, "working_dir": str(ROOT / "configs" / "..")},
+    )
+    while moment not in client.get_job_logs(job):
+        assert time.monotonic() < deadline and not client.get_job_status(job).is_terminal(), client.get_job_logs(job)
+        time.sleep(0.2)
+    time.sleep(1.0)
+    client.stop_job(job)
+    while not client.get_job_status(job).is_terminal():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert client.get_job_status(job) == JobStatus.STOPPED
+    assert_nothing_left(nodes.address)
+    assert json.loads((tmp_path / "job" / "summary.json").read_text())["status"] == "interrupted"
+
+
+@pytest.fixture
+def growing(environment):
+    """The address of a cluster that starts nodes of two cores when they are asked for, two at most; its head has one
+    core. Ray's own class for this ends all clusters of the machine when it starts."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        address = f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+    folder = Path(tempfile.mkdtemp(prefix="ray-"))  # the paths of Ray's sockets must be short
+    lists = ("setup_commands", "head_setup_commands", "worker_setup_commands", "initialization_commands")
+    config = {
+        "cluster_name": "growing",
+        "max_workers": 2,
+        "idle_timeout_minutes": 5,
+        "upscaling_speed": 1.0,
+        "provider": {"type": "fake_multinode", "gcs_address": address},
+        "head_node_type": "ray.head.default",
+        "available_node_types": {
+            "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+            "worker": {"resources": {"CPU": 2}, "node_config": {}, "min_workers": 0, "max_workers": 2},
+        },
+        **{name: {} for name in ("auth", "docker", "file_mounts")},
+        **{name: [] for name in (*lists, "cluster_synced_files", "rsync_exclude", "rsync_filter")},
+        **{name: [] for name in ("head_start_ray_commands", "worker_start_ray_commands")},
+        "file_mounts_sync_continuously": False,
+    }
+    (folder / "cluster.json").write_text(json.dumps(config))
+    subprocess.run(
+        [
+            *(Path(sys.executable).parent / "ray", "start", "--head", f"--port={address.split(':')[1]}"),
+            *("--num-cpus=1", "--dashboard-port=0", f"--autoscaling-config={folder / 'cluster.json'}"),
+            f"--temp-dir={folder}",
+        ],
+        env={**os.environ, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"},
+        check=True,
+        capture_output=True,
+    )
+    yield address
+    for process in marked(environment):
+        with suppress(psutil.Error):
+            process.kill()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_cluster_grows_by_what_a_run_asks_for(growing, tmp_path):
+    """Neither the learner nor the second segmenter has room before there are nodes for them."""
+    settings = ("learner.num_cpus=2", "segmenter.actors=2", "segmenter.num_cpus=1", "rollout.num_cpus=0.5", "steps=3")
+    run = Run(tmp_path, *SMALL[:2], *settings, address=growing)
+    assert run.process.wait(timeout=500) == 0, run.output.read_text()
+    said = run.output.read_text()
+    assert "waiting for 3.5 CPUs and 0 GPUs; 1 and 0 are free, and 3 actors need 3.5 CPUs" in said
+    assert len(answers(run.folder)) == 3
+    assert_nothing_left(growing)
