@@ -68,33 +68,34 @@ class Hiring:
         self._spread = spread
         self._free = {name: index for index, slot in enumerate(slots) for name in slot.names}
         self._held: dict[str, tuple[str, int]] = {}
-        self._places: dict[str, Place] = {}
         self._sharers: dict[tuple[str, str], int] = {}
         self._tenants: dict[str, Tenant] = {}
         self._pools: dict[str, Pool] = {}
         self._pending: dict[str, float] = {}
         self._now = time.monotonic
         self.handles: dict[str, Any] = {}
+        self.places: dict[str, Place] = {}
 
     def begin(self) -> list[str]:
         """Create all actors that the job lists; the names of those that have room, which loads nothing yet. What the
         run cannot begin without is waited for, as long as `deadlines.resources`, and the others for half a minute: they
         may come later. Raises DeadlinePassed, and Mistake for what does not fit into its GPU."""
         self._await_group()
-        core = [name for slot in self._slots for name in slot.names]
-        self._ask(core)
-        for wave in waves([actor.bundle for name, actor in self._listed.items() if name not in core]) or [[]]:
+        needed = [name for slot in self._slots for name in slot.names]
+        self._ask(needed)
+        for wave in waves([actor.bundle for name, actor in self._listed.items() if name not in needed]) or [[]]:
             names = [bundle.name for bundle in wave]
             self._ask(names)
-            self._await_places(core, others=names)
+            needed += [bundle.name for bundle in wave if bundle.index == 0]
+            self._await_places(needed, others=names)
         for line in summary(list(self._tenants.values())):
             print(line, flush=True)
         self._refuse_overfull()
-        return [name for name in self._listed if name in self._places]
+        return [name for name in self._listed if name in self.places]
 
     def sharers(self, name: str) -> int:
         """How many actors of its role share its node; those that have gone count, as others will take their place."""
-        return self._sharers[self._places[name].node, self._kind(name).bundle.role]
+        return self._sharers[self.places[name].node, self._kind(name).bundle.role]
 
     def expect(self, pool: Pool) -> None:
         """Let those that have not found room yet join a pool when they do."""
@@ -140,7 +141,7 @@ class Hiring:
     def _shared(self) -> dict[tuple[str, str], float]:
         """What this run's actors take of each GPU that is shared out, by its node and its id."""
         taken: dict[tuple[str, str], float] = defaultdict(float)
-        for name, place in self._places.items():
+        for name, place in self.places.items():
             if self._kind(name).bundle.shares_a_gpu:
                 for gpu in place.given:
                     taken[place.node, gpu] += self._kind(name).bundle.gpus
@@ -186,8 +187,8 @@ class Hiring:
         """Wait until the needed actors have said where they are, and the others that find room soon."""
         began = self._now()
         while True:
-            missing = [name for name in needed if name not in self._places]
-            late = any(name not in self._places for name in others)
+            missing = [name for name in needed if name not in self.places]
+            late = any(name not in self.places for name in others)
             if not missing and not (late and self._now() < began + PATIENCE_S):
                 return
             if missing and self._now() > began + self._deadlines.start:
@@ -258,9 +259,9 @@ class Hiring:
         return kind.need if kind.bundle.gpus > 0 else None
 
     def _lodge(self, name: str, place: Place) -> None:
-        self._places[name] = place
+        self.places[name] = place
         role, need = self._kind(name).bundle.role, self._need(name)
-        there = sum(other.node == place.node for each, other in self._places.items() if each.startswith(role))
+        there = sum(other.node == place.node for each, other in self.places.items() if each.startswith(role))
         self._sharers[place.node, role] = max(there, self._sharers.get((place.node, role), 0))
         if need and place.gpus:
             self._tenants[name] = tenant(name, need, place)
@@ -270,7 +271,7 @@ class Hiring:
             raise Mistake(fault)
 
     def _remove(self, name: str) -> None:
-        for known in (self._tenants, self._pending, self._places, self._pools):
+        for known in (self._tenants, self._pending, self.places, self._pools):
             known.pop(name, None)
         if name in self._held:
             slot, index = self._held.pop(name)

@@ -80,13 +80,18 @@ def bundles(role: str, count: int, each: ActorConfig) -> list[Bundle]:
 def core(
     listed: Sequence[Bundle], nodes: Sequence[Node], *, asked: int | None = None, spread: bool = False
 ) -> list[Slot]:
-    """What a run cannot begin without, the largest first: a slot for the ranks of each of the learner's nodes, and one
-    each for the first rollout and the first segmenter. asked: nodes for the ranks; None for the fewest of those that
+    """What a run cannot begin without and must have together, the largest first: a slot for the ranks of each of the
+    learner's nodes, and one each for the first rollout and the first segmenter; one that has a share of a GPU asks
+    later (`waves`) where others take whole ones. asked: nodes for the ranks; None for the fewest of those that
     are there or, with `spread`, one each."""
     ranks = [bundle for bundle in listed if bundle.role == "learner"]
     each = len(ranks) // (asked or (len(ranks) if spread else _fewest(ranks, nodes))) if ranks else 1
     slots = [Slot(together=tuple(ranks[i : i + each])) for i in range(0, len(ranks), each)]
-    slots += [Slot(together=(bundle,)) for bundle in listed if bundle.role != "learner" and bundle.index == 0]
+    first = [bundle for bundle in listed if bundle.role != "learner" and bundle.index == 0]
+    if any(bundle.gpus >= 1 for bundle in listed if bundle.role != "learner" and bundle.index > 0):
+        # Ray packs a group by itself, and a share in it may break a GPU that one outside needs whole.
+        first = [bundle for bundle in first if not bundle.shares_a_gpu]
+    slots += [Slot(together=(bundle,)) for bundle in first]
     return sorted(slots, key=lambda slot: _size(slot.whole), reverse=True)
 
 

@@ -93,8 +93,8 @@ LEARNING = ("batch=16", "rollout.n=16", "learner.micro_batch_tokens=640")
     [
         pytest.param(line("reading data"), ("data.train.phantoms=4000",), signal.SIGTERM, id="data"),
         pytest.param(line("starting actors", 0.3), (), signal.SIGTERM, id="cluster"),
-        pytest.param(line("starting actors", 12), (), signal.SIGTERM, id="start"),
-        pytest.param(line("evaluating before"), (), signal.SIGTERM, id="evaluate"),
+        pytest.param(line("starting actors", 12), (), signal.SIGTERM, id="start", marks=pytest.mark.chaos),
+        pytest.param(line("evaluating before"), (), signal.SIGTERM, id="evaluate", marks=pytest.mark.chaos),
         pytest.param(line("step 1/"), (AT_ONCE,), signal.SIGINT, id="sample"),
         pytest.param(line("step 1/", 3.0), (AT_ONCE, *LEARNING), signal.SIGTERM, id="learn"),
         pytest.param(file("checkpoints/.step-*"), (AT_ONCE, "checkpoint_every=1"), signal.SIGTERM, id="checkpoint"),

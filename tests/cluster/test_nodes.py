@@ -85,6 +85,78 @@ def answers(folder: Path):
     return [read_records(path) for path in sorted((folder / "samples").glob("step-*.parquet"))]
 
 
+PLACES = """
+import json, sys
+from actors.gpus import this_place
+from cluster.config import TrainConfig, load_config
+from cluster.hiring import ActorSpec
+from cluster.placement import Bundle
+from cluster.workers import ray_connection, started
+
+class Fake:
+    def place(self):
+        return this_place()
+    def address(self):
+        return "127.0.0.1", 1
+    def start(self, *_):
+        return "digest"
+    def stop(self):
+        pass
+
+listed = [
+    ActorSpec(
+        bundle=Bundle(role=role, index=i, cpus=0, gpus=gpus, labels=labels), actor_class=Fake, arguments={}
+    )
+    for role, gpus, count, labels in json.loads(sys.argv[1])
+    for i in range(count)
+]
+with ray_connection(), started(listed, load_config(TrainConfig, "configs/demo.yaml")) as workers:
+    places = workers.hiring.places
+    print("places", json.dumps({name: [place.node, *map(int, place.given)] for name, place in places.items()}))
+"""
+"""Starts actors that load nothing, and prints each one's node and the ids of its GPUs, which are logical."""
+
+
+def placed(address, *shares):
+    """Places of actors, by name. shares: of GPUs; role, share, count and labels."""
+    done = subprocess.run(
+        [sys.executable, "-c", PLACES, json.dumps(shares)],
+        cwd=ROOT,
+        env={**os.environ, "RAY_ADDRESS": address},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("places ")]
+    return {name: tuple(place) for name, place in json.loads(line.removeprefix("places ")).items()}
+
+
+def test_roles_land_as_they_are_placed(environment):
+    """On two nodes of three GPUs each, of different kinds."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "num_gpus": 0})
+    try:
+        new, old = (cluster.add_node(num_cpus=4, num_gpus=3, labels={"kind": kind}) for kind in ("new", "old"))
+        found = placed(
+            cluster.address,
+            ("segmenter", 0.25, 4, {}),
+            ("rollout", 1, 3, {"kind": "old"}),
+            ("learner", 1, 2, {"kind": "new"}),
+        )
+        assert {found[f"learner {i}"][0] for i in range(2)} == {new.node_id}, "the ranks share a bundle"
+        assert {found[f"rollout {i}"] for i in range(3)} == {(old.node_id, i) for i in range(3)}
+        (shared,) = {found[f"segmenter {i}"] for i in range(4)}
+        assert shared[0] == new.node_id, "all four share the one GPU that nobody needs whole"
+
+        found = placed(cluster.address, ("segmenter", 0.1, 4, {}), ("rollout", 0.9, 4, {}), ("learner", 1, 2, {}))
+        engines = {found[f"rollout {i}"] for i in range(4)}
+        assert len(engines) == 4 and {found[f"segmenter {i}"] for i in range(4)} <= engines
+        assert len({found[f"learner {i}"] for i in range(2)} - engines) == 2
+    finally:
+        cluster.shutdown()
+
+
 WHOLE_BEFORE = """
 import sys
 from cluster import train

@@ -143,6 +143,12 @@ def test_a_run_begins_with_the_learner_a_rollout_and_a_segmenter():
     assert parts(core(listed[:8], [])) == [["rollout 0"], ["segmenter 0"]], "an evaluation"
 
 
+def test_a_share_that_could_break_a_whole_gpu_waits_for_its_turn():
+    listed = [*role("segmenter", 0.25, 2), *role("rollout", 1, 2), *role("learner", 1, 1)]
+    assert parts(core(listed, [])) == [["learner 0"], ["rollout 0"]]
+    assert parts(core([*role("segmenter", 0.25, 2), *role("rollout", 1, 1)], [])) == [["rollout 0"], ["segmenter 0"]]
+
+
 def test_ranks_are_spread_where_that_is_asked_for_and_where_they_have_parts_of_gpus():
     node = Node(cpus=8, gpus=8)
     assert len(core(role("learner", 1, 4), [node], spread=True)) == 4
