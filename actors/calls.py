@@ -29,7 +29,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from actors.failures import ActorDied, ActorFailed, Broken, DeadlinePassed
+from actors.failures import ActorDied, ActorFailed, Broken, DeadlinePassed, Lost
 from umrg.mistake import Mistake
 
 _KILLED = (RayActorError, OutOfMemoryError, WorkerCrashedError, NodeDiedError)
@@ -155,8 +155,8 @@ class Calls:
 
 
 def refuse(ended: Ended) -> None:
-    """Raise DeadlinePassed, ActorDied or ActorFailed for a call that ended in a fault."""
-    kinds = {"late": DeadlinePassed, "died": ActorDied}
+    """Raise DeadlinePassed, ActorDied, Lost or ActorFailed for a call that ended in a fault."""
+    kinds = {"late": DeadlinePassed, "died": ActorDied, "lost": Lost}
     if ended.fault and ended.fault != "mistake":
         raise kinds.get(ended.fault, ActorFailed)(ended.cause) from ended.error
 

@@ -9,6 +9,10 @@ class ActorDied(ActorFailed):
     """An actor died."""
 
 
+class Lost(ActorFailed):
+    """What a call needed, or made, has gone with its node."""
+
+
 class DeadlinePassed(TimeoutError):
     """A wait took longer than its deadline."""
 

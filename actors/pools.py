@@ -16,7 +16,7 @@ from actors.calls import Calls, Ref
 from actors.collector import Post
 from actors.config import DeadlineConfig
 from actors.engine_report import UpdateReceipt
-from actors.failures import ActorDied, ActorFailed, DeadlinePassed
+from actors.failures import ActorDied, ActorFailed, DeadlinePassed, Lost
 from actors.ledger import Entry
 from actors.pool import Member, Pool, Starter
 from learner.update_report import SftReport, UpdateReport
@@ -27,7 +27,8 @@ from umrg.sample import Sample
 
 
 class LearnerDied(ActorDied):
-    """A rank of the learner died or hung; the others wait for it in a collective, and are of no use."""
+    """A rank of the learner died, hung, or lost what it was to learn from; the others wait for it in a collective, and
+    are of no use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +126,7 @@ class RolloutPool(Pool):
             if ended.fault == "error":
                 raise ActorFailed(ended.cause) from ended.error
             if ended.fault:
+                # Also where the learner's weights were lost: an engine begins no update before it has ended the last.
                 self.died(name, ended.cause)
         return {name: ended.result for name, ended in found.items() if not ended.fault}
 
@@ -217,7 +219,7 @@ class RankPool:
     def _gather(self, calls: Mapping[str, Ref], seconds: float, doing: str) -> list[Any]:
         try:
             return self._calls.gather(calls, seconds=seconds, doing=doing)
-        except (ActorDied, DeadlinePassed) as error:
+        except (ActorDied, DeadlinePassed, Lost) as error:
             raise LearnerDied(str(error)) from error
 
 

@@ -164,9 +164,9 @@ class Bereft(Training):
     before: list[str]
 
     def go(self, checkpoint):
-        learner = self.workers.learner
-        for method in ("update", "weights", "logprobs", "save"):
-            setattr(learner, method, self.guarded(method, getattr(learner, method)))
+        calls = [(self.workers.learner, name) for name in ("update", "weights", "logprobs", "save")]
+        for pool, method in [*calls, (self.workers.rollouts, "update_weights")]:
+            setattr(pool, method, self.guarded(method, getattr(pool, method)))
         super().go(checkpoint)
 
     def guarded(self, name, method):
@@ -181,11 +181,12 @@ class Bereft(Training):
 
 @chaos
 def test_a_learner_that_dies_goes_on_from_its_newest_checkpoint(undisturbed, demo_config, tmp_path, monkeypatch):
-    """Whatever it is asked for: an update before there is any checkpoint, weights, the canary, a checkpoint."""
-    deaths = ["update 1", "weights 3", "logprobs 4", "save 6"]
+    """Whatever it is asked for: an update before there is any checkpoint, weights, the canary, a checkpoint. With it go
+    weights that were on their way to the rollouts."""
+    deaths = ["update 1", "weights 3", "logprobs 4", "save 6", "update_weights 8"]
     monkeypatch.setattr(Bereft, "before", list(deaths), raising=False)
     monkeypatch.setattr(cluster.train, "Training", Bereft)
-    settings = ("steps=12", "checkpoint_every=2", "restarts=4", f"runs={tmp_path}", "name=chaos")
+    settings = ("steps=12", "checkpoint_every=2", "restarts=5", f"runs={tmp_path}", "name=chaos")
     run = train(demo_config(*SMALL, *settings))
     assert Bereft.before == []
     metrics, expected = undisturbed
