@@ -16,6 +16,7 @@ from cluster.placement import Bundle
 from cluster.weight_sync import tend
 from cluster.workers import started
 from tests.conftest import TINY_REASONER
+from umrg.mistake import Mistake
 
 
 @pytest.mark.parametrize("job", ["train", "evaluate", "sft"])
@@ -123,6 +124,16 @@ def test_engines_that_share_a_gpu_start_one_after_another_and_before_all_others(
         *("learner 0 begins on GPU 0", "learner 0 is up"),
         *("segmenter 0 begins on GPU 0", "segmenter 0 is up"),
     ]
+
+
+def test_what_a_local_cluster_will_never_hold_is_refused_at_once(ray_cluster, demo_config):
+    """No node will join it (Ray's private record of who started it tells)."""
+    config = demo_config("learner.num_cpus=100")
+    with (
+        pytest.raises(Mistake, match=r"no room for learner 0 \(100 CPUs.*; ask for fewer"),
+        started(train.actors(config), config),
+    ):
+        pass
 
 
 def test_an_actor_that_finds_no_room_says_what_it_waits_for(ray_cluster, demo_config, monkeypatch, capsys):
