@@ -208,7 +208,8 @@ class Hiring:
 
     def close(self) -> None:
         """Kill all actors; engines are given a moment to end their processes."""
-        stopping = [handle.stop.remote() for handle in self.handles.values() if hasattr(handle, "stop")]
+        there = [handle for name, handle in self.handles.items() if name in self.places]
+        stopping = [handle.stop.remote() for handle in there if hasattr(handle, "stop")]
         if stopping:
             ray.wait(stopping, num_returns=len(stopping), timeout=20)
         for name in list(self.handles):
