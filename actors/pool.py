@@ -5,11 +5,12 @@
 
 Scaling and death are the same event: `reconcile` compares the members with how many are wanted, starts what is missing
 and drains what is too much. A member is `loaded` once its model is; whoever runs the pool admits it to work, a rollout
-not before it has the current weights. The pool decides and remembers; a `Starter` makes actors and ends them, so that
-the pool itself knows neither Ray nor a clock.
+not before it has the current weights. The pool decides and remembers, and measures how busy its members are; a
+`Starter` makes actors and ends them, so that the pool itself does not know Ray.
 """
 
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -53,15 +54,34 @@ class Member:
     """Calls of it that ended in errors, since the last one that did not."""
 
 
-class Pool:
-    """The members of one role, by name. bound: calls of work that a member has at the same time."""
+@dataclass(frozen=True, kw_only=True)
+class Worked:
+    """Seconds of all members of a pool together."""
 
-    def __init__(self, role: str, starter: Starter, *, bound: int) -> None:
+    there: float = 0.0
+    """In which they could work: they were ready, or drained."""
+    busy: float = 0.0
+    """Of these, in which they had work."""
+
+    def __add__(self, other: "Worked") -> "Worked":
+        return Worked(there=self.there + other.there, busy=self.busy + other.busy)
+
+    def __sub__(self, other: "Worked") -> "Worked":
+        return Worked(there=self.there - other.there, busy=self.busy - other.busy)
+
+
+class Pool:
+    """The members of one role, by name. bound: calls of work that a member has at the same time. now: a monotonic
+    clock, in seconds."""
+
+    def __init__(self, role: str, starter: Starter, *, bound: int, now: Callable[[], float] = time.monotonic) -> None:
         self.role, self.bound = role, bound
         self.members: dict[str, Member] = {}
         self._starter = starter
         self._made = 0
         self._failed_starts = 0
+        self._now, self._counted_until = now, now()
+        self._worked = Worked()
 
     def __iter__(self) -> Iterator[Member]:
         return iter(list(self.members.values()))
@@ -81,6 +101,16 @@ class Pool:
         """Those that are not on their way out."""
         return [member for member in self if member.state != "draining"]
 
+    def worked(self) -> Worked:
+        """Since the pool was made."""
+        # Called before any member comes, goes, gets work or ends it, and so nothing has changed since the last call.
+        now = self._now()
+        passed, self._counted_until = now - self._counted_until, now
+        there = [member for member in self if member.state in ("ready", "draining")]
+        busy = sum(bool(member.flying) for member in there)
+        self._worked += Worked(there=passed * len(there), busy=passed * busy)
+        return self._worked
+
     def reconcile(self, wanted: int) -> None:
         """Start what is missing, drain what is too much, and end what is drained."""
         surplus = len(self.staying) - wanted
@@ -97,6 +127,7 @@ class Pool:
 
     def adopt(self, handles: Mapping[str, Any], *, state: State = "ready") -> None:
         """Take in actors that others made: those that may work, or those that are yet starting. handles: by name."""
+        self.worked()
         for name, handle in handles.items():
             self.members[name] = Member(name=name, handle=handle, state=state)
         self._made = max([self._made, *(int(name.split()[-1]) + 1 for name in handles)])
@@ -109,6 +140,7 @@ class Pool:
 
     def admit(self, name: str) -> None:
         """A loaded member may work."""
+        self.worked()
         if (member := self.members.get(name)) and member.state == "loaded":
             member.state = "ready"
 
@@ -127,6 +159,7 @@ class Pool:
 
     def took(self, member: Member, id: str, attempt: int) -> None:
         """A call of work was made to a member."""
+        self.worked()
         member.flying.add((id, attempt))
 
     def gave(self, name: str, id: str, attempt: int, *, error: bool = False) -> None:
@@ -134,6 +167,7 @@ class Pool:
         member = self.members.get(name)
         if member is None:
             return
+        self.worked()
         member.flying.discard((id, attempt))
         member.reserved = member.reserved and bool(member.flying)
         member.errors = member.errors + 1 if error else 0
@@ -157,5 +191,6 @@ class Pool:
             self._remove(member)
 
     def _remove(self, member: Member, *, cause: str | None = None) -> None:
+        self.worked()
         del self.members[member.name]
         self._starter.end(member.name, member.handle, cause=cause)

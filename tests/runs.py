@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TIMED
 
 SMALL = (
     "data.train={phantoms: 16, seed: 1, modalities: [CT]}",
@@ -93,4 +93,4 @@ def marked(mark: str) -> list[psutil.Process]:
 def told(folder: Path) -> list[dict[str, object]]:
     """Metrics of each step of a run, timings left out."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{name: value for name, value in line.items() if not name.startswith("seconds/")} for line in lines]
+    return [{name: value for name, value in line.items() if not name.startswith(TIMED)} for line in lines]

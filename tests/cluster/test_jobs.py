@@ -164,7 +164,7 @@ LONG_STEPS = """
 import sys, time
 from cluster import train
 from cluster.cli import run_command
-from cluster.journal import Clock
+from cluster.timesheet import Clock
 
 passed = [0.0]
 Clock.__init__.__defaults__ = (lambda: time.monotonic() + passed[0],)
