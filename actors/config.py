@@ -13,11 +13,36 @@ from umrg.group import SamplingParams
 from umrg.mistake import Mistake
 
 
-class RolloutConfig(ActorConfig):
-    """Rollout actors, each with a vLLM engine."""
+class Autoscale(Config):
+    """Bounds between which a training run chooses how many actors a role has, as it measures who waits for whom."""
+
+    min: PositiveInt
+    """Fewest actors."""
+    max: PositiveInt
+    """Most actors; the cluster should have room for them."""
+
+
+class PoolConfig(ActorConfig):
+    """Actors that may come and go."""
 
     actors: MayChange[PositiveInt] = 1
-    """Number of rollout actors."""
+    """Number of actors; with `autoscale`, at the start."""
+    autoscale: MayChange[Autoscale | None] = None
+    """Bounds between which a training run changes the number of actors by itself; null for a constant number."""
+
+    @model_validator(mode="after")
+    def _begins_within(self) -> Self:
+        if (bounds := self.autoscale) and not bounds.min <= self.actors <= bounds.max:
+            raise Mistake(
+                f"a run does not begin with {self.actors} actors and stay between {bounds.min} and {bounds.max}; set "
+                "actors to a number from autoscale.min to autoscale.max"
+            )
+        return self
+
+
+class RolloutConfig(PoolConfig):
+    """Rollout actors, each with a vLLM engine."""
+
     tensor_parallel: PositiveInt = 1
     """GPUs that one engine spans; `num_gpus` must be the same number."""
     n: PositiveInt = 8
@@ -154,11 +179,9 @@ class EndpointConfig(Config):
         return key
 
 
-class SegmenterConfig(ActorConfig):
+class SegmenterConfig(PoolConfig):
     """Segmenter actors, each with a frozen expert."""
 
-    actors: MayChange[PositiveInt] = 1
-    """Number of segmenter actors."""
     checkpoint: Path | None = None
     """Weights of a published expert, a safetensors file as `medreasoner expert convert` writes it."""
     device: str | None = None

@@ -18,6 +18,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from cluster.advice import RECENT, Advice, Load, advice_after, loads
 from rewards.answer_metrics import TRAINING_METRICS
 
 if TYPE_CHECKING:
@@ -82,7 +83,10 @@ class Display:
         self._config = config
         self._status = ""
         self._warnings: set[str] = set()
-        self._metrics: Mapping[str, float] = {}
+        self._lines: list[Mapping[str, float]] = []
+        """Metrics of the newest steps."""
+        self._advice: Advice | None = None
+        self._advised: str | None = None
         self._evaluations: dict[str, Mapping[str, Mapping[str, float]]] = {}
         self._progress = Progress(*_columns(), console=self._console)
         self._task = self._progress.add_task(config.name, total=config.steps, text="")
@@ -117,16 +121,21 @@ class Display:
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show a step's metrics. Those of masks are absent where the reward needs no mask."""
-        self._metrics = metrics
+        self._lines = [*self._lines, metrics][-RECENT:]
         self._progress.update(self._task, completed=step)
         answers = section(metrics, "answers")
         formats = {"dice": "dice {:.3f}", "iou": "iou {:.3f}", "well_formed": "well-formed {:.0%}"}
         measured = [text.format(answers[name]) for name, text in formats.items() if name in answers]
         seconds = [f"{name} {value:.1f}" for name, value in section(metrics, "seconds").items()]
-        self._line(
-            "  ".join([f"step {step}/{self._config.steps}", f"reward {metrics['reward/total']:.3f}", *measured])
-            + f"  | s: {'  '.join(seconds)}  | left {self._left()}"
-        )
+        busy = [f"{role} {load.busy:.0%}" for role, load in loads([metrics]).items()]
+        parts = [
+            "  ".join([f"step {step}/{self._config.steps}", f"reward {metrics['reward/total']:.3f}", *measured]),
+            f"s: {'  '.join(seconds)}",
+            *([f"busy: {'  '.join(busy)}"] if busy else []),
+            f"left {self._left()}",
+        ]
+        self._line("  | ".join(parts))
+        self._advise()
 
     def note(self, text: str) -> None:
         """Print what was found out."""
@@ -153,6 +162,18 @@ class Display:
             )
             _print_line(self._console, f"gain {kind}  " + "  ".join(differences))
 
+    def advice(self) -> None:
+        """Print which pool should be larger."""
+        if self._advice:
+            _print_line(self._console, f"advice: {self._advice.text}")
+
+    def _advise(self) -> None:
+        """Find advice; on a terminal it is shown with each step, elsewhere printed where it is of another role."""
+        self._advice = advice_after(self._lines)
+        if self._advice and self._advice.role != self._advised:
+            self._advised = self._advice.role
+            self._line(f"advice: {self._advice.text}")
+
     def _line(self, text: str) -> None:
         if not self._console.is_terminal:
             _print_line(self._console, text)
@@ -163,20 +184,24 @@ class Display:
 
     def _render(self) -> Group:
         parts: list[Table | Progress | str] = [self._progress]
-        if self._metrics:
-            parts.append(_two_columns("this step", self._step_rows()))
+        if self._lines:
+            parts.append(_two_columns("this step", self._step_rows(self._lines[-1])))
+            if found := loads(self._lines[-1:]):
+                parts.append(_role_table(found))
+            if self._advice:
+                parts.append(self._advice.text)
         if self._evaluations:
             parts.append(self._evaluation_table())
         if self._status:
             parts.append(f"… {self._status}")
         return Group(*parts)
 
-    def _step_rows(self) -> dict[str, str]:
-        answers, rewards = section(self._metrics, "answers"), reward_parts(self._metrics)
+    def _step_rows(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        answers, rewards = section(metrics, "answers"), reward_parts(metrics)
         return {
             **{name: f"{answers[name]:.3f}" for name in TRAINING_METRICS if name in answers},
             **{f"reward/{name}": f"{value:.3f}" for name, value in rewards.items()},
-            **{f"{name} s": f"{value:.1f}" for name, value in section(self._metrics, "seconds").items()},
+            **{f"{name} s": f"{value:.1f}" for name, value in section(metrics, "seconds").items()},
         }
 
     def _evaluation_table(self) -> Table:
@@ -195,6 +220,15 @@ def section(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
 def reward_parts(metrics: Mapping[str, float]) -> dict[str, float]:
     """The total reward and its parts, without the statistics of groups that are named `reward/…` too."""
     return {name: value for name, value in section(metrics, "reward").items() if name not in _GROUP_STATISTICS}
+
+
+def _role_table(found: Mapping[str, Load]) -> Table:
+    table = Table("time by role", "actors", "busy s", "waiting s", "busy", "all else waits", title_justify="left")
+    for role, load in found.items():
+        busy = load.busy * load.seconds
+        seconds = f"{busy:.1f}", f"{load.seconds - busy:.1f}"
+        table.add_row(role, f"{load.actors:.0f}", *seconds, f"{load.busy:.0%}", f"{load.awaited:.0%}")
+    return table
 
 
 def _two_columns(title: str, rows: Mapping[str, str]) -> Table:

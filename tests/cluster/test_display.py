@@ -57,6 +57,44 @@ def test_without_masks_their_metrics_are_left_out(demo_config, terminal):
     assert "dice" not in step.replace("pdice", "") and "iou" in step
 
 
+ROLES = {
+    "seconds/score": 0.25,
+    "actors/rollout": 1.0,
+    "actors/segmenter": 2.0,
+    "actors/learner": 1.0,
+    "busy/rollout": 0.3,
+    "busy/rollout_awaited": 1.0,
+    "busy/segmenter": 0.12,
+    "busy/segmenter_awaited": 1.0,
+    "busy/learner": 0.65,
+}
+
+
+def test_a_plain_line_says_how_busy_each_role_is(demo_config):
+    line = shown(demo_config, terminal=False, metrics={**METRICS, **ROLES}).splitlines()[2]
+    assert "  | busy: rollout 30%  segmenter 12%  learner 65%  | left" in line
+
+
+def test_the_live_table_says_how_long_each_role_was_busy_and_waited(demo_config):
+    text = shown(demo_config, terminal=True, metrics={**METRICS, **ROLES})
+    row = next(line for line in text[text.rindex("time by role") :].splitlines() if "rollout" in line)
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == ["rollout", "1", "1.5", "3.5", "30%", "30%"]
+
+
+def test_advice_is_printed_after_three_steps_and_where_it_is_of_another_role(demo_config):
+    text = io.StringIO()
+    learner = {**METRICS, **ROLES}
+    rollout = {**learner, "seconds/rollout": 30.0, "busy/rollout": 0.9}
+    with Display(demo_config(), Console(file=text, width=300)) as display:
+        for step, metrics in enumerate([learner] * 4 + [rollout] * 4):
+            display.step(step, metrics)
+        display.advice()
+    said = [(i, line.partition(";")[0]) for i, line in enumerate(text.getvalue().splitlines()) if "advice" in line]
+    assert said[0] == (3, "advice: everything else waited for the learner 65% of the time")
+    assert len(said) == 3 and "rollout.actors=2" in text.getvalue().splitlines()[said[1][0]]
+    assert said[2][0] == len(text.getvalue().splitlines()) - 1, "and in the end"
+
+
 def test_the_improvement_is_printed_with_its_intervals(demo_config):
     text = io.StringIO()
     pair = {"before": 0.5, "after": 0.7, "gain": 0.2, "low": 0.1, "high": 0.3}

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from cluster.records import read_records
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TIMED
 
 REAL_IMAGES = ROOT.parent / "shared" / "data" / "umrg_real_sample.parquet"
 SMALL = (
@@ -226,7 +226,7 @@ LONG_STEPS = """
 import sys, time
 from cluster import train
 from cluster.cli import run_command
-from cluster.journal import Clock
+from cluster.timesheet import Clock
 
 passed = [0.0]
 Clock.__init__.__defaults__ = (lambda: time.monotonic() + passed[0],)
@@ -294,7 +294,7 @@ def learnt(folder):
 def told(folder):
     """Metrics of each step, timings left out."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{name: value for name, value in line.items() if not name.startswith("seconds/")} for line in lines]
+    return [{name: value for name, value in line.items() if not name.startswith(TIMED)} for line in lines]
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ def recorded(demo_config, tmp_path):
                 journal.rewind(resumed_after, sum(map(len, lines[:resumed_after])))
                 first = resumed_after + 1
             for step, value in enumerate(values, first):
-                journal.step(step, [group(step)], report(value), canary_gap=0.0, resampled=0)
+                journal.step(step, [group(step)], report(value), canary_gap=0.0, resampled=0, roles={})
             return journal.summary().get("alarms", [])
 
     return record

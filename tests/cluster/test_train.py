@@ -96,6 +96,8 @@ def test_a_run_leaves_its_folder(finished):
         assert line["learner/engine_gap"] < 1e-4 and line["learner/canary_gap"] < 1e-4
         assert line["policy/lag"] == 0
         assert {"seconds/rollout", "seconds/score", "seconds/learn", "seconds/sync"} <= line.keys()
+        assert 0 < line["busy/rollout"] < 1 and 0 < line["busy/segmenter"] < 1 and 0 < line["busy/learner"] < 1
+        assert [line[f"actors/{role}"] for role in ("rollout", "segmenter")] == pytest.approx([2, 3], abs=0.01)
     summary = json.loads((run.path / "summary.json").read_text())
     assert summary["status"] == "ended" and summary["steps"] == 3
     for when in ("before", "after"):
@@ -112,7 +114,7 @@ def test_a_run_leaves_its_folder(finished):
     )
     assert last.keys() == final.keys() and all(torch.equal(last[name], final[name]) for name in last)
     page = (run.report / "index.html").read_text()
-    assert page.count("<article") == 4
+    assert page.count("<article") == 4 and "<h2>Time by role</h2>" in page
     assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", page), "the page loads something from elsewhere"
 
 

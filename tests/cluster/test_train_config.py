@@ -53,6 +53,9 @@ def test_the_configuration_imports_no_torch():
         ("learner.objective.clip_high=0.1", "clip_high 0.1 is below clip 0.2; give at least that"),
         ("learner.objective.dual_clip=0.5", "learner.objective.dual_clip: Input should be greater than 1"),
         ("learner.objective.kl_estimater=k1", "did you mean 'kl_estimator'"),
+        ("rollout.autoscale={min: 2, max: 4}", "rollout: a run does not begin with 1 actors and stay between 2 and 4"),
+        ("segmenter.autoscale={min: 1}", "segmenter.autoscale.max: Field required"),
+        ("segmenter.autoscale={min: 0, max: 2}", "segmenter.autoscale.min: Input should be greater than 0"),
         ("rollout.n=1", "advantage=group compares a group's answers; set rollout.n to 2 or more"),
         (
             "learner.micro_batch_tokens=500",
@@ -100,12 +103,15 @@ def test_a_key_of_an_earlier_version_is_answered_with_its_name(demo_config):
 
 
 OF_AN_ACTOR = {"num_cpus", "num_gpus", "threads"}
+OF_A_POOL = {"actors", "autoscale"}
 OF_AN_ENGINE = {f"rollout.{key}" for key in ("max_num_seqs", "max_num_batched_tokens", "cuda_graphs")}
 OF_A_RANK = {*OF_AN_ACTOR, "zero_stage", "offload", "micro_batch_tokens", "gradient_checkpointing", "ranks"}
 OF_A_RUN = {"runs", "placement", "deadlines.resources", "deadlines.start", "deadlines.step"}
 OF_LEARNING = {"steps", "resume", "checkpoint_every", "keep"} | {f"learner.{key}" for key in OF_A_RANK}
 OF_GRPO = {"keep_best", "learner.reference", "learner.sha256", "restarts", "tolerated_failures"}
-OF_INFERENCE = OF_AN_ENGINE | {f"{role}.{key}" for role in ("rollout", "segmenter") for key in {*OF_AN_ACTOR, "actors"}}
+OF_INFERENCE = OF_AN_ENGINE | {
+    f"{role}.{key}" for role in ("rollout", "segmenter") for key in {*OF_AN_ACTOR, *OF_A_POOL}
+}
 
 
 @pytest.mark.parametrize(
