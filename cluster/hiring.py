@@ -167,7 +167,7 @@ class Hiring:
         seconds, began = self._deadlines.resources, self._now()
         call = Call(actor="the placement group", doing="waiting for room", seconds=math.inf, then=follow)
         self._calls.add(self._group.ready(), call)
-        said = began
+        said = began + 1 - SAY_EVERY_S
         while not ready:
             self._calls.turn(min(1.0, max(0.1, began + seconds - self._now())))
             if not ready and self._now() >= began + seconds:

@@ -87,6 +87,7 @@ def answers(folder: Path):
 
 PLACES = """
 import json, sys
+from pathlib import Path
 from actors.gpus import this_place
 from cluster.config import TrainConfig, load_config
 from cluster.hiring import ActorSpec
@@ -110,7 +111,7 @@ listed = [
     for role, gpus, count, labels in json.loads(sys.argv[1])
     for i in range(count)
 ]
-with ray_connection(), started(listed, load_config(TrainConfig, "configs/demo.yaml")) as workers:
+with ray_connection(), started(listed, load_config(TrainConfig, Path("configs/demo.yaml"))) as workers:
     places = workers.hiring.places
     print("places", json.dumps({name: [place.node, *map(int, place.given)] for name, place in places.items()}))
 """
