@@ -262,13 +262,10 @@ def test_two_runs_share_a_cluster(nodes, tmp_path):
 @chaos
 @pytest.mark.parametrize("moment", ["starting actors", "step 1/", "evaluating after"])
 def test_a_job_that_is_stopped_leaves_nothing(nodes, tmp_path, moment):
-    client = JobSubmissionClient(nodes.head_node.webui_url and f"http://{nodes.head_node.webui_url}")
+    client = JobSubmissionClient(f"http://{nodes.head_node.webui_url}")
     words = " ".join(f"'{each}'" for each in (*SMALL, "name=job", "steps=3", f"runs={tmp_path}"))
     deadline = time.monotonic() + 300
-    job = client.submit_job(
-        entrypoint=f"{sys.executable} -m cluster.train configs/demo.yaml {words}",
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}, "working_dir": str(ROOT / "configs" / "..")},
-    )
+    job = client.submit_job(entrypoint=f"cd {ROOT} && exec {sys.executable} -m cluster.train configs/demo.yaml {words}")
     while moment not in client.get_job_logs(job):
         assert time.monotonic() < deadline and not client.get_job_status(job).is_terminal(), client.get_job_logs(job)
         time.sleep(0.2)
