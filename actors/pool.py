@@ -118,9 +118,10 @@ class Pool:
             name = f"{self.role} {self._made}"
             self._made += 1
             self.members[name] = Member(name=name, handle=self._starter.start(self, name))
-        leaving = sorted(self.staying, key=lambda member: (member.state == "ready", len(member.flying)))
-        for member in leaving[: max(0, surplus)]:
-            member.state = "draining"
+        if surplus > 0:
+            leaving = sorted(self.staying, key=lambda member: (member.state == "ready", len(member.flying)))
+            for member in leaving[:surplus]:
+                member.state = "draining"
         for member in self:
             if member.state == "draining" and not member.flying:
                 self._remove(member)
