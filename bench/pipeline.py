@@ -103,8 +103,8 @@ class Recorder:
 class RecordedRollout(Rollout):
     """A rollout whose requests to vLLM can be made again."""
 
-    async def start(self) -> EngineReport:
-        report = await super().start()
+    async def start(self, sharers: int = 1) -> EngineReport:
+        report = await super().start(sharers)
         engine: Any = self._running()
         engine._llm = self._llm = Recorder(engine._llm, "generate")
         return report
@@ -131,8 +131,8 @@ class RecordedRollout(Rollout):
 class RecordedSegmenter(Segmenter):
     """A segmenter whose calls of its expert can be made again."""
 
-    def start(self) -> str:
-        digest = super().start()
+    def start(self, sharers: int = 1) -> str:
+        digest = super().start(sharers)
         recorder: Any = Recorder(self._loaded, "embed", "decode")
         self._loaded = recorder
         return digest
