@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 from ray.job_submission import JobStatus, JobSubmissionClient
-from ray.util.state import list_actors, list_placement_groups
+from ray.util.state import list_actors, list_nodes, list_placement_groups
 
 from cluster.records import read_records
 from tests.conftest import ROOT
@@ -60,7 +61,8 @@ def nodes(environment):
 
 
 def labelled(cluster, kind):
-    return [node for node in cluster.worker_nodes if node.get_labels().get("kind") == kind]
+    ids = {node.node_id for node in list_nodes(address=cluster.address) if node.labels.get("kind") == kind}
+    return [node for node in cluster.worker_nodes if node.node_id in ids]
 
 
 def living(address):
@@ -248,14 +250,15 @@ def test_a_full_object_store_changes_nothing(environment, tmp_path):
 @chaos
 def test_two_runs_share_a_cluster(nodes, tmp_path):
     """The second waits until the first leaves it room, and says what it waits for."""
-    first = Run(tmp_path / "first", *SMALL, "steps=8", address=nodes.address)
+    first = Run(tmp_path / "first", *SMALL, "steps=500", address=nodes.address)
     first.await_line("step 1/")
     one_each = ("rollout.actors=1", "segmenter.actors=1")
     second = Run(tmp_path / "second", *SMALL, *one_each, "steps=2", address=nodes.address)
     second.await_line("waiting for 2.5 CPUs and 0 GPUs; ")
-    for run, steps in ((first, 8), (second, 2)):
-        assert run.process.wait(timeout=600) == 0, run.output.read_text()
-        assert len(answers(run.folder)) == steps
+    first.process.send_signal(signal.SIGTERM)
+    assert first.process.wait(timeout=120) == 130, first.output.read_text()
+    assert second.process.wait(timeout=600) == 0, second.output.read_text()
+    assert len(answers(second.folder)) == 2
     assert_nothing_left(nodes.address)
 
 
