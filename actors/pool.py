@@ -9,6 +9,7 @@ not before it has the current weights. The pool decides and remembers, and measu
 `Starter` makes actors and ends them, so that the pool itself does not know Ray.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,9 @@ State = Literal["starting", "loaded", "ready", "draining"]
 
 FAILED_STARTS = 3
 """Starts that fail one after another before the pool gives up."""
+APART_S = 10.0
+"""Seconds within which starts that fail count once: with a node all that start there die, and for some seconds Ray
+places others there."""
 ERRORS = 2
 """Errors of a member one after another before it is replaced."""
 
@@ -79,7 +83,7 @@ class Pool:
         self.members: dict[str, Member] = {}
         self._starter = starter
         self._made = 0
-        self._failed_starts = 0
+        self._failed_starts, self._failed_at = 0, -math.inf
         self._now, self._counted_until = now, now()
         self._worked = Worked()
 
@@ -182,7 +186,8 @@ class Pool:
             return
         self._remove(member, cause=cause)
         if member.state == "starting":
-            self._failed_starts += 1
+            if self._now() >= self._failed_at + APART_S:
+                self._failed_starts, self._failed_at = self._failed_starts + 1, self._now()
             if self._failed_starts >= FAILED_STARTS:
                 raise ActorFailed(f"{self._failed_starts} {self.role}s in turn did not start: {cause}")
 

@@ -16,7 +16,7 @@ import ray
 from actors.calls import Call, Calls, Ended, refuse
 from actors.config import DeadlineConfig
 from actors.engine_report import EngineReport
-from actors.failures import DeadlinePassed
+from actors.failures import ActorDied, DeadlinePassed
 from actors.gpus import Place
 from actors.pool import Pool
 from actors.pools import Placement
@@ -72,6 +72,7 @@ class Hiring:
         self._tenants: dict[str, Tenant] = {}
         self._pools: dict[str, Pool] = {}
         self._pending: dict[str, float] = {}
+        self._failed: dict[str, Ended] = {}
         self._now = time.monotonic
         self.handles: dict[str, Any] = {}
         self.places: dict[str, Place] = {}
@@ -104,13 +105,22 @@ class Hiring:
         pool.adopt(waiting, state="starting")
 
     def again(self, role: str) -> dict[str, Any]:
-        """Others in the place of all listed actors of a role."""
+        """Others in the place of all listed actors of a role. Raises DeadlinePassed."""
         names = [name for name, actor in self._listed.items() if actor.bundle.role == role]
-        for name in names:
-            self._remove(name)
-        self._ask(names)
-        self._await_places(names)
-        return {name: self.handles[name] for name in names}
+        began = self._now()
+        while True:
+            for name in names:
+                self._remove(name)
+                self._calls.gone(name, f"{name} was ended")
+            self._ask(names)
+            try:
+                self._await_places(names)
+                return {name: self.handles[name] for name in names}
+            except ActorDied:
+                # Ray takes some seconds to notice that a node is lost, and still places actors there.
+                if self._now() > began + self._deadlines.start:
+                    raise
+                self._calls.turn()
 
     def start(self, pool: Pool, name: str) -> Any:
         """As `Starter.start`: the actor says where it is, and then loads."""
@@ -187,6 +197,8 @@ class Hiring:
         """Wait until the needed actors have said where they are, and the others that find room soon."""
         began = self._now()
         while True:
+            for name in list(self._failed):
+                refuse(self._failed.pop(name))
             missing = [name for name in needed if name not in self.places]
             late = any(name not in self.places for name in others)
             if not missing and not (late and self._now() < began + PATIENCE_S):
@@ -229,12 +241,14 @@ class Hiring:
     def _placed(self, name: str, ended: Ended) -> None:
         """An actor has found room. It loads now if its pool expects it, and else when the run begins."""
         pool = self._pools.get(name)
-        if pool and ended.fault:
-            pool.died(name, ended.cause)
-            return
-        refuse(ended)
         if name not in self.handles:
             return  # it was ended meanwhile
+        if ended.fault:
+            if pool:
+                pool.died(name, ended.cause)
+            else:
+                self._failed[name] = ended  # raised by who waits for it: what follows from other calls must follow
+            return
         self._pending.pop(name, None)
         self._lodge(name, ended.result)
         if pool:
@@ -272,7 +286,7 @@ class Hiring:
             raise Mistake(fault)
 
     def _remove(self, name: str) -> None:
-        for known in (self._tenants, self._pending, self.places, self._pools):
+        for known in (self._tenants, self._pending, self._failed, self.places, self._pools):
             known.pop(name, None)
         if name in self._held:
             slot, index = self._held.pop(name)

@@ -12,7 +12,7 @@ from actors.calls import Call, Ended
 from actors.collector import Collector, Post
 from actors.failures import ActorFailed
 from actors.ledger import Ledger
-from actors.pool import Pool
+from actors.pool import APART_S, Pool
 
 
 class World:
@@ -26,7 +26,7 @@ class World:
         self.abandoned: list[Ended] = []
         self.scored: Counter[str] = Counter()
         self.poison, self.broken = set(poison), set(broken)
-        self.pools = {role: Pool(role, self, bound=bound) for role in ("rollout", "segmenter")}
+        self.pools = {role: Pool(role, self, bound=bound, now=lambda: self.now) for role in ("rollout", "segmenter")}
         self.ledger = Ledger(ids)
         sampling, scoring = (
             Post(pool=pool, make=lambda member, entry: self.make(member, entry), doing="working", seconds=10.0)
@@ -226,9 +226,22 @@ def test_actors_that_never_start_end_the_run():
     pool = world.pools["rollout"]
     with pytest.raises(ActorFailed, match="3 rollouts in turn did not start: no such model"):
         for _ in range(3):
+            world.now += APART_S
             pool.reconcile(1)
             (member,) = pool
             pool.died(member.name, "no such model")
+
+
+def test_actors_that_are_lost_with_a_node_while_they_start_end_nothing():
+    """Several at once, and others that Ray places there before it notices."""
+    world = World(["a"])
+    pool = world.pools["rollout"]
+    for _ in range(3):
+        pool.reconcile(8)
+        for member in pool:
+            pool.died(member.name, "its node died")
+    world.settle({"rollout": 1, "segmenter": 1})
+    assert world.scored == {"a": 1}
 
 
 def test_scaling_down_lets_work_end_first():

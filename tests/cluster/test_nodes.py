@@ -203,6 +203,7 @@ def test_nodes_that_are_lost_and_added_change_nothing(nodes, environment, tmp_pa
     run.await_line("the learner starts again")
     nodes.add_node(num_cpus=1, num_gpus=0, labels={"kind": "learner"})
     assert run.process.wait(timeout=600) == 0, run.output.read_text()
+    assert run.output.read_text().count("the learner starts again") == 1
     assert answers(run.folder) == answers(calm.folder) and len(answers(run.folder)) == 6
     assert told(run.folder) == told(calm.folder)
     assert_nothing_left(nodes.address)
