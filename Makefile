@@ -24,7 +24,7 @@ DEMO ?=
 
 BIN := $(VENV)/bin
 PACKAGES := umrg rewards phantoms reasoner learner actors cluster serving
-CHECKED := $(PACKAGES) $(wildcard bench/*.py docs/*.py models/*.py) tests
+CHECKED := $(PACKAGES) $(wildcard bench/*.py deploy/*.py docs/*.py models/*.py) tests
 PIP := DS_BUILD_OPS=0 $(BIN)/pip --disable-pip-version-check -qq install -c constraints/$(EXTRA).txt
 # `==2.13.0` would take a CPU build too, and prefers it where an index has both; `===` compares the whole version.
 TORCH := torch$(if $(filter cpu,$(EXTRA)),==2.13.0+cpu,$(if $(TORCH_INDEX),==2.13.0,===2.13.0)) torchvision==0.28.0
