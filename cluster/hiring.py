@@ -21,7 +21,7 @@ from actors.gpus import Place
 from actors.pool import Pool
 from actors.pools import Placement
 from cluster.memory import GpuNeed, Tenant, overfull, summary, tenant
-from cluster.placement import Bundle, Node, Slot, beside, shortage, waves
+from cluster.placement import Bundle, Node, Slot, beside, described, shortage, waves
 from umrg.mistake import Mistake
 
 PATIENCE_S = 30.0
@@ -233,8 +233,8 @@ class Hiring:
             self._pending[name] = self._now() + PATIENCE_S
             bundle, free = self._kind(name).bundle, ray.available_resources()
             print(
-                f"{name} waits for {bundle.cpus:g} CPUs and {bundle.gpus:g} GPUs; {free.get('CPU', 0):g} and "
-                f"{free.get('GPU', 0):g} are free",
+                f"{name} waits for {described(bundle)}; {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs "
+                "are free",
                 flush=True,
             )
 

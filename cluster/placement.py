@@ -175,13 +175,14 @@ def shortage(wanted: Sequence[Bundle], nodes: Sequence[Node]) -> str | None:
             return (
                 f"{len(wanted)} actors need {need_cpus:g} CPUs and {need_gpus:g} GPUs, the cluster has {have_cpus:g} "
                 f"and {have_gpus:g} on {len(nodes)} node{'s' if len(nodes) != 1 else ''}; there is no room for "
-                f"{bundle.name} ({_described(bundle)})"
+                f"{bundle.name} ({described(bundle)})"
             )
         min(fitting, key=lambda room: (sum(room.gpus), room.cpus)).take(bundle)
     return None
 
 
-def _described(bundle: Bundle) -> str:
+def described(bundle: Bundle) -> str:
+    """What it takes, in words."""
     labels = "".join(f", {name}={value}" for name, value in bundle.labels.items())
     if bundle.shares_a_gpu:
         return f"{bundle.cpus:g} CPUs, {bundle.gpus:g} of one GPU{labels}"

@@ -156,7 +156,29 @@ def test_an_actor_that_finds_no_room_says_what_it_waits_for(ray_cluster, demo_co
             workers.calls.turn(0.2)
         assert [member.state for member in workers.segmenters] == ["ready", "starting"]
     said = capsys.readouterr().out
-    assert f"starting segmenter 1\nsegmenter 1 waits for {0.6 * free:g} CPUs and 0 GPUs; " in said
+    assert f"starting segmenter 1\nsegmenter 1 waits for {0.6 * free:g} CPUs, 0 GPUs on one node; " in said
+
+
+def test_a_run_begins_without_those_that_have_no_room_yet(ray_cluster, demo_config, monkeypatch, capsys):
+    """They stay asked for: here on a node of a kind that the cluster has none of."""
+    monkeypatch.setattr("cluster.hiring.PATIENCE_S", 0.5)
+    log = ray.remote(Log).options(num_cpus=0).remote()
+    listed = [
+        ActorSpec(
+            bundle=(bundle := Bundle(role=role, index=index, cpus=0, gpus=0, labels=labels)),
+            actor_class=Fake,
+            arguments={"log": log, "name": bundle.name},
+        )
+        for role, index, labels in (
+            *((role, 0, {}) for role in ("learner", "rollout", "segmenter")),
+            ("segmenter", 1, {"kind": "elsewhere"}),
+        )
+    ]
+    with started(listed, demo_config()) as workers:
+        assert [member.state for member in workers.segmenters] == ["ready", "starting"]
+        assert workers.wanted == {"rollout": 1, "segmenter": 2}
+        tend(workers)
+    assert "segmenter 1 waits for 0 CPUs, 0 GPUs on one node, kind=elsewhere; " in capsys.readouterr().out
 
 
 def test_a_variable_of_a_role_reaches_the_engines_own_processes(workers):
