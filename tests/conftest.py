@@ -51,11 +51,21 @@ def ray_cluster():
     on it."""
     import ray
 
-    context = ray.init(
-        num_cpus=4, num_gpus=1, include_dashboard=True, dashboard_port=0, logging_level="ERROR", log_to_driver=False
-    )
-    yield context.dashboard_url
-    ray.shutdown()
+    from tests.runs import cluster_folder
+
+    with cluster_folder() as folder:
+        context = ray.init(
+            num_cpus=4,
+            num_gpus=1,
+            include_dashboard=True,
+            dashboard_port=0,
+            logging_level="ERROR",
+            log_to_driver=False,
+            _temp_dir=str(folder),
+        )
+        (folder / "ray_current_cluster").write_text(context.address_info["gcs_address"])
+        yield context.dashboard_url
+        ray.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -2,13 +2,15 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -78,6 +80,17 @@ class Run:
     def summary(self) -> dict[str, object]:
         found: dict[str, object] = json.loads((self.folder / "summary.json").read_text())
         return found
+
+
+@contextmanager
+def cluster_folder() -> Iterator[Path]:
+    """A folder for a cluster of its own, with a path short enough for Ray's sockets. A job's supervisor looks for its
+    cluster's address in `ray_current_cluster` there; without it any cluster of this machine would do for Ray."""
+    folder = Path(tempfile.mkdtemp(prefix="ray-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def marked(mark: str) -> list[psutil.Process]:

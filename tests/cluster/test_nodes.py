@@ -2,12 +2,10 @@
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
 from contextlib import suppress
@@ -22,7 +20,7 @@ from ray.util.state import list_actors, list_nodes, list_placement_groups
 
 from cluster.records import read_records
 from tests.conftest import ROOT
-from tests.runs import MARK, Run, marked, told
+from tests.runs import MARK, Run, cluster_folder, marked, told
 
 SMALL = (
     *("batch=4", "evaluation={before: false, limit: 4, n: 0}", "learner.warmup=0"),
@@ -31,7 +29,7 @@ SMALL = (
     *("learner.num_cpus=1", "learner.threads=1", "learner.node_labels={kind: learner}"),
 )
 ROLES = {"Rollout": "rollout", "Segmenter": "segmenter", "LearnerRank": "learner"}
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 chaos = pytest.mark.chaos
 
 
@@ -50,14 +48,15 @@ def environment(monkeypatch):
 @pytest.fixture
 def nodes(environment):
     """A cluster of which the head computes nothing, with a node for the learner and two for engines and experts."""
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 0, "num_gpus": 0, "include_dashboard": True, "dashboard_port": 0},
-    )
-    for kind, cpus in (("learner", 1), ("engines", 2), ("engines", 2)):
-        cluster.add_node(num_cpus=cpus, num_gpus=0, labels={"kind": kind})
-    yield cluster
-    cluster.shutdown()
+    with cluster_folder() as folder:
+        dashboard = {"include_dashboard": True, "dashboard_port": 0}
+        head = {"num_cpus": 0, "num_gpus": 0, "temp_dir": str(folder), **dashboard}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        (folder / "ray_current_cluster").write_text(cluster.address)
+        for kind, cpus in (("learner", 1), ("engines", 2), ("engines", 2)):
+            cluster.add_node(num_cpus=cpus, num_gpus=0, labels={"kind": kind})
+        yield cluster
+        cluster.shutdown()
 
 
 def labelled(cluster, kind):
@@ -290,7 +289,6 @@ def growing(environment):
     with socket.socket() as probe:
         probe.bind(("", 0))
         address = f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
-    folder = Path(tempfile.mkdtemp(prefix="ray-"))  # the paths of Ray's sockets must be short
     lists = ("setup_commands", "head_setup_commands", "worker_setup_commands", "initialization_commands")
     config = {
         "cluster_name": "growing",
@@ -314,22 +312,22 @@ def growing(environment):
         **{name: [] for name in ("head_start_ray_commands", "worker_start_ray_commands")},
         "file_mounts_sync_continuously": False,
     }
-    (folder / "cluster.json").write_text(json.dumps(config))
-    subprocess.run(
-        [
-            *(Path(sys.executable).parent / "ray", "start", "--head", f"--port={address.split(':')[1]}"),
-            *("--num-cpus=1", "--dashboard-port=0", f"--autoscaling-config={folder / 'cluster.json'}"),
-            f"--temp-dir={folder}",
-        ],
-        env={**os.environ, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"},
-        check=True,
-        capture_output=True,
-    )
-    yield address
-    for process in marked(environment):
-        with suppress(psutil.Error):
-            process.kill()
-    shutil.rmtree(folder, ignore_errors=True)
+    with cluster_folder() as folder:
+        (folder / "cluster.json").write_text(json.dumps(config))
+        subprocess.run(
+            [
+                *(Path(sys.executable).parent / "ray", "start", "--head", f"--port={address.split(':')[1]}"),
+                *("--num-cpus=1", "--dashboard-port=0", f"--autoscaling-config={folder / 'cluster.json'}"),
+                f"--temp-dir={folder}",
+            ],
+            env={**os.environ, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"},
+            check=True,
+            capture_output=True,
+        )
+        yield address
+        for process in marked(environment):
+            with suppress(psutil.Error):
+                process.kill()
 
 
 def test_a_cluster_grows_by_what_a_run_asks_for(growing, tmp_path):
