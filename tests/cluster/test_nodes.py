@@ -49,7 +49,8 @@ def environment(monkeypatch):
 def nodes(environment):
     """A cluster of which the head computes nothing, with a node for the learner and two for engines and experts."""
     with cluster_folder() as folder:
-        dashboard = {"include_dashboard": True, "dashboard_port": 0}
+        # Ports of its own, as another cluster of this machine may have those that Ray gives.
+        dashboard = {"include_dashboard": True, "dashboard_port": 0, "dashboard_agent_listen_port": 0}
         head = {"num_cpus": 0, "num_gpus": 0, "temp_dir": str(folder), **dashboard}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         (folder / "ray_current_cluster").write_text(cluster.address)
