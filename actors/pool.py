@@ -160,7 +160,8 @@ class Pool:
             chosen.reserved = True
             return None if chosen.flying else chosen
         free = [member for member in self.ready if len(member.flying) < self.bound and not member.reserved]
-        return min(free, key=lambda member: len(member.flying), default=None)
+        # What failed at a member is tried elsewhere, if it can be.
+        return min(free, key=lambda member: (member.errors > 0, len(member.flying)), default=None)
 
     def took(self, member: Member, id: str, attempt: int) -> None:
         """A call of work was made to a member."""

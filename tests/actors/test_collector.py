@@ -221,6 +221,19 @@ def test_an_error_is_tried_once_more_and_its_actor_lives():
     assert [entry.id for entry in world.ledger.aside] == ["a"] and world.scored == {"b": 1}
 
 
+def test_what_failed_at_an_actor_is_tried_elsewhere():
+    world = World(["a", "b"])
+    world.turn({"rollout": 2, "segmenter": 1})
+    pool = world.pools["rollout"]
+    first, second = pool.ready
+    for member in (first, second):
+        for id, attempt in list(member.flying):
+            pool.gave(member.name, id, attempt, error=member is first)
+    assert pool.pick() is second
+    pool.took(second, "c", 1)
+    assert pool.pick() is second, "as long as it has room"
+
+
 def test_actors_that_never_start_end_the_run():
     world = World(["a"])
     pool = world.pools["rollout"]
