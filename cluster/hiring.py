@@ -6,7 +6,7 @@ listed by the job ──► created ──► has room: says where it is ──�
 import math
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -98,11 +98,17 @@ class Hiring:
         """How many actors of its role share its node; those that have gone count, as others will take their place."""
         return self._sharers[self.places[name].node, self._kind(name).bundle.role]
 
-    def expect(self, pool: Pool) -> None:
-        """Let those that have not found room yet join a pool when they do."""
-        waiting = {name: self.handles[name] for name in self._pending if self._kind(name).bundle.role == pool.role}
-        self._pools |= dict.fromkeys(waiting, pool)
-        pool.adopt(waiting, state="starting")
+    def expect(self, pool: Pool, begun: Container[str]) -> None:
+        """Let those that had no room when the run began join a pool when they have. begun: names of those that had."""
+        listed = [name for name, actor in self._listed.items() if actor.bundle.role == pool.role]
+        late = {name: self.handles[name] for name in listed if name not in begun}
+        self._pools |= dict.fromkeys(late, pool)
+        pool.adopt(late, state="starting")
+        for name in late:
+            if failed := self._failed.pop(name, None):
+                pool.died(name, failed.cause)
+            elif name in self.places:  # it found room while others were loading
+                self._load(pool, name)
 
     def again(self, role: str) -> dict[str, Any]:
         """Others in the place of all listed actors of a role. Raises DeadlinePassed."""
@@ -252,11 +258,12 @@ class Hiring:
         self._pending.pop(name, None)
         self._lodge(name, ended.result)
         if pool:
-            self._refuse_overfull()
-            call = Call(
-                actor=name, doing="starting", seconds=self._deadlines.start, then=partial(self._loaded, pool, name)
-            )
-            self._calls.add(self.handles[name].start.remote(self.sharers(name)), call)
+            self._load(pool, name)
+
+    def _load(self, pool: Pool, name: str) -> None:
+        self._refuse_overfull()
+        call = Call(actor=name, doing="starting", seconds=self._deadlines.start, then=partial(self._loaded, pool, name))
+        self._calls.add(self.handles[name].start.remote(self.sharers(name)), call)
 
     def _loaded(self, pool: Pool, name: str, ended: Ended) -> None:
         if ended.fault:

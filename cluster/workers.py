@@ -189,7 +189,7 @@ def started(actors: Sequence[ActorSpec], config: RunConfig) -> Iterator[Workers]
         segmenters = SegmenterPool(hiring, calls, config.deadlines)
         for pool in (rollouts, segmenters):
             pool.adopt(_by_role(pool.role, {name: hiring.handles[name] for name in placed}))
-            hiring.expect(pool)
+            hiring.expect(pool, begun=placed)
         yield Workers(
             rollouts=rollouts,
             segmenters=segmenters,

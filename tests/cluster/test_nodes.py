@@ -332,7 +332,7 @@ def growing(environment):
 
 
 def test_a_cluster_grows_by_what_a_run_asks_for(growing, tmp_path):
-    """Neither the learner nor the second segmenter has room before there are nodes for them."""
+    """The learner has no room before there is a node for it."""
     settings = ("learner.num_cpus=2", "segmenter.actors=2", "segmenter.num_cpus=1", "rollout.num_cpus=0.5", "steps=3")
     run = Run(tmp_path, *SMALL[:2], *settings, address=growing)
     assert run.process.wait(timeout=500) == 0, run.output.read_text()

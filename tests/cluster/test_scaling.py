@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from actors.config import Autoscale
 from cluster.scaling import Autoscaler, Scaling, Wishes, ask
+from tests.cluster.test_advice import step
 
 
 @pytest.fixture
@@ -78,20 +79,8 @@ class Machine:
         work = self.scoring / segmenters * second
         score = max(work * (1 - self.overlapped), work - rollout)
         learn = self.learning * third
-        step = rollout + score + learn
-        return {
-            "seconds/rollout": rollout,
-            "seconds/score": score,
-            "seconds/learn": learn,
-            "actors/rollout": rollouts,
-            "actors/segmenter": segmenters,
-            "actors/learner": 1,
-            "busy/rollout": rollout / step,
-            "busy/rollout_awaited": 1.0,
-            "busy/segmenter": work / step,
-            "busy/segmenter_awaited": 1.0,
-            "busy/learner": learn / step,
-        }
+        made = step(rollout, score, learn, rollouts=rollouts, segmenters=segmenters)
+        return {**made, "busy/segmenter": work / (rollout + score + learn)}
 
 
 def scaled(machine, steps, *, wanted=None, delay=0, said=None):

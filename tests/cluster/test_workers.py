@@ -181,6 +181,39 @@ def test_a_run_begins_without_those_that_have_no_room_yet(ray_cluster, demo_conf
     assert "segmenter 1 waits for 0 CPUs, 0 GPUs on one node, kind=elsewhere; " in capsys.readouterr().out
 
 
+class Slow(Fake):
+    """Finds room after the run has begun to load others, or loads for long."""
+
+    def place(self):
+        time.sleep(3 if self.name == "segmenter 1" else 0)
+        return super().place()
+
+    def start(self, *_):
+        time.sleep(5 if self.name == "rollout 0" else 0)
+        return super().start()
+
+
+def test_whoever_finds_room_while_others_load_joins(ray_cluster, demo_config, monkeypatch):
+    monkeypatch.setattr("cluster.hiring.PATIENCE_S", 0.5)
+    log = ray.remote(Log).options(num_cpus=0).remote()
+    listed = [
+        ActorSpec(
+            bundle=(bundle := Bundle(role=role, index=index, cpus=0, gpus=0)),
+            actor_class=Slow,
+            arguments={"log": log, "name": bundle.name},
+        )
+        for role, index in (("learner", 0), ("rollout", 0), ("segmenter", 0), ("segmenter", 1))
+    ]
+    with started(listed, demo_config()) as workers:
+        assert workers.wanted == {"rollout": 1, "segmenter": 2}
+        deadline = time.monotonic() + 120
+        while len(workers.segmenters.ready) < 2:
+            assert time.monotonic() < deadline
+            tend(workers)
+            workers.calls.turn(0.2)
+        assert {member.name for member in workers.segmenters} == {"segmenter 0", "segmenter 1"}
+
+
 def test_a_variable_of_a_role_reaches_the_engines_own_processes(workers):
     """vLLM's core and worker, which the actor starts (the variable is in conftest.py)."""
     engines = [each for each in psutil.Process().children(recursive=True) if "VLLM::" in each.name()]
