@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,14 +12,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-import ray
-from ray.cluster_utils import Cluster
 from ray.job_submission import JobStatus, JobSubmissionClient
-from ray.util.state import list_actors, list_nodes, list_placement_groups
+from ray.util.state import list_actors, list_placement_groups
 
 from cluster.records import read_records
 from tests.conftest import ROOT
-from tests.runs import MARK, Run, cluster_folder, marked, told
+from tests.nodes import free_port, started_cluster
+from tests.runs import MARK, Run, marked, told
 
 SMALL = (
     *("batch=4", "evaluation={before: false, limit: 4, n: 0}", "learner.warmup=0"),
@@ -48,36 +46,25 @@ def environment(monkeypatch):
 @pytest.fixture
 def nodes(environment):
     """A cluster of which the head computes nothing, with a node for the learner and two for engines and experts."""
-    with cluster_folder() as folder:
-        # Ports of its own, as another cluster of this machine may have those that Ray gives.
-        dashboard = {"include_dashboard": True, "dashboard_port": 0, "dashboard_agent_listen_port": 0}
-        head = {"num_cpus": 0, "num_gpus": 0, "temp_dir": str(folder), **dashboard}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-        (folder / "ray_current_cluster").write_text(cluster.address)
+    with started_cluster() as cluster:
         for kind, cpus in (("learner", 1), ("engines", 2), ("engines", 2)):
-            cluster.add_node(num_cpus=cpus, num_gpus=0, labels={"kind": kind})
+            cluster.add(cpus, labels={"kind": kind})
         yield cluster
-        cluster.shutdown()
 
 
-def labelled(cluster, kind):
-    ids = {node.node_id for node in list_nodes(address=cluster.address) if node.labels.get("kind") == kind}
-    return [node for node in cluster.worker_nodes if node.node_id in ids]
-
-
-def living(address):
+def living(cluster):
     """The living actors of runs: role and node of each."""
-    found = list_actors(address=address, filters=[("state", "=", "ALIVE")], limit=1000)
+    found = list_actors(address=cluster.dashboard, filters=[("state", "=", "ALIVE")], limit=1000)
     return [(ROLES[actor.class_name], actor.node_id) for actor in found if actor.class_name in ROLES]
 
 
-def assert_nothing_left(address):
+def assert_nothing_left(cluster):
     """Of actors, their engines' processes and placement groups; the cluster stays."""
     deadline = time.monotonic() + 60
     while True:
-        groups = [each for each in list_placement_groups(address=address) if each.state != "REMOVED"]
+        groups = [each for each in list_placement_groups(address=cluster.dashboard) if each.state != "REMOVED"]
         engines = [each for each in marked(os.environ[MARK]) if "VLLM::" in each.name()]
-        if not (left := [*living(address), *groups, *engines]):
+        if not (left := [*living(cluster), *groups, *engines]):
             return
         assert time.monotonic() < deadline, left
         time.sleep(0.5)
@@ -138,26 +125,23 @@ def placed(address, *shares):
 
 def test_roles_land_as_they_are_placed(environment):
     """On two nodes of three GPUs each, of different kinds."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "num_gpus": 0})
-    try:
-        new, old = (cluster.add_node(num_cpus=4, num_gpus=3, labels={"kind": kind}) for kind in ("new", "old"))
+    with started_cluster() as cluster:
+        new, old = (cluster.add(4, gpus=3, labels={"kind": kind}) for kind in ("new", "old"))
         found = placed(
             cluster.address,
             ("segmenter", 0.25, 4, {}),
             ("rollout", 1, 3, {"kind": "old"}),
             ("learner", 1, 2, {"kind": "new"}),
         )
-        assert {found[f"learner {i}"][0] for i in range(2)} == {new.node_id}, "the ranks share a bundle"
-        assert {found[f"rollout {i}"] for i in range(3)} == {(old.node_id, i) for i in range(3)}
+        assert {found[f"learner {i}"][0] for i in range(2)} == {new.id}, "the ranks share a bundle"
+        assert {found[f"rollout {i}"] for i in range(3)} == {(old.id, i) for i in range(3)}
         (shared,) = {found[f"segmenter {i}"] for i in range(4)}
-        assert shared[0] == new.node_id, "all four share the one GPU that nobody needs whole"
+        assert shared[0] == new.id, "all four share the one GPU that nobody needs whole"
 
         found = placed(cluster.address, ("segmenter", 0.1, 4, {}), ("rollout", 0.9, 4, {}), ("learner", 1, 2, {}))
         engines = {found[f"rollout {i}"] for i in range(4)}
         assert len(engines) == 4 and {found[f"segmenter {i}"] for i in range(4)} <= engines
         assert len({found[f"learner {i}"] for i in range(2)} - engines) == 2
-    finally:
-        cluster.shutdown()
 
 
 WHOLE_BEFORE = """
@@ -187,26 +171,26 @@ def test_nodes_that_are_lost_and_added_change_nothing(nodes, environment, tmp_pa
     settings = (*SMALL, "steps=6", "checkpoint_every=1")
     calm = Run(tmp_path / "calm", *settings, address=nodes.address)
     calm.await_line("step 1/")
-    (learner,), (first, second) = labelled(nodes, "learner"), labelled(nodes, "engines")
-    elsewhere = [(role, node.node_id) for role in ("rollout", "segmenter") for node in (first, second)]
-    assert sorted(living(nodes.address)) == sorted([("learner", learner.node_id), *elsewhere])
+    (learner,), (first, second) = nodes.of_kind("learner"), nodes.of_kind("engines")
+    elsewhere = [(role, node.id) for role in ("rollout", "segmenter") for node in (first, second)]
+    assert sorted(living(nodes)) == sorted([("learner", learner.id), *elsewhere])
     assert calm.process.wait(timeout=300) == 0, calm.output.read_text()
 
     run = Run(tmp_path / "lossy", *settings, program=("-c", WHOLE_BEFORE.format(step=3)), address=nodes.address)
     run.await_line("step 1/")
-    nodes.remove_node(second, allow_graceful=False)
+    nodes.remove(second)
     run.await_line("died while")
-    third = nodes.add_node(num_cpus=2, num_gpus=0, labels={"kind": "engines"})
+    third = nodes.add(2, labels={"kind": "engines"})
     run.await_line("step 4/")
-    assert ("rollout", third.node_id) in living(nodes.address) and ("segmenter", third.node_id) in living(nodes.address)
-    nodes.remove_node(learner, allow_graceful=False)
+    assert ("rollout", third.id) in living(nodes) and ("segmenter", third.id) in living(nodes)
+    nodes.remove(learner)
     run.await_line("the learner starts again")
-    nodes.add_node(num_cpus=1, num_gpus=0, labels={"kind": "learner"})
+    nodes.add(1, labels={"kind": "learner"})
     assert run.process.wait(timeout=600) == 0, run.output.read_text()
     assert run.output.read_text().count("the learner starts again") == 1
     assert answers(run.folder) == answers(calm.folder) and len(answers(run.folder)) == 6
     assert told(run.folder) == told(calm.folder)
-    assert_nothing_left(nodes.address)
+    assert_nothing_left(nodes)
 
 
 FILL = """
@@ -221,16 +205,9 @@ time.sleep(3600)
 @chaos
 def test_a_full_object_store_changes_nothing(environment, tmp_path):
     """Others hold four times as much as it can: what a run puts there is spilled to disk, and read from there."""
-    small = {
-        "num_cpus": 4,
-        "num_gpus": 0,
-        "object_store_memory": 80 << 20,
-        "include_dashboard": True,
-        "dashboard_port": 0,
-    }
-    cluster = Cluster(initialize_head=True, head_node_args=small)
+    small = ("--num-cpus=4", f"--object-store-memory={80 << 20}")
     settings = (*SMALL, *(f"{role}.node_labels={{}}" for role in ROLES.values()), "steps=3", "checkpoint_every=1")
-    try:
+    with started_cluster(*small) as cluster:
         calm = Run(tmp_path / "calm", *settings, address=cluster.address)
         assert calm.process.wait(timeout=300) == 0, calm.output.read_text()
         filler = subprocess.Popen(
@@ -244,8 +221,6 @@ def test_a_full_object_store_changes_nothing(environment, tmp_path):
         assert run.process.wait(timeout=400) == 0, run.output.read_text()
         assert filler.poll() is None
         assert answers(run.folder) == answers(calm.folder) and told(run.folder) == told(calm.folder)
-    finally:
-        cluster.shutdown()
 
 
 @chaos
@@ -260,13 +235,13 @@ def test_two_runs_share_a_cluster(nodes, tmp_path):
     assert first.process.wait(timeout=120) == 130, first.output.read_text()
     assert second.process.wait(timeout=600) == 0, second.output.read_text()
     assert len(answers(second.folder)) == 2
-    assert_nothing_left(nodes.address)
+    assert_nothing_left(nodes)
 
 
 @chaos
 @pytest.mark.parametrize("moment", ["starting actors", "step 1/", "evaluating after"])
 def test_a_job_that_is_stopped_leaves_nothing(nodes, tmp_path, moment):
-    client = JobSubmissionClient(f"http://{nodes.head_node.webui_url}")
+    client = JobSubmissionClient(nodes.dashboard)
     words = " ".join(f"'{each}'" for each in (*SMALL, "name=job", "steps=3", f"runs={tmp_path}"))
     deadline = time.monotonic() + 300
     job = client.submit_job(entrypoint=f"cd {ROOT} && exec {sys.executable} -m cluster.train configs/demo.yaml {words}")
@@ -279,17 +254,15 @@ def test_a_job_that_is_stopped_leaves_nothing(nodes, tmp_path, moment):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     assert client.get_job_status(job) == JobStatus.STOPPED
-    assert_nothing_left(nodes.address)
+    assert_nothing_left(nodes)
     assert json.loads((tmp_path / "job" / "summary.json").read_text())["status"] == "interrupted"
 
 
 @pytest.fixture
-def growing(environment):
-    """The address of a cluster that starts nodes of two cores when they are asked for, two at most; its head has one
-    core. Ray's own class for this ends all clusters of the machine when it starts."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        address = f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+def growing(environment, tmp_path):
+    """A cluster that starts nodes of two cores when they are asked for, two at most; its head has one core. Ray's own
+    class for this ends all clusters of the machine when it starts."""
+    port = free_port()
     lists = ("setup_commands", "head_setup_commands", "worker_setup_commands", "initialization_commands")
     config = {
         "cluster_name": "growing",
@@ -298,7 +271,7 @@ def growing(environment):
         "upscaling_speed": 1.0,
         "provider": {
             "type": "fake_multinode",  # Ray's own, for tests: its nodes are processes of this machine
-            "gcs_address": address,
+            "gcs_address": f"127.0.0.1:{port}",
             "use_node_id_as_ip": True,
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
@@ -313,28 +286,19 @@ def growing(environment):
         **{name: [] for name in ("head_start_ray_commands", "worker_start_ray_commands")},
         "file_mounts_sync_continuously": False,
     }
-    with cluster_folder() as folder:
-        (folder / "cluster.json").write_text(json.dumps(config))
-        subprocess.run(
-            [
-                *(Path(sys.executable).parent / "ray", "start", "--head", f"--port={address.split(':')[1]}"),
-                *("--num-cpus=1", "--dashboard-port=0", f"--autoscaling-config={folder / 'cluster.json'}"),
-                f"--temp-dir={folder}",
-            ],
-            env={**os.environ, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"},
-            check=True,
-            capture_output=True,
-        )
-        yield address
-        for process in marked(environment):
-            with suppress(psutil.Error):
-                process.kill()
+    (tmp_path / "cluster.json").write_text(json.dumps(config))
+    with started_cluster(
+        *("--num-cpus=1", f"--autoscaling-config={tmp_path / 'cluster.json'}"),
+        port=port,
+        environment={"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"},
+    ) as cluster:
+        yield cluster
 
 
 def test_a_cluster_grows_by_what_a_run_asks_for(growing, tmp_path):
     """The learner has no room before there is a node for it."""
     settings = ("learner.num_cpus=2", "segmenter.actors=2", "segmenter.num_cpus=1", "rollout.num_cpus=0.5", "steps=3")
-    run = Run(tmp_path, *SMALL[:2], *settings, address=growing)
+    run = Run(tmp_path, *SMALL[:2], *settings, address=growing.address)
     assert run.process.wait(timeout=500) == 0, run.output.read_text()
     said = run.output.read_text()
     assert "waiting for 3.5 CPUs and 0 GPUs; " in said and "there is no room for " in said
