@@ -79,7 +79,10 @@ class Placement:
         if self.labels:
             options["label_selector"] = dict(self.labels)
         if self.node is not None:
-            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(self.node, soft=True)
+            # Without the second, "soft" lets it wait at a node that is full for as long as that is there.
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(
+                self.node, soft=True, _spill_on_unavailable=True
+            )
         elif self.spread:
             options["scheduling_strategy"] = "SPREAD"
         return options

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -143,6 +144,9 @@ def test_roles_land_as_they_are_placed(environment):
         assert len(engines) == 4 and {found[f"segmenter {i}"] for i in range(4)} <= engines
         assert len({found[f"learner {i}"] for i in range(2)} - engines) == 2
 
+        found = placed(cluster.address, ("rollout", 1, 1, {}), ("learner", 1, 1, {}), ("segmenter", 0.5, 8, {}))
+        assert len({found[f"segmenter {i}"] for i in range(8)}) == 4, "those that find a node full lie on the other"
+
 
 WHOLE_BEFORE = """
 import sys
@@ -191,6 +195,50 @@ def test_nodes_that_are_lost_and_added_change_nothing(nodes, environment, tmp_pa
     assert answers(run.folder) == answers(calm.folder) and len(answers(run.folder)) == 6
     assert told(run.folder) == told(calm.folder)
     assert_nothing_left(nodes)
+
+
+LIGHT = """
+import sys
+from dataclasses import replace
+from cluster import train
+from cluster.cli import run_command
+from tests.light_rollout import LightRollout
+
+listed = train.actors
+
+def light(*args):
+    return [
+        replace(actor, actor_class=LightRollout) if actor.bundle.role == "rollout" else actor for actor in listed(*args)
+    ]
+
+train.actors = light
+"""
+
+
+@chaos
+def test_many_actors_work_as_one_run(environment, tmp_path):
+    """Eight rollouts, sixteen segmenters on shares of logical GPUs, and the learner's two ranks, which lie on nodes of
+    their own. Engines of vLLM would take three times this machine's memory."""
+    settings = (
+        *("rollout.actors=8", "rollout.num_cpus=0.5", "rollout.node_labels={kind: engines}"),
+        *("segmenter={actors: 16, num_cpus: 0.1, num_gpus: 0.25, threads: 1, device: cpu}", "batch=16", "rollout.n=4"),
+        *("learner.ranks=2", "learner.nodes=2", "learner.num_cpus=1", "learner.threads=1", "steps=3"),
+        "evaluation={before: false, limit: 4, n: 0}",
+    )
+    program = LIGHT + WHOLE_BEFORE.format(step=0)
+    with started_cluster() as cluster:
+        for labels in ({"kind": "engines"}, {"kind": "engines"}, {}):
+            cluster.add(4, gpus=2, labels=labels)
+        run = Run(tmp_path, *settings, program=("-c", program), address=cluster.address)
+        run.await_line("step 1/", seconds=900)
+        there = living(cluster)
+        assert Counter(role for role, _ in there) == {"rollout": 8, "segmenter": 16, "learner": 2}
+        engines = {node.id for node in cluster.of_kind("engines")}
+        assert {node for role, node in there if role == "rollout"} == engines
+        assert len({node for role, node in there if role == "learner"}) == 2
+        assert run.process.wait(timeout=300) == 0, run.output.read_text()
+        assert [len(each) for each in answers(run.folder)] == [64] * 3
+        assert_nothing_left(cluster)
 
 
 FILL = """
