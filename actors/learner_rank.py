@@ -33,7 +33,7 @@ class ZeroActor:
 
     def place(self) -> Place:
         """Where it is; may be called before `start`."""
-        return this_place({"model": self._task.model, "runs": self._task.run})
+        return this_place({"model": self._task.model, "runs": self._task.run, "resume": self._task.resume})
 
     def address(self) -> tuple[str, int]:
         """A rendezvous for the ranks: this host and one of its free ports."""

@@ -119,16 +119,16 @@ class SftDataConfig(RowFilter):
     """The rows of a supervised run."""
 
     train: Files
-    """Parquet files in the released schema."""
+    """Parquet files in the released schema, or their URIs."""
 
 
 class TrainDataConfig(RowFilter):
     """The rows of a training run."""
 
     train: Rows
-    """Parquet files in the released schema, or phantoms to draw. The filters apply to these."""
+    """Parquet files in the released schema or their URIs, or phantoms to draw. The filters apply to these."""
     eval: Rows
-    """Held-out rows that are evaluated on: parquet files, or phantoms to draw."""
+    """Held-out rows that are evaluated on: parquet files or their URIs, or phantoms to draw."""
 
 
 class EvaluationDataConfig(RowFilter):
@@ -192,7 +192,7 @@ class TrainConfig(LearningConfig):
     """GRPO: `medreasoner train CONFIG`."""
 
     expert: str
-    """Name or folder of the expert."""
+    """Name of the expert, its folder or the URI of that."""
     data: TrainDataConfig
     reward: RewardConfig
     rollout: RolloutConfig = RolloutConfig()
@@ -258,11 +258,12 @@ class EvaluateConfig(RunConfig):
     """An evaluation: `medreasoner evaluate`."""
 
     model: ModelFolder | None = None  # type: ignore[assignment]
-    """Folder of a Qwen-VL model, or of a run or a checkpoint that holds one; null with `endpoint`."""
+    """Folder of a Qwen-VL model, or its URI; or the folder of a run or a checkpoint that holds one; null with
+    `endpoint`."""
     endpoint: EndpointConfig | None = None
     """Sampled from in place of `model`; `frame` must then say what its coordinates are."""
     expert: str
-    """Name or folder of the expert."""
+    """Name of the expert, its folder or the URI of that."""
     data: EvaluationDataConfig
     n: NonNegativeInt = 0
     """Answers sampled per row, besides the greedy one."""

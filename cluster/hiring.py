@@ -245,7 +245,7 @@ class Hiring:
             self._calls.turn()
             for fault in faults:
                 if fault.fault == "error":
-                    raise Mistake(f"{fault.cause}; make room there, or give cache=… another folder") from fault.error
+                    raise Mistake(f"{fault.cause}; mend that, or give cache=… another folder") from fault.error
                 refuse(fault)
 
     def end(self, name: str, handle: Any, *, cause: str | None) -> None:

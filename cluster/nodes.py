@@ -19,11 +19,12 @@ def unfit(name: str, place: Place, here: Build) -> str | None:
             f"{node} has {unlike}; give all nodes one image, or one checkout with its .venv, or keep the run off that "
             f"node ({role}.node_labels)"
         )
-    if run := place.missing.get("runs"):
-        return (
-            f"{node} has no {run}: the learner's ranks write checkpoints into the run's folder; give runs=… on storage "
-            "that the driver's node and theirs share"
-        )
+    for key in ("runs", "resume"):
+        if path := place.missing.get(key):
+            return (
+                f"{node} has no {path}: the learner's ranks write and read checkpoints there; give {key}=… on storage "
+                "that the driver's node and theirs share"
+            )
     for key, path in place.missing.items():
         if not path.exists():
             return f"{node} has no {path}, and neither has the driver's; correct {key}"

@@ -58,7 +58,14 @@ def sft(config: SftConfig) -> RunFolder:
 
 def actors(config: SftConfig, run: Path) -> list[ActorSpec]:
     """The actors of a supervised run: its ranks."""
-    task = LearnerTask(model=config.model, spec=config.spec(), updates=config.steps, seed=config.seed, run=run)
+    task = LearnerTask(
+        model=config.model,
+        spec=config.spec(),
+        updates=config.steps,
+        seed=config.seed,
+        run=run,
+        resume=config.resume if isinstance(config.resume, Path) else None,
+    )
     return ranks(SupervisedRank, config.learner, task, image_tokens=config.image_tokens)
 
 

@@ -76,6 +76,7 @@ def actors(config: TrainConfig, run: Path | None = None) -> list[ActorSpec]:
         temperature=config.rollout.temperature,
         max_tokens=config.rollout.max_tokens,
         run=run,
+        resume=config.resume if isinstance(config.resume, Path) else None,
     )
     return [
         *ranks(LearnerRank, config.learner, task, image_tokens=config.image_tokens),

@@ -16,25 +16,25 @@ class Bucket(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.folder = folder
+    def __init__(self, folder: Path, ip: str) -> None:
+        super().__init__((ip, 0), _Handler)
+        self.folder, self._at = folder, f"{ip}:{self.server_port}"
         self.read: list[str] = []
         """The files that were read, in order."""
 
     def uri(self, name: str) -> str:
         """Of a file or folder."""
-        return f"s3://bucket/{name}?endpoint_override=127.0.0.1:{self.server_port}&scheme=http&region=us-east-1"
+        return f"s3://bucket/{name}?endpoint_override={self._at}&scheme=http&region=us-east-1"
 
     def url(self, name: str) -> str:
         """Of a file, as a web server's."""
-        return f"http://127.0.0.1:{self.server_port}/bucket/{name}"
+        return f"http://{self._at}/bucket/{name}"
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[Bucket]:
+def serving(folder: Path, ip: str = "127.0.0.1") -> Iterator[Bucket]:
     """The server, in a thread of this process."""
-    with Bucket(folder) as server:
+    with Bucket(folder, ip) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:

@@ -33,6 +33,7 @@ def test_a_node_that_has_all_is_fit(tmp_path):
             r"image, .*\(rollout\.node_labels\)$",
         ),
         (replace(PLACE, missing={"runs": Path("/r/x")}), r"has no /r/x: the learner's ranks write .* give runs=… on"),
+        (replace(PLACE, missing={"resume": Path("/c")}), r"has no /c: the learner's ranks .* give resume=… on storage"),
         (replace(PLACE, missing={"model": Path("/m")}), r"has no /m, and neither has the driver's; correct model$"),
     ],
 )
@@ -105,7 +106,7 @@ def test_what_a_node_has_is_neither_read_nor_copied(ray_cluster, demo_config, mo
 
 def test_what_only_the_driver_has_is_copied_once_a_node(ray_cluster, demo_config, model, tmp_path, capsys):
     cache = tmp_path / "cache"
-    for copies in (1, 0):
+    for _ in range(2):
         with started(listed(model, away=True), demo_config(f"cache={cache}")) as workers:
             (copy,) = cache.glob("*/model")
             assert workers.expert_digest == f"{copy}: one, two"
@@ -117,7 +118,9 @@ def test_what_only_the_driver_has_is_copied_once_a_node(ray_cluster, demo_config
 def test_a_cache_that_cannot_be_written_is_named(ray_cluster, demo_config, model, tmp_path):
     (tmp_path / "cache").write_text("in the way")
     with (
-        pytest.raises(Mistake, match=r"^node \S+ \(.*\) failed while copying model \(.*cache'; make room .* cache=…"),
+        pytest.raises(
+            Mistake, match=r"^node \S+ \(.*\) failed while copying model \(.*cache'; mend that, or give cache=…"
+        ),
         started(listed(model, away=True), demo_config(f"cache={tmp_path / 'cache'}")),
     ):
         pass
