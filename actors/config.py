@@ -184,7 +184,8 @@ class SegmenterConfig(PoolConfig):
     """Segmenter actors, each with a frozen expert."""
 
     checkpoint: Location | None = None
-    """Weights of a published expert, a safetensors file as `medreasoner expert convert` writes it, or its URI."""
+    """Weights of a published expert, a safetensors file as `medreasoner expert convert` writes it; in a run
+    also its URI."""
     device: str | None = None
     """torch device of the expert; null for `cuda` if `num_gpus` is above 0, else `cpu`."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"

@@ -38,9 +38,9 @@ def cramped(name: str, place: Place, weights: int, stores: Mapping[str, int]) ->
     if store >= weights:
         return None
     return (
-        f"node {place.address}, where {name} lies, has {in_gib(store)} of shared memory for Ray's object store, and one "
-        f"version of the weights is {in_gib(weights)}, which then goes through its disk at every update; enlarge /dev/shm "
-        f"there to {in_gib(ROOM * weights)}, and Ray's --object-store-memory if it is set"
+        f"node {place.address}, where {name} lies, has {in_gib(store)} of shared memory for Ray's object store, and a "
+        f"version of the weights is {in_gib(weights)}, which then goes through its disk at every update; enlarge "
+        f"/dev/shm there to {in_gib(ROOM * weights)}, and Ray's --object-store-memory if it is set"
     )
 
 

@@ -34,8 +34,12 @@ class LearnerTask:
 
     def located(self) -> Self:
         """The same for an actor, which has another working directory."""
-        paths = {"run": self.run and located(self.run), "resume": self.resume and located(self.resume)}
-        return replace(self, model=located(self.model), **paths)
+        return replace(
+            self,
+            model=located(self.model),
+            run=self.run and located(self.run),
+            resume=self.resume and located(self.resume),
+        )
 
 
 Part = Literal["vision_tower", "merger", "language_model"]

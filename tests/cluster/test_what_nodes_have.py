@@ -119,7 +119,7 @@ def test_a_cache_that_cannot_be_written_is_named(ray_cluster, demo_config, model
     (tmp_path / "cache").write_text("in the way")
     with (
         pytest.raises(
-            Mistake, match=r"^node \S+ \(.*\) failed while copying model \(.*cache'; mend that, or give cache=…"
+            Mistake, match=r"^node \S+ \(.*\) failed while copying model .*cache'; mend that, or give cache=…"
         ),
         started(listed(model, away=True), demo_config(f"cache={tmp_path / 'cache'}")),
     ):
