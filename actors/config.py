@@ -2,13 +2,14 @@
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from actors.experts.protocol import Preprocess
-from umrg.config import ActorConfig, Config, MayChange, located
+from umrg.config import ActorConfig, Config, Location, MayChange, located
 from umrg.group import SamplingParams
 from umrg.mistake import Mistake
 
@@ -182,8 +183,9 @@ class EndpointConfig(Config):
 class SegmenterConfig(PoolConfig):
     """Segmenter actors, each with a frozen expert."""
 
-    checkpoint: Path | None = None
-    """Weights of a published expert, a safetensors file as `medreasoner expert convert` writes it."""
+    checkpoint: Location | None = None
+    """Weights of a published expert, a safetensors file as `medreasoner expert convert` writes it; in a run
+    also its URI."""
     device: str | None = None
     """torch device of the expert; null for `cuda` if `num_gpus` is above 0, else `cpu`."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -191,9 +193,13 @@ class SegmenterConfig(PoolConfig):
     preprocess: Preprocess = "published"
     """`published`: as the published evaluation runs every expert. `native`: as the expert's own code does."""
 
+    def at(self, place: Callable[[Path], Path]) -> Self:
+        """The same with its file where `place` says that it is."""
+        return self.model_copy(update={"checkpoint": self.checkpoint and place(self.checkpoint)})
+
     def located(self) -> Self:
         """The same for an actor, which has another working directory."""
-        return self.model_copy(update={"checkpoint": self.checkpoint and located(self.checkpoint)})
+        return self.at(located)
 
     @property
     def where(self) -> str:
@@ -207,6 +213,6 @@ class DeadlineConfig(Config):
     resources: NonNegativeInt = 600
     """For the cluster to have room for what a run cannot begin without: the learner, a rollout and a segmenter."""
     start: PositiveInt = 900
-    """For actors to start and to load their models."""
+    """For actors to start and to load their models; and for copies of what their nodes have not."""
     step: PositiveInt = 1800
     """For one phase of a step."""

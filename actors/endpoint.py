@@ -8,7 +8,7 @@ from typing import Any
 import openai
 
 from actors.config import EndpointConfig
-from actors.gpus import Place, this_place
+from actors.gpus import ALONE, Lodging, Place, this_place
 from umrg.frames import Frames, ResizeRule
 from umrg.group import Completion, Group, GroupSamples, SamplingParams
 from umrg.images import encode_png
@@ -39,9 +39,9 @@ class Endpoint:
         """Where it is; may be called before `start`."""
         return this_place()
 
-    async def start(self, sharers: int = 1) -> None:
-        """Check that the endpoint answers and serves the model. sharers: as of other actors;
-        nothing is computed here. Raises ValueError if it does not."""
+    async def start(self, lodging: Lodging = ALONE) -> None:
+        """Check that the endpoint answers and serves the model. lodging: as of other actors; nothing is computed or
+        opened here. Raises ValueError if it does not."""
         try:
             names = [model.id async for model in self._client.models.list()]
         except openai.OpenAIError as error:

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from actors.gpus import Place, this_place
+from actors.gpus import ALONE, Lodging, Place, this_place
 from actors.weight_files import Bucket, Checksum, pack
 from learner.config import LearnerConfig, LearnerTask, ZeroConfig
 from learner.update_report import SftReport, UpdateReport
 from rewards.scored import ScoredGroup
 from umrg.group import Group
-from umrg.mistake import Mistake
 from umrg.sample import Sample
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ class ZeroActor:
 
     def place(self) -> Place:
         """Where it is; may be called before `start`."""
-        return this_place()
+        return this_place({"model": self._task.model, "runs": self._task.run, "resume": self._task.resume})
 
     def address(self) -> tuple[str, int]:
         """A rendezvous for the ranks: this host and one of its free ports."""
@@ -42,15 +41,10 @@ class ZeroActor:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
 
-    def start(self, host: str, port: int, seconds: float, sharers: int = 1) -> None:
-        """Join the process group and load the model; a collective times out after `seconds`. sharers: ranks on this
-        node. Raises ValueError if the run's folder is not visible from this node, or if the model cannot be loaded."""
-        run, config = self._task.run, self._config
-        if run is not None and not run.is_dir():
-            raise Mistake(
-                f"the run's folder {run} is not on this node ({ray.util.get_node_ip_address()}); give runs=… on "
-                "storage that all nodes share"
-            )
+    def start(self, host: str, port: int, seconds: float, lodging: Lodging = ALONE) -> None:
+        """Join the process group and load the model; a collective times out after `seconds`. Raises ValueError if the
+        model cannot be loaded."""
+        config, self._task = self._config, replace(self._task, model=lodging.local(self._task.model))
         import torch
 
         from actors.threads import share_cores
@@ -58,7 +52,7 @@ class ZeroActor:
         from learner.collectives import join
         from learner.zero import ZeroRank
 
-        share_cores(config.threads, sharers)
+        share_cores(config.threads, lodging.sharers)
         torch.manual_seed(self._task.seed)
         device = "cuda" if config.num_gpus > 0 else "cpu"
         join(self._rank, config.ranks, host=host, port=port, device=device, seconds=seconds)
@@ -91,9 +85,9 @@ class LearnerRank(ZeroActor):
         self._grpo_config = config
         self._grpo: GrpoRank | None = None
 
-    def start(self, host: str, port: int, seconds: float, sharers: int = 1) -> None:
+    def start(self, host: str, port: int, seconds: float, lodging: Lodging = ALONE) -> None:
         """As `ZeroActor.start`; the reference model is loaded too, if the objective needs it."""
-        super().start(host, port, seconds, sharers)
+        super().start(host, port, seconds, lodging)
         from learner.grpo import GrpoRank
 
         self._grpo = GrpoRank(self.running(), self._grpo_config)

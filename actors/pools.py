@@ -17,6 +17,7 @@ from actors.collector import Post
 from actors.config import DeadlineConfig
 from actors.engine_report import UpdateReceipt
 from actors.failures import ActorDied, ActorFailed, DeadlinePassed, Lost
+from actors.gpus import ALONE, Lodging
 from actors.ledger import Entry
 from actors.pool import Member, Pool, Starter
 from learner.update_report import SftReport, UpdateReport
@@ -174,16 +175,16 @@ class RankPool:
         self._saving: list[str] = []
 
     def starting(
-        self, names: Container[str] | None = None, sharers: Callable[[str], int] = lambda name: 1
+        self, names: Container[str] | None = None, lodging: Callable[[str], Lodging] = lambda name: ALONE
     ) -> dict[str, Ref]:
         """Begin to start the ranks, which wait for one another: all of them, or none if they are not among `names`.
-        sharers: how many ranks share the node of one."""
+        lodging: what a rank is told of its place."""
         if not self._actors or (names is not None and not any(name in names for name in self._actors)):
             return {}
         first = next(iter(self._actors))
         host, port = self._gather({first: self._actors[first].address.remote()}, self._deadlines.start, "starting")[0]
         return {
-            name: actor.start.remote(host, port, self._deadlines.step, sharers(name))
+            name: actor.start.remote(host, port, self._deadlines.step, lodging(name))
             for name, actor in self._actors.items()
         }
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from actors.config import RolloutConfig
 from actors.engine_report import EngineReport, UpdateReceipt
 from actors.failures import Broken
-from actors.gpus import Place, this_place
+from actors.gpus import ALONE, Lodging, Place, this_place
 from actors.threads import share_cores
 from actors.weight_files import Bucket
 from reasoner.prompter import load_prompter
@@ -33,16 +33,16 @@ class Rollout:
 
     async def place(self) -> Place:
         """Where it is; may be called before `start`."""
-        return this_place()
+        return this_place({"model": self._model})
 
-    async def start(self, sharers: int = 1) -> EngineReport:
-        """Load the engine; what it says of itself. sharers: rollouts on this node. Raises ValueError if the folder
-        holds no model."""
-        share_cores(self._config.threads, sharers)
-        prompter = load_prompter(self._model, self._spec)
+    async def start(self, lodging: Lodging = ALONE) -> EngineReport:
+        """Load the engine; what it says of itself. Raises ValueError if the folder holds no model."""
+        share_cores(self._config.threads, lodging.sharers)
+        model = lodging.local(self._model)
+        prompter = load_prompter(model, self._spec)
         from actors.engine import Engine
 
-        self._engine = await Engine.start(self._model, prompter, self._config)
+        self._engine = await Engine.start(model, prompter, self._config)
         return self._engine.report
 
     async def sample(self, group: Group, sampling: SamplingParams) -> GroupSamples:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from actors.config import SegmenterConfig
 from actors.experts.drawing import draw_masks, load_frozen, reference_mask
 from actors.experts.protocol import Embedding, Expert
-from actors.gpus import Place, this_place
+from actors.gpus import ALONE, Lodging, Place, this_place
 from actors.threads import share_cores
 from rewards.answer_metrics import answer_metrics
 from rewards.case import Reference
@@ -50,13 +50,13 @@ class Segmenter:
 
     def place(self) -> Place:
         """Where it is; may be called before `start`."""
-        return this_place()
+        return this_place({"expert": self._name, "segmenter.checkpoint": self._config.checkpoint})
 
-    def start(self, sharers: int = 1) -> str:
-        """Load the expert; `digest`. sharers: segmenters on this node. Raises ValueError where there is no expert by
-        that name, or its weights do not fit."""
-        share_cores(self._config.threads, sharers)
-        self._loaded = load_frozen(self._name, self._config)
+    def start(self, lodging: Lodging = ALONE) -> str:
+        """Load the expert; `digest`. Raises ValueError where there is no expert by that name, or its weights do not
+        fit."""
+        share_cores(self._config.threads, lodging.sharers)
+        self._loaded = load_frozen(lodging.local(self._name), self._config.at(lodging.local))
         return self.digest()
 
     def digest(self) -> str:

@@ -46,6 +46,7 @@ import ray
 
 from actors.calls import Calls
 from actors.config import DeadlineConfig
+from actors.gpus import ALONE, Lodging
 from actors.learner_rank import LearnerRank, fetched
 from actors.pools import LearnerPool, RolloutPool, SegmenterPool
 from actors.rollout import Rollout
@@ -103,8 +104,8 @@ class Recorder:
 class RecordedRollout(Rollout):
     """A rollout whose requests to vLLM can be made again."""
 
-    async def start(self, sharers: int = 1) -> EngineReport:
-        report = await super().start(sharers)
+    async def start(self, lodging: Lodging = ALONE) -> EngineReport:
+        report = await super().start(lodging)
         engine: Any = self._running()
         engine._llm = self._llm = Recorder(engine._llm, "generate")
         return report
@@ -131,8 +132,8 @@ class RecordedRollout(Rollout):
 class RecordedSegmenter(Segmenter):
     """A segmenter whose calls of its expert can be made again."""
 
-    def start(self, sharers: int = 1) -> str:
-        digest = super().start(sharers)
+    def start(self, lodging: Lodging = ALONE) -> str:
+        digest = super().start(lodging)
         recorder: Any = Recorder(self._loaded, "embed", "decode")
         self._loaded = recorder
         return digest

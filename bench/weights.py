@@ -29,6 +29,7 @@ import ray
 from actors.calls import Calls
 from actors.config import DeadlineConfig, RolloutConfig
 from actors.engine_report import EngineReport
+from actors.gpus import ALONE, Lodging
 from actors.pools import RolloutPool
 from actors.rollout import Rollout
 from bench.machine import processor
@@ -94,7 +95,7 @@ class WorkerInProcess:
 class Receiver(Rollout):
     """A rollout actor around a random model of as many layers as a completion may have tokens."""
 
-    async def start(self, sharers: int = 1) -> EngineReport:
+    async def start(self, lodging: Lodging = ALONE) -> EngineReport:
         import torch
 
         from actors.engine import Engine

@@ -27,7 +27,7 @@ from learner.config import LearnerConfig, ZeroConfig
 from phantoms import MODALITIES
 from rewards.config import RewardConfig
 from umrg.atomic import write_text
-from umrg.config import Config, MayChange, ModelFolder
+from umrg.config import Config, Location, MayChange, ModelFolder
 from umrg.group import SamplingParams
 from umrg.mistake import Mistake
 from umrg.prompts import PromptSpec, ReasonerConfig
@@ -88,7 +88,9 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, (str, Path)) else value
 
 
-Files = Annotated[list[Path], BeforeValidator(_as_list, json_schema_input_type=str | list[str]), Field(min_length=1)]
+Files = Annotated[
+    list[Location], BeforeValidator(_as_list, json_schema_input_type=str | list[str]), Field(min_length=1)
+]
 
 
 def _kind(value: Any) -> str:
@@ -117,16 +119,16 @@ class SftDataConfig(RowFilter):
     """The rows of a supervised run."""
 
     train: Files
-    """Parquet files in the released schema."""
+    """Parquet files in the released schema, or their URIs."""
 
 
 class TrainDataConfig(RowFilter):
     """The rows of a training run."""
 
     train: Rows
-    """Parquet files in the released schema, or phantoms to draw. The filters apply to these."""
+    """Parquet files in the released schema or their URIs, or phantoms to draw. The filters apply to these."""
     eval: Rows
-    """Held-out rows that are evaluated on: parquet files, or phantoms to draw."""
+    """Held-out rows that are evaluated on: parquet files or their URIs, or phantoms to draw."""
 
 
 class EvaluationDataConfig(RowFilter):
@@ -134,7 +136,7 @@ class EvaluationDataConfig(RowFilter):
 
     eval: Rows
     """Parquet files in the released schema, or phantoms to draw."""
-    seen: Annotated[list[Path], BeforeValidator(_as_list, json_schema_input_type=str | list[str])] = Field(
+    seen: Annotated[list[Location], BeforeValidator(_as_list, json_schema_input_type=str | list[str])] = Field(
         default_factory=list
     )
     """The files that the reasoner was trained on, so that figures tell rows of seen phrasings, categories and
@@ -160,7 +162,10 @@ class RunConfig(ReasonerConfig):
     name: Name
     """Name of the run."""
     runs: MayChange[Path] = Path("runs")
-    """Folder of all runs, on storage that all nodes share; the run's own folder is `runs/<name>`."""
+    """Folder of all runs, which the driver's node and the learner's share; the run's own folder is `runs/<name>`."""
+    cache: MayChange[Path | None] = None
+    """Folder of each node for copies of what it has not: of the driver's files, and of URIs; null for `medreasoner` in
+    the node's `$XDG_CACHE_HOME`, else in `~/.cache`."""
     placement: MayChange[Literal["pack", "spread"]] = "pack"
     """Whether actors are packed on few nodes or spread over many."""
     deadlines: MayChange[DeadlineConfig] = DeadlineConfig()
@@ -187,7 +192,7 @@ class TrainConfig(LearningConfig):
     """GRPO: `medreasoner train CONFIG`."""
 
     expert: str
-    """Name or folder of the expert."""
+    """Name of the expert, its folder or the URI of that."""
     data: TrainDataConfig
     reward: RewardConfig
     rollout: RolloutConfig = RolloutConfig()
@@ -202,7 +207,6 @@ class TrainConfig(LearningConfig):
     """How often per step zero-variance groups are replaced by newly sampled ones (dynamic sampling of DAPO)."""
     keep_best: MayChange[NonNegativeInt] = 1
     """Number of checkpoints kept besides the newest: those with the highest greedy Dice, among the evaluated ones."""
-
     restarts: MayChange[NonNegativeInt] = 2
     """How often a learner that died is started again within the run, from the newest checkpoint."""
     tolerated_failures: MayChange[float] = Field(default=0.05, ge=0, lt=1)
@@ -254,11 +258,12 @@ class EvaluateConfig(RunConfig):
     """An evaluation: `medreasoner evaluate`."""
 
     model: ModelFolder | None = None  # type: ignore[assignment]
-    """Folder of a Qwen-VL model, or of a run or a checkpoint that holds one; null with `endpoint`."""
+    """Folder of a Qwen-VL model, or its URI; or the folder of a run or a checkpoint that holds one; null with
+    `endpoint`."""
     endpoint: EndpointConfig | None = None
     """Sampled from in place of `model`; `frame` must then say what its coordinates are."""
     expert: str
-    """Name or folder of the expert."""
+    """Name of the expert, its folder or the URI of that."""
     data: EvaluationDataConfig
     n: NonNegativeInt = 0
     """Answers sampled per row, besides the greedy one."""
@@ -358,14 +363,9 @@ def schema_of(path: Path) -> type[TrainConfig | SftConfig | EvaluateConfig]:
     return TrainConfig if "reward" in keys else SftConfig if "learner" in keys else EvaluateConfig
 
 
-def config_text(config: Config) -> str:
-    """The resolved configuration as YAML."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML."""
-    write_text(path, config_text(config))
+    write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from cluster.config import EvaluateConfig, load_config
 from cluster.data import open_held_out
 from cluster.display import progress
 from cluster.evaluation import evaluate, evaluation_groups
+from cluster.fetching import fetched
 from cluster.figures import (
     TrainingCoverage,
     as_malformed,
@@ -31,6 +32,7 @@ from cluster.run_folder import RunFolder
 from cluster.workers import Workers, endpoints, ray_connection, rollouts, segmenters, started
 from rewards.scoring import Scorer
 from umrg.atomic import write_text
+from umrg.config import written
 from umrg.mistake import Mistake
 from umrg.sample import Sample
 
@@ -40,14 +42,15 @@ def run_evaluation(config: EvaluateConfig) -> RunFolder:
     with RunFolder.begun(config.runs / config.name, config, resume=True) as run:
         if run.read_json("metrics.json"):
             raise Mistake(f"the evaluation {run.path} is finished; give another name=… or remove it")
-        rows, lengths = open_held_out(config, run)
+        here = fetched(config)
+        rows, lengths = open_held_out(here, run)
         if lengths:
             print(lengths, flush=True)
             run.tell(prompts=asdict(lengths))
-        coverage = TrainingCoverage.of_files(config.data.seen)
+        coverage = TrainingCoverage.of_files(here.data.seen)
         results = Results(run.path / "results.jsonl", n=config.n, hold=run.hold)
         if any(row.id not in results.rows for row in rows):
-            with ray_connection(), started(actors(config), config) as workers, run.telling():
+            with ray_connection(), started(actors(here), here) as workers, run.telling():
                 run.tell(engines=[asdict(engine) for engine in workers.engines])
                 answer(workers, rows, config, results)
         results.sort([row.id for row in rows])
@@ -122,7 +125,7 @@ def settings(config: EvaluateConfig) -> dict[str, Any]:
     """The settings reported with the metrics."""
     spec = config.spec()
     return {
-        "model": str(config.model) if config.model else f"{config.endpoint.model} at {config.endpoint.url}",  # type: ignore[union-attr]
+        "model": written(config.model) if config.model else f"{config.endpoint.model} at {config.endpoint.url}",  # type: ignore[union-attr]
         "expert": config.expert,
         "preprocess": config.segmenter.preprocess,
         "prompt": spec.name,

@@ -1,6 +1,7 @@
 """Who makes a run's actors, at its start and later, and ends them.
 
-listed by the job ──► created ──► has room: says where it is ──► refused, or loads ──► member of its pool
+listed by the job ──► created ──► has room: says where it is ──► refused, or is brought what its node has not, and
+loads ──► member of its pool
 """
 
 import math
@@ -9,18 +10,22 @@ from collections import defaultdict
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
 
+from actors.build import this_build
 from actors.calls import Call, Calls, Ended, refuse
 from actors.config import DeadlineConfig
+from actors.delivery import Deliveries
 from actors.engine_report import EngineReport
 from actors.failures import ActorDied, DeadlinePassed
-from actors.gpus import Place
+from actors.gpus import Lodging, Place
 from actors.pool import Pool
 from actors.pools import Placement
 from cluster.memory import GpuNeed, Tenant, overfull, summary, tenant
+from cluster.nodes import cramped, object_stores, unfit
 from cluster.placement import Bundle, Node, Slot, beside, described, shortage, waves
 from umrg.mistake import Mistake
 
@@ -43,6 +48,8 @@ class ActorSpec:
     """Variables that its process has from the start."""
     need: GpuNeed | None = None
     """What it needs of its GPU; None if that is not known."""
+    weights: int = 0
+    """Bytes of the versions of weights that it is sent during the run, each; 0 if it is sent none."""
     nodes: int | None = None
     """Nodes over which the actors of its role are spread, as many on each; None for the fewest. Of the learner."""
 
@@ -60,12 +67,16 @@ class Hiring:
         deadlines: DeadlineConfig,
         *,
         spread: bool = False,
+        cache: Path | None = None,
     ) -> None:
-        """group: the placement group. slots: its bundles, in order. spread: the other actors over the nodes."""
+        """group: the placement group. slots: its bundles, in order. spread: the other actors over the nodes. cache:
+        folder of each node for copies."""
         self._listed = {actor.bundle.name: actor for actor in listed}
         self._kinds = {actor.bundle.role: actor for actor in listed}
         self._group, self._slots, self._calls, self._deadlines = group, slots, calls, deadlines
         self._spread = spread
+        self._deliveries = Deliveries(calls, seconds=deadlines.start, cache=cache)
+        self._warned: set[str] = set()
         self._free = {name: index for index, slot in enumerate(slots) for name in slot.names}
         self._held: dict[str, tuple[str, int]] = {}
         self._sharers: dict[tuple[str, str], int] = {}
@@ -92,11 +103,17 @@ class Hiring:
         for line in summary(list(self._tenants.values())):
             print(line, flush=True)
         self._refuse_overfull()
-        return [name for name in self._listed if name in self.places]
+        placed = [name for name in self._listed if name in self.places]
+        self._bring(placed)
+        return placed
 
-    def sharers(self, name: str) -> int:
-        """How many actors of its role share its node; those that have gone count, as others will take their place."""
-        return self._sharers[self.places[name].node, self._kind(name).bundle.role]
+    def lodging(self, name: str) -> Lodging:
+        """What an actor is told of its place. Those of its role that have gone from its node count, as others will take
+        their place."""
+        node = self.places[name].node
+        return Lodging(
+            sharers=self._sharers[node, self._kind(name).bundle.role], copies=dict(self._deliveries.copies(node))
+        )
 
     def expect(self, pool: Pool, begun: Container[str]) -> None:
         """Let those that had no room when the run began join a pool when they have. begun: names of those that had."""
@@ -121,6 +138,7 @@ class Hiring:
             self._ask(names)
             try:
                 self._await_places(names)
+                self._bring(names)
                 return {name: self.handles[name] for name in names}
             except ActorDied:
                 # Ray takes some seconds to notice that a node is lost, and still places actors there.
@@ -213,6 +231,23 @@ class Hiring:
                 raise DeadlinePassed(f"{', '.join(missing)} did not start within {self._deadlines.start:g} s")
             self._calls.turn()
 
+    def _bring(self, names: Sequence[str]) -> None:
+        """Wait until the nodes of actors have all that these need."""
+        waiting, faults = set(names), list[Ended]()
+
+        def brought(name: str, fault: Ended | None) -> None:
+            waiting.discard(name)
+            faults.extend([fault] if fault else [])
+
+        for name in names:
+            self._deliveries.bring(self.places[name], partial(brought, name))
+        while waiting:
+            self._calls.turn()
+            for fault in faults:
+                if fault.fault == "error":
+                    raise Mistake(f"{fault.cause}; mend that, or give cache=… another folder") from fault.error
+                refuse(fault)
+
     def end(self, name: str, handle: Any, *, cause: str | None) -> None:
         """As `Starter.end`."""
         print(cause or f"{name} has nothing more to do, and is ended", flush=True)
@@ -256,14 +291,28 @@ class Hiring:
                 self._failed[name] = ended  # raised by who waits for it: what follows from other calls must follow
             return
         self._pending.pop(name, None)
+        if fault := unfit(name, ended.result, this_build()):
+            if pool is None:
+                raise Mistake(fault)
+            pool.died(name, fault)
+            return
         self._lodge(name, ended.result)
         if pool:
             self._load(pool, name)
 
     def _load(self, pool: Pool, name: str) -> None:
         self._refuse_overfull()
+        self._deliveries.bring(self.places[name], partial(self._equipped, pool, name))
+
+    def _equipped(self, pool: Pool, name: str, fault: Ended | None) -> None:
+        """Its node has all that it needs."""
+        if name not in self.handles:
+            return  # it was ended meanwhile
+        if fault:
+            pool.died(name, fault.cause)
+            return
         call = Call(actor=name, doing="starting", seconds=self._deadlines.start, then=partial(self._loaded, pool, name))
-        self._calls.add(self.handles[name].start.remote(self.sharers(name)), call)
+        self._calls.add(self.handles[name].start.remote(self.lodging(name)), call)
 
     def _loaded(self, pool: Pool, name: str, ended: Ended) -> None:
         if ended.fault:
@@ -287,6 +336,10 @@ class Hiring:
         self._sharers[place.node, role] = max(there, self._sharers.get((place.node, role), 0))
         if need and place.gpus:
             self._tenants[name] = tenant(name, need, place)
+        weights = self._kind(name).weights
+        if weights and place.node not in self._warned and (remark := cramped(name, place, weights, object_stores())):
+            self._warned.add(place.node)
+            print(f"warning: {remark}", flush=True)
 
     def _refuse_overfull(self) -> None:
         if fault := overfull(list(self._tenants.values())):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from actors.pools import RankPool
 from cluster.checkpoints import Checkpoint, CheckpointFolder, Checkpoints, RunState, export
-from cluster.config import LearningConfig, config_text
+from cluster.config import LearningConfig
 from cluster.run_folder import RunFolder
 from umrg.mistake import Mistake
 from umrg.shuffling import Cursor
@@ -84,7 +84,7 @@ class Loop:
         if at_once or self.at_end or self.checkpoints.due(self.step):
             position = self.run.metrics_position()
             state = RunState(step=self.step, cursor=self.cursor, metrics=position, score=score, rows=self._row_count)
-            self.checkpoints.save(state, config_text(self.config))
+            self.checkpoints.save(state, (self.run.path / "config.yaml").read_text())
         else:
             self.checkpoints.saved()
 

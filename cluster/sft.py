@@ -20,6 +20,7 @@ from cluster.cli import run_command
 from cluster.config import SftConfig, load_config
 from cluster.data import opened
 from cluster.display import progress
+from cluster.fetching import fetched
 from cluster.hiring import ActorSpec
 from cluster.lengths import RowLimit, fitting
 from cluster.loop import Loop, checkpoint_to_resume, refuse_other_rows
@@ -41,6 +42,7 @@ def sft(config: SftConfig) -> RunFolder:
     """Fine-tune a reasoner. The model is left in the run folder's `model/`."""
     with ExitStack() as stack:
         run = stack.enter_context(RunFolder.begun(config.runs / config.name, config, resume=config.resume != "never"))
+        config = fetched(config)
         checkpoint = checkpoint_to_resume(config, run)
         images = Images(config)
         print(images.lengths, flush=True)
@@ -56,7 +58,14 @@ def sft(config: SftConfig) -> RunFolder:
 
 def actors(config: SftConfig, run: Path) -> list[ActorSpec]:
     """The actors of a supervised run: its ranks."""
-    task = LearnerTask(model=config.model, spec=config.spec(), updates=config.steps, seed=config.seed, run=run)
+    task = LearnerTask(
+        model=config.model,
+        spec=config.spec(),
+        updates=config.steps,
+        seed=config.seed,
+        run=run,
+        resume=config.resume if isinstance(config.resume, Path) else None,
+    )
     return ranks(SupervisedRank, config.learner, task, image_tokens=config.image_tokens)
 
 

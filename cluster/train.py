@@ -16,10 +16,12 @@ from actors.learner_rank import LearnerRank
 from actors.pools import LearnerDied
 from cluster.checkpoints import Checkpoint
 from cluster.cli import run_command
+from cluster.commands.doctor_demand import demand, parameters
 from cluster.config import TrainConfig, load_config
 from cluster.data import open_rows
 from cluster.display import Display
 from cluster.evaluation import Collected, collect, evaluate, evaluation_groups
+from cluster.fetching import fetched
 from cluster.hiring import ActorSpec
 from cluster.journal import Journal
 from cluster.loop import Loop, checkpoint_to_resume, refuse_other_rows
@@ -41,6 +43,7 @@ def train(config: TrainConfig) -> RunFolder:
     """Run the job. The trained model is left in the run folder's `model/`."""
     with ExitStack() as stack:
         run = stack.enter_context(RunFolder.begun(config.runs / config.name, config, resume=config.resume != "never"))
+        config = fetched(config)
         checkpoint = checkpoint_to_resume(config, run)
         journal = stack.enter_context(Journal(run, config))
         display = stack.enter_context(Display(config))
@@ -73,10 +76,11 @@ def actors(config: TrainConfig, run: Path | None = None) -> list[ActorSpec]:
         temperature=config.rollout.temperature,
         max_tokens=config.rollout.max_tokens,
         run=run,
+        resume=config.resume if isinstance(config.resume, Path) else None,
     )
     return [
         *ranks(LearnerRank, config.learner, task, image_tokens=config.image_tokens),
-        *rollouts(config.model, config.engines, spec),
+        *rollouts(config.model, config.engines, spec, demand(config, parameters(config.model)).weights),
         *segmenters(config.expert, config.segmenter, config.reward.scorer(think=spec.think), spec),
     ]
 

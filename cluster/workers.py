@@ -37,8 +37,9 @@ from umrg.prompts import PromptSpec
 from umrg.reasoner_folder import check_reasoner_folder
 
 
-def rollouts(model: Path, config: RolloutConfig, spec: PromptSpec) -> list[ActorSpec]:
-    """The rollout actors of a model folder. Raises ValueError if it cannot be loaded."""
+def rollouts(model: Path, config: RolloutConfig, spec: PromptSpec, weights: int = 0) -> list[ActorSpec]:
+    """The rollout actors of a model folder. weights: bytes of each version that they are sent. Raises ValueError if the
+    folder cannot be loaded."""
     check_reasoner_folder(model)
     arguments = {"model": located(model), "config": config, "spec": spec}
     need = rollout_need(model, config)
@@ -49,6 +50,7 @@ def rollouts(model: Path, config: RolloutConfig, spec: PromptSpec) -> list[Actor
             arguments=arguments,
             environment=config.process_environment,
             need=need,
+            weights=weights,
         )
         for bundle in bundles("rollout", config.actors, config)
     ]
@@ -142,7 +144,7 @@ class Workers:
         assert self.hiring is not None
         try:
             self.learner.become(self.hiring.again("learner"))
-            starting = self.learner.starting(sharers=self.hiring.sharers)
+            starting = self.learner.starting(lodging=self.hiring.lodging)
             self.calls.gather(starting, seconds=seconds, doing="starting again")
         except (ActorDied, DeadlinePassed) as error:
             raise LearnerDied(str(error)) from error
@@ -171,11 +173,11 @@ def started(actors: Sequence[ActorSpec], config: RunConfig) -> Iterator[Workers]
         results: dict[str, Any] = {}
         for names in turns([actor.bundle for actor in actors if actor.bundle.name in placed]):
             refs = {
-                name: hiring.handles[name].start.remote(hiring.sharers(name))
+                name: hiring.handles[name].start.remote(hiring.lodging(name))
                 for name in names
                 if not name.startswith("learner")
             }
-            refs |= learner.starting(names, hiring.sharers)
+            refs |= learner.starting(names, hiring.lodging)
             found = calls.gather(refs, seconds=config.deadlines.start, doing="starting")
             results.update(zip(refs, found, strict=True))
         digests = {result for name, result in results.items() if name.startswith("segmenter")}
@@ -209,7 +211,7 @@ def started_supervised(actors: Sequence[ActorSpec], config: RunConfig) -> Iterat
     with _hired(actors, config, calls) as hiring:
         hiring.begin()
         pool = SupervisedPool(hiring.handles, config.deadlines, calls)
-        calls.gather(pool.starting(sharers=hiring.sharers), seconds=config.deadlines.start, doing="starting")
+        calls.gather(pool.starting(lodging=hiring.lodging), seconds=config.deadlines.start, doing="starting")
         yield pool
 
 
@@ -224,7 +226,7 @@ def _hired(actors: Sequence[ActorSpec], config: RunConfig, calls: Calls) -> Iter
     asked = next((actor.nodes for actor in actors if actor.nodes), None)
     slots = core(listed, nodes, asked=asked, spread=spread)
     group = _placement_group(slots, config.placement)
-    hiring = Hiring(actors, group, slots, calls, config.deadlines, spread=spread)
+    hiring = Hiring(actors, group, slots, calls, config.deadlines, spread=spread, cache=config.cache)
     try:
         yield hiring
     finally:

@@ -29,10 +29,17 @@ class LearnerTask:
     """Longest completion; the divisor of `aggregation: constant`."""
     run: Path | None = None
     """The run's folder, to which all ranks write their parts of checkpoints; None where none is written."""
+    resume: Path | None = None
+    """A checkpoint of another folder that all ranks read; None where there is none."""
 
     def located(self) -> Self:
         """The same for an actor, which has another working directory."""
-        return replace(self, model=located(self.model), run=self.run and located(self.run))
+        return replace(
+            self,
+            model=located(self.model),
+            run=self.run and located(self.run),
+            resume=self.resume and located(self.resume),
+        )
 
 
 Part = Literal["vision_tower", "merger", "language_model"]

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, PositiveInt, field_validator
 
 from umrg.mistake import Mistake
 
@@ -86,11 +86,27 @@ def located(path: P) -> P:
     return type(path)(Path(path).resolve()) if Path(path).exists() else path
 
 
+def uri(path: str | Path) -> str | None:
+    """The URI that a configuration gave in place of a path, such as `s3://bucket/model`; None for a path. (As a path it
+    has lost one of its slashes.)"""
+    found = re.fullmatch(r"([a-z][a-z0-9+]+):/{1,3}(.+)", str(path))
+    return found and f"{found[1]}://{'/' if found[1] == 'file' else ''}{found[2]}"
+
+
+def written(path: str | Path) -> str:
+    """A path or URI as users write it."""
+    return uri(path) or str(path)
+
+
+Location = Annotated[Path, PlainSerializer(written, return_type=str, when_used="json")]
+"""A file or folder, or the URI of one (`umrg.copies`)."""
+
+
 def model_folder(path: Path) -> Path:
     """The folder itself or, if it holds no model and has a `model/` that does, that one."""
     inner = path / "model"
     return inner if (inner / "config.json").exists() and not (path / "config.json").exists() else path
 
 
-ModelFolder = Annotated[Path, AfterValidator(model_folder)]
+ModelFolder = Annotated[Location, AfterValidator(model_folder)]
 """A Hugging Face folder, or the folder of a run or of a checkpoint, which stands for its `model/`."""

@@ -235,7 +235,7 @@ class ReasonerConfig(Config):
     """Which reasoner is prompted, and how."""
 
     model: ModelFolder
-    """Folder of a Qwen-VL model, or of a run or a checkpoint that holds one."""
+    """Folder of a Qwen-VL model, or of a run or a checkpoint that holds one; in a run also a model's URI."""
     prompt: Annotated[PromptStyle | str | None, PlainValidator(chosen_prompt, json_schema_input_type=str | None)] = None
     """`full`, `compact`, a file that holds a template, or a template's text; null for what the model folder's
     prompt.json says. A file is read at once: a run resumes without it."""

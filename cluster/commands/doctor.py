@@ -45,6 +45,7 @@ from cluster.commands.doctor_versions import (
     read_constraints,
 )
 from cluster.config import EvaluateConfig, SftConfig
+from cluster.fetching import fetched
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 300.0
@@ -116,6 +117,7 @@ def check_gpu_machine(*, cuda_set: bool) -> list[CheckResult]:
 
 def check_run(config: JobConfig) -> list[CheckResult]:
     """What a run needs of this machine and of its network."""
+    config = fetched(config)
     results = check_demand(config, this_machine(config.runs))
     if isinstance(config, EvaluateConfig):
         return results

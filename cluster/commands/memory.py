@@ -8,6 +8,7 @@ from rich.table import Table
 
 from actors.gpus import Gpu, Place
 from cluster.config import EvaluateConfig, SftConfig, TrainConfig, load_config, schema_of
+from cluster.fetching import fetched
 from cluster.memory import (
     GIB,
     GpuNeed,
@@ -60,7 +61,7 @@ def tenants(config: TrainConfig | SftConfig | EvaluateConfig, gpu: int) -> list[
 
 def print_memory(path: Path, overrides: Sequence[str], gib: float, console: Console) -> int:
     """Print the estimate and its verdict. Returns the exit code, 1 if something cannot fit."""
-    config = load_config(schema_of(path), path, overrides)
+    config = fetched(load_config(schema_of(path), path, overrides))
     found = tenants(config, int(gib * GIB))
     if not found:
         console.print("no role has a GPU (num_gpus), so there is nothing to fit")

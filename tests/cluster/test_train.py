@@ -65,8 +65,8 @@ def finished(ray_cluster, demo_config, tmp_path_factory):
 class StaleRollout(Rollout):
     """Keeps its caches when new weights come."""
 
-    async def start(self, sharers=1):
-        report = await super().start(sharers)
+    async def start(self, *lodging):
+        report = await super().start(*lodging)
         llm = self._running()._llm
         pause = llm.pause_generation
         llm.pause_generation = lambda **options: pause(**{**options, "clear_cache": False})

@@ -1,0 +1,164 @@
+"""Copies of the driver's files on nodes that have not got them: each node makes one, into its own cache.
+
+    what an actor misses ──bring──► a Porter on its node ──go_on──► bytes so far, …, the copy's path ──► its start
+
+A porter reads the driver's file through Ray's object store, a piece at a time, or the URI that the driver's own copy is
+of.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.calls import Call, Calls, Ended
+from actors.gpus import Place
+from umrg.copies import Cache, Contents, Reader, progress
+from umrg.remote import PIECE, Remote
+
+TURN_S = 2.0
+"""Seconds of copying between two reports of a porter."""
+SAY_EVERY_S = 10.0
+AHEAD = 2
+"""Pieces that are in the object store at the same time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parcel:
+    """What is to be copied, and from where."""
+
+    contents: Contents
+    path: Path
+    """The driver's."""
+    home: str
+    """Id of the driver's node."""
+    uri: str | None
+    """From which it is read instead, if there is one."""
+
+    def reader(self) -> Reader:
+        """Called where the copy is made."""
+        return Remote.of(self.uri).read if self.uri else partial(_through_ray, self)
+
+
+class Porter:
+    """Makes a copy on its node. cache: as `Cache`."""
+
+    def __init__(self, parcel: Parcel, cache: Path | None) -> None:
+        self._parcel, self._cache = parcel, Cache(cache)
+        self._steps: Any = None
+
+    def go_on(self) -> int | Path:
+        """Copy for some seconds. Returns how many bytes are there, and when all are, the copy's path. Raises
+        ValueError where the URI cannot be read from this node, or the copy is damaged."""
+        parcel, began = self._parcel, time.monotonic()
+        contents = parcel.contents
+        if self._steps is None:
+            if there := self._cache.found(contents.digest, contents.name):
+                return there
+            self._steps = self._cache.copying(
+                contents.name, contents.sizes, parcel.reader(), key=contents.digest, digest=contents.digest
+            )
+        try:
+            while True:
+                done = next(self._steps)
+                if time.monotonic() > began + TURN_S:
+                    return int(done)
+                if not done:
+                    time.sleep(0.2)  # another process makes it
+        except StopIteration as stop:
+            path: Path = stop.value
+            return path
+
+
+class Deliveries:
+    """The copies of a run. cache: folder of each node; None for its user's own. seconds: that one may take."""
+
+    def __init__(self, calls: Calls, *, seconds: float, cache: Path | None = None) -> None:
+        self._calls, self._seconds, self._cache = calls, seconds, cache
+        self._parcels: dict[Path, Parcel] = {}
+        self._copies: dict[str, dict[Path, Path]] = {}
+        self._awaited: dict[tuple[str, Path], list[Callable[[Ended | None], None]]] = {}
+        self._now = time.monotonic
+
+    def copies(self, node: str) -> Mapping[Path, Path]:
+        """What a node has in place of the driver's files."""
+        return self._copies.get(node, {})
+
+    def bring(self, place: Place, then: Callable[[Ended | None], None]) -> None:
+        """Bring what is missing at a place. then: what follows, once; it is given the fault of a copy that was not
+        made. Raises OSError if the driver's cannot be read."""
+        left = [path for path in place.missing.values() if path not in self.copies(place.node)]
+        if not left:
+            then(None)
+            return
+        path = left[0]
+        waiting = self._awaited.setdefault((place.node, path), [])
+        waiting.append(lambda fault: then(fault) if fault else self.bring(place, then))
+        if len(waiting) == 1:
+            key = next(key for key, each in place.missing.items() if each == path)
+            self._send(place, f"copying {key}", path)
+
+    def _send(self, place: Place, doing: str, path: Path) -> None:
+        parcel = self._parcel(path)
+        porter = _on(Porter, place.node).remote(parcel, self._cache)
+        began, said, total = self._now(), self._now() - SAY_EVERY_S, sum(parcel.contents.sizes.values())
+
+        def go_on() -> None:
+            left = max(1.0, began + self._seconds - self._now())
+            call = Call(actor=f"node {place.address}", doing=f"{doing} ({path})", seconds=left, then=follow)
+            self._calls.add(porter.go_on.remote(), call)
+
+        def follow(ended: Ended) -> None:
+            nonlocal said
+            if ended.fault is None and not isinstance(ended.result, Path):
+                if self._now() >= said + SAY_EVERY_S:
+                    said = self._now()
+                    there = progress(ended.result, total)
+                    print(f"node {place.address} is {doing} from {parcel.uri or path}: {there}", flush=True)
+                go_on()
+                return
+            ray.kill(porter)
+            if ended.fault is None:
+                self._copies.setdefault(place.node, {})[path] = ended.result
+            for then in self._awaited.pop((place.node, path)):
+                then(ended if ended.fault else None)
+
+        go_on()
+
+    def _parcel(self, path: Path) -> Parcel:
+        """Reads all of it once, for its digest."""
+        if path not in self._parcels:
+            print(f"reading {path}, which is to be copied to nodes that have not got it", flush=True)
+            self._parcels[path] = Parcel(
+                contents=Contents.of(path),
+                path=path,
+                home=ray.get_runtime_context().get_node_id(),
+                uri=Cache(self._cache).source(path),
+            )
+        return self._parcels[path]
+
+
+def _on(what: Any, node: str, **options: Any) -> Any:
+    strategy = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+    return ray.remote(what).options(num_cpus=0, scheduling_strategy=strategy, **options)
+
+
+def _through_ray(parcel: Parcel, file: str) -> Iterator[memoryview]:
+    """The pieces of one of the driver's files."""
+    ahead = {"num_returns": "streaming", "_generator_backpressure_num_objects": AHEAD, "max_retries": 0}
+    for ref in _on(_pieces, parcel.home, **ahead).remote(parcel.path.parent / file):
+        yield memoryview(ray.get(ref))
+
+
+def _pieces(path: Path) -> Iterator[NDArray[np.uint8]]:
+    with path.open("rb") as file:
+        while data := file.read(PIECE):
+            # Ray shows arrays to readers of a node without a copy of its own.
+            yield np.frombuffer(data, dtype=np.uint8)
