@@ -13,7 +13,7 @@ from typing import Any
 
 import aiohttp
 from ray.dashboard.modules.job.pydantic_models import JobDetails
-from ray.exceptions import AuthenticationError
+from ray.exceptions import AuthenticationError, RpcError
 from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.state import list_actors
 
@@ -53,7 +53,7 @@ class Client(JobSubmissionClient):
             super().__init__(address)
         except AuthenticationError as error:
             raise _about_token(error, address) from None
-        except (ConnectionError, ValueError) as error:
+        except (ConnectionError, RpcError, ValueError) as error:
             if isinstance(error, Mistake):
                 raise
             raise Unreachable(f"no cluster is reached ({_first_line(error)}); give --address, {_EXAMPLE}") from None
@@ -152,20 +152,22 @@ class Following:
         self._shown = 0
 
     def until_end(self) -> JobStatus:
-        """Show the log until the job has ended. A connection that breaks is made again. Raises ValueError if that
-        takes longer than a minute."""
-        reached = time.monotonic()
+        """Show the log until the job has ended. A connection that breaks is made again. Raises ValueError if no cluster
+        answers for a minute."""
+        deadline = time.monotonic() + _UNREACHABLE_S
         while True:
             try:
                 whole = asyncio.run(self._tail())
                 status = self._client.get_job_status(self._job)
+                if not whole:
+                    self._add(self._client.get_job_logs(self._job), 0)
             except Unreachable:
-                if time.monotonic() > reached + _UNREACHABLE_S:
+                if time.monotonic() > deadline:
                     raise
             else:
-                if whole and status.is_terminal():
+                if status.is_terminal():
                     return status
-                reached = time.monotonic()
+                deadline = time.monotonic() + _UNREACHABLE_S
             time.sleep(1.0)
 
     async def _tail(self) -> bool:
@@ -180,16 +182,19 @@ class Following:
                     if (await asyncio.to_thread(self._client.get_job_status, self._job)).is_terminal():
                         chunk.cancel()
                         return False
-                text = chunk.result()
-                new = text[max(0, self._shown - position) :]
-                position += len(text)
-                if new:
-                    self._shown = position
-                    self._show(new)
+                position = self._add(chunk.result(), position)
         except StopAsyncIteration:
             return True
         except (aiohttp.ClientError, RuntimeError, OSError):
             return False
+
+    def _add(self, text: str, position: int) -> int:
+        """Show what is new of a text that begins at a position of the log. Returns the position of its end."""
+        end = position + len(text)
+        if end > self._shown:
+            self._show(text[max(0, self._shown - position) :])
+            self._shown = end
+        return end
 
 
 def stop_wait(job: JobDetails) -> int:

@@ -110,14 +110,19 @@ def modules_of(config: TrainConfig | SftConfig | EvaluateConfig) -> dict[str, Pa
 
 def _files_of(module: ModuleType) -> dict[str, Path]:
     origin = Path(next(iter(module.__path__))) if hasattr(module, "__path__") else Path(str(module.__file__))
-    loaded = {Path(file) for each in sys.modules.values() if (file := getattr(each, "__file__", None))}
-    beside = {path for path in loaded if path.is_relative_to(origin.parent)}
-    found = {path.relative_to(origin.parent): path for path in (*beside, *origin.rglob("*.py"))}
-    return {name.as_posix(): path for name, path in found.items() if not _installed(path)}
+    if "site-packages" in origin.parts:
+        return {}
+    base = origin.parent
+    beside = [path for name in sys.modules for path in (_file_of(base, name),) if path]
+    return {path.relative_to(base).as_posix(): path for path in (*beside, *origin.rglob("*.py"))}
 
 
-def _installed(path: Path) -> bool:
-    return "site-packages" in path.parts
+def _file_of(base: Path, module: str) -> Path | None:
+    """The file of an imported module that lies beneath a folder by the module's whole name."""
+    file = getattr(sys.modules[module], "__file__", None)
+    stem = base.joinpath(*module.split("."))
+    places = (stem.with_suffix(".py"), stem / "__init__.py")
+    return next((place for place in places if str(place) == file), None)
 
 
 def named_files(

@@ -1,10 +1,11 @@
 """What is sent of a checkout: its text, and nothing that merely lies there."""
 
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
-from actors.code import PACKAGE_BYTES, TEXT_BYTES, checkout, code, pack
+from actors.code import PACKAGE_BYTES, TEXT_BYTES, checkout, code, pack, sent_code
 from tests.conftest import ROOT
 from umrg.mistake import Mistake
 
@@ -69,3 +70,18 @@ def test_a_package_larger_than_ray_accepts_is_refused_with_its_largest_files(tmp
         file.truncate(PACKAGE_BYTES)
     with pytest.raises(Mistake, match=r"in 2 files, and Ray accepts 99\.0 MiB; .* The largest: large\.txt \(99\.0 MiB"):
         pack({"small.py": tmp_path / "small.py", "large.txt": tmp_path / "large.txt"}, tmp_path / "code.zip")
+
+
+def test_a_driver_sends_its_code_to_a_cluster_that_is_there_unless_a_job_was_given_it(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with sent_code() as sent:
+        assert sent is not None and sent["env_vars"] == {"PYTHONPATH": str(Path.cwd())}
+        assert set(ZipFile(sent["working_dir"]).namelist()) == set(code(ROOT))
+    assert not Path(sent["working_dir"]).exists()
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with sent_code() as sent:
+        assert sent is None
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    with sent_code() as sent:
+        assert sent is None

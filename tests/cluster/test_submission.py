@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from cluster.cli import app
 from cluster.commands.submit import passing_on
 from cluster.config import EvaluateConfig, TrainConfig, load_config
-from cluster.jobs import STOP_WAIT, Client, find_job, living_actors
+from cluster.jobs import STOP_WAIT, Client, Following, find_job, living_actors
 from cluster.submission import prepare, send_job
 from tests.conftest import ROOT, TINY_REASONER
 from tests.runs import MARK, SMALL, cluster_folder, marked
@@ -118,6 +118,35 @@ def test_a_terminal_shows_whole_lines_above_a_bar_of_steps():
         show("reading data\nstep 3/")
         show("50  reward [0.2]\nevaluating: 4 of 12 rows\n")
     assert "step 3/50  reward [0.2]" in console.export_text()
+
+
+class Broken:
+    """A client whose first connection breaks within the log, and whose second is refused."""
+
+    log = "one\ntwo\nthree\n"
+
+    def __init__(self):
+        self.connections = 0
+
+    async def tail_job_logs(self, job):
+        self.connections += 1
+        if self.connections == 2:
+            raise RuntimeError("closed")
+        yield "one\n"
+        yield "tw"
+        raise RuntimeError("closed")
+
+    def get_job_status(self, job):
+        return JobStatus.RUNNING if self.connections == 1 else JobStatus.STOPPED
+
+    def get_job_logs(self, job):
+        return self.log[:10] if self.connections == 1 else self.log
+
+
+def test_a_connection_that_breaks_is_made_again_and_nothing_is_shown_twice():
+    shown = []
+    assert Following(Broken(), "job", shown.append).until_end() == JobStatus.STOPPED
+    assert "".join(shown) == Broken.log
 
 
 # As an interpreter it does what it likes with `-m cluster.cli train submitted/NAME.yaml`.
