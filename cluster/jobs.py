@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.exceptions import AuthenticationError, RpcError
-from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from ray.util.state import list_actors
 
 from umrg.mistake import Mistake

@@ -9,7 +9,7 @@ from rich.table import Table
 from cluster.commands.submit import Address, follow
 
 if TYPE_CHECKING:
-    from ray.dashboard.modules.job.pydantic_models import JobDetails
+    from ray.job_submission import JobDetails
 
     from cluster.jobs import Client
 

@@ -120,7 +120,7 @@ def test_a_terminal_shows_whole_lines_above_a_bar_of_steps():
     assert "step 3/50  reward [0.2]" in console.export_text()
 
 
-class Broken:
+class Broken(Client):
     """A client whose first connection breaks within the log, and whose second is refused."""
 
     log = "one\ntwo\nthree\n"
@@ -144,7 +144,7 @@ class Broken:
 
 
 def test_a_connection_that_breaks_is_made_again_and_nothing_is_shown_twice():
-    shown = []
+    shown: list[str] = []
     assert Following(Broken(), "job", shown.append).until_end() == JobStatus.STOPPED
     assert "".join(shown) == Broken.log
 
