@@ -6,6 +6,8 @@ import threading
 
 import ray
 
+from actors.code import sent_code
+
 
 def is_local() -> bool:
     """Whether the cluster is one that this process started for itself, and which will have no other nodes."""
@@ -19,7 +21,9 @@ def connect() -> bool:
         return False
     terminate = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(logging_level="ERROR", log_to_driver=bool(os.environ.get("MEDREASONER_ACTOR_LOGS")))
+        with sent_code() as code:
+            actor_logs = bool(os.environ.get("MEDREASONER_ACTOR_LOGS"))
+            ray.init(logging_level="ERROR", log_to_driver=actor_logs, runtime_env=code)
     except SystemExit:
         # From the handler that Ray puts there while it starts.
         raise KeyboardInterrupt from None

@@ -18,6 +18,8 @@ from rich.console import Console
 
 from cluster.commands.data import data_app
 from cluster.commands.expert import expert_app
+from cluster.commands.runs import runs_app
+from cluster.commands.submit import submit
 from umrg.mistake import Mistake
 
 TINY_REASONER = Path(__file__).parents[1] / "models" / "tiny-reasoner"
@@ -38,6 +40,8 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(expert_app, name="expert")
+app.add_typer(runs_app, name="runs")
+app.command()(submit)
 
 
 @app.command()

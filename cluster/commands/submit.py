@@ -1,0 +1,120 @@
+"""`medreasoner submit`: a run as a job on a Ray cluster, followed until it ends."""
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from cluster.jobs import Client
+
+Address = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="The cluster's dashboard, such as http://127.0.0.1:8265; by default RAY_API_SERVER_ADDRESS or "
+        "RAY_ADDRESS.",
+    ),
+]
+
+_STEP = re.compile(r"(?:step |: )(\d+)(?:/| of )(\d+)\b")
+"""`step 3/50` of a training, `evaluating: 12 of 100 rows` of all others."""
+
+
+def submit(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of a train, sft or evaluate run.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="Values that replace those of the file.")
+    ] = None,
+    address: Address = None,
+    detach: Annotated[bool, typer.Option("--detach", "--no-wait", help="Return as soon as it is sent.")] = False,
+    python: Annotated[str, typer.Option(help="Interpreter, as the cluster's head node finds it.")] = "python",
+) -> None:
+    """Run a configuration as a job on a Ray cluster, and show what it prints; Ctrl-C leaves it running there. Exit code
+    1 if it fails.
+
+    The checkout's text files are sent, and small files that CONFIG names; runs, data, weights and environments are not.
+
+    medreasoner submit configs/demo.yaml runs=/shared/runs --address http://head:8265
+
+    medreasoner submit configs/lingshu_7b_soft.yaml runs=/shared/runs model=/shared/Lingshu-7B --detach
+    """
+    from cluster import submission
+    from cluster.jobs import Client
+
+    prepared = submission.prepare(config, overrides or (), python=python)
+    client = Client(address)
+    typer.echo(f"sending    {prepared.summary()}")
+    job = submission.submit(prepared, client, typer.echo)
+    typer.echo(f"submitted  {job} to {client.get_address()}; its run folder is {prepared.metadata.folder}")
+    if detach:
+        typer.echo(ways_back(client, job))
+    else:
+        raise typer.Exit(follow(client, job))
+
+
+def ways_back(client: "Client", job: str) -> str:
+    """The commands that watch a job, end it, and show it."""
+    where = f"--address {client.get_address()}"
+    return "\n".join(
+        (
+            f"watch it   medreasoner runs logs -f {job} {where}",
+            f"stop it    medreasoner runs stop {job} {where}",
+            f"see it     medreasoner runs show {job} {where}",
+        )
+    )
+
+
+def follow(client: "Client", job: str) -> int:
+    """Show a job's output until it ends, or until Ctrl-C. Returns the exit code: 0 if it succeeded, 1 if not, 130 if it
+    goes on without being watched."""
+    from ray.job_submission import JobStatus
+
+    from cluster.jobs import Following, Unreachable, ended_because
+
+    try:
+        with passing_on(Console()) as show:
+            status = Following(client, job, show).until_end()
+    except KeyboardInterrupt:
+        typer.echo(f"\nnot watched any more; {job} goes on\n{ways_back(client, job)}")
+        return 130
+    except Unreachable:
+        typer.echo(f"the connection is lost; {job} goes on, as far as is known\n{ways_back(client, job)}", err=True)
+        raise
+    if status == JobStatus.SUCCEEDED:
+        typer.echo(f"succeeded  {job}")
+        return 0
+    typer.echo(f"{status.value.lower():<11}{job}: {ended_because(client.get_job_info(job))}", err=True)
+    return 1
+
+
+@contextmanager
+def passing_on(console: Console) -> Iterator[Callable[[str], None]]:
+    """What passes a job's output on: above a bar of its steps on a terminal, elsewhere just as it is."""
+    if not console.is_terminal:
+        yield _pass_on
+        return
+    columns = TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task, rest = bar.add_task("waiting for its first step", total=None), ""
+
+        def show(text: str) -> None:
+            nonlocal rest
+            *lines, rest = (rest + text).split("\n")
+            for line in lines:
+                console.print(line, soft_wrap=True, highlight=False, markup=False)
+                if found := _STEP.search(line):
+                    bar.update(task, description="on the cluster", completed=int(found[1]), total=int(found[2]))
+
+        yield show
+
+
+def _pass_on(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
