@@ -15,15 +15,7 @@ from cluster.config import EvaluateConfig, load_config
 from cluster.data import open_held_out
 from cluster.display import progress
 from cluster.evaluation import evaluate, evaluation_groups
-from cluster.figures import (
-    TrainingCoverage,
-    as_malformed,
-    comma_separated,
-    greedy_record,
-    markdown,
-    row_figures,
-    summarise,
-)
+from cluster.figures import TrainingCoverage, comma_separated, figures_of, greedy_record, markdown, settings
 from cluster.hiring import ActorSpec
 from cluster.records import Results, as_results
 from cluster.report import write_evaluation_report
@@ -44,6 +36,7 @@ def run_evaluation(config: EvaluateConfig) -> RunFolder:
         if lengths:
             print(lengths, flush=True)
             run.tell(prompts=asdict(lengths))
+        run.tell(settings=settings(config))
         coverage = TrainingCoverage.of_files(config.data.seen)
         results = Results(run.path / "results.jsonl", n=config.n, hold=run.hold)
         if any(row.id not in results.rows for row in rows):
@@ -91,49 +84,20 @@ def write_figures(
 ) -> None:
     """Write metrics.json, table.md, table.csv and the report, from the recorded answers alone. left_out: rows that were
     too long to be answered."""
-    figures = {row.id: row_figures(results.rows[row.id], row) for row in rows}
-    strata = {row.id: coverage.strata(row) for row in rows}
-    greedy = {row.id: greedy_record(results.rows[row.id]) for row in rows}
-    failures = {row: record["failure"] for row, record in greedy.items() if record["failure"]}
-    metrics = {"settings": settings(config), "left_out": left_out, **summarise(figures, strata, failures)}
-    if config.answers == "lenient":
-        metrics["lenient"] = lenient_figures(rows, results, strata)
+    by_id = {row.id: row for row in rows}
+    metrics = {
+        "settings": settings(config),
+        "left_out": left_out,
+        **figures_of(results.rows, by_id, coverage, lenient=config.answers == "lenient"),
+    }
     for name, text in (("table.md", markdown(metrics)), ("table.csv", comma_separated(metrics))):
         write_text(run.path / name, text)
-    write_evaluation_report(run, metrics, rows, greedy, figures, limit=config.gallery)
+    greedy = {row: greedy_record(records) for row, records in results.rows.items()}
+    write_evaluation_report(
+        run.report / "index.html", run.path.resolve().name, metrics, greedy, by_id, limit=config.gallery
+    )
     # Written last, because its presence marks the evaluation as finished.
     run.write_json("metrics.json", metrics)
-
-
-def lenient_figures(
-    rows: Sequence[Sample], results: Results, strata: Mapping[str, Mapping[str, str]]
-) -> dict[str, Any]:
-    """How many greedy and sampled answers were read leniently, and the figures with these counted as malformed."""
-    found = [record["kind"] for row in rows for record in results.rows[row.id] if record.get("read") == "lenient"]
-    summary = summarise({row.id: row_figures(as_malformed(results.rows[row.id]), row) for row in rows}, strata, {})
-    return {
-        "greedy": found.count("greedy"),
-        "sampled": found.count("sampled"),
-        "as_malformed": {"overall": summary["overall"], "by": summary["by"]},
-    }
-
-
-def settings(config: EvaluateConfig) -> dict[str, Any]:
-    """The settings reported with the metrics."""
-    spec = config.spec()
-    return {
-        "model": str(config.model) if config.model else f"{config.endpoint.model} at {config.endpoint.url}",  # type: ignore[union-attr]
-        "expert": config.expert,
-        "preprocess": config.segmenter.preprocess,
-        "prompt": spec.name,
-        "think": spec.think,
-        "frame": spec.frame.value,
-        **{name: bound for name in ("min_pixels", "max_pixels") if (bound := getattr(spec, name)) is not None},
-        "answers": config.answers,
-        "n": config.n,
-        "temperature": config.temperature,
-        "max_tokens": config.rollout.max_tokens,
-    }
 
 
 def main(arguments: list[str], options: Mapping[str, Any] | None = None) -> None:

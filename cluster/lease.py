@@ -153,11 +153,16 @@ class Lease:
         os.close(self.file)
 
 
+def lease_path(folder: Path) -> Path:
+    """Where the lease on a run's folder lies."""
+    return folder.resolve().with_name(f".{folder.resolve().name}.lease")
+
+
 @contextmanager
 def leased(folder: Path, machine: Machine | None = None) -> Iterator[Lease]:
     """Hold the lease on a run's folder, which need not exist yet. Raises ValueError naming the holder if taken."""
     machine = machine or Machine()
-    path = folder.resolve().with_name(f".{folder.resolve().name}.lease")
+    path = lease_path(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     with named(folder, path):
         lease = take(path, machine, say=lambda holder: print(f"waiting: {folder} is held by {holder}", flush=True))

@@ -161,6 +161,16 @@ class RunFolder:
     def model(self) -> Path:
         return self.path / "model"
 
+    @property
+    def drawn_train(self) -> Path:
+        """The phantoms that the run drew to train on, if it did."""
+        return self.path / "data" / "train.parquet"
+
+    @property
+    def drawn_eval(self) -> Path:
+        """Those that it drew to evaluate on."""
+        return self.path / "data" / "eval.parquet"
+
     def has_results(self) -> bool:
         """Whether anything was sampled or learnt."""
         return self.samples.exists() or any(self._done())
@@ -246,9 +256,19 @@ def _as_read_now(schema: type[Config], kept: Mapping[str, Any]) -> dict[str, Any
         return translated
 
 
+def kept_values(run: Path) -> dict[str, Any]:
+    """The values of a run's configuration by dotted key, in today's names, unchecked: what a check looks for, such as a
+    reward term of one's own, need not be where the folder is now. Raises ValueError where it is no run's folder."""
+    kept = yaml.safe_load((run / "config.yaml").read_bytes()) if (run / "config.yaml").is_file() else None
+    if not isinstance(kept, dict):
+        raise Mistake(f"{run} is not a run's folder (no config.yaml); give that of a run, such as runs/demo")
+    return _translated(kept)
+
+
 def kept_config(schema: type[C], run: Path) -> C:
-    """The configuration in a run's folder, which an earlier version may have written."""
-    return schema.model_validate(nested(_translated(yaml.safe_load((run / "config.yaml").read_bytes()))))
+    """The configuration in a run's folder, which an earlier version may have written. Raises ValueError as
+    `kept_values` does."""
+    return schema.model_validate(nested(kept_values(run)))
 
 
 def _translated(kept: Mapping[str, Any]) -> dict[str, Any]:

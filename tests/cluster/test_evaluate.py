@@ -19,9 +19,9 @@ from actors.config import RolloutConfig
 from cluster.comparison import compare
 from cluster.config import EvaluateConfig, load_config
 from cluster.data import open_held_out
-from cluster.evaluate import answer, run_evaluation, settings, write_figures
+from cluster.evaluate import answer, run_evaluation, write_figures
 from cluster.evaluation import SEED, evaluation_groups
-from cluster.figures import TrainingCoverage
+from cluster.figures import TrainingCoverage, settings
 from cluster.records import Results, read_results
 from cluster.run_folder import RunFolder
 from phantoms import rows
