@@ -30,8 +30,7 @@ from umrg.sample import Sample
 def run_evaluation(config: EvaluateConfig) -> RunFolder:
     """Evaluate, or continue an interrupted evaluation. Raises ValueError where one of that name is finished."""
     with RunFolder.begun(config.runs / config.name, config, resume=True) as run:
-        if run.read_json("metrics.json"):
-            raise Mistake(f"the evaluation {run.path} is finished; give another name=… or remove it")
+        refuse_finished(run)
         rows, lengths = open_held_out(config, run)
         if lengths:
             print(lengths, flush=True)
@@ -46,6 +45,12 @@ def run_evaluation(config: EvaluateConfig) -> RunFolder:
         results.sort([row.id for row in rows])
         write_figures(run, rows, coverage, results, config, left_out=lengths.left_out if lengths else 0)
     return run
+
+
+def refuse_finished(run: RunFolder) -> None:
+    """Raise ValueError where an evaluation has all its figures."""
+    if run.read_json("metrics.json"):
+        raise Mistake(f"the evaluation {run.path} is finished; give another name=… or remove it")
 
 
 def actors(config: EvaluateConfig) -> list[ActorSpec]:
@@ -106,13 +111,18 @@ def main(arguments: list[str], options: Mapping[str, Any] | None = None) -> None
     arguments: a YAML file, which may be left out, then key=value. options: further values by key; None stands for a
     value that was not given.
     """
+    run = run_evaluation(configured(arguments, options))
+    print((run.path / "table.md").read_text())
+    print(f"the evaluation lies in {run.path}; open {run.report / 'index.html'}")
+
+
+def configured(arguments: list[str], options: Mapping[str, Any] | None = None) -> EvaluateConfig:
+    """The configuration that a command line asks for; arguments as those of `main`."""
     file = Path(arguments[0]) if arguments and "=" not in arguments[0] else None
     given = {key: value for key, value in (options or {}).items() if value is not None}
     if "name" not in given and "model" in given and "data.eval" in given:
         given["name"] = _name(given["model"], given["data.eval"][0])
-    run = run_evaluation(load_config(EvaluateConfig, file, arguments[1 if file else 0 :], given))
-    print((run.path / "table.md").read_text())
-    print(f"the evaluation lies in {run.path}; open {run.report / 'index.html'}")
+    return load_config(EvaluateConfig, file, arguments[1 if file else 0 :], given)
 
 
 def _name(model: Path, data: Path) -> str:

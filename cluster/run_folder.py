@@ -46,8 +46,7 @@ class RunFolder:
     def create(cls, path: Path, config: Config) -> Self:
         """Make the folder, with the resolved configuration and a summary of status "running". Raises ValueError if it
         exists, unless it is blank (`is_blank`)."""
-        if path.exists() and not is_blank(path):
-            raise Mistake(f"the run folder {path} exists; give another name=… or remove it")
+        begins_anew(path, config, resume=False)
         with written_aside(path) as aside:
             aside.mkdir()
             save_config(config, aside / "config.yaml")
@@ -82,15 +81,8 @@ class RunFolder:
     def begin(cls, path: Path, config: Config, *, resume: bool) -> Self:
         """Make the folder or, with `resume`, take over an existing one. Raises ValueError if one exists and `resume` is
         false, if it is no run's folder, or if it was made with another configuration."""
-        if not (resume and path.exists() and not is_blank(path)):
+        if begins_anew(path, config, resume=resume):
             return cls.create(path, config)
-        kept = yaml.safe_load((path / "config.yaml").read_bytes()) if (path / "config.yaml").is_file() else None
-        if not isinstance(kept, dict):
-            raise Mistake(f"{path} is not a run's folder (no config.yaml); give another name=… or remove it")
-        given, was = flat(config.model_dump(mode="json")), _as_read_now(type(config), kept)
-        changed = sorted(key for key in given if not may_change(type(config), key) and was.get(key) != given[key])
-        if changed:
-            raise Mistake(f"{path} was made with another {', '.join(changed)}; resume with what its config.yaml says")
         save_config(config, path / "config.yaml")
         return cls(path)
 
@@ -221,6 +213,22 @@ class RunFolder:
 
     def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
         write_text(self.path / name, json.dumps(value, indent=2) + "\n")
+
+
+def begins_anew(path: Path, config: Config, *, resume: bool) -> bool:
+    """Whether a run makes its folder, or takes over the one that is there. Raises ValueError as `RunFolder.begin`."""
+    if not path.exists() or is_blank(path):
+        return True
+    if not resume:
+        raise Mistake(f"the run folder {path} exists; give another name=… or remove it")
+    kept = yaml.safe_load((path / "config.yaml").read_bytes()) if (path / "config.yaml").is_file() else None
+    if not isinstance(kept, dict):
+        raise Mistake(f"{path} is not a run's folder (no config.yaml); give another name=… or remove it")
+    given, was = flat(config.model_dump(mode="json")), _as_read_now(type(config), kept)
+    changed = sorted(key for key in given if not may_change(type(config), key) and was.get(key) != given[key])
+    if changed:
+        raise Mistake(f"{path} was made with another {', '.join(changed)}; resume with what its config.yaml says")
+    return False
 
 
 def is_blank(path: Path) -> bool:
