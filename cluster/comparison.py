@@ -9,14 +9,14 @@ from numpy.typing import ArrayLike
 from rich.console import Console
 from rich.table import Table
 
+from cluster.answered_rows import answered_rows
 from cluster.config import EvaluateConfig
-from cluster.data import evaluated_rows
-from cluster.evaluation import SUMMARY_METRICS
 from cluster.figures import greedy_record, interval
 from cluster.records import Record, read_results, read_samples
 from cluster.report import write_comparison_report
+from cluster.report.comparison import most_changed
 from cluster.run_folder import RunFolder, kept_config
-from rewards.answer_metrics import METRICS
+from rewards.answer_metrics import METRICS, TRAINING_METRICS
 from umrg.mistake import Mistake
 
 RecordsByRow = Mapping[str, Sequence[Record]]
@@ -40,7 +40,9 @@ def paired_interval(before: ArrayLike, after: ArrayLike) -> dict[str, float]:
     }
 
 
-def compare_records(before: RecordsByRow, after: RecordsByRow, metrics: Sequence[str] = SUMMARY_METRICS) -> Differences:
+def compare_records(
+    before: RecordsByRow, after: RecordsByRow, metrics: Sequence[str] = tuple(TRAINING_METRICS)
+) -> Differences:
     """`paired_interval` of each metric that both sides have, over the rows that both answer; empty where they share no
     row."""
     shared = [row for row in after if row in before]
@@ -57,12 +59,12 @@ def _mean(records: Sequence[Record], metric: str) -> float:
     return float(np.mean([record["metrics"][metric] for record in records]))
 
 
-def compare_run(run: RunFolder) -> dict[str, Differences]:
-    """The differences between a run's held-out answers before and after training, for greedy and for sampled answers;
-    a kind without answers on both sides is left out."""
+def compare_run(run: RunFolder, newest: str = "after") -> dict[str, Differences]:
+    """The differences between a run's held-out answers before training and in a later evaluation, for greedy and for
+    sampled answers; a kind without answers on both sides is left out."""
     found = {}
     for kind in ("greedy", "sampled"):
-        before, after = (read_samples(run.samples / f"{when}-{kind}.parquet") for when in ("before", "after"))
+        before, after = (read_samples(run.samples / f"{when}-{kind}.parquet") for when in ("before", newest))
         found[kind] = compare_records(before, after)
     return {kind: differences for kind, differences in found.items() if differences}
 
@@ -71,25 +73,32 @@ def compare(first: Path, second: Path, out: Path | None = None) -> Path:
     """Compare the greedy answers of two evaluations over the rows that both answered: print the paired differences, and
     write a page with the rows that changed most to `out`, by default `report/compared-with-<first>.html` of the second.
     Raises ValueError where they share no row."""
-    answers = greedy_answers(first), greedy_answers(second)
-    shared = [row for row in answers[1] if row in answers[0]]
+    all_answers = greedy_answers(first), greedy_answers(second)
+    shared = [row for row in all_answers[1] if row in all_answers[0]]
     if not shared:
         raise Mistake(f"{first} and {second} have no row in common; compare evaluations of the same data")
-    before, after = ({row: [records[row]] for row in shared} for records in answers)
+    answers = _only(all_answers[0], shared), _only(all_answers[1], shared)
+    before, after = ({row: [record] for row, record in each.items()} for each in answers)
     differences = compare_records(before, after, tuple(METRICS))
-    console, names = Console(), (first.name, second.name)
+    console, names = Console(), (first.resolve().name, second.resolve().name)
     console.print(_table(names, differences, len(shared)))
     if note := _lenience(names, (before, after)):
         console.print(note)
-    config = kept_config(EvaluateConfig, second)
-    rows = [sample for sample in evaluated_rows(config, RunFolder(second)) if sample.id in before]
-    path = out or second / "report" / f"compared-with-{first.name}.html"
-    return write_comparison_report(path, names, differences, rows, answers, note=note)
+    source, shown = kept_config(EvaluateConfig, second).data.eval, most_changed(answers)
+    found = answered_rows(source, RunFolder(second), [answers[1][row] for row in shown])
+    for remark in found.remarks:
+        console.print(remark, soft_wrap=True)
+    path = out or second / "report" / f"compared-with-{names[0]}.html"
+    return write_comparison_report(path, names, differences, answers, found.rows, note=note, remarks=found.remarks)
 
 
 def greedy_answers(run: Path) -> dict[str, Record]:
     """The record of the greedy answer to each row of an evaluation."""
     return {row: greedy_record(records) for row, records in read_results(run / "results.jsonl").items()}
+
+
+def _only(records: Mapping[str, Record], rows: Sequence[str]) -> dict[str, Record]:
+    return {row: records[row] for row in rows}
 
 
 def _table(names: tuple[str, str], differences: Mapping[str, Mapping[str, float]], count: int) -> Table:

@@ -363,9 +363,14 @@ def schema_of(path: Path) -> type[TrainConfig | SftConfig | EvaluateConfig]:
     return TrainConfig if "reward" in keys else SftConfig if "learner" in keys else EvaluateConfig
 
 
+def config_text(config: Config) -> str:
+    """The resolved configuration as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML."""
-    write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    write_text(path, config_text(config))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -23,8 +23,8 @@ def open_rows(
     """The training rows, the held-out ones that are evaluated on, and the lengths of both, as `train` and `held_out`.
     console: on which to show the progress. Raises ValueError if a prompt is too long, unless it is to be left out."""
     data, limit = config.data, prompt_limit(config.model, config.spec(), config.rollout)
-    train = opened(_files(data.train, run.path / "data" / "train.parquet"), data)
-    held_out = first_rows(Dataset.open(_files(data.eval, run.path / "data" / "eval.parquet")), config.evaluation.limit)
+    train = opened(_files(data.train, run.drawn_train), data)
+    held_out = first_rows(Dataset.open(_files(data.eval, run.drawn_eval)), config.evaluation.limit)
     train, lengths = fitting(train, limit, data.overlong, console)
     held_out, of_held_out = fitting(held_out, limit, data.overlong, console)
     return train, list(held_out), {"train": lengths, "held_out": of_held_out}
@@ -32,7 +32,7 @@ def open_rows(
 
 def evaluated_rows(config: EvaluateConfig, run: RunFolder) -> Dataset:
     """The rows of an evaluation, in the order of their files, those too that are too long."""
-    return first_rows(opened(_files(config.data.eval, run.path / "data" / "eval.parquet"), config.data), config.limit)
+    return first_rows(opened(_files(config.data.eval, run.drawn_eval), config.data), config.limit)
 
 
 def open_held_out(config: EvaluateConfig, run: RunFolder) -> tuple[list[Sample], Lengths | None]:

@@ -16,15 +16,7 @@ from cluster.data import open_held_out
 from cluster.display import progress
 from cluster.evaluation import evaluate, evaluation_groups
 from cluster.fetching import fetched
-from cluster.figures import (
-    TrainingCoverage,
-    as_malformed,
-    comma_separated,
-    greedy_record,
-    markdown,
-    row_figures,
-    summarise,
-)
+from cluster.figures import TrainingCoverage, comma_separated, figures_of, greedy_record, markdown, settings
 from cluster.hiring import ActorSpec
 from cluster.records import Results, as_results
 from cluster.report import write_evaluation_report
@@ -32,7 +24,6 @@ from cluster.run_folder import RunFolder
 from cluster.workers import Workers, endpoints, ray_connection, rollouts, segmenters, started
 from rewards.scoring import Scorer
 from umrg.atomic import write_text
-from umrg.config import written
 from umrg.mistake import Mistake
 from umrg.sample import Sample
 
@@ -40,13 +31,13 @@ from umrg.sample import Sample
 def run_evaluation(config: EvaluateConfig) -> RunFolder:
     """Evaluate, or continue an interrupted evaluation. Raises ValueError where one of that name is finished."""
     with RunFolder.begun(config.runs / config.name, config, resume=True) as run:
-        if run.read_json("metrics.json"):
-            raise Mistake(f"the evaluation {run.path} is finished; give another name=… or remove it")
+        refuse_finished(run)
         here = fetched(config)
         rows, lengths = open_held_out(here, run)
         if lengths:
             print(lengths, flush=True)
             run.tell(prompts=asdict(lengths))
+        run.tell(settings=settings(config, here.spec()))
         coverage = TrainingCoverage.of_files(here.data.seen)
         results = Results(run.path / "results.jsonl", n=config.n, hold=run.hold)
         if any(row.id not in results.rows for row in rows):
@@ -56,6 +47,12 @@ def run_evaluation(config: EvaluateConfig) -> RunFolder:
         results.sort([row.id for row in rows])
         write_figures(run, rows, coverage, results, config, left_out=lengths.left_out if lengths else 0)
     return run
+
+
+def refuse_finished(run: RunFolder) -> None:
+    """Raise ValueError where an evaluation has all its figures."""
+    if run.read_json("metrics.json"):
+        raise Mistake(f"the evaluation {run.path} is finished; give another name=… or remove it")
 
 
 def actors(config: EvaluateConfig) -> list[ActorSpec]:
@@ -94,49 +91,20 @@ def write_figures(
 ) -> None:
     """Write metrics.json, table.md, table.csv and the report, from the recorded answers alone. left_out: rows that were
     too long to be answered."""
-    figures = {row.id: row_figures(results.rows[row.id], row) for row in rows}
-    strata = {row.id: coverage.strata(row) for row in rows}
-    greedy = {row.id: greedy_record(results.rows[row.id]) for row in rows}
-    failures = {row: record["failure"] for row, record in greedy.items() if record["failure"]}
-    metrics = {"settings": settings(config), "left_out": left_out, **summarise(figures, strata, failures)}
-    if config.answers == "lenient":
-        metrics["lenient"] = lenient_figures(rows, results, strata)
+    by_id = {row.id: row for row in rows}
+    metrics = {
+        "settings": run.read_json("summary.json")["settings"],
+        "left_out": left_out,
+        **figures_of(results.rows, by_id, coverage, lenient=config.answers == "lenient"),
+    }
     for name, text in (("table.md", markdown(metrics)), ("table.csv", comma_separated(metrics))):
         write_text(run.path / name, text)
-    write_evaluation_report(run, metrics, rows, greedy, figures, limit=config.gallery)
+    greedy = {row: greedy_record(records) for row, records in results.rows.items()}
+    write_evaluation_report(
+        run.report / "index.html", run.path.resolve().name, metrics, greedy, by_id, limit=config.gallery
+    )
     # Written last, because its presence marks the evaluation as finished.
     run.write_json("metrics.json", metrics)
-
-
-def lenient_figures(
-    rows: Sequence[Sample], results: Results, strata: Mapping[str, Mapping[str, str]]
-) -> dict[str, Any]:
-    """How many greedy and sampled answers were read leniently, and the figures with these counted as malformed."""
-    found = [record["kind"] for row in rows for record in results.rows[row.id] if record.get("read") == "lenient"]
-    summary = summarise({row.id: row_figures(as_malformed(results.rows[row.id]), row) for row in rows}, strata, {})
-    return {
-        "greedy": found.count("greedy"),
-        "sampled": found.count("sampled"),
-        "as_malformed": {"overall": summary["overall"], "by": summary["by"]},
-    }
-
-
-def settings(config: EvaluateConfig) -> dict[str, Any]:
-    """The settings reported with the metrics."""
-    spec = config.spec()
-    return {
-        "model": written(config.model) if config.model else f"{config.endpoint.model} at {config.endpoint.url}",  # type: ignore[union-attr]
-        "expert": config.expert,
-        "preprocess": config.segmenter.preprocess,
-        "prompt": spec.name,
-        "think": spec.think,
-        "frame": spec.frame.value,
-        **{name: bound for name in ("min_pixels", "max_pixels") if (bound := getattr(spec, name)) is not None},
-        "answers": config.answers,
-        "n": config.n,
-        "temperature": config.temperature,
-        "max_tokens": config.rollout.max_tokens,
-    }
 
 
 def main(arguments: list[str], options: Mapping[str, Any] | None = None) -> None:
@@ -145,13 +113,18 @@ def main(arguments: list[str], options: Mapping[str, Any] | None = None) -> None
     arguments: a YAML file, which may be left out, then key=value. options: further values by key; None stands for a
     value that was not given.
     """
+    run = run_evaluation(configured(arguments, options))
+    print((run.path / "table.md").read_text())
+    print(f"the evaluation lies in {run.path}; open {run.report / 'index.html'}")
+
+
+def configured(arguments: list[str], options: Mapping[str, Any] | None = None) -> EvaluateConfig:
+    """The configuration that a command line asks for; arguments as those of `main`."""
     file = Path(arguments[0]) if arguments and "=" not in arguments[0] else None
     given = {key: value for key, value in (options or {}).items() if value is not None}
     if "name" not in given and "model" in given and "data.eval" in given:
         given["name"] = _name(given["model"], given["data.eval"][0])
-    run = run_evaluation(load_config(EvaluateConfig, file, arguments[1 if file else 0 :], given))
-    print((run.path / "table.md").read_text())
-    print(f"the evaluation lies in {run.path}; open {run.report / 'index.html'}")
+    return load_config(EvaluateConfig, file, arguments[1 if file else 0 :], given)
 
 
 def _name(model: Path, data: Path) -> str:

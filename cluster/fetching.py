@@ -1,9 +1,10 @@
 """What a configuration names by URI, as copies on the driver's machine."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from umrg.config import Config
+from umrg.config import Config, uri
 from umrg.copies import Cache, here
 from umrg.mistake import Mistake
 
@@ -31,6 +32,21 @@ def fetched(config: C) -> C:
         except Mistake as error:
             raise Mistake(f"{key}: {error}") from error
     return config
+
+
+def uris(config: Config) -> dict[str, str]:
+    """The URIs that a configuration names, by key."""
+    found: dict[str, str] = {}
+
+    def noted(key: str, value: Any) -> Any:
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, (str, Path)) and (name := uri(each)):
+                found[key] = name
+        return value
+
+    for key in LOCATIONS:
+        _changed(config, key, partial(noted, key))
+    return found
 
 
 def _changed(config: C, key: str, change: Any) -> C:

@@ -16,12 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import bootstrap
 
+from cluster.config import EvaluateConfig
 from cluster.records import Record
 from rewards.answer_metrics import METRICS
+from umrg.config import written
 from umrg.dataset import Dataset
 from umrg.keypoints import tight_box
 from umrg.masks import decode_rle
 from umrg.metrics import box_iou, mask_dice
+from umrg.prompts import PromptSpec
 from umrg.sample import Sample
 
 TITLES = {
@@ -44,10 +47,11 @@ def greedy_record(records: Sequence[Record]) -> Record:
     return next(record for record in records if record["kind"] == "greedy")
 
 
-def row_figures(records: Sequence[Record], sample: Sample) -> dict[str, float]:
+def row_figures(records: Sequence[Record], sample: Sample | None) -> dict[str, float]:
     """Figures of one row: the greedy answer's metrics and, of the k sampled answers, the mean, the best and the
     consensus. The best is chosen by the reference (best@k), which bounds what choosing among the answers can reach; the
-    consensus is a vote that needs no reference. With an expert that takes no points there is no `dice_points`."""
+    consensus is a vote that needs no reference. With an expert that takes no points there is no `dice_points`, and
+    without the row (`sample`) no consensus, because the reference mask is not recorded."""
     metrics = greedy_record(records)["metrics"]
     sampled = [record for record in records if record["kind"] == "sampled"]
     figures = {name: metrics[name] for name in METRICS if name in metrics}
@@ -55,7 +59,8 @@ def row_figures(records: Sequence[Record], sample: Sample) -> dict[str, float]:
         for name in ("iou", "dice"):
             values = [record["metrics"][name] for record in sampled]
             figures[f"mean_{name}"], figures[f"best_{name}"] = float(np.mean(values)), max(values)
-        figures.update(consensus(sampled, sample))
+        if sample is not None:
+            figures.update(consensus(sampled, sample))
     return figures
 
 
@@ -120,6 +125,41 @@ class TrainingCoverage:
         return strata
 
 
+def recorded_strata(record: Record) -> dict[str, str]:
+    """The strata that a row belongs to, as far as its records tell."""
+    return {kind: record[kind] for kind in ("supercategory", "category", "modality")}
+
+
+def figures_of(
+    answers: Mapping[str, Sequence[Record]],
+    rows: Mapping[str, Sample],
+    coverage: TrainingCoverage,
+    *,
+    lenient: bool = False,
+) -> dict[str, Any]:
+    """`summarise` of an evaluation's records, by row; with `lenient` also as `lenient_figures`. rows: all of them or,
+    where they cannot be read any more, none."""
+    greedy = {row: greedy_record(records) for row, records in answers.items()}
+    strata = {row: coverage.strata(rows[row]) if rows else recorded_strata(greedy[row]) for row in answers}
+    failures = {row: record["failure"] for row, record in greedy.items() if record["failure"]}
+    found = summarise({row: row_figures(records, rows.get(row)) for row, records in answers.items()}, strata, failures)
+    return {**found, "lenient": lenient_figures(answers, rows, strata)} if lenient else found
+
+
+def lenient_figures(
+    answers: Mapping[str, Sequence[Record]], rows: Mapping[str, Sample], strata: Mapping[str, Mapping[str, str]]
+) -> dict[str, Any]:
+    """How many greedy and sampled answers were read leniently, and the figures with these counted as malformed."""
+    kinds = [record["kind"] for records in answers.values() for record in records if record.get("read") == "lenient"]
+    figures = {row: row_figures(as_malformed(records), rows.get(row)) for row, records in answers.items()}
+    summary = summarise(figures, strata, {})
+    return {
+        "greedy": kinds.count("greedy"),
+        "sampled": kinds.count("sampled"),
+        "as_malformed": {"overall": summary["overall"], "by": summary["by"]},
+    }
+
+
 def _seen(value: bool) -> str:
     return "seen" if value else "unseen"
 
@@ -143,6 +183,23 @@ def summarise(
     causes = sorted(set(failures.values()))
     counted = {cause: sorted(row for row, why in failures.items() if why == cause) for cause in causes}
     return {"overall": overall, "by": by, "failures": counted}
+
+
+def settings(config: EvaluateConfig, spec: PromptSpec) -> dict[str, Any]:
+    """The settings reported with the metrics. spec: of the model, which the configuration may name by a URI."""
+    return {
+        "model": written(config.model) if config.model else f"{config.endpoint.model} at {config.endpoint.url}",  # type: ignore[union-attr]
+        "expert": config.expert,
+        "preprocess": config.segmenter.preprocess,
+        "prompt": spec.name,
+        "think": spec.think,
+        "frame": spec.frame.value,
+        **{name: bound for name in ("min_pixels", "max_pixels") if (bound := getattr(spec, name)) is not None},
+        "answers": config.answers,
+        "n": config.n,
+        "temperature": config.temperature,
+        "max_tokens": config.rollout.max_tokens,
+    }
 
 
 def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:

@@ -153,11 +153,16 @@ class Lease:
         os.close(self.file)
 
 
+def lease_path(folder: Path) -> Path:
+    """Where the lease on a run's folder lies."""
+    return folder.resolve().with_name(f".{folder.resolve().name}.lease")
+
+
 @contextmanager
 def leased(folder: Path, machine: Machine | None = None) -> Iterator[Lease]:
     """Hold the lease on a run's folder, which need not exist yet. Raises ValueError naming the holder if taken."""
     machine = machine or Machine()
-    path = folder.resolve().with_name(f".{folder.resolve().name}.lease")
+    path = lease_path(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     with named(folder, path):
         lease = take(path, machine, say=lambda holder: print(f"waiting: {folder} is held by {holder}", flush=True))
@@ -192,7 +197,7 @@ def take(path: Path, machine: Machine, *, say: Callable[[Holder], object] = lamb
         else:
             lives = _known_to_live(holder, first, machine)
             if lives and now - began >= PATIENCE:
-                raise Mistake(f"the run is held by {holder} ({path}); wait for it, end it, or give another name=…")
+                raise _held(holder, path)
             machine.sleep(LOOK)
             continue
         if lease is None:
@@ -239,6 +244,18 @@ def _gone(holder: Holder, machine: Machine, *, silent: float = 0.0) -> bool:
     """silent: seconds for which the caller has seen no heartbeat."""
     gone = machine.gone(holder.process) if holder.process else None
     return silent >= SILENCE if gone is None else gone
+
+
+def refuse_held(folder: Path) -> None:
+    """Raise ValueError where a driver on this machine, which lives, holds the lease on a run's folder."""
+    path = lease_path(folder)
+    holder = holder_of(path)
+    if holder is not None and holder.process is not None and Machine().gone(holder.process) is False:
+        raise _held(holder, path)
+
+
+def _held(holder: Holder, path: Path) -> Mistake:
+    return Mistake(f"the run is held by {holder} ({path}); wait for it, end it, or give another name=…")
 
 
 def _known_to_live(holder: Holder, first: Holder | None, machine: Machine) -> bool:

@@ -82,10 +82,7 @@ class Results:
 
     def __init__(self, path: Path, *, n: int, hold: Callable[[], None] = lambda: None) -> None:
         self._path, self._n, self._hold = path, n, hold
-        self.rows: dict[str, list[Record]] = {}
-        for record in whole_lines(path):
-            self.rows.setdefault(record["sample_id"], []).append(record)
-        self.rows = {row: records for row, records in self.rows.items() if len(records) == 1 + n}
+        self.rows = whole_rows(path, n=n)
         self._write(self.rows)
 
     def add(self, records: Iterable[Record]) -> None:
@@ -116,6 +113,16 @@ def read_results(path: Path) -> dict[str, list[Record]]:
     """The records of a results.jsonl by row id. Raises ValueError if there is no such file."""
     if not path.is_file():
         raise Mistake(f"there is no {path}; give the folder of an evaluation")
+    return _by_row(path)
+
+
+def whole_rows(path: Path, *, n: int) -> dict[str, list[Record]]:
+    """The records of the rows of a results.jsonl that have their greedy answer and all n sampled ones; none where there
+    is no such file."""
+    return {row: records for row, records in _by_row(path).items() if len(records) == 1 + n}
+
+
+def _by_row(path: Path) -> dict[str, list[Record]]:
     rows: dict[str, list[Record]] = {}
     for record in whole_lines(path):
         rows.setdefault(record["sample_id"], []).append(record)

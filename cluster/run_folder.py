@@ -46,8 +46,7 @@ class RunFolder:
     def create(cls, path: Path, config: Config) -> Self:
         """Make the folder, with the resolved configuration and a summary of status "running". Raises ValueError if it
         exists, unless it is blank (`is_blank`)."""
-        if path.exists() and not is_blank(path):
-            raise Mistake(f"the run folder {path} exists; give another name=… or remove it")
+        begins_anew(path, config, resume=False)
         with written_aside(path) as aside:
             aside.mkdir()
             save_config(config, aside / "config.yaml")
@@ -82,15 +81,8 @@ class RunFolder:
     def begin(cls, path: Path, config: Config, *, resume: bool) -> Self:
         """Make the folder or, with `resume`, take over an existing one. Raises ValueError if one exists and `resume` is
         false, if it is no run's folder, or if it was made with another configuration."""
-        if not (resume and path.exists() and not is_blank(path)):
+        if begins_anew(path, config, resume=resume):
             return cls.create(path, config)
-        kept = yaml.safe_load((path / "config.yaml").read_bytes()) if (path / "config.yaml").is_file() else None
-        if not isinstance(kept, dict):
-            raise Mistake(f"{path} is not a run's folder (no config.yaml); give another name=… or remove it")
-        given, was = flat(config.model_dump(mode="json")), _as_read_now(type(config), kept)
-        changed = sorted(key for key in given if not may_change(type(config), key) and was.get(key) != given[key])
-        if changed:
-            raise Mistake(f"{path} was made with another {', '.join(changed)}; resume with what its config.yaml says")
         save_config(config, path / "config.yaml")
         return cls(path)
 
@@ -161,6 +153,16 @@ class RunFolder:
     def model(self) -> Path:
         return self.path / "model"
 
+    @property
+    def drawn_train(self) -> Path:
+        """The phantoms that the run drew to train on, if it did."""
+        return self.path / "data" / "train.parquet"
+
+    @property
+    def drawn_eval(self) -> Path:
+        """Those that it drew to evaluate on."""
+        return self.path / "data" / "eval.parquet"
+
     def has_results(self) -> bool:
         """Whether anything was sampled or learnt."""
         return self.samples.exists() or any(self._done())
@@ -213,6 +215,22 @@ class RunFolder:
         write_text(self.path / name, json.dumps(value, indent=2) + "\n")
 
 
+def begins_anew(path: Path, config: Config, *, resume: bool) -> bool:
+    """Whether a run makes its folder, or takes over the one that is there. Raises ValueError as `RunFolder.begin`."""
+    if not path.exists() or is_blank(path):
+        return True
+    if not resume:
+        raise Mistake(f"the run folder {path} exists; give another name=… or remove it")
+    kept = yaml.safe_load((path / "config.yaml").read_bytes()) if (path / "config.yaml").is_file() else None
+    if not isinstance(kept, dict):
+        raise Mistake(f"{path} is not a run's folder (no config.yaml); give another name=… or remove it")
+    given, was = flat(config.model_dump(mode="json")), _as_read_now(type(config), kept)
+    changed = sorted(key for key in given if not may_change(type(config), key) and was.get(key) != given[key])
+    if changed:
+        raise Mistake(f"{path} was made with another {', '.join(changed)}; resume with what its config.yaml says")
+    return False
+
+
 def is_blank(path: Path) -> bool:
     """Whether a folder is that of a run that ended before anything was sampled or learnt, and holds nothing else."""
     if not (path / "config.yaml").is_file() or not (path / SUMMARY).is_file():
@@ -246,9 +264,19 @@ def _as_read_now(schema: type[Config], kept: Mapping[str, Any]) -> dict[str, Any
         return translated
 
 
+def kept_values(run: Path) -> dict[str, Any]:
+    """The values of a run's configuration by dotted key, in today's names, unchecked: what a check looks for, such as a
+    reward term of one's own, need not be where the folder is now. Raises ValueError where it is no run's folder."""
+    kept = yaml.safe_load((run / "config.yaml").read_bytes()) if (run / "config.yaml").is_file() else None
+    if not isinstance(kept, dict):
+        raise Mistake(f"{run} is not a run's folder (no config.yaml); give that of a run, such as runs/demo")
+    return _translated(kept)
+
+
 def kept_config(schema: type[C], run: Path) -> C:
-    """The configuration in a run's folder, which an earlier version may have written."""
-    return schema.model_validate(nested(_translated(yaml.safe_load((run / "config.yaml").read_bytes()))))
+    """The configuration in a run's folder, which an earlier version may have written. Raises ValueError as
+    `kept_values` does."""
+    return schema.model_validate(nested(kept_values(run)))
 
 
 def _translated(kept: Mapping[str, Any]) -> dict[str, Any]:

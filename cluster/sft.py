@@ -24,7 +24,8 @@ from cluster.fetching import fetched
 from cluster.hiring import ActorSpec
 from cluster.lengths import RowLimit, fitting
 from cluster.loop import Loop, checkpoint_to_resume, refuse_other_rows
-from cluster.run_folder import RunFolder
+from cluster.report import write_supervised_report
+from cluster.run_folder import SUMMARY, RunFolder
 from cluster.workers import ranks, ray_connection, started_supervised
 from learner.config import LearnerTask
 from reasoner.prompter import load_prompter
@@ -126,7 +127,10 @@ class Finetuning(Loop):
                 show(self.step, "  ".join(shown.values()), at_once="validation_loss" in line)
         chosen = self.export_model(checkpoint, best=bool(self.images.held_out))
         seconds = {"sft": round(time.monotonic() - started, 2)}
-        self.run.tell("ended", steps=self.step, model_of_step=chosen.state.step, seconds=seconds)
+        facts = {"steps": self.step, "model_of_step": chosen.state.step, "seconds": seconds}
+        write_supervised_report(self.run, {**(self.run.read_json(SUMMARY) or {}), **facts})
+        # Last, because it declares the run complete.
+        self.run.tell("ended", **facts)
 
     def batches(self) -> Iterator[list[list[Sample]]]:
         """The images of each step that is still to be taken."""
@@ -181,7 +185,7 @@ def main(arguments: list[str]) -> None:
     if not arguments:
         raise Mistake("usage: python -m cluster.sft CONFIG [key=value …]")
     run = sft(load_config(SftConfig, Path(arguments[0]), arguments[1:]))
-    print(f"the model lies in {run.model}")
+    print(f"the model lies in {run.model}; open {run.report / 'index.html'}")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def print_keys(console: Console) -> None:
     table = Table("key", "runs", "what it is", box=None if not console.is_terminal else box.SIMPLE_HEAD)
     for name, found in all_keys().items():
         first = next(iter(found.values()))
-        table.add_row(name, " ".join(found), _description(first).partition(". ")[0])
+        table.add_row(name, " ".join(found), description(first).partition(". ")[0])
     console.print(table)
 
 
@@ -76,7 +76,7 @@ def print_key(name: str, console: Console) -> None:
     found = known[name]
     first = next(iter(found.values()))
     console.print(f"{name}\n", style="bold", highlight=False)
-    console.print(_description(first) + "\n", highlight=False)
+    console.print(description(first) + "\n", highlight=False)
     for run, key in found.items():
         changes = "may change on resume" if key.may_change else "fixed for the run"
         console.print(f"{run:10}{_type(key)}, {_default(key)}; {changes}", highlight=False, soft_wrap=True)
@@ -237,7 +237,7 @@ def _bases(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
     return {each.__name__: each for each in model.__mro__ if issubclass(each, Config) and each is not Config}
 
 
-def _description(key: Key) -> str:
+def description(key: Key) -> str:
     text = key.field.description or (key.section.__doc__ if key.section else "") or ""
     return " ".join(text.split())
 
@@ -314,7 +314,7 @@ def _key_table(model: type[BaseModel]) -> str:
     for key in keys(model):
         if "." not in key.name:
             default = _default(key).removeprefix("default: ")
-            cells = (f"`{key.name}`", _type(key), default, "yes" if key.may_change else "", _description(key))
+            cells = (f"`{key.name}`", _type(key), default, "yes" if key.may_change else "", description(key))
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 

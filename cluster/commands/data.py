@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from actors.config import RolloutConfig
+from cluster.commands.options import console, examples
 from cluster.display import progress
 from umrg.atomic import write_bytes
 from umrg.dataset import Dataset, open_files, write_rows
@@ -42,7 +42,7 @@ Modalities = Annotated[
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the random choices.")]
 
 
-@data_app.command()
+@data_app.command(epilog=examples("medreasoner data stats rows.parquet --out statistics"))
 def stats(
     files: Files,
     out: Annotated[Path | None, typer.Option(file_okay=False, help="Folder for JSON and pictures.")] = None,
@@ -61,17 +61,22 @@ def stats(
     with progress("measuring", len(dataset)) as show:
         found = survey(dataset, show)
     figures = summary(found.measurements)
-    console = _console()
+    shown = console()
     sizes = ", ".join(f"{size} px ({count})" for size, count in list(_dict(figures["image_sizes"]).items())[:8])
-    console.print(f"{len(dataset)} rows; images of {sizes}", highlight=False)
+    shown.print(f"{len(dataset)} rows; images of {sizes}", highlight=False)
     for grouping in GROUPINGS:
-        console.print(_table(grouping, _dict(figures[grouping]), plain=not console.is_terminal))
+        shown.print(_table(grouping, _dict(figures[grouping]), plain=not shown.is_terminal))
     if out is not None:
         _write_statistics(out, dataset, found, figures, tiles)
         typer.echo(f"{out}: stats.json, contact_sheet.png, positions.png")
 
 
-@data_app.command()
+@data_app.command(
+    epilog=examples(
+        "medreasoner data check rows.parquet --clean clean.parquet",
+        "medreasoner data check rows.parquet --model models/tiny-reasoner --expert tiny --out check",
+    )
+)
 def check(
     files: Files,
     model: Annotated[
@@ -122,7 +127,7 @@ def check(
         raise typer.Exit(1)
 
 
-@data_app.command()
+@data_app.command(epilog=examples("medreasoner data split rows.parquet --by phrasing --out divided"))
 def split(
     files: Files,
     by: Annotated[SplitBy, typer.Option(help="What held-out rows and training rows must not share.")],
@@ -142,7 +147,12 @@ def split(
         typer.echo(f"note: {shared} images occur on both sides, with different questions")
 
 
-@data_app.command()
+@data_app.command(
+    epilog=examples(
+        "medreasoner data phantoms rows.parquet --count 100",
+        "medreasoner data phantoms held_out.parquet --count 100 --seed 1 --phrasings held_out",
+    )
+)
 def phantoms(
     path: Annotated[Path, typer.Argument(metavar="OUT.parquet", dir_okay=False, help="The file to write.")],
     count: Annotated[int, typer.Option(min=1, help="Number of rows.")],
@@ -187,8 +197,8 @@ def _write_statistics(out: Path, dataset: Dataset, found: Any, figures: dict[str
 def _print_report(report: "Report") -> None:
     from umrg.checks import CHECKS
 
-    console = _console()
-    plain = not console.is_terminal
+    shown = console()
+    plain = not shown.is_terminal
     table = Table(box=None if plain else box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("check", "", "rows", "for example"):
         table.add_column(heading, justify="right" if heading == "rows" else "left", no_wrap=heading != "for example")
@@ -197,9 +207,9 @@ def _print_report(report: "Report") -> None:
             example = f"row {worst[0].row} of {worst[0].file}: {worst[0].finding.message}"
             table.add_row(found.name, found.severity.value, str(report.counts[found]), Text(example))
     if table.row_count:
-        console.print(table)
+        shown.print(table)
     clean = report.rows - report.unusable - report.flagged
-    console.print(
+    shown.print(
         f"{report.rows} rows: {report.unusable} cannot be used, {report.flagged} to look at, {clean} without a finding",
         highlight=False,
     )
@@ -256,9 +266,3 @@ def _dict(value: object) -> dict[str, Any]:
 
 def _few(names: tuple[str, ...], most: int = 8) -> str:
     return "; ".join(names[:most]) + (f"; and {len(names) - most} more" if len(names) > most else "")
-
-
-def _console() -> Console:
-    console = Console()
-    # Piped output must not be cut to a terminal's width.
-    return console if console.is_terminal else Console(width=160)

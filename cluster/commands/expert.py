@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from actors.experts.sam_config import PUBLISHED_EXPERTS
+from cluster.commands.options import examples
 
 expert_app = typer.Typer(help="Segmentation experts.", no_args_is_help=True)
 
@@ -15,7 +16,9 @@ def _expert() -> None:
     """Segmentation experts."""
 
 
-@expert_app.command()
+@expert_app.command(
+    epilog=examples("medreasoner expert convert sam_vit_b_01ec64.pth --name sam_vit_b --out sam_vit_b.safetensors")
+)
 def convert(
     source: Annotated[Path, typer.Argument(help="Checkpoint (.pth), as downloaded or as your own training wrote it.")],
     name: Annotated[str, typer.Option(help=f"One of {', '.join(PUBLISHED_EXPERTS)}.")],

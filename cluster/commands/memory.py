@@ -45,8 +45,13 @@ def roles(config: TrainConfig | SftConfig | EvaluateConfig) -> Roles:
 
 
 def tenants(config: TrainConfig | SftConfig | EvaluateConfig, gpu: int) -> list[Tenant]:
+    """The actors of a run that have GPUs, as `tenants_of`."""
+    return tenants_of(roles(config), gpu)
+
+
+def tenants_of(found: Roles, gpu: int) -> list[Tenant]:
     """The actors that have GPUs, on as many GPUs of so many bytes as they ask for, placed as Ray places them."""
-    needs = [(bundle, need) for group, need in roles(config) for bundle in group]
+    needs = [(bundle, need) for group, need in found for bundle in group]
     taken = gpus_taken([bundle for bundle, _ in needs])
     return [
         tenant(
@@ -60,9 +65,13 @@ def tenants(config: TrainConfig | SftConfig | EvaluateConfig, gpu: int) -> list[
 
 
 def print_memory(path: Path, overrides: Sequence[str], gib: float, console: Console) -> int:
+    """Print the estimate for a configuration file, as `print_estimate`."""
+    return print_estimate(roles(fetched(load_config(schema_of(path), path, overrides))), gib, console)
+
+
+def print_estimate(of: Roles, gib: float, console: Console) -> int:
     """Print the estimate and its verdict. Returns the exit code, 1 if something cannot fit."""
-    config = fetched(load_config(schema_of(path), path, overrides))
-    found = tenants(config, int(gib * GIB))
+    found = tenants_of(of, int(gib * GIB))
     if not found:
         console.print("no role has a GPU (num_gpus), so there is nothing to fit")
         return 0

@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from cluster.commands.options import console, examples
 from cluster.commands.submit import Address, follow
 
 if TYPE_CHECKING:
@@ -25,12 +25,9 @@ def _runs() -> None:
     """Runs that were submitted to a cluster."""
 
 
-@runs_app.command("list")
+@runs_app.command("list", epilog=examples("medreasoner runs list --address http://head:8265"))
 def list_(address: Address = None) -> None:
-    """List the runs that were submitted, the newest first.
-
-    medreasoner runs list --address http://head:8265
-    """
+    """List the runs that were submitted, the newest first."""
     from cluster.jobs import Client, our_jobs, times
 
     table = Table("job", "kind", "run", "status", "since", "run folder", box=None)
@@ -40,21 +37,16 @@ def list_(address: Address = None) -> None:
     if not table.row_count:
         typer.echo("no run was submitted to this cluster")
         return
-    console = Console()
-    # Piped output must not be cut to a terminal's width.
-    (console if console.is_terminal else Console(width=240)).print(table)
+    console(240).print(table)
 
 
-@runs_app.command()
+@runs_app.command(epilog=examples("medreasoner runs logs -f demo"))
 def logs(
     run: Job = None,
     following: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the job ends, or Ctrl-C.")] = False,
     address: Address = None,
 ) -> None:
-    """Print what a run has printed.
-
-    medreasoner runs logs -f demo
-    """
+    """Print what a run has printed."""
     from cluster.jobs import Client, find_job
 
     client = Client(address)
@@ -64,12 +56,9 @@ def logs(
     typer.echo(client.get_job_logs(job), nl=False)
 
 
-@runs_app.command()
+@runs_app.command(epilog=examples("medreasoner runs stop demo"))
 def stop(run: Job = None, address: Address = None) -> None:
-    """End a run and wait until nothing of it is left. Exit code 1 if something is.
-
-    medreasoner runs stop demo
-    """
+    """End a run and wait until nothing of it is left. Exit code 1 if something is."""
     from cluster.jobs import Client, find_job
     from cluster.jobs import stop as stop_job
 
@@ -83,12 +72,9 @@ def stop(run: Job = None, address: Address = None) -> None:
     raise typer.Exit(1 if left else 0)
 
 
-@runs_app.command()
+@runs_app.command(epilog=examples("medreasoner runs show demo"))
 def show(run: Job = None, address: Address = None) -> None:
-    """Show a run's status, configuration, folder and last metrics.
-
-    medreasoner runs show demo
-    """
+    """Show a run's status, configuration, folder and last metrics."""
     from cluster.jobs import Client, Metadata, ended_because, find_job, times
 
     client = Client(address)

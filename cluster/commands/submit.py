@@ -4,15 +4,18 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from cluster.commands.options import ConfigFile, DryRun, Overrides, console, examples
+
 if TYPE_CHECKING:
     from cluster.jobs import Client
+
+submit_app = typer.Typer()
 
 Address = Annotated[
     str | None,
@@ -27,28 +30,35 @@ _STEP = re.compile(r"(?:step |: )(\d+)(?:/| of )(\d+)\b")
 """`step 3/50` of a training, `evaluating: 12 of 100 rows` of all others."""
 
 
+@submit_app.command(
+    epilog=examples(
+        "medreasoner submit configs/demo.yaml runs=/shared/runs --address http://head:8265",
+        "medreasoner submit configs/lingshu_7b_soft.yaml runs=/shared/runs model=/shared/Lingshu-7B --detach",
+        "medreasoner submit configs/demo.yaml runs=/shared/runs --dry-run",
+    )
+)
 def submit(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of a train, sft or evaluate run.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value]...", help="Values that replace those of the file.")
-    ] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     address: Address = None,
     detach: Annotated[bool, typer.Option("--detach", "--no-wait", help="Return as soon as it is sent.")] = False,
     python: Annotated[str, typer.Option(help="Interpreter, as the cluster's head node finds it.")] = "python",
+    dry_run: DryRun = False,
 ) -> None:
-    """Run a configuration as a job on a Ray cluster, and show what it prints; Ctrl-C leaves it running there. Exit code
-    1 if it fails.
+    """Run a configuration as a job on a Ray cluster, and show what it prints; Ctrl-C leaves it running there.
 
-    The checkout's text files are sent, and small files that CONFIG names; runs, data, weights and environments are not.
-
-    medreasoner submit configs/demo.yaml runs=/shared/runs --address http://head:8265
-
-    medreasoner submit configs/lingshu_7b_soft.yaml runs=/shared/runs model=/shared/Lingshu-7B --detach
-    """
+    CONFIG may be of train, sft or evaluate. The checkout's text files are sent, and small files that CONFIG names;
+    runs, data, weights and environments are not. Exit code 1 if the job fails."""
     from cluster import submission
     from cluster.jobs import Client
 
     prepared = submission.prepare(config, overrides or (), python=python)
+    if dry_run:
+        from cluster.dry_run import dry_run as show
+
+        typer.echo(f"to be sent {prepared.summary()}")
+        show(prepared.config, console(), elsewhere=True)
+        return
     client = Client(address)
     typer.echo(f"sending    {prepared.summary()}")
     job = submission.submit(prepared, client, typer.echo)

@@ -17,34 +17,47 @@ def write_comparison_report(
     path: Path,
     names: tuple[str, str],
     differences: Mapping[str, Mapping[str, float]],
-    rows: Sequence[Sample],
     answers: tuple[Mapping[str, Record], Mapping[str, Record]],
+    rows: Mapping[str, Sample],
     *,
     note: str = "",
+    remarks: Sequence[str] = (),
 ) -> Path:
     """Write the page.
 
-    differences: `cluster.comparison.paired_interval` by metric. rows: the rows that both evaluations answered. answers:
-    the greedy records of each evaluation by row. note: a remark on how the metrics came about.
+    differences: `cluster.comparison.paired_interval` by metric. answers: the greedy records of each evaluation by row,
+    of the rows that both answered. rows: of those that changed most (`most_changed`), as far as they can be read. note:
+    a remark on how the metrics came about. remarks: as in `write_page`.
     """
-    first, second = answers
-
-    def change(sample: Sample) -> float:
-        return float(second[sample.id]["metrics"]["dice"] - first[sample.id]["metrics"]["dice"])
-
-    most = sorted(rows, key=lambda sample: abs(change(sample)), reverse=True)[:CARDS]
+    shown = most_changed(answers)
     cards = [
-        pair(sample, [(name, [records[sample.id]]) for name, records in zip(names, answers, strict=True)])
-        for sample in most
+        pair(rows.get(row), {name: records[row] for name, records in zip(_distinct(names), answers, strict=True)})
+        for row in shown
     ]
     return write_page(
         path,
         "comparison.html",
+        remarks=remarks,
         name=" → ".join(names),
         names=names,
         titles=METRICS,
         differences=differences,
         cards=cards,
         note=note,
-        count=len(rows),
+        count=len(answers[0]),
     )
+
+
+def most_changed(answers: tuple[Mapping[str, Record], Mapping[str, Record]]) -> list[str]:
+    """The rows that the page shows: those whose Dice differs most."""
+    first, second = answers
+
+    def change(row: str) -> float:
+        return abs(float(second[row]["metrics"]["dice"] - first[row]["metrics"]["dice"]))
+
+    return sorted(second, key=change, reverse=True)[:CARDS]
+
+
+def _distinct(names: tuple[str, str]) -> tuple[str, str]:
+    """Two runs may have one name in two folders."""
+    return names if names[0] != names[1] else (f"{names[0]} (first)", f"{names[1]} (second)")

@@ -8,43 +8,44 @@ from cluster.figures import TITLES
 from cluster.records import Record
 from cluster.report import charts
 from cluster.report.pages import drawn, write_page
-from cluster.run_folder import RunFolder
 from umrg.sample import Sample
 
-Figures = Mapping[str, Mapping[str, float]]
+Answers = Mapping[str, Record]
+"""The record of each row's greedy answer."""
 
 
 def write_evaluation_report(
-    run: RunFolder,
+    path: Path,
+    name: str,
     metrics: Mapping[str, Any],
-    rows: Sequence[Sample],
-    greedy: Mapping[str, Record],
-    figures: Figures,
+    greedy: Answers,
+    rows: Mapping[str, Sample],
     *,
     limit: int,
+    remarks: Sequence[str] = (),
 ) -> Path:
-    """Write `report/index.html`.
+    """Write the page.
 
-    metrics: the content of metrics.json. greedy: the record of each row's greedy answer. figures: the figures of each
-    row. limit: the most samples in the gallery; where there are more rows, half of it are the worst rows and the other
-    half are spread evenly over the rest.
+    name: of the run. metrics: the content of metrics.json. greedy: the record of each row's greedy answer. rows: those
+    of the gallery (`chosen`), as far as they can be read. limit: the most rows in the gallery; where there are more,
+    half of it are the worst rows and the other half are spread evenly over the rest. remarks: as in `write_page`.
     """
-    shown = chosen(rows, figures, limit)
     return write_page(
-        run.report / "index.html",
+        path,
         "evaluation.html",
-        name=run.path.name,
+        remarks=remarks,
+        name=name,
         metrics=metrics,
         titles={name: title for name, title in TITLES.items() if name in metrics["overall"]},
-        charts=all_charts(metrics, figures),
-        cards=[card(sample, greedy[sample.id], figures[sample.id]) for sample in shown],
-        count=len(rows),
+        charts=all_charts(metrics, greedy),
+        cards=[card(greedy[row], rows.get(row)) for row in chosen(greedy, limit)],
+        count=len(greedy),
     )
 
 
-def chosen(rows: Sequence[Sample], figures: Figures, limit: int) -> list[Sample]:
+def chosen(greedy: Answers, limit: int) -> list[str]:
     """The rows of the gallery, at most `limit`, by ascending Dice."""
-    order = sorted(rows, key=lambda sample: figures[sample.id]["dice"])
+    order = sorted(greedy, key=lambda row: greedy[row]["metrics"]["dice"])
     if len(order) <= limit:
         return order
     worst, others = order[: limit // 2], order[limit // 2 :]
@@ -52,10 +53,10 @@ def chosen(rows: Sequence[Sample], figures: Figures, limit: int) -> list[Sample]
     return worst + [others[i * len(others) // left] for i in range(left)]
 
 
-def all_charts(metrics: Mapping[str, Any], figures: Figures) -> list[str]:
+def all_charts(metrics: Mapping[str, Any], greedy: Answers) -> list[str]:
     """Distributions over rows, and Dice by stratum."""
-    dice = {TITLES[name]: [row[name] for row in figures.values()] for name in ("dice", "oracle_dice")}
-    iou = {"IoU": [row["iou"] for row in figures.values()]}
+    dice = {TITLES[name]: [each["metrics"][name] for each in greedy.values()] for name in ("dice", "oracle_dice")}
+    iou = {"IoU": [each["metrics"]["iou"] for each in greedy.values()]}
     found = [
         charts.histogram("Dice of the mask, and its ceiling", dice, "Dice"),
         charts.histogram("IoU of the box", iou, "IoU"),
@@ -67,13 +68,14 @@ def all_charts(metrics: Mapping[str, Any], figures: Figures) -> list[str]:
     return found
 
 
-def card(sample: Sample, record: Record, figures: Mapping[str, float]) -> dict[str, Any]:
-    """The content of a row's card in the gallery."""
+def card(record: Record, sample: Sample | None) -> dict[str, Any]:
+    """The content of a row's card in the gallery. sample: the row; None if it cannot be read."""
+    figures = record["metrics"]
     return {
-        "id": sample.id,
-        "query": sample.query,
-        "category": sample.category,
-        "modality": sample.modality,
+        "id": record["sample_id"],
+        "query": record["query"],
+        "category": record["category"],
+        "modality": record["modality"],
         "failure": record["failure"] or "",
         "lenient": record.get("read") == "lenient",
         "dice": figures["dice"],
@@ -82,5 +84,5 @@ def card(sample: Sample, record: Record, figures: Mapping[str, float]) -> dict[s
         "reasoning": record["reasoning"] or record["completion"],
         "parts": record["parts"],
         "reward": record["reward"],
-        "drawn": drawn(sample, record),
+        "drawn": drawn(record, sample),
     }

@@ -3,9 +3,10 @@ switched on and off."""
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 import numpy as np
@@ -14,9 +15,11 @@ from PIL import Image
 from skimage.measure import approximate_polygon, find_contours
 
 from umrg.atomic import write_text
-from umrg.frames import Box, PointPair
+from umrg.frames import Box, PointPair, Size
 from umrg.masks import decode_rle
 from umrg.sample import Sample
+
+T = TypeVar("T")
 
 SIDE = 300
 """Longest side of a picture, in pixels."""
@@ -30,28 +33,47 @@ _TEMPLATES = jinja2.Environment(
 )
 
 
-def write_page(path: Path, template: str, **content: Any) -> Path:
-    """Render a template of this folder to a file; returns the file's path."""
-    page = _TEMPLATES.get_template(template).render(**content)
+def write_page(path: Path, template: str, *, remarks: Sequence[str] = (), **content: Any) -> Path:
+    """Render a template of this folder to a file; returns the file's path. remarks: on the page itself, above all else,
+    such as that it is of a run that still goes on."""
+    page = _TEMPLATES.get_template(template).render(remarks=remarks, **content)
     write_text(path, page)
     return path
 
 
-def drawn(sample: Sample, record: Mapping[str, Any]) -> dict[str, Any]:
-    """The argument of the templates' `figure` macro: the image, and prediction and reference as shapes over it."""
-    points = record["points"]
+def drawn(record: Mapping[str, Any], sample: Sample | None) -> dict[str, Any]:
+    """The argument of the templates' `figure` macro: the image, and prediction and reference as shapes over it. sample:
+    the row that the record answers; without it there is neither the image nor the reference mask."""
+    size = sample.size if sample else _extent(record)
     return {
-        "picture": as_data_url(sample.image()),
-        "width": sample.size.width,
-        "height": sample.size.height,
-        "stroke": sample.size.long_side / SIDE,
-        "reference": shapes(sample.mask(), sample.box, sample.points),
+        "picture": as_data_url(sample.image()) if sample else None,
+        "width": size.width,
+        "height": size.height,
+        "stroke": size.long_side / SIDE,
+        "reference": shapes(sample.mask(), sample.box, sample.points)
+        if sample
+        else shapes(None, _box(record["reference_box"]), _points(record["reference_points"])),
         "prediction": shapes(
-            decode_rle(record["mask"]) if record["mask"] else None,
-            tuple(record["box"]) if record["box"] else None,
-            (tuple(points[0]), tuple(points[1])) if points else None,
+            decode_rle(record["mask"]) if record["mask"] else None, _box(record["box"]), _points(record["points"])
         ),
     }
+
+
+def _extent(record: Mapping[str, Any]) -> Size:
+    """Of the image that a record answers a question about; where no mask tells it, of the reference box."""
+    if record["mask"]:
+        height, width = record["mask"]["size"]
+        return Size(width, height)
+    _, _, right, bottom = record["reference_box"]
+    return Size(math.ceil(right) + 1, math.ceil(bottom) + 1)
+
+
+def _box(values: Sequence[float] | None) -> Box | None:
+    return (values[0], values[1], values[2], values[3]) if values else None
+
+
+def _points(values: Sequence[Sequence[float]] | None) -> PointPair | None:
+    return ((values[0][0], values[0][1]), (values[1][0], values[1][1])) if values else None
 
 
 def shapes(mask: NDArray[np.bool_] | None, box: Box | None, points: PointPair | None) -> dict[str, Any]:
@@ -83,6 +105,6 @@ def as_data_url(picture: NDArray[np.uint8]) -> str:
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def spread(rows: Sequence[Sample], count: int) -> list[Sample]:
-    """At most `count` rows, spread evenly."""
+def spread(rows: Sequence[T], count: int) -> list[T]:
+    """At most `count` of them, spread evenly."""
     return list(rows[:: max(1, -(-len(rows) // count))])

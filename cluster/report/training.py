@@ -1,6 +1,9 @@
-"""The page of a training run: metrics before and after, curves, times, and held-out samples side by side."""
+"""The page of a training run: metrics before and after, curves, times, and held-out samples side by side. It is made of
+the run's folder as it is, at any time."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +21,67 @@ CARDS = 36
 """Held-out samples that the page shows."""
 
 
-def write_report(run: RunFolder, summary: Mapping[str, Any], held_out: Sequence[Sample]) -> Path:
-    """Write `report/index.html` from the run folder, the run's summary and the held-out rows."""
-    metrics = run.metrics()
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """An evaluation that a run has recorded."""
+
+    name: str
+    """`before`, `after` or `step-NNNNNN`, by which its samples are named."""
+    step: int
+    kinds: Mapping[str, Mapping[str, float]]
+    """Mean figures of greedy and of sampled answers."""
+
+    @property
+    def label(self) -> str:
+        return "before" if self.name == "before" else f"after step {self.step}"
+
+
+def evaluations(run: RunFolder) -> list[Evaluated]:
+    """The first and the newest of a run's evaluations, of those up to its newest step: a run that resumed may have gone
+    further before."""
+    newest = max((line["step"] for line in run.metrics()), default=math.inf)
+    kept = [
+        Evaluated(name=name, step=each["step"], kinds={kind: each[kind] for kind in each if kind != "step"})
+        for name, each in (run.read_json("evaluations.json") or {}).items()
+        if each["step"] <= newest
+    ]
+    first = [each for each in kept if each.name == "before"]
+    later = sorted((each for each in kept if each.name != "before"), key=lambda each: each.step)
+    return [*first, *later[-1:]]
+
+
+def write_report(
+    run: RunFolder,
+    summary: Mapping[str, Any],
+    held_out: Sequence[Sample],
+    *,
+    path: Path | None = None,
+    remarks: Sequence[str] = (),
+) -> Path:
+    """Write the page, by default to `report/index.html`, from the run folder, the run's summary and the held-out rows.
+    Answers to rows that are not given are shown without their image. remarks: as in `write_page`."""
+    metrics, found = run.metrics(), evaluations(run)
+    shown = cards(run, found, {sample.id: sample for sample in held_out})
     return write_page(
-        run.report / "index.html",
+        path or run.report / "index.html",
         "training.html",
-        name=run.path.name,
+        remarks=remarks,
+        name=run.path.resolve().name,
         summary=summary,
         config=(run.path / "config.yaml").read_text(encoding="utf-8"),
         titles=TRAINING_METRICS,
+        evaluations=found,
         charts=all_charts(metrics),
-        seconds=summary["seconds"],
+        seconds=summary.get("seconds") or total_seconds(metrics),
         roles=loads(metrics),
         advice=advice_after(metrics),
-        cards=cards(run, held_out),
-        count=len(held_out),
+        cards=shown,
     )
+
+
+def total_seconds(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """By phase, of all steps; what a run has not finished says."""
+    return {phase: sum(values) for phase, values in phase_seconds(metrics).items()}
 
 
 def all_charts(metrics: Sequence[Mapping[str, float]]) -> list[str]:
@@ -72,28 +119,35 @@ def phase_seconds(metrics: Sequence[Mapping[str, float]]) -> dict[str, list[floa
     return {phase: [line.get(phase, 0.0) for line in lines] for phase in phases}
 
 
-def cards(run: RunFolder, held_out: Sequence[Sample]) -> list[dict[str, Any]]:
-    """Held-out samples with the greedy answers before and after training, spread evenly over the rows."""
-    before, after = (read_samples(run.samples / f"{name}-greedy.parquet") for name in ("before", "after"))
+def cards(run: RunFolder, found: Sequence[Evaluated], held_out: Mapping[str, Sample]) -> list[dict[str, Any]]:
+    """Held-out rows with the greedy answers of some evaluations, spread evenly over the rows of the last."""
+    answers = {each.label: read_greedy(run, each) for each in found}
+    rows = list(answers[found[-1].label]) if found else []
     return [
-        pair(sample, [("before", before.get(sample.id)), ("after", after[sample.id])])
-        for sample in spread([sample for sample in held_out if sample.id in after], CARDS)
+        pair(held_out.get(row), {name: greedy[row] for name, greedy in answers.items() if row in greedy})
+        for row in spread(rows, CARDS)
     ]
 
 
-def pair(sample: Sample, answers: Sequence[tuple[str, Sequence[Record] | None]]) -> dict[str, Any]:
-    """A sample with named answers side by side: the first record of each; a name without records is left out."""
+def read_greedy(run: RunFolder, evaluated: Evaluated) -> dict[str, Record]:
+    """The greedy answer to each row in an evaluation of a training run."""
+    found = read_samples(run.samples / f"{evaluated.name}-greedy.parquet")
+    return {row: records[0] for row, records in found.items()}
+
+
+def pair(sample: Sample | None, answers: Mapping[str, Record]) -> dict[str, Any]:
+    """Named answers to a row side by side. sample: the row; None if it cannot be read."""
+    record = next(iter(answers.values()))
     return {
-        "query": sample.query,
-        "what": f"{sample.modality} · {sample.category}",
+        "query": record["query"],
+        "what": f"{record['modality']} · {record['category']}",
         "answers": [
             {
                 "name": name,
-                "drawn": drawn(sample, records[0]),
-                "reasoning": records[0]["reasoning"] or records[0]["completion"],
-                "metrics": {title: records[0]["metrics"][metric] for metric, title in TRAINING_METRICS.items()},
+                "drawn": drawn(each, sample),
+                "reasoning": each["reasoning"] or each["completion"],
+                "metrics": {title: each["metrics"][metric] for metric, title in TRAINING_METRICS.items()},
             }
-            for name, records in answers
-            if records
+            for name, each in answers.items()
         ],
     }

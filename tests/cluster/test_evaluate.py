@@ -19,9 +19,9 @@ from actors.config import RolloutConfig
 from cluster.comparison import compare
 from cluster.config import EvaluateConfig, load_config
 from cluster.data import open_held_out
-from cluster.evaluate import answer, run_evaluation, settings, write_figures
+from cluster.evaluate import answer, run_evaluation, write_figures
 from cluster.evaluation import SEED, evaluation_groups
-from cluster.figures import TrainingCoverage
+from cluster.figures import TrainingCoverage, settings
 from cluster.records import Results, read_results
 from cluster.run_folder import RunFolder
 from phantoms import rows
@@ -127,13 +127,14 @@ def test_what_is_evaluated_must_be_said(data, tmp_path, overrides, message):
 def test_what_was_measured_says_in_which_words_it_was_asked():
     given: dict[str, Any] = {"name": "e", "expert": "tiny", "data": {"eval": "rows.parquet"}, "frame": "model"}
     given["endpoint"] = {"url": "http://127.0.0.1:9/v1", "model": "m"}
-    said = [settings(EvaluateConfig(**given, prompt=prompt))["prompt"] for prompt in (None, "compact", "Wo? {query}")]
+    configs = [EvaluateConfig(**given, prompt=prompt) for prompt in (None, "compact", "Wo? {query}")]
+    said = [settings(config, config.spec())["prompt"] for config in configs]
     assert said[:2] == ["full", "compact"] and re.fullmatch(r"template [0-9a-f]{12}: Wo\? \{query\}", said[2])
 
 
 def test_what_was_measured_says_how_large_images_were_seen(data, tmp_path):
-    assert "max_pixels" not in settings(configured(data, tmp_path, "x"))
-    assert settings(configured(data, tmp_path, "x", "max_pixels=12544"))["max_pixels"] == 12544
+    free, bound = configured(data, tmp_path, "x"), configured(data, tmp_path, "x", "max_pixels=12544")
+    assert "max_pixels" not in settings(free, free.spec()) and settings(bound, bound.spec())["max_pixels"] == 12544
 
 
 def test_rows_left_out_of_an_evaluation_are_counted(data, tmp_path, whole):

@@ -7,7 +7,6 @@ import pytest
 
 from cluster.figures import TrainingCoverage, row_figures, summarise
 from cluster.report import write_evaluation_report
-from cluster.run_folder import RunFolder
 from phantoms import rows
 from tests.cluster.test_figures import record
 from umrg.dataset import Dataset
@@ -29,6 +28,9 @@ def report(tmp_path_factory):
         figures_of = {} if failure else {"dice": (i * 37 % 500) / 500, "iou": (i * 91 % 500) / 500}
         greedy[sample.id] = {
             **record(sample, failure=failure, **figures_of),
+            "query": sample.query,
+            "category": sample.category,
+            "modality": sample.modality,
             "points": None if failure else sample.points,
             "reasoning": "The <b>liver</b> lies there.",
             "completion": "",
@@ -38,9 +40,9 @@ def report(tmp_path_factory):
         figures[sample.id] = row_figures([greedy[sample.id]], sample)
     failures = {row: found["failure"] for row, found in greedy.items() if found["failure"]}
     metrics = summarise(figures, {sample.id: TrainingCoverage([]).strata(sample) for sample in samples}, failures)
-    return write_evaluation_report(
-        RunFolder(folder), {"settings": {"model": "tiny"}, **metrics}, samples, greedy, figures, limit=500
-    )
+    page = folder / "report" / "index.html"
+    by_id = {sample.id: sample for sample in samples}
+    return write_evaluation_report(page, "run", {"settings": {"model": "tiny"}, **metrics}, greedy, by_id, limit=500)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,113 @@
+"""`medreasoner serve` and `ground`: the commands that answer questions about images."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from cluster.commands.options import Checkpoint, DryRun, Expert, Prompt, console, examples, run_folders
+
+TINY_REASONER = Path(__file__).parents[2] / "models" / "tiny-reasoner"
+
+answering_app = typer.Typer()
+
+
+@answering_app.command(
+    epilog=examples(
+        "medreasoner serve runs/demo --port 8000",
+        "medreasoner serve runs/lingshu_7b_soft --expert sam_vit_h --checkpoint sam_vit_h.safetensors --gpu",
+    )
+)
+def serve(
+    model: Annotated[
+        Path, typer.Argument(metavar="[MODEL]", help="Folder of the reasoner.", autocompletion=run_folders)
+    ] = TINY_REASONER,
+    expert: Expert = "tiny",
+    checkpoint: Checkpoint = None,
+    prompt: Prompt = None,
+    gpu: Annotated[bool, typer.Option("--gpu", help="One GPU, shared by reasoner and expert.")] = False,
+    port: Annotated[int, typer.Option(help="Of the loopback interface.")] = 8000,
+    dry_run: DryRun = False,
+) -> None:
+    """Serve a reasoner and its expert over HTTP on this machine, until Ctrl-C."""
+    segmenter: dict[str, object] = {"num_cpus": 0.1, "checkpoint": checkpoint}
+    args: dict[str, object] = {"model": model, "prompt": prompt, "expert": expert, "segmenter": segmenter}
+    if gpu:
+        segmenter["num_gpus"] = 0.2
+        args["rollout"] = {"num_cpus": 0.5, "num_gpus": 0.8, "dtype": "bfloat16"}
+    if dry_run:
+        _print_service(args, port)
+        return
+    from serving.run import run
+
+    run(args, port=port)
+
+
+def _print_service(args: dict[str, object], port: int) -> None:
+    """Print what would be served, as `cluster.dry_run.dry_run` does a job. Raises ValueError for what would be
+    refused."""
+    from cluster.dry_run import print_actors, print_config, print_memory
+    from cluster.memory import rollout_need, segmenter_need
+    from cluster.placement import bundles
+    from serving.config import ServeConfig
+    from serving.run import HOST, PATHS, check
+
+    check(args)
+    config, shown = ServeConfig.model_validate(args), console()
+    rollout = bundles("rollout", config.rollout.actors, config.rollout)
+    segmenter = bundles("segmenter", config.segmenter.actors, config.segmenter)
+    print_config(config, shown)
+    print_actors([*rollout, *segmenter], shown)
+    needs = [
+        (rollout, rollout_need(config.model, config.rollout)),
+        (segmenter, segmenter_need(config.expert, config.segmenter)),
+    ]
+    print_memory(needs, shown)
+    typer.echo(f"address    http://{HOST}:{port}{PATHS[0]}")
+    typer.echo("dry run    nothing was started or written")
+
+
+@answering_app.command(
+    epilog=examples(
+        'medreasoner ground docs/pictures/example.png "What may break in old age?" --model runs/demo',
+        'medreasoner ground chest.png "Which organ pumps the blood?" --window 40,400 --out answers',
+    )
+)
+def ground(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="PNG, JPEG, TIFF, WebP or the like.")],
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="What is asked about the image.")],
+    model: Annotated[Path, typer.Option(help="Folder of the reasoner.", autocompletion=run_folders)] = TINY_REASONER,
+    prompt: Prompt = None,
+    expert: Expert = "tiny",
+    checkpoint: Checkpoint = None,
+    window: Annotated[
+        str | None,
+        typer.Option(metavar="CENTRE,WIDTH", help="Values that become gray levels; for more than 8 bits a channel."),
+    ] = None,
+    frame: Annotated[int | None, typer.Option(help="Of a file with several pages; the first is 0.")] = None,
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for overlay, mask and JSON.")] = Path("."),
+) -> None:
+    """Answer a query about one image: reasoning, box and points; overlay and mask are saved.
+
+    Exit code 1 where the answer has no usable box and points."""
+    with Console(stderr=True).status("grounding"):
+        from serving.grounder import Grounder, abridged, check_query, check_savable, read_image
+        from umrg.windowing import Window
+
+        # Loading a model may take minutes: whatever can be wrong with the rest is found before.
+        check_query(query)
+        pixels = read_image(image, window=None if window is None else Window.parse(window), frame=frame)
+        check_savable(out, image.stem)
+        grounder = Grounder.load(model, expert, checkpoint=checkpoint, prompt=prompt)
+        grounding = grounder.ground(pixels, query)
+        saved = ", ".join(str(file) for file in grounding.save(out, image.stem))
+    box, points = grounding.box, grounding.points
+    if box is None or points is None:
+        typer.echo(f"no usable box and points in the answer: {abridged(grounding.completion)}")
+        typer.echo(f"saved      {saved}")
+        raise typer.Exit(1)
+    typer.echo(f"reasoning  {grounding.reasoning or '(none)'}")
+    typer.echo(f"box        {', '.join(f'{v:.0f}' for v in box)}  (x1, y1, x2, y2 in pixels)")
+    typer.echo(f"points     {'; '.join(f'{x:.0f}, {y:.0f}' for x, y in points)}  (x, y)")
+    typer.echo(f"saved      {saved}")
