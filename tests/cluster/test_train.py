@@ -32,6 +32,7 @@ from cluster.evaluation import evaluate, evaluation_groups
 from cluster.journal import Journal
 from cluster.records import read_records
 from cluster.run_folder import RunFolder
+from cluster.trackers import Trackers
 from cluster.train import Training, actors, train
 from cluster.weight_sync import WeightsDiffer, sync_weights
 from cluster.workers import rollouts, started
@@ -272,7 +273,10 @@ def test_zero_variance_groups_give_way_to_others(workers, demo_config, tmp_path)
     pool = SegmenterPool(starter, workers.calls, config.deadlines)
     pool.adopt({"segmenter 0": segmenter})
     own = replace(workers, segmenters=pool, wanted={"rollout": 1, "segmenter": 1})
-    with RunFolder.begun(tmp_path / "resampled", config, resume=False) as run, Journal(run, config) as journal:
+    with (
+        RunFolder.begun(tmp_path / "resampled", config, resume=False) as run,
+        Journal(run, Trackers(run, config, pytest.fail)) as journal,
+    ):
         training = Training(config, run, own, journal, Display(config), *open_rows(config, run)[:2])
         kept, resampled = training.collect_groups()
     assert len(kept) == 4 and not any(each.scored.zero_variance for each in kept) and resampled > 0
