@@ -257,7 +257,7 @@ def _role_table(found: Mapping[str, Load]) -> Table:
     for role, load in found.items():
         busy = load.busy * load.seconds
         filled = round(_BAR * load.busy)
-        bar = f"[green]{'█' * filled}[/][dim]{'░' * (_BAR - filled)}[/]"
+        bar = f"[green]{'█' * filled}[/]{'░' * (_BAR - filled)}"
         shares = f"{busy:.1f} s, {load.busy:.0%}", f"{load.seconds - busy:.1f} s", f"{load.awaited:.0%}"
         table.add_row(role, f"{load.actors:.0f}", bar, *shares)
     return table

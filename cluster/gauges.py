@@ -41,5 +41,5 @@ class Gauges:
         for metric, value in {"step": step, **metrics}.items():
             name, tags = gauge_name(metric)
             if name not in self._gauges:
-                self._gauges[name] = Gauge(name, f"{metric} of a run", tag_keys=("run", *tags))
+                self._gauges[name] = Gauge(name, "metric of a MedReasoner run", tag_keys=("run", *tags))
             self._gauges[name].set(value, {"run": self._run, **tags})

@@ -1,5 +1,5 @@
 """Where a run's metrics go besides metrics.jsonl, by the same names and steps: TensorBoard, Ray's metrics, and the
-experiment trackers that the configuration names. None of them can end a run or make it wait."""
+experiment trackers that the configuration names. No experiment tracker can end a run, or make it wait."""
 
 import contextlib
 import json

@@ -166,7 +166,8 @@ def test_each_failure_is_told_once_and_the_run_goes_on(demo_config, tmp_path, mo
     python.chmod(0o700)
     config = demo_config(f"runs={tmp_path}", "name=failing", "trackers=[wandb,mlflow]", f"tracking.python={python}")
     monkeypatch.setattr("cluster.trackers.END_S", 0.5)
-    run, said = RunFolder.create(tmp_path / "failing", config), []
+    run = RunFolder.create(tmp_path / "failing", config)
+    said: list[str] = []
     with Trackers(run, config, said.append) as trackers:
         until, step = time.monotonic() + 60, 0
         while not said and time.monotonic() < until:
