@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.config import PhantomConfig
+from cluster.data_config import PhantomConfig
 from cluster.records import Record
 from cluster.run_folder import RunFolder
 from umrg.dataset import Dataset

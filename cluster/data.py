@@ -6,7 +6,8 @@ from pathlib import Path
 from rich.console import Console
 
 from actors.config import RolloutConfig
-from cluster.config import EvaluateConfig, PhantomConfig, RowFilter, TrainConfig
+from cluster.config import EvaluateConfig, TrainConfig
+from cluster.data_config import PhantomConfig, RowFilter
 from cluster.lengths import Lengths, RowLimit, fitting
 from cluster.run_folder import RunFolder
 from phantoms import rows as phantom_rows

@@ -1,11 +1,14 @@
 """What a user sees while a job goes on: a live view on a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
+from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Protocol, Self
 
-from rich.console import Console, Group
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import (
     BarColumn,
@@ -27,6 +30,18 @@ if TYPE_CHECKING:
 LINE_EVERY_S = 5.0
 """Seconds between two lines of `progress` where there is no terminal."""
 
+LINE_METRICS = {
+    "reward/total": "reward {:.3f}",
+    "answers/dice": "dice {:.3f}",
+    "answers/iou": "iou {:.3f}",
+    "answers/well_formed": "well-formed {:.0%}",
+    "answers/tokens": "tokens {:.0f}",
+    "learner/kl": "kl {:.4f}",
+}
+"""What the plain line of a step says, of what it has: the metrics of masks are absent where the reward needs none."""
+
+_BAR = 20
+"""Characters of a bar."""
 _GROUP_STATISTICS = ("std", "zero_variance_groups", "resampled_groups")
 
 
@@ -46,7 +61,9 @@ def progress(
     what: the task, such as "evaluating". done: units that an earlier run has done. unit: what is counted.
     """
     console = console or Console(stderr=True)
-    with Progress(*_columns(), console=console, transient=True, disable=not console.is_terminal) as bar:
+    columns = *_columns(), TimeRemainingColumn(), _TEXT
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden, speed_estimate_period=600) as bar:
         task = bar.add_task(what, total=total, completed=done, text="")
         last_line = time.monotonic()
 
@@ -60,15 +77,11 @@ def progress(
         yield show
 
 
-def _columns() -> Sequence[ProgressColumn]:
-    return (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[text]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+_TEXT = TextColumn("{task.fields[text]}")
+
+
+def _columns() -> tuple[ProgressColumn, ...]:
+    return TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
 
 
 def _print_line(console: Console, text: str) -> None:
@@ -88,7 +101,7 @@ class Display:
         self._advice: Advice | None = None
         self._advised: str | None = None
         self._evaluations: dict[str, Mapping[str, Mapping[str, float]]] = {}
-        self._progress = Progress(*_columns(), console=self._console)
+        self._progress = Progress(*_columns(), _TEXT, console=self._console)
         self._task = self._progress.add_task(config.name, total=config.steps, text="")
         self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=2)
 
@@ -120,19 +133,18 @@ class Display:
         self._line(f"resumed after step {step}")
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show a step's metrics. Those of masks are absent where the reward needs no mask."""
+        """Show a step's metrics."""
         self._lines = [*self._lines, metrics][-RECENT:]
-        self._progress.update(self._task, completed=step)
-        answers = section(metrics, "answers")
-        formats = {"dice": "dice {:.3f}", "iou": "iou {:.3f}", "well_formed": "well-formed {:.0%}"}
-        measured = [text.format(answers[name]) for name, text in formats.items() if name in answers]
+        left = self._left(self._config.steps - step)
+        self._progress.update(self._task, completed=step, text=f"left {left}")
+        measured = [text.format(metrics[name]) for name, text in LINE_METRICS.items() if name in metrics]
         seconds = [f"{name} {value:.1f}" for name, value in section(metrics, "seconds").items()]
         busy = [f"{role} {load.busy:.0%}" for role, load in loads([metrics]).items()]
         parts = [
-            "  ".join([f"step {step}/{self._config.steps}", f"reward {metrics['reward/total']:.3f}", *measured]),
+            "  ".join([f"step {step}/{self._config.steps}", *measured]),
             f"s: {'  '.join(seconds)}",
             *([f"busy: {'  '.join(busy)}"] if busy else []),
-            f"left {self._left()}",
+            f"left {left}",
         ]
         self._line("  | ".join(parts))
         self._advise()
@@ -178,14 +190,15 @@ class Display:
         if not self._console.is_terminal:
             _print_line(self._console, text)
 
-    def _left(self) -> str:
-        seconds = self._progress.tasks[0].time_remaining
-        return "?" if seconds is None else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+    def _left(self, steps: int) -> str:
+        """Hours, minutes and seconds that so many steps will take, if they take as long as the newest ones did."""
+        seconds = [line["seconds/step"] for line in self._lines if "seconds/step" in line]
+        return str(timedelta(seconds=round(steps * sum(seconds) / len(seconds)))) if seconds else "?"
 
     def _render(self) -> Group:
-        parts: list[Table | Progress | str] = [self._progress]
+        parts: list[RenderableType] = [self._progress]
         if self._lines:
-            parts.append(_two_columns("this step", self._step_rows(self._lines[-1])))
+            parts.append(_step_table(self._lines[-1]))
             if found := loads(self._lines[-1:]):
                 parts.append(_role_table(found))
             if self._advice:
@@ -196,16 +209,8 @@ class Display:
             parts.append(f"… {self._status}")
         return Group(*parts)
 
-    def _step_rows(self, metrics: Mapping[str, float]) -> dict[str, str]:
-        answers, rewards = section(metrics, "answers"), reward_parts(metrics)
-        return {
-            **{name: f"{answers[name]:.3f}" for name in TRAINING_METRICS if name in answers},
-            **{f"reward/{name}": f"{value:.3f}" for name, value in rewards.items()},
-            **{f"{name} s": f"{value:.1f}" for name, value in section(metrics, "seconds").items()},
-        }
-
     def _evaluation_table(self) -> Table:
-        table = Table("held out", "answers", *TRAINING_METRICS.values(), title_justify="left")
+        table = _table("held out", "answers", *TRAINING_METRICS.values())
         for name, summary in self._evaluations.items():
             for kind, figures in summary.items():
                 table.add_row(name, kind, *(f"{figures[metric]:.3f}" for metric in TRAINING_METRICS))
@@ -222,23 +227,37 @@ def reward_parts(metrics: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in section(metrics, "reward").items() if name not in _GROUP_STATISTICS}
 
 
-def _role_table(found: Mapping[str, Load]) -> Table:
-    table = Table("time by role", "actors", "busy s", "waiting s", "busy", "all else waits", title_justify="left")
-    for role, load in found.items():
-        busy = load.busy * load.seconds
-        seconds = f"{busy:.1f}", f"{load.seconds - busy:.1f}"
-        table.add_row(role, f"{load.actors:.0f}", *seconds, f"{load.busy:.0%}", f"{load.awaited:.0%}")
+def _table(*headers: str) -> Table:
+    return Table(*headers, box=SIMPLE_HEAD, pad_edge=False)
+
+
+def _step_table(metrics: Mapping[str, float]) -> Table:
+    """A step's metrics, a column for each group of them, by the names that they have everywhere."""
+    answers, learner = section(metrics, "answers"), section(metrics, "learner")
+    groups = {
+        "reward": {name: f"{value:.3f}" for name, value in reward_parts(metrics).items()},
+        "answers": {name: f"{answers[name]:.3f}" for name in TRAINING_METRICS if name in answers}
+        | {name: f"{answers[name]:.0f}" for name in ("tokens",) if name in answers},
+        "learner": {name: f"{learner[name]:.4f}" for name in ("kl", "entropy", "grad_norm") if name in learner}
+        | {f"policy/{name}": f"{value:.2f}" for name, value in section(metrics, "policy").items()},
+        "seconds": {name: f"{value:.1f}" for name, value in section(metrics, "seconds").items()},
+    }
+    table = _table()
+    for group in groups:
+        table.add_column(group)
+        table.add_column("", justify="right")
+    for row in zip_longest(*(rows.items() for rows in groups.values()), fillvalue=("", "")):
+        table.add_row(*chain.from_iterable(row))
     return table
 
 
-def _two_columns(title: str, rows: Mapping[str, str]) -> Table:
-    """A table of names and values, in two columns side by side."""
-    table = Table(title=title, title_justify="left", show_header=False)
-    items = list(rows.items())
-    half = (len(items) + 1) // 2
-    for _ in range(4):
-        table.add_column()
-    for i in range(half):
-        right = items[half + i] if half + i < len(items) else ("", "")
-        table.add_row(*items[i], *right)
+def _role_table(found: Mapping[str, Load]) -> Table:
+    """A bar for each role: the part of the step in which it was busy, and the rest, in which it waited."""
+    table = _table("time by role", "actors", "busy █ waiting ░", "", "", "all else waits")
+    for role, load in found.items():
+        busy = load.busy * load.seconds
+        filled = round(_BAR * load.busy)
+        bar = f"[green]{'█' * filled}[/]{'░' * (_BAR - filled)}"
+        shares = f"{busy:.1f} s, {load.busy:.0%}", f"{load.seconds - busy:.1f} s", f"{load.awaited:.0%}"
+        table.add_row(role, f"{load.actors:.0f}", bar, *shares)
     return table

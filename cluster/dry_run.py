@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.commands.memory import Roles, print_estimate, roles
-from cluster.config import EvaluateConfig, PhantomConfig, RowFilter, SftConfig, TrainConfig, config_text
+from cluster.config import EvaluateConfig, SftConfig, TrainConfig, config_text
+from cluster.data_config import PhantomConfig, RowFilter
 from cluster.fetching import uris
 from cluster.lease import refuse_held
 from cluster.lengths import RowLimit, fitting

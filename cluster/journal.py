@@ -11,15 +11,14 @@ from typing import Any, Self
 
 import numpy as np
 import psutil
-from tensorboardX import SummaryWriter
 
 from cluster.comparison import compare_run
-from cluster.config import TrainConfig
 from cluster.drift import alarm, drifted
 from cluster.evaluation import SUMMARY_METRICS, Evaluation
 from cluster.records import write_records
 from cluster.run_folder import RunFolder
 from cluster.timesheet import Clock
+from cluster.trackers import Trackers
 from learner.update_report import UpdateReport
 from rewards.scored import ScoredGroup
 from umrg.sample import Sample
@@ -33,11 +32,10 @@ PACKAGES = ("torch", "transformers", "deepspeed", "ray", "segment-anything")
 class Journal:
     """The records of one run. clock: times its phases, which become the metrics `seconds/<phase>`."""
 
-    def __init__(self, run: RunFolder, config: TrainConfig, clock: Clock | None = None) -> None:
+    def __init__(self, run: RunFolder, trackers: Trackers, clock: Clock | None = None) -> None:
         self.clock = clock or Clock()
-        self._run, self._config = run, config
+        self._run, self._trackers = run, trackers
         self._evaluations: dict[str, Any] = run.read_json("evaluations.json") or {}
-        self._board = SummaryWriter(str(run.path / "tensorboard"))
         self._memory = MemoryWatch()
         self._steps = 0
         self._engine_kl: list[float] = []
@@ -51,7 +49,6 @@ class Journal:
 
     def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         self._memory.stop()
-        self._board.close()
         if error is not None:
             self._run.tell(**self.summary())
 
@@ -76,9 +73,9 @@ class Journal:
             **roles,
             **{f"seconds/{name}": seconds for name, seconds in self.clock.lap().items()},
         }
-        self._run.log({"step": step, **{name: round(value, 6) for name, value in metrics.items()}})
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
+        line = {name: round(value, 6) for name, value in metrics.items()}
+        self._run.log({"step": step, **line})
+        self._trackers.log(step, line)
         write_records(self._run.samples / f"step-{step:06d}.parquet", groups)
         self._engine_kl.append(report.engine_kl)
         if not self.alarms and drifted(self._engine_kl):
@@ -94,9 +91,7 @@ class Journal:
         self._run.write_json("evaluations.json", self._evaluations)
         write_records(self._run.samples / f"{name}-greedy.parquet", evaluation.greedy)
         write_records(self._run.samples / f"{name}-sampled.parquet", evaluation.sampled)
-        for kind, figures in evaluation.summary().items():
-            for figure in SUMMARY_METRICS:
-                self._board.add_scalar(f"evaluation/{kind}_{figure}", figures[figure], step)
+        self._trackers.log(step, evaluation_metrics(evaluation.summary()))
         self.clock.lap()
 
     def score(self) -> float | None:
@@ -109,6 +104,7 @@ class Journal:
         """Drop the records after the step that the run resumes from. position: bytes of metrics.jsonl to keep."""
         self._steps = step
         self._run.rewind(step, position)
+        self._trackers.rewind(step)
         self._engine_kl = [line[name] for line in self._run.metrics() if (name := "learner/engine_kl") in line]
         self._evaluations = {name: each for name, each in self._evaluations.items() if each["step"] <= step}
 
@@ -138,6 +134,11 @@ class Journal:
             "peak_memory_gib": round(self._memory.peak / 2**30, 2),
             "versions": {"vllm": version(_vllm_package()), **{name: version(name) for name in PACKAGES}},
         }
+
+
+def evaluation_metrics(summary: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """An evaluation's figures as metrics: `evaluation/greedy_dice` and its like."""
+    return {f"evaluation/{kind}_{name}": summary[kind][name] for kind in summary for name in SUMMARY_METRICS}
 
 
 def sample_metrics(groups: Sequence[ScoredGroup], step: int) -> dict[str, float]:

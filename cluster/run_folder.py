@@ -242,7 +242,8 @@ def is_blank(path: Path) -> bool:
 
 def _passing(path: Path) -> bool:
     """Written anew at every start, or left aside by a writer that was killed."""
-    return path.parts[0] == "tensorboard" or any(part.startswith(".") and part.endswith(".part") for part in path.parts)
+    aside = any(part.startswith(".") and part.endswith(".part") for part in path.parts)
+    return aside or path.parts[0] in ("tensorboard", "trackers")
 
 
 def refuse_rays_cache(path: Path) -> None:

@@ -26,6 +26,7 @@ from cluster.lengths import RowLimit, fitting
 from cluster.loop import Loop, checkpoint_to_resume, refuse_other_rows
 from cluster.report import write_supervised_report
 from cluster.run_folder import SUMMARY, RunFolder
+from cluster.trackers import Trackers
 from cluster.workers import ranks, ray_connection, started_supervised
 from learner.config import LearnerTask
 from reasoner.prompter import load_prompter
@@ -35,7 +36,8 @@ from umrg.rows import reasoning_fault
 from umrg.sample import Sample
 from umrg.shuffling import batches
 
-_SHOWN = ("loss", "validation_loss")
+VALIDATION = "validation/loss"
+_SHOWN = ("learner/loss", VALIDATION)
 """Metrics shown beside the progress, each with its latest value."""
 
 
@@ -48,12 +50,13 @@ def sft(config: SftConfig) -> RunFolder:
         images = Images(config)
         print(images.lengths, flush=True)
         run.tell(prompts=asdict(images.lengths))
+        trackers = stack.enter_context(Trackers(run, config, lambda text: print(f"warning: {text}", flush=True)))
         refuse_other_rows(checkpoint, run, images.lengths.rows)
         stack.enter_context(ray_connection())
         print("starting the learner", flush=True)
         learner = stack.enter_context(started_supervised(actors(config, run.path), config))
         stack.enter_context(run.telling())
-        Finetuning(config, run, learner, images).go(checkpoint)
+        Finetuning(config, run, learner, images, trackers).go(checkpoint)
     return run
 
 
@@ -110,9 +113,11 @@ class Finetuning(Loop):
 
     config: SftConfig
 
-    def __init__(self, config: SftConfig, run: RunFolder, learner: SupervisedPool, images: Images) -> None:
+    def __init__(
+        self, config: SftConfig, run: RunFolder, learner: SupervisedPool, images: Images, trackers: Trackers
+    ) -> None:
         super().__init__(config, run, learner, rows=images.lengths.rows, keep_best=1)
-        self.learner, self.images = learner, images
+        self.learner, self.images, self.trackers = learner, images, trackers
         self.validations: list[float] = []
 
     def go(self, checkpoint: Checkpoint | None) -> None:
@@ -124,7 +129,7 @@ class Finetuning(Loop):
             for images in self.batches():
                 line = self.take_step(images)
                 shown |= {name: f"{name} {line[name]:.4f}" for name in _SHOWN if name in line}
-                show(self.step, "  ".join(shown.values()), at_once="validation_loss" in line)
+                show(self.step, "  ".join(shown.values()), at_once=VALIDATION in line)
         chosen = self.export_model(checkpoint, best=bool(self.images.held_out))
         seconds = {"sft": round(time.monotonic() - started, 2)}
         facts = {"steps": self.step, "model_of_step": chosen.state.step, "seconds": seconds}
@@ -146,14 +151,15 @@ class Finetuning(Loop):
 
     def take_step(self, images: list[list[Sample]]) -> dict[str, float]:
         """Learn, validate if due, record, save if due. Returns the metrics by name."""
-        line: dict[str, float] = {"step": self.step + 1, **asdict(self.learner.update(images))}
+        line = {f"learner/{name}": value for name, value in asdict(self.learner.update(images)).items()}
         self.step += 1
         if self.images.held_out and (self.at_end or self.due(self.config.validate_every)):
-            line["validation_loss"] = self.validate()
-            self.validations.append(line["validation_loss"])
-        self.run.log(line)
-        lowest = "validation_loss" in line and line["validation_loss"] == min(self.validations)
-        score = -line["validation_loss"] if "validation_loss" in line else None
+            line[VALIDATION] = self.validate()
+            self.validations.append(line[VALIDATION])
+        self.run.log({"step": self.step, **line})
+        self.trackers.log(self.step, line)
+        lowest = VALIDATION in line and line[VALIDATION] == min(self.validations)
+        score = -line[VALIDATION] if VALIDATION in line else None
         self.save_if_due(score, at_once=lowest)
         return line
 
@@ -169,8 +175,9 @@ class Finetuning(Loop):
         if checkpoint:
             print(f"resumed after step {self.step}", flush=True)
         self.run.rewind(self.step, position)
+        self.trackers.rewind(self.step)
         self.checkpoints.rewind(self.step)
-        self.validations = [line["validation_loss"] for line in self.run.metrics() if "validation_loss" in line]
+        self.validations = [line[VALIDATION] for line in self.run.metrics() if VALIDATION in line]
         return position
 
 

@@ -29,6 +29,7 @@ from cluster.placement import alone
 from cluster.run_folder import RunFolder
 from cluster.scaling import Autoscaler, Scaling, Wishes
 from cluster.timesheet import Timesheet
+from cluster.trackers import Trackers
 from cluster.weight_sync import Canary, sync_weights
 from cluster.workers import Workers, ranks, ray_connection, rollouts, segmenters, started
 from learner.config import LearnerTask
@@ -45,8 +46,9 @@ def train(config: TrainConfig) -> RunFolder:
         run = stack.enter_context(RunFolder.begun(config.runs / config.name, config, resume=config.resume != "never"))
         config = fetched(config)
         checkpoint = checkpoint_to_resume(config, run)
-        journal = stack.enter_context(Journal(run, config))
         display = stack.enter_context(Display(config))
+        trackers = stack.enter_context(Trackers(run, config, display.warning))
+        journal = stack.enter_context(Journal(run, trackers))
         with display.waiting("reading data"), journal.clock.phase("data"):
             rows, held_out, lengths = open_rows(config, run, display.console)
         for name, each in lengths.items():

@@ -9,8 +9,9 @@ from pydantic import TypeAdapter
 
 from cluster.answered_rows import answered_rows
 from cluster.comparison import compare_run
-from cluster.config import EvaluateConfig, Rows
+from cluster.config import EvaluateConfig
 from cluster.config_keys import nested
+from cluster.data_config import Rows
 from cluster.figures import TrainingCoverage, figures_of, greedy_record, settings
 from cluster.records import whole_rows
 from cluster.report import write_evaluation_report, write_report, write_supervised_report

@@ -19,6 +19,10 @@ METRICS = {
     "answers/well_formed": 0.98,
     "seconds/rollout": 1.5,
     "seconds/learn": 3.25,
+    "seconds/step": 5.0,
+    "answers/tokens": 120.4,
+    "learner/kl": 0.0125,
+    "policy/lag": 0.0,
 }
 
 
@@ -37,13 +41,13 @@ def test_without_a_terminal_there_is_a_plain_line_a_step(demo_config):
     lines = shown(demo_config, terminal=False).splitlines()
     assert lines[0] == "starting actors"
     assert lines[1].startswith("before greedy  dice 0.500  iou 0.400")
-    assert "reward 2.500  dice 0.610  iou 0.410  well-formed 98%" in lines[2]
-    assert "rollout 1.5  learn 3.2" in lines[2]
+    assert "step 3/50  reward 2.500  dice 0.610  iou 0.410  well-formed 98%  tokens 120  kl 0.0125  |" in lines[2]
+    assert "rollout 1.5  learn 3.2" in lines[2] and lines[2].endswith("left 0:03:55"), "47 steps of 5 s"
 
 
 def test_on_a_terminal_there_is_a_live_table(demo_config):
     text = shown(demo_config, terminal=True)
-    for part in ("demo", "mask_dice", "0.600", "learn s", "held out", "before"):
+    for part in ("demo", "left 0:03:55", "mask_dice", "0.600", "kl", "0.0125", "policy/lag", "held out", "before"):
         assert part in text
     assert not any(name in text for name in ("std", "zero_variance_groups", "resampled_groups"))
 
@@ -52,7 +56,7 @@ def test_on_a_terminal_there_is_a_live_table(demo_config):
 def test_without_masks_their_metrics_are_left_out(demo_config, terminal):
     without = {name: value for name, value in METRICS.items() if name not in ("answers/dice", "reward/mask_dice")}
     text = shown(demo_config, terminal=terminal, metrics=without)
-    step = text[text.rindex("this step") if terminal else text.index("step 3/") :]
+    step = text[text.rindex("seconds") if terminal else text.index("step 3/") :]
     step = step.partition("held out")[0]
     assert "dice" not in step.replace("pdice", "") and "iou" in step
 
@@ -75,10 +79,10 @@ def test_a_plain_line_says_how_busy_each_role_is(demo_config):
     assert "  | busy: rollout 30%  segmenter 12%  learner 65%  | left" in line
 
 
-def test_the_live_table_says_how_long_each_role_was_busy_and_waited(demo_config):
+def test_the_live_table_has_a_bar_of_how_long_each_role_was_busy_and_waited(demo_config):
     text = shown(demo_config, terminal=True, metrics={**METRICS, **ROLES})
     row = next(line for line in text[text.rindex("time by role") :].splitlines() if "rollout" in line)
-    assert [cell.strip() for cell in row.split("│")[1:-1]] == ["rollout", "1", "1.5", "3.5", "30%", "30%"]
+    assert row.split() == ["rollout", "1", "█" * 6 + "░" * 14, "1.5", "s,", "30%", "3.5", "s", "30%"]
 
 
 def test_advice_is_printed_after_three_steps_and_where_it_is_of_another_role(demo_config):

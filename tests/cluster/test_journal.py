@@ -5,6 +5,7 @@ import pytest
 from cluster.drift import FIRST
 from cluster.journal import Journal
 from cluster.run_folder import RunFolder
+from cluster.trackers import Trackers
 from learner.update_report import UpdateReport
 from rewards.scored import ScoredAnswer, ScoredGroup
 from rewards.scoring import Reward
@@ -22,7 +23,7 @@ def recorded(demo_config, tmp_path):
     def record(values, resumed_after=None):
         config = demo_config()
         run = folder if folder.path.exists() else RunFolder.create(folder.path, config)
-        with Journal(run, config) as journal:
+        with Trackers(run, config, pytest.fail) as trackers, Journal(run, trackers) as journal:
             first = 1
             if resumed_after is not None:
                 lines = (folder.path / "metrics.jsonl").read_bytes().splitlines(keepends=True)

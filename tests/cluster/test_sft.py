@@ -14,6 +14,7 @@ from cluster.config import SftConfig, load_config
 from cluster.loop import checkpoint_to_resume
 from cluster.run_folder import RunFolder
 from cluster.sft import Finetuning, Images, actors, out_of_patience, sft
+from cluster.trackers import Trackers
 from phantoms import rows
 from reasoner.model import load_reasoner
 from tests.ranks import STEADY, assert_moved_alike, hosted
@@ -46,7 +47,8 @@ def finetuned(hosts, config):
         ranks = hosted(hosts, config.learner.ranks, SupervisedRank, config.learner, task)
         learner = SupervisedPool(ranks, config.deadlines)
         Calls().gather(learner.starting(), seconds=300, doing="starting")
-        Finetuning(config, run, learner, Images(config)).go(checkpoint_to_resume(config, run))
+        with Trackers(run, config, pytest.fail) as trackers:
+            Finetuning(config, run, learner, Images(config), trackers).go(checkpoint_to_resume(config, run))
     return run
 
 
@@ -55,7 +57,7 @@ def test_training_lowers_the_loss_and_leaves_a_run_folder(ray_cluster, tmp_path,
     metrics = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in metrics] == list(range(1, 9))
     # Few rows, seen again and again: they are learnt by heart.
-    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    assert metrics[-1]["learner/loss"] < metrics[0]["learner/loss"]
     summary = json.loads((run.path / "summary.json").read_text())
     assert (summary["status"], summary["steps"]) == ("ended", 8)
     assert summary["prompts"]["rows"] == 12 and summary["prompts"]["left_out"] == 0
@@ -76,7 +78,7 @@ def test_ranks_and_stages_learn_alike(hosts, tmp_path, phantoms):
     together = finetuned(hosts, config(tmp_path, phantoms, *steady, "name=together", *ranks))
     first, second = (load_reasoner(run.model).model.state_dict() for run in (alone, together))
     assert_moved_alike(second, first)
-    losses = [[step["loss"] for step in run.metrics()] for run in (alone, together)]
+    losses = [[step["learner/loss"] for step in run.metrics()] for run in (alone, together)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
@@ -94,7 +96,7 @@ def test_a_run_stops_where_what_is_held_out_gets_no_likelier_and_leaves_the_best
     """So large a learning rate makes things worse."""
     settings = ("steps=50", "validation=0.25", "validate_every=1", "patience=2", "learner.lr=0.05")
     run = finetuned(hosts, config(tmp_path, phantoms, *settings))
-    validations = [step["validation_loss"] for step in run.metrics()]
+    validations = [step["validation/loss"] for step in run.metrics()]
     best = validations.index(min(validations))
     assert len(validations) == best + 3 < 50
     assert json.loads((run.path / "summary.json").read_text())["model_of_step"] == best + 1

@@ -5,14 +5,17 @@ import os
 import re
 import signal
 import struct
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
 import ray
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 from ray.util import placement_group_table
 from ray.util.state import list_actors
 from safetensors.torch import load_file
@@ -29,9 +32,11 @@ from cluster.checkpoints import export_run
 from cluster.data import open_rows
 from cluster.display import Display
 from cluster.evaluation import evaluate, evaluation_groups
+from cluster.gauges import gauge_name
 from cluster.journal import Journal
 from cluster.records import read_records
 from cluster.run_folder import RunFolder
+from cluster.trackers import Trackers
 from cluster.train import Training, actors, train
 from cluster.weight_sync import WeightsDiffer, sync_weights
 from cluster.workers import rollouts, started
@@ -41,6 +46,7 @@ from umrg.config import model_folder
 from umrg.dataset import Dataset
 from umrg.group import SamplingParams
 
+DASHBOARD = Path(__file__).parents[2] / "deploy" / "grafana" / "medreasoner.json"
 SMALL = (
     "data.train={phantoms: 24, seed: 1, modalities: [CT]}",
     "data.eval={phantoms: 4, seed: 2, modalities: [CT]}",
@@ -195,6 +201,42 @@ def read_tensorboard(path):
         at += 16 + length
 
 
+def test_the_nodes_endpoint_has_every_metric_and_the_dashboard_asks_for_no_other(finished):
+    run, config = finished
+    last = run.metrics()[-1]
+    wanted = {(name, *tags.values()): last[metric] for metric in last for name, tags in [gauge_name(metric)]}
+    until = time.monotonic() + 120
+    while (found := exported(config.name)).get(STEP) != last["step"] or not wanted.keys() <= found.keys():
+        assert time.monotonic() < until, f"only {sorted(found)} is exported"
+        time.sleep(2)
+    assert {key: found[key] for key in wanted} == pytest.approx(wanted)
+    names = {f"ray_{name}" for name, *_ in found}
+    for asked in asked_names(json.loads(DASHBOARD.read_text())):
+        assert any(re.fullmatch(asked, name) for name in names), f"{asked} is exported by nobody"
+
+
+STEP = ("medreasoner_step",)
+
+
+def exported(run):
+    """A run's gauges at the node's metrics endpoint: values by name and the tag besides the run's, if any."""
+    (node,) = [each for each in ray.nodes() if each["Alive"]]
+    with urlopen(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=30) as answer:
+        families = list(text_string_to_metric_families(answer.read().decode()))
+    samples = [each for family in families for each in family.samples if each.labels.get("run") == run]
+    tags = [[each.labels[tag] for tag in ("role", "phase") if tag in each.labels] for each in samples]
+    return {(each.name.removeprefix("ray_"), *tag): each.value for each, tag in zip(samples, tags, strict=True)}
+
+
+def asked_names(dashboard):
+    """The metrics of its queries, as patterns."""
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    queries += [each["query"]["query"] for each in dashboard["templating"]["list"] if each["type"] == "query"]
+    asked = [re.findall(r'__name__=~"([^"]+)"', query) or re.findall(r"\bray_\w+", query) for query in queries]
+    assert all(asked)
+    return {name for names in asked for name in names}
+
+
 def test_no_placement_group_stays_on_a_lasting_cluster(finished, workers):
     living = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
     assert len(living) == 1, "only that of the workers that all tests share"
@@ -272,7 +314,10 @@ def test_zero_variance_groups_give_way_to_others(workers, demo_config, tmp_path)
     pool = SegmenterPool(starter, workers.calls, config.deadlines)
     pool.adopt({"segmenter 0": segmenter})
     own = replace(workers, segmenters=pool, wanted={"rollout": 1, "segmenter": 1})
-    with RunFolder.begun(tmp_path / "resampled", config, resume=False) as run, Journal(run, config) as journal:
+    with (
+        RunFolder.begun(tmp_path / "resampled", config, resume=False) as run,
+        Journal(run, Trackers(run, config, pytest.fail)) as journal,
+    ):
         training = Training(config, run, own, journal, Display(config), *open_rows(config, run)[:2])
         kept, resampled = training.collect_groups()
     assert len(kept) == 4 and not any(each.scored.zero_variance for each in kept) and resampled > 0

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cluster.cli import TINY_REASONER, main
+from cluster.cli import main
+from cluster.commands.answering import TINY_REASONER
 from phantoms import draw
 from reasoner.model import Reasoner
 from reasoner.prompter import load_prompter
