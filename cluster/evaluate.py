@@ -32,7 +32,7 @@ def run_evaluation(config: EvaluateConfig) -> RunFolder:
     """Evaluate, or continue an interrupted evaluation. Raises ValueError where one of that name is finished."""
     with RunFolder.begun(config.runs / config.name, config, resume=True) as run:
         refuse_finished(run)
-        here = fetched(config)
+        here: EvaluateConfig = fetched(config)
         rows, lengths = open_held_out(here, run)
         if lengths:
             print(lengths, flush=True)

@@ -164,7 +164,8 @@ class _Reader(ast.NodeVisitor):
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
         if isinstance(node.target, ast.Name):
-            self._attributes[node.target.id] = self._annotated(node.annotation)
+            # Of an object or, in a function, a variable.
+            self._attributes[node.target.id] = self._names[node.target.id] = self._annotated(node.annotation)
         self.generic_visit(node)
 
     def visit_Assign(self, node: ast.Assign) -> None:

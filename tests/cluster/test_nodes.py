@@ -27,7 +27,7 @@ SMALL = (
     *("segmenter.actors=2", "segmenter.num_cpus=0.5", "segmenter.threads=1", "segmenter.node_labels={kind: engines}"),
     *("learner.num_cpus=1", "learner.threads=1", "learner.node_labels={kind: learner}"),
 )
-ROLES = {"Rollout": "rollout", "Segmenter": "segmenter", "LearnerRank": "learner"}
+ROLES = {"Rollout": "rollout", "LightRollout": "rollout", "Segmenter": "segmenter", "LearnerRank": "learner"}
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 chaos = pytest.mark.chaos
 
