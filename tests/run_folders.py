@@ -69,8 +69,8 @@ def tuned(config: SftConfig, *, steps: int) -> RunFolder:
     """A supervised run of so many steps, validated at the last."""
     run = RunFolder.create(config.runs / config.name, config)
     for step in range(1, steps + 1):
-        last = {"validation_loss": 0.5} if step == steps else {}
-        run.log({"step": step, "loss": 1 / step, "grad_norm": 1.0, "lr": 1e-4, "tokens": 100, **last})
+        last = {"validation/loss": 0.5} if step == steps else {}
+        run.log({"step": step, "learner/loss": 1 / step, "learner/grad_norm": 1.0, "learner/lr": 1e-4, **last})
     return run
 
 

@@ -9,11 +9,12 @@ from cluster.report import charts
 from cluster.report.pages import write_page
 from cluster.run_folder import RunFolder
 
+VALIDATION = "validation/loss"
 CURVES = {
-    "Loss (nats/token)": "loss",
-    "Loss on held-out images (nats/token)": "validation_loss",
-    "Gradient norm": "grad_norm",
-    "Learning rate": "lr",
+    "Loss (nats/token)": "learner/loss",
+    "Loss on held-out images (nats/token)": VALIDATION,
+    "Gradient norm": "learner/grad_norm",
+    "Learning rate": "learner/lr",
 }
 """Metrics by the title of their chart."""
 
@@ -30,7 +31,7 @@ def write_supervised_report(
         name=run.path.resolve().name,
         summary=summary,
         steps=len(metrics),
-        lowest=min((line["validation_loss"] for line in metrics if "validation_loss" in line), default=None),
+        lowest=min((line[VALIDATION] for line in metrics if VALIDATION in line), default=None),
         config=(run.path / "config.yaml").read_text(encoding="utf-8"),
         charts=[chart for title, name in CURVES.items() if (chart := _chart(title, name, metrics))],
     )

@@ -1,0 +1,113 @@
+"""A cluster as its users work with it, from outside and by the commands alone: a run is submitted, watched, scaled and
+ended, loses a node and gets another; its model is evaluated and served."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+
+import pytest
+
+from tests.cluster.test_nodes import assert_nothing_left, living
+from tests.conftest import ROOT
+from tests.nodes import free_port, started_cluster
+from tests.runs import MARK
+
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+
+PLACES = (
+    *("rollout.actors=2", "rollout.num_cpus=0.5", "rollout.threads=1", "rollout.node_labels={kind: engines}"),
+    # Their shares are of logical GPUs, of which only these nodes have any.
+    *("segmenter={actors: 2, num_cpus: 0.2, num_gpus: 0.25, threads: 1, device: cpu}",),
+    *("learner.num_cpus=1", "learner.threads=1", "learner.node_labels={kind: learner}"),
+)
+ROWS = ("data.train={phantoms: 16, seed: 1, modalities: [CT]}", "data.eval={phantoms: 4, seed: 2, modalities: [CT]}")
+SMALL = (*PLACES, *ROWS, "batch=4", "rollout.n=2", "evaluation={before: false, limit: 4, n: 0}", "checkpoint_every=1")
+
+
+class Command:
+    """`medreasoner …` in a process of its own."""
+
+    def __init__(self, log, *words, environment=None):
+        self.log = log
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "cluster.cli", *map(str, words)],
+            cwd=ROOT,
+            env={**os.environ, **(environment or {})},
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+        )
+
+    def said(self):
+        return self.log.read_text()
+
+    def await_line(self, text, seconds=300):
+        deadline = time.monotonic() + seconds
+        while text not in self.said():
+            assert self.process.poll() is None and time.monotonic() < deadline, f"no {text!r} in: {self.said()}"
+            time.sleep(0.2)
+
+    def end(self, code=0, seconds=300):
+        assert self.process.wait(timeout=seconds) == code, self.said()
+        return self.said()
+
+
+def test_a_cluster_from_outside(monkeypatch, tmp_path):
+    monkeypatch.setenv(MARK, uuid.uuid4().hex)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    runs = tmp_path / "runs"
+    with started_cluster() as cluster:
+        (learner, first, second) = (
+            cluster.add(cpus, gpus, {"kind": kind})
+            for cpus, gpus, kind in ((1, 0, "learner"), (2, 1, "engines"), (2, 1, "engines"))
+        )
+        where = ("--address", cluster.dashboard)
+
+        def command(name, *words, **options):
+            return Command(tmp_path / f"{name}.log", *words, **options)
+
+        def submitted(name, config, *overrides):
+            given = (f"name={name}", f"runs={runs}", "--python", sys.executable)
+            return command(name, "submit", f"configs/{config}.yaml", *overrides, *given, *where)
+
+        train = submitted("trial", "demo", *SMALL, "steps=9")
+        train.await_line("step 2/")
+        nodes = {role: {node for each, node in living(cluster) if each == role} for role in ("rollout", "segmenter")}
+        assert nodes["rollout"] | nodes["segmenter"] <= {first.id, second.id}
+        assert [node for role, node in living(cluster) if role == "learner"] == [learner.id]
+        assert "RUNNING" in command("list", "runs", "list", *where).end()
+
+        cluster.remove(second)
+        train.await_line("died while")
+        third = cluster.add(2, 1, {"kind": "engines"})
+        assert "asked for 4 segmenters" in command("scale", "scale", runs / "trial", "segmenter=4").end()
+        train.await_line("segmenter 4 is there")
+        train.end()
+        assert third.id in {node.node_id for node in cluster.nodes()}
+        steps = [json.loads(line) for line in (runs / "trial" / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in steps] == list(range(1, 10)) and "put_aside" not in train.said()
+        assert json.loads((runs / "trial" / "summary.json").read_text())["status"] == "ended"
+
+        evaluate = submitted("after", "evaluate_demo", f"model={runs / 'trial'}", ROWS[1], "n=0", "limit=4")
+        evaluate.end()
+        assert json.loads((runs / "after" / "metrics.json").read_text())["overall"]
+
+        port = free_port()
+        serve = command("serve", "serve", runs / "trial", "--port", port, environment={"RAY_ADDRESS": cluster.address})
+        serve.await_line("serving")
+        query = ("-F", "image=@docs/pictures/example.png", "-F", "query=Which organ?")
+        address = f"http://127.0.0.1:{port}/v1/ground"
+        reply = subprocess.run(["curl", "-sS", *query, address], cwd=ROOT, capture_output=True, check=True, timeout=120)
+        assert "completion" in json.loads(reply.stdout)
+        serve.process.send_signal(signal.SIGINT)
+        serve.end()
+
+        long = submitted("long", "demo", *SMALL, "steps=500")
+        long.await_line("step 1/")
+        assert "nothing is left behind" in command("stop", "runs", "stop", "long", *where).end()
+        assert_nothing_left(cluster)
+        long.end(code=1)
+        assert json.loads((runs / "long" / "summary.json").read_text())["status"] == "interrupted"
