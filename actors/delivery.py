@@ -126,6 +126,7 @@ class Deliveries:
                 return
             ray.kill(porter)
             if ended.fault is None:
+                print(f"node {place.address} has a copy of {parcel.uri or path}", flush=True)
                 self._copies.setdefault(place.node, {})[path] = ended.result
             for then in self._awaited.pop((place.node, path)):
                 then(ended if ended.fault else None)

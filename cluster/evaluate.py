@@ -42,19 +42,19 @@ def run_evaluation(config: EvaluateConfig) -> RunFolder:
     with RunFolder.begun(config.runs / config.name, config, resume=True) as run:
         if run.read_json("metrics.json"):
             raise Mistake(f"the evaluation {run.path} is finished; give another name=… or remove it")
-        here = fetched(config)
-        rows, lengths = open_held_out(here, run)
+        given, config = config, fetched(config)
+        rows, lengths = open_held_out(config, run)
         if lengths:
             print(lengths, flush=True)
             run.tell(prompts=asdict(lengths))
-        coverage = TrainingCoverage.of_files(here.data.seen)
+        coverage = TrainingCoverage.of_files(config.data.seen)
         results = Results(run.path / "results.jsonl", n=config.n, hold=run.hold)
         if any(row.id not in results.rows for row in rows):
-            with ray_connection(), started(actors(here), here) as workers, run.telling():
+            with ray_connection(), started(actors(config), config) as workers, run.telling():
                 run.tell(engines=[asdict(engine) for engine in workers.engines])
                 answer(workers, rows, config, results)
         results.sort([row.id for row in rows])
-        write_figures(run, rows, coverage, results, config, left_out=lengths.left_out if lengths else 0)
+        write_figures(run, rows, coverage, results, given, left_out=lengths.left_out if lengths else 0)
     return run
 
 
