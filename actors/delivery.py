@@ -8,7 +8,7 @@ of.
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,11 @@ class Deliveries:
                 return
             ray.kill(porter)
             if ended.fault is None:
+                print(f"node {place.address} has a copy of {parcel.uri or path}", flush=True)
                 self._copies.setdefault(place.node, {})[path] = ended.result
+            elif ended.fault == "late":
+                late = f"node {place.address} did not finish {doing} ({path}) within {self._seconds:g} s"
+                ended = replace(ended, cause=late)
             for then in self._awaited.pop((place.node, path)):
                 then(ended if ended.fault else None)
 

@@ -32,16 +32,16 @@ def run_evaluation(config: EvaluateConfig) -> RunFolder:
     """Evaluate, or continue an interrupted evaluation. Raises ValueError where one of that name is finished."""
     with RunFolder.begun(config.runs / config.name, config, resume=True) as run:
         refuse_finished(run)
-        here: EvaluateConfig = fetched(config)
-        rows, lengths = open_held_out(here, run)
+        given, config = config, fetched(config)
+        rows, lengths = open_held_out(config, run)
         if lengths:
             print(lengths, flush=True)
             run.tell(prompts=asdict(lengths))
-        run.tell(settings=settings(config, here.spec()))
-        coverage = TrainingCoverage.of_files(here.data.seen)
+        run.tell(settings=settings(given, config.spec()))
+        coverage = TrainingCoverage.of_files(config.data.seen)
         results = Results(run.path / "results.jsonl", n=config.n, hold=run.hold)
         if any(row.id not in results.rows for row in rows):
-            with ray_connection(), started(actors(here), here) as workers, run.telling():
+            with ray_connection(), started(actors(config), config) as workers, run.telling():
                 run.tell(engines=[asdict(engine) for engine in workers.engines])
                 answer(workers, rows, config, results)
         results.sort([row.id for row in rows])

@@ -164,8 +164,7 @@ class _Reader(ast.NodeVisitor):
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
         if isinstance(node.target, ast.Name):
-            # Of an object or, in a function, a variable.
-            self._attributes[node.target.id] = self._names[node.target.id] = self._annotated(node.annotation)
+            self._attributes[node.target.id] = self._annotated(node.annotation)
         self.generic_visit(node)
 
     def visit_Assign(self, node: ast.Assign) -> None:

@@ -1,0 +1,35 @@
+"""What is said of a copy that is never finished."""
+
+import fcntl
+from pathlib import Path
+
+import ray
+
+from actors.calls import Calls
+from actors.delivery import Deliveries
+from actors.gpus import Place
+from umrg.copies import Cache, Contents
+
+
+def test_a_copy_that_takes_too_long_is_named_with_its_deadline(ray_cluster, tmp_path):
+    """Another process holds the lock of the same copy."""
+    model, cache = tmp_path / "model", Cache(tmp_path / "cache")
+    model.mkdir()
+    (model / "weights").write_text("one")
+    cache.folder.mkdir()
+    place = Place(
+        node=ray.get_runtime_context().get_node_id(),
+        memory=1,
+        gpus=(),
+        address="10.0.0.2 (b)",
+        missing={"model": model},
+    )
+    calls, ended = Calls(), []
+    with (cache.folder / f"{Contents.of(model).digest}.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        deliveries = Deliveries(calls, seconds=3, cache=cache.folder)
+        deliveries.bring(place, ended.append)
+        while not ended:
+            calls.turn()
+    assert ended[0].cause == f"node 10.0.0.2 (b) did not finish copying model ({model}) within 3 s"
+    assert not deliveries.copies(place.node) and not list(Path(cache.folder).glob("*/model"))
