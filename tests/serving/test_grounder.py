@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cluster.cli import TINY_REASONER, main
+from cluster.cli import main
 from phantoms import draw
 from reasoner.model import Reasoner
 from reasoner.prompter import load_prompter
 from serving import Grounder
 from serving.grounder import check_savable
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TINY_REASONER
 from tests.encoded_images import BLOCKS, DEEP, encoded, pages, stack, turned
 from umrg.images import decode_image, decode_mask, encode_png
 from umrg.windowing import Window
