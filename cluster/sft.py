@@ -25,7 +25,6 @@ from cluster.hiring import ActorSpec
 from cluster.lengths import RowLimit, fitting
 from cluster.loop import Loop, checkpoint_to_resume, refuse_other_rows
 from cluster.report import write_supervised_report
-from cluster.report.supervised import VALIDATION
 from cluster.run_folder import SUMMARY, RunFolder
 from cluster.trackers import Trackers
 from cluster.workers import ranks, ray_connection, started_supervised
@@ -37,6 +36,7 @@ from umrg.rows import reasoning_fault
 from umrg.sample import Sample
 from umrg.shuffling import batches
 
+VALIDATION = "validation/loss"
 _SHOWN = ("learner/loss", VALIDATION)
 """Metrics shown beside the progress, each with its latest value."""
 

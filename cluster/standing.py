@@ -46,7 +46,7 @@ class Standing:
 
     def __str__(self) -> str:
         """In a sentence, without a full stop."""
-        when = "" if self.recorded is None else f", recorded at {_clock(self.recorded)}"
+        when = "" if self.recorded is None else f", recorded at {clock(self.recorded)}"
         if self.status == "failed":
             return f"failed {self.progress}{when}: {self.error}"
         if self.status != "running":
@@ -96,5 +96,6 @@ def _rows(summary: dict[str, dict[str, int]]) -> int | None:
     return summary.get("prompts", {}).get("rows")
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A time since the epoch, for messages."""
     return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds))

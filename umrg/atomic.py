@@ -2,8 +2,8 @@
 reader never sees half of it. Files that grow by appended lines are read up to the last complete line."""
 
 import json
-import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,7 +15,8 @@ def written_aside(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, at which to write a file or make a folder. On success it replaces `path`;
     on failure it is removed and `path` stays as it was. An OSError names `path`, not the temporary one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Process ids repeat among the containers that share a disk.
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
     try:
         with named(path, aside):
             yield aside

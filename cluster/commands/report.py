@@ -1,5 +1,6 @@
 """`medreasoner report RUN`: the page of a run as its folder is now, finished or not, here or moved elsewhere."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from cluster.report import write_evaluation_report, write_report, write_supervis
 from cluster.report.evaluation import chosen
 from cluster.report.training import evaluations, read_greedy
 from cluster.run_folder import SUMMARY, RunFolder, kept_config, kept_values
-from cluster.standing import Standing, refuse_empty, standing
+from cluster.standing import Standing, clock, refuse_empty, standing
 from umrg.mistake import Mistake
 
 
@@ -39,7 +40,8 @@ def report(path: Path, out: Path | None = None) -> Written:
     found = standing(run)
     refuse_empty(run, found)
     page = out or run.report / "index.html"
-    above = [] if found.status == "ended" else [f"{str(found)[0].upper()}{str(found)[1:]}."]
+    text = str(found)
+    above = [] if found.status == "ended" else [f"{text[0].upper()}{text[1:]}. This page is of {clock(time.time())}."]
     write = {"train": _training, "sft": _supervised, "evaluate": _evaluation}[found.kind]
     return Written(path=page, standing=found, remarks=write(run, page, above))
 

@@ -9,14 +9,14 @@ from cluster.report import charts
 from cluster.report.pages import write_page
 from cluster.run_folder import RunFolder
 
-VALIDATION = "validation/loss"
+VALIDATION = ("validation/loss", "validation_loss")
 CURVES = {
-    "Loss (nats/token)": "learner/loss",
+    "Loss (nats/token)": ("learner/loss", "loss"),
     "Loss on held-out images (nats/token)": VALIDATION,
-    "Gradient norm": "learner/grad_norm",
-    "Learning rate": "learner/lr",
+    "Gradient norm": ("learner/grad_norm", "grad_norm"),
+    "Learning rate": ("learner/lr", "lr"),
 }
-"""Metrics by the title of their chart."""
+"""The names of a metric, today's and that of older runs, by the title of its chart."""
 
 
 def write_supervised_report(
@@ -31,15 +31,11 @@ def write_supervised_report(
         name=run.path.resolve().name,
         summary=summary,
         steps=len(metrics),
-        lowest=min((line[VALIDATION] for line in metrics if VALIDATION in line), default=None),
+        lowest=min((line[name] for line in metrics for name in VALIDATION if name in line), default=None),
         config=(run.path / "config.yaml").read_text(encoding="utf-8"),
-        charts=[chart for title, name in CURVES.items() if (chart := _chart(title, name, metrics))],
+        charts=[
+            charts.curves(title, [int(step) for step, _ in points], {title: [value for _, value in points]})
+            for title, names in CURVES.items()
+            if (points := [(line["step"], line[name]) for line in metrics for name in names if name in line])
+        ],
     )
-
-
-def _chart(title: str, name: str, metrics: Sequence[Mapping[str, float]]) -> str | None:
-    """The curve of a metric over the steps that have it; None where none has."""
-    lines = [line for line in metrics if name in line]
-    if not lines:
-        return None
-    return charts.curves(title, [int(line["step"]) for line in lines], {name: [line[name] for line in lines]})

@@ -195,3 +195,13 @@ def test_what_a_user_can_mend_says_how(number, advice):
 )
 def test_what_a_user_cannot_mend_passes_through(error):
     assert refusal(error) is None
+
+
+@pytest.mark.parametrize("words", [("report", "runs/x"), ("compare", "a", "b")])
+def test_pages_are_written_without_torch_and_ray(words):
+    program = (
+        "import sys; from cluster.cli import app, run_command\n"
+        "try: run_command(lambda: app(sys.argv[1:]))\n"
+        "except SystemExit as ended: print(ended.code, {'torch', 'ray'} & set(sys.modules))"
+    )
+    assert run_python("-c", program, *words).stdout == "2 set()\n"

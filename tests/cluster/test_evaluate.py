@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from actors.config import RolloutConfig
+from cluster.commands.report import report
 from cluster.comparison import compare
 from cluster.config import EvaluateConfig, load_config
 from cluster.data import open_held_out
@@ -101,6 +102,12 @@ def test_two_evaluations_are_compared_with_a_page(whole, tmp_path, capsys):
     page = compare(whole.path, whole.path, tmp_path / "page.html").read_text()
     assert page.count("<article") == 8 and page.count("data:image/webp") == 16
     assert "8 rows, paired" in capsys.readouterr().out
+
+
+def test_the_page_of_an_evaluation_is_made_again_from_its_folder(whole, tmp_path):
+    whole.tell("ended")
+    written = report(whole.path, tmp_path / "again.html")
+    assert written.path.read_text() == (whole.report / "index.html").read_text() and not written.remarks
 
 
 @pytest.mark.parametrize(

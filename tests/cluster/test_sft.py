@@ -61,6 +61,7 @@ def test_training_lowers_the_loss_and_leaves_a_run_folder(ray_cluster, tmp_path,
     summary = json.loads((run.path / "summary.json").read_text())
     assert (summary["status"], summary["steps"]) == ("ended", 8)
     assert summary["prompts"]["rows"] == 12 and summary["prompts"]["left_out"] == 0
+    assert (run.report / "index.html").read_text().count("<svg") == 3
     before, after = load_reasoner(ROOT / "models" / "tiny-reasoner"), load_reasoner(run.model)
     assert before.prompt == after.prompt
     changed = {

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import struct
 import time
@@ -29,6 +30,7 @@ from actors.rollout import Rollout
 from actors.segmenter import Segmenter
 from actors.weight_files import pack
 from cluster.checkpoints import export_run
+from cluster.commands.report import report
 from cluster.data import open_rows
 from cluster.display import Display
 from cluster.evaluation import evaluate, evaluation_groups
@@ -42,6 +44,7 @@ from cluster.weight_sync import WeightsDiffer, sync_weights
 from cluster.workers import rollouts, started
 from reasoner.model import load_reasoner
 from rewards.case import Case
+from tests.conftest import TINY_REASONER
 from umrg.config import model_folder
 from umrg.dataset import Dataset
 from umrg.group import SamplingParams
@@ -323,6 +326,22 @@ def test_zero_variance_groups_give_way_to_others(workers, demo_config, tmp_path)
     assert len(kept) == 4 and not any(each.scored.zero_variance for each in kept) and resampled > 0
     indices = sorted(each.scored.group.index for each in kept)
     assert len(set(indices)) == 4 and indices[-1] > 3
+
+
+def test_the_page_of_a_run_is_made_again_from_its_folder_wherever_that_is(finished, tmp_path, monkeypatch):
+    run, _ = finished
+    again = report(run.path, tmp_path / "again.html")
+    assert again.path.read_text() == (run.report / "index.html").read_text() and not again.remarks
+    moved = tmp_path / "moved"
+    shutil.copytree(run.path, moved, ignore=shutil.ignore_patterns("data", "report"))
+    monkeypatch.chdir(tmp_path)
+    config = moved / "config.yaml"
+    config.write_text(config.read_text().replace(str(TINY_REASONER), "/nowhere/model"))
+    written = report(moved)
+    assert written.standing.status == "ended" and written.remarks[0].startswith("Without the images")
+    assert written.path.read_text().count("<article") == 4 and "data:image" not in written.path.read_text()
+    export_run(moved, None, tmp_path / "model")
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == (run.model / "model.safetensors").read_bytes()
 
 
 def test_a_run_goes_on_from_its_checkpoint(finished, ray_cluster):

@@ -11,13 +11,12 @@ import pytest
 from PIL import Image
 
 from cluster.cli import main
-from cluster.commands.answering import TINY_REASONER
 from phantoms import draw
 from reasoner.model import Reasoner
 from reasoner.prompter import load_prompter
 from serving import Grounder
 from serving.grounder import check_savable
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TINY_REASONER
 from tests.encoded_images import BLOCKS, DEEP, encoded, pages, stack, turned
 from umrg.images import decode_image, decode_mask, encode_png
 from umrg.windowing import Window
