@@ -334,6 +334,7 @@ def test_real_images_give_all_outputs(tmp_path, ray_cluster):
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 def test_killed_and_run_again(data, whole, tmp_path):
     command = [sys.executable, "-m", "cluster.evaluate", f"model={TINY_REASONER}", f"data.eval={data}", "expert=tiny"]
     command += ["name=whole", f"runs={tmp_path}", "n=2", "batch=3", *SMALL]

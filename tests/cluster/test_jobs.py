@@ -98,7 +98,7 @@ LEARNING = ("batch=16", "rollout.n=16", "learner.micro_batch_tokens=640")
         pytest.param(line("step 1/"), (AT_ONCE,), signal.SIGINT, id="sample"),
         pytest.param(line("step 1/", 3.0), (AT_ONCE, *LEARNING), signal.SIGTERM, id="learn"),
         pytest.param(file("checkpoints/.step-*"), (AT_ONCE, "checkpoint_every=1"), signal.SIGTERM, id="checkpoint"),
-        pytest.param(file("model/*"), (AT_ONCE, "steps=1"), signal.SIGTERM, id="save"),
+        pytest.param(file("model/*"), (AT_ONCE, "steps=1"), signal.SIGTERM, id="save", marks=pytest.mark.chaos),
     ],
 )
 def test_whoever_ends_a_run_leaves_no_process_and_a_readable_folder(tmp_path, moment, overrides, sign):
@@ -180,6 +180,7 @@ run_command(lambda: train.main(sys.argv[1:]))
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 def test_with_default_settings_a_killed_run_of_long_steps_goes_on_from_the_step_before(tmp_path):
     run = Run(tmp_path, "steps=5", program=("-c", LONG_STEPS))
     run.await_line("step 2/")

@@ -283,6 +283,7 @@ def test_mistakes_in_an_address_or_a_name_are_told(dashboard, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 def test_a_submitted_training_learns_and_a_second_submission_goes_on(dashboard, tmp_path):
     given = (str(DEMO), *SMALL, f"runs={tmp_path}", "name=small", "--python", sys.executable)
     first = command("submit", *given, "steps=1", "checkpoint_every=1")
