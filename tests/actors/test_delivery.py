@@ -5,7 +5,7 @@ from pathlib import Path
 
 import ray
 
-from actors.calls import Calls
+from actors.calls import Calls, Ended
 from actors.delivery import Deliveries
 from actors.gpus import Place
 from umrg.copies import Cache, Contents
@@ -24,12 +24,12 @@ def test_a_copy_that_takes_too_long_is_named_with_its_deadline(ray_cluster, tmp_
         address="10.0.0.2 (b)",
         missing={"model": model},
     )
-    calls, ended = Calls(), []
+    calls, ended = Calls(), list[Ended | None]()
     with (cache.folder / f"{Contents.of(model).digest}.lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         deliveries = Deliveries(calls, seconds=3, cache=cache.folder)
         deliveries.bring(place, ended.append)
         while not ended:
             calls.turn()
-    assert ended[0].cause == f"node 10.0.0.2 (b) did not finish copying model ({model}) within 3 s"
+    assert ended[0] and ended[0].cause == f"node 10.0.0.2 (b) did not finish copying model ({model}) within 3 s"
     assert not deliveries.copies(place.node) and not list(Path(cache.folder).glob("*/model"))
