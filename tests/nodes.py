@@ -116,8 +116,9 @@ class Node:
 class Nodes:
     """A cluster: its head, and the nodes that were added to it."""
 
-    folder: Path
-    """Where its head keeps its session."""
+    folders: ExitStack
+    """Each node keeps its session in a folder of its own, as on a machine of its own: in a common one Ray would unpack
+    what is sent to a node over what others are reading."""
     ip: str
     """Of the head, and of all nodes but fenced ones."""
     address: str
@@ -140,7 +141,7 @@ class Nodes:
             started,
             *(f"--address={self.address}", f"--num-cpus={cpus:g}", f"--num-gpus={gpus:g}", f"--labels={told}"),
             f"--node-ip-address={fence.ip if fence else self.ip}",
-            f"--temp-dir={fence.folder if fence else self.folder}",
+            f"--temp-dir={fence.folder if fence else self.folders.enter_context(cluster_folder())}",
             around=fence.command if fence else (),
             environment=environment or {},
         )
@@ -175,10 +176,10 @@ def started_cluster(
     *arguments: str, ip: str = "127.0.0.1", port: int | None = None, environment: Mapping[str, str] | None = None
 ) -> Iterator[Nodes]:
     """A cluster of a head, which has neither CPUs nor GPUs but by arguments of `ray start`."""
-    with cluster_folder() as folder:
-        port, dashboard = port or free_port(), free_port()
+    with ExitStack() as folders:
+        port, dashboard, folder = port or free_port(), free_port(), folders.enter_context(cluster_folder())
         head = Node(uuid.uuid4().hex)
-        cluster = Nodes(folder, ip, f"{ip}:{port}", f"http://127.0.0.1:{dashboard}", [head])
+        cluster = Nodes(folders, ip, f"{ip}:{port}", f"http://127.0.0.1:{dashboard}", [head])
         try:
             _start(
                 head,

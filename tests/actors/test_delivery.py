@@ -2,6 +2,7 @@
 
 import fcntl
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -24,7 +25,8 @@ def test_a_copy_that_takes_too_long_is_named_with_its_deadline(ray_cluster, tmp_
         address="10.0.0.2 (b)",
         missing={"model": model},
     )
-    calls, ended = Calls(), list[Ended | None]()
+    calls = Calls()
+    ended: list[Any] = []
     with (cache.folder / f"{Contents.of(model).digest}.lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         deliveries = Deliveries(calls, seconds=3, cache=cache.folder)

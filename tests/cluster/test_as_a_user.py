@@ -19,7 +19,7 @@ from tests.runs import MARK
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 PLACES = (
-    *("rollout.actors=2", "rollout.num_cpus=0.5", "rollout.threads=1", "rollout.node_labels={kind: engines}"),
+    *("rollout.actors=2", "rollout.num_cpus=1.5", "rollout.threads=1", "rollout.node_labels={kind: engines}"),
     # Their shares are of logical GPUs, of which only these nodes have any.
     *("segmenter={actors: 2, num_cpus: 0.2, num_gpus: 0.25, threads: 1, device: cpu}",),
     *("learner.num_cpus=1", "learner.threads=1", "learner.node_labels={kind: learner}"),
@@ -55,6 +55,10 @@ class Command:
         return self.said()
 
 
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def test_a_cluster_from_outside(monkeypatch, tmp_path):
     monkeypatch.setenv(MARK, uuid.uuid4().hex)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
@@ -73,23 +77,32 @@ def test_a_cluster_from_outside(monkeypatch, tmp_path):
             given = (f"name={name}", f"runs={runs}", "--python", sys.executable)
             return command(name, "submit", f"configs/{config}.yaml", *overrides, *given, *where)
 
-        train = submitted("trial", "demo", *SMALL, "steps=9")
-        train.await_line("step 2/")
-        nodes = {role: {node for each, node in living(cluster) if each == role} for role in ("rollout", "segmenter")}
-        assert nodes["rollout"] | nodes["segmenter"] <= {first.id, second.id}
+        train = submitted("trial", "demo", *SMALL, "steps=500")  # the small model is sent with it
+        train.await_line("step 1/")
         assert [node for role, node in living(cluster) if role == "learner"] == [learner.id]
+        assert {node for role, node in living(cluster) if role == "rollout"} == {first.id, second.id}
+        assert {node for role, node in living(cluster) if role == "segmenter"} <= {first.id, second.id}
         assert "RUNNING" in command("list", "runs", "list", *where).end()
 
         cluster.remove(second)
-        train.await_line("died while")
+        train.await_line("died")
         third = cluster.add(2, 1, {"kind": "engines"})
+        train.await_line("rollout 2 is there")
+        assert ("rollout", third.id) in living(cluster)
         assert "asked for 4 segmenters" in command("scale", "scale", runs / "trial", "segmenter=4").end()
-        train.await_line("segmenter 4 is there")
-        train.end()
-        assert third.id in {node.node_id for node in cluster.nodes()}
-        steps = [json.loads(line) for line in (runs / "trial" / "metrics.jsonl").read_text().splitlines()]
-        assert [line["step"] for line in steps] == list(range(1, 10)) and "put_aside" not in train.said()
-        assert json.loads((runs / "trial" / "summary.json").read_text())["status"] == "ended"
+        train.await_line("segmenters: 2 -> 4, as asked for")
+        while sum(role == "segmenter" for role, _ in living(cluster)) < 4:
+            time.sleep(0.5)
+        assert "nothing is left behind" in command("stop", "runs", "stop", "trial", *where).end()
+        assert_nothing_left(cluster)
+        train.end(code=1)
+        assert json.loads((runs / "trial" / "summary.json").read_text())["status"] == "interrupted"
+
+        step = metrics(runs / "trial")[-1]["step"]
+        submitted("trial", "demo", *SMALL, f"steps={step + 2}").end()
+        assert [line["step"] for line in metrics(runs / "trial")] == list(range(1, step + 3))
+        summary = json.loads((runs / "trial" / "summary.json").read_text())
+        assert summary["status"] == "ended" and "put_aside" not in summary
 
         evaluate = submitted("after", "evaluate_demo", f"model={runs / 'trial'}", ROWS[1], "n=0", "limit=4")
         evaluate.end()
@@ -104,10 +117,3 @@ def test_a_cluster_from_outside(monkeypatch, tmp_path):
         assert "completion" in json.loads(reply.stdout)
         serve.process.send_signal(signal.SIGINT)
         serve.end()
-
-        long = submitted("long", "demo", *SMALL, "steps=500")
-        long.await_line("step 1/")
-        assert "nothing is left behind" in command("stop", "runs", "stop", "long", *where).end()
-        assert_nothing_left(cluster)
-        long.end(code=1)
-        assert json.loads((runs / "long" / "summary.json").read_text())["status"] == "interrupted"

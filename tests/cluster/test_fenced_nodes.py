@@ -50,13 +50,8 @@ def test_weights_reach_a_node_that_shares_no_disk(tmp_path, weights, monkeypatch
         assert f"expert: {bucket.uri('expert')}\n" in (run.folder / "config.yaml").read_text()
         assert bucket.read.count("expert/model.safetensors") == 2, "once by the driver and once by the node"
 
-        lost = Run(
-            tmp_path / "lost",
-            *given,
-            "learner.node_labels.kind=fenced",
-            "learner.num_cpus=0.5",
-            address=cluster.address,
-        )
+        there = ("name=lost", "learner.node_labels.kind=fenced", "learner.num_cpus=0.5")
+        lost = Run(tmp_path / "run", *given, *there, output="lost", address=cluster.address)
         assert lost.process.wait(timeout=200) == 2, lost.output.read_text()
         (fault,) = [line for line in lost.output.read_text().splitlines() if line.startswith("error: ")]
         assert fault.startswith(f"error: node {fence.ip} (") and "has no " in fault and "give runs=…" in fault
