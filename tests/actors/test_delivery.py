@@ -6,7 +6,7 @@ from typing import Any
 
 import ray
 
-from actors.calls import Calls, Ended
+from actors.calls import Calls
 from actors.delivery import Deliveries
 from actors.gpus import Place
 from umrg.copies import Cache, Contents
