@@ -7,6 +7,7 @@ import threading
 import ray
 
 from actors.code import sent_code
+from umrg.mistake import Mistake
 
 
 def is_local() -> bool:
@@ -16,9 +17,10 @@ def is_local() -> bool:
 
 def connect() -> bool:
     """Connect to the cluster named by RAY_ADDRESS or by a Ray job, or start a local one. Returns False if there was a
-    connection before, which is not ours to end."""
+    connection before, which is not ours to end. Raises ValueError where RAY_ADDRESS leads to no cluster."""
     if ray.is_initialized():
         return False
+    address = os.environ.get("RAY_ADDRESS")
     terminate = signal.getsignal(signal.SIGTERM)
     try:
         with sent_code() as code:
@@ -27,6 +29,14 @@ def connect() -> bool:
     except SystemExit:
         # From the handler that Ray puts there while it starts.
         raise KeyboardInterrupt from None
+    except (ConnectionError, ValueError) as error:  # Ray's for an address that is none
+        if not address or isinstance(error, Mistake):
+            raise
+        said = str(error).strip().partition("\n")[0].rstrip(".")
+        raise Mistake(
+            f"RAY_ADDRESS={address} leads to no cluster ({said}); give its head's HOST:PORT, or auto on one of its "
+            "nodes, or unset it, and a cluster is started for the run"
+        ) from error
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, terminate)
