@@ -37,7 +37,8 @@ def run_evaluation(config: EvaluateConfig) -> RunFolder:
         if lengths:
             print(lengths, flush=True)
             run.tell(prompts=asdict(lengths))
-        run.tell(settings=settings(given, config.spec()))
+        told = settings(given, config.spec())
+        run.tell(settings=told)
         coverage = TrainingCoverage.of_files(config.data.seen)
         results = Results(run.path / "results.jsonl", n=config.n, hold=run.hold)
         if any(row.id not in results.rows for row in rows):
@@ -45,7 +46,7 @@ def run_evaluation(config: EvaluateConfig) -> RunFolder:
                 run.tell(engines=[asdict(engine) for engine in workers.engines])
                 answer(workers, rows, config, results)
         results.sort([row.id for row in rows])
-        write_figures(run, rows, coverage, results, config, left_out=lengths.left_out if lengths else 0)
+        write_figures(run, rows, coverage, results, config, told, left_out=lengths.left_out if lengths else 0)
     return run
 
 
@@ -86,14 +87,15 @@ def write_figures(
     coverage: TrainingCoverage,
     results: Results,
     config: EvaluateConfig,
+    told: Mapping[str, Any],
     *,
     left_out: int = 0,
 ) -> None:
-    """Write metrics.json, table.md, table.csv and the report, from the recorded answers alone. left_out: rows that were
-    too long to be answered."""
+    """Write metrics.json, table.md, table.csv and the report, from the recorded answers alone. told: the settings, as
+    `settings`. left_out: rows that were too long to be answered."""
     by_id = {row.id: row for row in rows}
     metrics = {
-        "settings": run.read_json("summary.json")["settings"],
+        "settings": told,
         "left_out": left_out,
         **figures_of(results.rows, by_id, coverage, lenient=config.answers == "lenient"),
     }

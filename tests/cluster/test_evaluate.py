@@ -55,7 +55,7 @@ def evaluated(workers, config):
     results = Results(run.path / "results.jsonl", n=config.n)
     answer(workers, samples, config, results)
     results.sort([sample.id for sample in samples])
-    write_figures(run, samples, seen, results, config)
+    write_figures(run, samples, seen, results, config, settings(config, config.spec()))
     return run
 
 
@@ -156,7 +156,8 @@ def test_rows_left_out_of_an_evaluation_are_counted(data, tmp_path, whole):
     assert lengths is not None and lengths.rows == len(samples) >= 4 and lengths.left_out == 8 - len(samples) > 0
     shutil.copy(whole.path / "results.jsonl", run.path)
     results = Results(run.path / "results.jsonl", n=config.n)
-    write_figures(run, samples, TrainingCoverage([]), results, config, left_out=lengths.left_out)
+    told = settings(config, config.spec())
+    write_figures(run, samples, TrainingCoverage([]), results, config, told, left_out=lengths.left_out)
     assert run.read_json("metrics.json")["left_out"] == lengths.left_out
     page = (run.path / "report" / "index.html").read_text()
     assert f"{len(samples)} rows, {lengths.left_out} left out as too long" in page
