@@ -8,6 +8,8 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from actors.code import sources
+
 PACKAGES = {
     "Ray": ("ray",),
     "torch": ("torch",),
@@ -51,9 +53,9 @@ def this_build() -> Build:
 
 
 def digest_of(root: Path, packages: tuple[str, ...]) -> str:
-    """sha256 over names and contents of all Python files of some packages."""
+    """sha256 over names and contents of the Python files of some packages, as far as they are sent to other nodes."""
     sha = hashlib.sha256()
-    for path in sorted(path for package in packages for path in (root / package).rglob("*.py")):
+    for path in sources(root, packages):
         data = path.read_bytes()
         sha.update(f"{path.relative_to(root).as_posix()} {len(data)}\n".encode())
         sha.update(data)

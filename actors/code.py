@@ -3,7 +3,7 @@
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from umrg.mistake import Mistake
 
 TEXT_BYTES = 2**20
 """Largest text file that is taken for source, configuration or the like."""
+DATA = {".csv", ".tsv", ".jsonl", ".ndjson"}
+"""Suffixes of text that is data, of patients perhaps, and no part of the code."""
 PACKAGE_BYTES = DASHBOARD_CLIENT_MAX_SIZE - 2**20
 """Largest package: what Ray's dashboard accepts, less a little for the archive itself."""
 
@@ -36,20 +38,34 @@ def checkout() -> Path | None:
 
 def code(root: Path) -> dict[str, Path]:
     """What is sent of a checkout, by its path in the package: text files, and the bundled expert. Not sent is whatever
-    a .gitignore or .rayignore names, is hidden, or is an environment's, a cache's, a run's or a model's folder."""
-    files = [*_texts(root), *(path for path in (root / _BUNDLED).glob("*") if path.is_file())]
+    a .gitignore or .rayignore names, is hidden, is data, or is an environment's, a cache's, a run's or a model's
+    folder."""
+    files = [*_texts(root, _ignored(root)), *(path for path in (root / _BUNDLED).glob("*") if path.is_file())]
     return {path.relative_to(root).as_posix(): path for path in files}
 
 
-def _texts(folder: Path, ignored: tuple[Any, ...] = ()) -> Iterator[Path]:
+def sources(root: Path, packages: Iterable[str]) -> list[Path]:
+    """The Python files of some packages of a checkout that are sent, so that they are the same ones where they are
+    sent to."""
+    ignored = _ignored(root)
+    folders = [root / package for package in packages if (root / package).is_dir()]
+    texts = (path for folder in folders for path in _texts(folder, ignored + _ignored(folder)))
+    return sorted(path for path in texts if path.suffix == ".py")
+
+
+def _ignored(folder: Path) -> tuple[Callable[[Path], bool], ...]:
     # Ray's own reading of such files, which holds for `ray job submit` too.
-    ignored += tuple(get_excludes_from_ignore_files(folder, include_gitignore=True, logger=logging.getLogger(__name__)))
+    return tuple(get_excludes_from_ignore_files(folder, include_gitignore=True, logger=logging.getLogger(__name__)))
+
+
+def _texts(folder: Path, ignored: tuple[Callable[[Path], bool], ...]) -> Iterator[Path]:
+    """ignored: what the folder and those above it leave out."""
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith(".") or entry.name == "__pycache__" or any(match(entry) for match in ignored):
             continue
         if entry.is_dir() and not entry.is_symlink():
             if not _is_foreign(entry):
-                yield from _texts(entry, ignored)
+                yield from _texts(entry, ignored + _ignored(entry))
         elif entry.is_file() and _is_text(entry):
             yield entry
 
@@ -60,7 +76,7 @@ def _is_foreign(folder: Path) -> bool:
 
 
 def _is_text(path: Path) -> bool:
-    if path.stat().st_size > TEXT_BYTES:
+    if path.suffix.lower() in DATA or path.stat().st_size > TEXT_BYTES:
         return False
     content = path.read_bytes()
     try:
@@ -109,5 +125,7 @@ def sent_code() -> Iterator[dict[str, Any] | None]:
     with tempfile.TemporaryDirectory() as folder:
         archive = Path(folder) / "code.zip"
         pack(code(root), archive)
-        # A reward term of the user's is found where the driver was started, on nodes that share that folder.
-        yield {"working_dir": str(archive), "env_vars": {"PYTHONPATH": os.getcwd()}}
+        # A reward term of the user's is found where the driver was started, on nodes that share that folder. Ray puts
+        # what is sent before it, and the nodes' own PYTHONPATH after it.
+        terms = {} if Path.cwd().resolve() == root else {"env_vars": {"PYTHONPATH": os.getcwd()}}
+        yield {"working_dir": str(archive), **terms}

@@ -3,15 +3,18 @@
 import asyncio
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import requests
 from ray.exceptions import AuthenticationError, RpcError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from ray.util.state import list_actors
@@ -21,6 +24,7 @@ from umrg.mistake import Mistake
 STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 """Variable that says how many seconds a job has between SIGTERM and SIGKILL. Its supervisor reads it, and has the
 variables of the job's runtime environment."""
+STOP_WAIT_S = 120
 
 _REQUEST_S = 60.0
 _UNREACHABLE_S = 60.0
@@ -34,12 +38,12 @@ for _module in ("dashboard_sdk", "job.sdk"):  # which tell each upload and each 
 
 
 class Unreachable(Mistake):
-    """No cluster answers at the address."""
+    """No cluster answers at the address, or its dashboard fails to."""
 
 
 class Client(JobSubmissionClient):
     """Ray's client, with a deadline for each request and a sentence for what a user can mend. Its methods raise
-    ValueError where no cluster is reached or where the token is missing or wrong."""
+    ValueError where no cluster is reached, where it knows no such job, or where the token is missing or wrong."""
 
     def __init__(self, address: str | None = None) -> None:
         if address is not None:
@@ -52,10 +56,11 @@ class Client(JobSubmissionClient):
             super().__init__(address)
         except AuthenticationError as error:
             raise _about_token(error, address) from None
-        except (ConnectionError, RpcError, ValueError) as error:
+        except (OSError, RpcError, RuntimeError, ValueError, LookupError, TypeError) as error:
+            # The last two are from answers of something else than a dashboard.
             if isinstance(error, Mistake):
                 raise
-            raise Unreachable(f"no cluster is reached ({_first_line(error)}); give --address, {_EXAMPLE}") from None
+            raise Unreachable(f"no cluster is reached ({_first_line(error)}); give --address, {_EXAMPLE}") from error
 
     def _do_request(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -67,6 +72,15 @@ class Client(JobSubmissionClient):
                 f"no dashboard of Ray answers at {self._address} ({type(error).__name__}); check --address, and that "
                 "the port can be reached from here"
             ) from None
+
+    def _raise_error(self, r: requests.Response) -> None:
+        last = r.text.strip().rpartition("\n")[2]
+        said = f"{self._address} answers {r.status_code} ({r.reason if last.startswith('<') else last})"
+        if r.status_code == HTTPStatus.NOT_FOUND:
+            raise Mistake(f"{said}; check the job's name, and --address")
+        if r.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            raise Unreachable(f"{said}; try again, or look at the logs of the head node")
+        super()._raise_error(r)
 
 
 def _about_token(error: AuthenticationError, address: str | None) -> Mistake:
@@ -102,13 +116,12 @@ class Metadata:
 
     @classmethod
     def of(cls, job: JobDetails) -> "Metadata | None":
-        """None for a job that was submitted in another way."""
-        found = {
-            key.removeprefix(_PREFIX): json.loads(text)
-            for key, text in (job.metadata or {}).items()
-            if key.startswith(_PREFIX)
-        }
-        return cls(**found) if found else None
+        """None for a job that was submitted in another way, or by a version that told less."""
+        given = job.metadata or {}
+        keys = {field.name: f"{_PREFIX}{field.name}" for field in fields(cls)}
+        if not given.keys() >= set(keys.values()):
+            return None
+        return cls(**{name: json.loads(given[key]) for name, key in keys.items()})
 
 
 def our_jobs(client: Client) -> list[tuple[JobDetails, Metadata]]:
@@ -152,7 +165,7 @@ class Following:
 
     def until_end(self) -> JobStatus:
         """Show the log until the job has ended. A connection that breaks is made again. Raises ValueError if no cluster
-        answers for a minute."""
+        answers for a minute, or it does not know the job."""
         deadline = time.monotonic() + _UNREACHABLE_S
         while True:
             try:
@@ -196,10 +209,14 @@ class Following:
         return end
 
 
-def stop_wait(job: JobDetails) -> int:
-    """Seconds that a job has between SIGTERM and SIGKILL, as far as its submission says."""
+def stop_wait(job: JobDetails) -> float | None:
+    """Seconds that a job has between SIGTERM and SIGKILL; None where its submission does not say."""
     given = ((job.runtime_env or {}).get("env_vars") or {}).get(STOP_WAIT)
-    return int(given) if given else 120
+    try:
+        seconds = float(given or math.nan)
+    except ValueError:
+        return None
+    return seconds if math.isfinite(seconds) else None
 
 
 def stop(client: Client, job: JobDetails, say: Callable[[str], None], *, margin: float = 60.0) -> list[str]:
@@ -210,11 +227,12 @@ def stop(client: Client, job: JobDetails, say: Callable[[str], None], *, margin:
     name, seconds = job.submission_id, stop_wait(job)
     if not job.status.is_terminal():
         client.stop_job(name)
-        say(f"asked {name} to end; it has {seconds} s to do so")
-    deadline = time.monotonic() + seconds + margin
+        say(f"asked {name} to end" + ("" if seconds is None else f"; it has {seconds:g} s to do so"))
+    patience = margin + (STOP_WAIT_S if seconds is None else seconds)
+    deadline = time.monotonic() + patience
     while not (status := client.get_job_status(name)).is_terminal():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{name} did not end within {seconds + margin:.0f} s; it is {status.value}")
+            raise TimeoutError(f"{name} did not end within {patience:.0f} s; it is {status.value}")
         time.sleep(0.5)
     say(f"{name} has ended: {status.value}")
     deadline = time.monotonic() + margin

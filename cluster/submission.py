@@ -23,14 +23,20 @@ from cluster.config import (
     schema_of,
 )
 from cluster.config_keys import flat
-from cluster.jobs import STOP_WAIT, Client, Metadata
+from cluster.jobs import STOP_WAIT, STOP_WAIT_S, Client, Metadata, Unreachable
+from umrg.config import uri
 from umrg.mistake import Mistake
 
-STOP_WAIT_S = 120
 NAMED_BYTES = 32 * 2**20
 """Largest file or folder that is sent because the configuration names it."""
 
 _AGENT_S = 120.0
+_OF_NODES = {
+    "runs": "/a/folder/that/all/nodes/share",
+    "cache": "/a/folder/of/each/node",
+    "tracking.python": "/an/interpreter/of/the/head/node",
+}
+"""Keys of paths that are the cluster's own, which are neither sent nor looked for here; and what to give them."""
 _KINDS = {TrainConfig: "train", SftConfig: "sft", EvaluateConfig: "evaluate"}
 
 
@@ -65,16 +71,17 @@ class Submission:
 
 def prepare(path: Path, overrides: Sequence[str], *, python: str = "python") -> Submission:
     """A run of a configuration file as a job. `resume` is `auto` unless given. Raises ValueError for what cannot work
-    on a cluster: a relative folder of runs, files that are named but neither sent nor shared, a package too large."""
+    on a cluster: relative paths of what is the nodes' own, files that are named but neither sent nor shared, a
+    package too large."""
     schema = schema_of(path)
     config = load_config(schema, path, overrides)
     if isinstance(config, LearningConfig) and "resume" not in config.model_fields_set:
         config = config.model_copy(update={"resume": "auto"})
-    if not config.runs.is_absolute():
-        raise Mistake(
-            f"runs is {config.runs}, which would lie in Ray's cache on the cluster; give runs=/a/folder/that/all/nodes/"
-            "share"
-        )
+    for key, path in _relative(config):
+        if key in _OF_NODES:
+            raise Mistake(
+                f"{key} is {path}, which would lie in Ray's cache on the cluster; give {key}={_OF_NODES[key]}"
+            )
     root = checkout()
     files: dict[str, Path | bytes] = {} if root is None else {**code(root)}
     files |= modules_of(config)
@@ -144,8 +151,12 @@ def named_files(
 
 
 def relative_paths(config: TrainConfig | SftConfig | EvaluateConfig) -> list[tuple[str, Path]]:
-    """Dotted keys and relative paths of a configuration, but for `runs`."""
-    values = flat(config.model_dump(exclude={"runs"}))
+    """Dotted keys and relative paths of a configuration, but for URIs and what is the nodes' own."""
+    return [(key, path) for key, path in _relative(config) if key not in _OF_NODES and not uri(path)]
+
+
+def _relative(config: TrainConfig | SftConfig | EvaluateConfig) -> list[tuple[str, Path]]:
+    values = flat(config.model_dump())
     listed = {key: value if isinstance(value, list) else [value] for key, value in values.items()}
     paths = [(key, each) for key, each_of in listed.items() for each in each_of if isinstance(each, Path)]
     expert = str(values.get("expert", ""))
@@ -159,8 +170,8 @@ def _unsent(key: str, path: Path, why: str) -> Mistake:
 
 
 def submit(submission: Submission, client: Client, say: Callable[[str], None]) -> str:
-    """Send a job to a cluster. Returns its ID. Raises ValueError where the package is larger than Ray accepts, and
-    TimeoutError if the cluster takes no job."""
+    """Send a job to a cluster. Returns its ID. Raises ValueError where the package is larger than Ray accepts, or
+    the cluster takes no job."""
     job = f"{submission.config.name}-{uuid.uuid4().hex[:6]}"
     with tempfile.TemporaryDirectory() as folder:
         archive = Path(folder) / "working_dir.zip"
@@ -177,19 +188,25 @@ def send_job(
     runtime_env: dict[str, Any],
     metadata: dict[str, str],
     say: Callable[[str], None],
+    *,
+    patience: float = _AGENT_S,
 ) -> None:
-    """Submit a job, once a cluster that has just begun can take one. Raises TimeoutError if that takes too long."""
-    deadline = time.monotonic() + _AGENT_S
+    """Submit a job, once a cluster that has just begun can take one. Raises ValueError if that takes more than
+    `patience` seconds."""
+    deadline = time.monotonic() + patience
     waiting = False
     while True:
         try:
             client.submit_job(entrypoint=entrypoint, submission_id=job, runtime_env=runtime_env, metadata=metadata)
             return
-        except RuntimeError as error:
+        except Unreachable as error:
             if "No available agent" not in str(error):
                 raise
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"the head node's agent took no job within {_AGENT_S:.0f} s") from error
+            if time.monotonic() >= deadline:
+                raise Unreachable(
+                    f"the head node's agent took no job within {patience:.0f} s; see its dashboard_agent.log, and "
+                    "submit again"
+                ) from error
         if not waiting:
             say("waiting for the agent of the head node, which starts jobs")
             waiting = True

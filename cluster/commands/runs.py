@@ -57,7 +57,10 @@ def logs(
 
 
 @runs_app.command(epilog=examples("medreasoner runs stop demo"))
-def stop(run: Job = None, address: Address = None) -> None:
+def stop(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Job ID, or a run's name: its newest job.")],
+    address: Address = None,
+) -> None:
     """End a run and wait until nothing of it is left. Exit code 1 if something is."""
     from cluster.jobs import Client, find_job
     from cluster.jobs import stop as stop_job

@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -113,16 +114,21 @@ def passing_on(console: Console) -> Iterator[Callable[[str], None]]:
     columns = TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as bar:
         task, rest = bar.add_task("waiting for its first step", total=None), ""
+        tell = partial(console.print, soft_wrap=True, highlight=False, markup=False)
 
         def show(text: str) -> None:
             nonlocal rest
             *lines, rest = (rest + text).split("\n")
             for line in lines:
-                console.print(line, soft_wrap=True, highlight=False, markup=False)
+                tell(line)
                 if found := _STEP.search(line):
                     bar.update(task, description="on the cluster", completed=int(found[1]), total=int(found[2]))
 
-        yield show
+        try:
+            yield show
+        finally:
+            if rest:
+                tell(rest)
 
 
 def _pass_on(text: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from actors.build import OURS, Build, digest_of, this_build
+from actors.code import TEXT_BYTES, code
 
 HERE = Build(versions={"Python": "3.11.7", "vLLM": "0.32.0"}, code="ab" * 32, folder="/here")
 
@@ -43,3 +44,16 @@ def test_the_digest_is_of_all_our_code_and_of_nothing_else(tmp_path):
     assert digest_of(tmp_path, OURS) == before
     (tmp_path / "actors" / "experts" / "sam.py").write_text("x = 3\n")
     assert digest_of(tmp_path, OURS) != before
+
+
+def test_the_digest_is_the_same_where_the_code_was_sent_to(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    large = "# " + "x" * TEXT_BYTES
+    own = {"actors/a.py": "", "cluster/b/c.py": "", "actors/._a.py": "", "cluster/.ipynb_checkpoints/c.py": ""}
+    for name, text in (own | {"cluster/mine.py": "", "actors/large.py": large, ".gitignore": "mine.py\n"}).items():
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_text(text)
+    for name, path in code(here).items():
+        (there / name).parent.mkdir(parents=True, exist_ok=True)
+        (there / name).write_bytes(path.read_bytes())
+    assert (there / "cluster/b/c.py").exists() and digest_of(there, OURS) == digest_of(here, OURS)

@@ -25,11 +25,17 @@ def test_whatever_they_are_called_runs_weights_data_and_environments_are_left_ou
     write(tmp_path, "cache/CACHEDIR.TAG", "cache/note.txt", ".git/config", ".env", "umrg/__pycache__/sample.txt")
     write(tmp_path, "rows.parquet", "slices/a.png", content=b"PAR1\0\xff\xfe")
     write(tmp_path, "rows.jsonl", content=b"x" * (TEXT_BYTES + 1))
+    write(tmp_path, "data/patients.csv", "patients.TSV", "more.jsonl", "more.ndjson", "docs/schemas/train.json")
     write(tmp_path, "notes/secret.txt", "notes/mine.txt")
     write(tmp_path, ".rayignore", content=b"notes/secret.txt\n")
     (tmp_path / "shared").symlink_to("/usr")
     assert sorted(code(tmp_path)) == [
-        *("configs/mine.yaml", "models/tiny-expert/config.json", "models/tiny-expert/model.safetensors"),
+        *(
+            "configs/mine.yaml",
+            "docs/schemas/train.json",
+            "models/tiny-expert/config.json",
+            "models/tiny-expert/model.safetensors",
+        ),
         *("models/tiny.py", "my_rewards.py", "notes/mine.txt", "prompts/short.txt", "umrg/sample.py"),
     ]
 
@@ -72,10 +78,14 @@ def test_a_package_larger_than_ray_accepts_is_refused_with_its_largest_files(tmp
         pack({"small.py": tmp_path / "small.py", "large.txt": tmp_path / "large.txt"}, tmp_path / "code.zip")
 
 
-def test_a_driver_sends_its_code_to_a_cluster_that_is_there_unless_a_job_was_given_it(monkeypatch):
+def test_a_driver_sends_its_code_to_a_cluster_that_is_there_unless_a_job_was_given_it(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.chdir(ROOT)
     with sent_code() as sent:
-        assert sent is not None and sent["env_vars"] == {"PYTHONPATH": str(Path.cwd())}
+        assert sent is not None and "env_vars" not in sent
+    monkeypatch.chdir(tmp_path)
+    with sent_code() as sent:
+        assert sent is not None and sent["env_vars"] == {"PYTHONPATH": str(tmp_path)}
         assert set(ZipFile(sent["working_dir"]).namelist()) == set(code(ROOT))
     assert not Path(sent["working_dir"]).exists()
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")

@@ -82,6 +82,23 @@ def test_what_cannot_be_found_on_the_cluster_is_refused_before_it_is_sent(here):
         prepare(DEMO, [TINY, shared, "segmenter.checkpoint=../sam"])
     with pytest.raises(Mistake, match=r"learner\.lr"):
         prepare(DEMO, [TINY, shared, "learner.lr=fast"])
+    with pytest.raises(
+        Mistake, match=r"^tracking\.python is \.venv/bin/python, which would .* give tracking\.python=/"
+    ):
+        prepare(DEMO, [TINY, shared, "tracking.python=.venv/bin/python"])
+    with pytest.raises(Mistake, match=r"^cache is copies, which would .* give cache=/"):
+        prepare(DEMO, [TINY, shared, "cache=copies"])
+    with pytest.raises(Mistake, match=r"^runs is s3:/b/runs, which would "):
+        prepare(DEMO, [TINY, "runs=s3://b/runs"])
+
+
+def test_what_is_named_by_uri_is_read_on_the_cluster(here):
+    given = ["expert=gs://b/expert", "data.train=https://b.org/rows.parquet", "data.eval=s3://b/rows.parquet"]
+    submission = prepare(DEMO, ["model=s3://b/model", "runs=/shared", *given])
+    content = submission.files[submission.config_file]
+    assert isinstance(content, bytes)
+    text = content.decode()
+    assert "model: s3://b/model\n" in text and all(f" {each.partition('=')[2]}\n" in text for each in given)
 
 
 def test_small_files_that_the_configuration_names_are_sent(here):
@@ -116,8 +133,9 @@ def test_a_terminal_shows_whole_lines_above_a_bar_of_steps():
     console = Console(record=True, force_terminal=True, width=100)
     with passing_on(console) as show:
         show("reading data\nstep 3/")
-        show("50  reward [0.2]\nevaluating: 4 of 12 rows\n")
-    assert "step 3/50  reward [0.2]" in console.export_text()
+        show("50  reward [0.2]\nevaluating: 4 of 12 rows\nno newline")
+    shown = console.export_text()
+    assert "step 3/50  reward [0.2]" in shown and "no newline" in shown
 
 
 class Broken(Client):
