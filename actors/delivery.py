@@ -83,6 +83,7 @@ class Deliveries:
     def __init__(self, calls: Calls, *, seconds: float, cache: Path | None = None) -> None:
         self._calls, self._seconds, self._cache = calls, seconds, cache
         self._parcels: dict[Path, Parcel] = {}
+        self._reading: dict[Path, list[Callable[[Ended | None], None]]] = {}
         self._copies: dict[str, dict[Path, Path]] = {}
         self._awaited: dict[tuple[str, Path], list[Callable[[Ended | None], None]]] = {}
         self._now = time.monotonic
@@ -93,7 +94,7 @@ class Deliveries:
 
     def bring(self, place: Place, then: Callable[[Ended | None], None]) -> None:
         """Bring what is missing at a place. then: what follows, once; it is given the fault of a copy that was not
-        made. Raises OSError if the driver's cannot be read."""
+        made, or of the driver's own that could not be read."""
         left = [path for path in place.missing.values() if path not in self.copies(place.node)]
         if not left:
             then(None)
@@ -103,10 +104,14 @@ class Deliveries:
         waiting.append(lambda fault: then(fault) if fault else self.bring(place, then))
         if len(waiting) == 1:
             key = next(key for key, each in place.missing.items() if each == path)
-            self._send(place, f"copying {key}", path)
+            self._read(path, partial(self._send, place, f"copying {key}", path))
 
-    def _send(self, place: Place, doing: str, path: Path) -> None:
-        parcel = self._parcel(path)
+    def _send(self, place: Place, doing: str, path: Path, unread: Ended | None) -> None:
+        """unread: the fault where the driver's could not be read."""
+        if unread:
+            self._done(place.node, path, unread)
+            return
+        parcel = self._parcels[path]
         porter = _on(Porter, place.node).remote(parcel, self._cache)
         began, said, total = self._now(), self._now() - SAY_EVERY_S, sum(parcel.contents.sizes.values())
 
@@ -131,27 +136,45 @@ class Deliveries:
             elif ended.fault == "late":
                 late = f"node {place.address} did not finish {doing} ({path}) within {self._seconds:g} s"
                 ended = replace(ended, cause=late)
-            for then in self._awaited.pop((place.node, path)):
-                then(ended if ended.fault else None)
+            self._done(place.node, path, ended if ended.fault else None)
 
         go_on()
 
-    def _parcel(self, path: Path) -> Parcel:
-        """Reads all of it once, for its digest."""
-        if path not in self._parcels:
-            print(f"reading {path}, which is to be copied to nodes that have not got it", flush=True)
-            self._parcels[path] = Parcel(
-                contents=Contents.of(path),
-                path=path,
-                home=ray.get_runtime_context().get_node_id(),
-                uri=Cache(self._cache).source(path),
-            )
-        return self._parcels[path]
+    def _done(self, node: str, path: Path, fault: Ended | None) -> None:
+        for then in self._awaited.pop((node, path)):
+            then(fault)
+
+    def _read(self, path: Path, then: Callable[[Ended | None], None]) -> None:
+        """Read all of the driver's once, for its digest, in a task beside the driver: that of a large model takes
+        minutes. then: what follows; it is given the fault if it cannot be read."""
+        if path in self._parcels:
+            then(None)
+            return
+        waiting = self._reading.setdefault(path, [])
+        waiting.append(then)
+        if len(waiting) > 1:
+            return
+        home = ray.get_runtime_context().get_node_id()
+
+        def follow(ended: Ended) -> None:
+            if ended.fault is None:
+                source = Cache(self._cache).source(path)
+                self._parcels[path] = Parcel(contents=ended.result, path=path, home=home, uri=source)
+            for each in self._reading.pop(path):
+                each(ended if ended.fault else None)
+
+        print(f"reading {path}, which is to be copied to nodes that have not got it", flush=True)
+        call = Call(actor="the driver's node", doing=f"reading {path}", seconds=self._seconds, then=follow)
+        self._calls.add(_on(_contents, home).remote(path), call)
 
 
 def _on(what: Any, node: str, **options: Any) -> Any:
     strategy = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
     return ray.remote(what).options(num_cpus=0, scheduling_strategy=strategy, **options)
+
+
+def _contents(path: Path) -> Contents:
+    return Contents.of(path)
 
 
 def _through_ray(parcel: Parcel, file: str) -> Iterator[memoryview]:

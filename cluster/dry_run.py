@@ -12,14 +12,17 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from cluster.checkpoints import Checkpoint
 from cluster.commands.memory import Roles, print_estimate, roles
 from cluster.config import EvaluateConfig, SftConfig, TrainConfig, config_text
 from cluster.data_config import PhantomConfig, RowFilter
 from cluster.fetching import uris
 from cluster.lease import refuse_held
 from cluster.lengths import RowLimit, fitting
+from cluster.loop import checkpoint_to_resume, refuse_other_rows
 from cluster.placement import Bundle, Node, bundles, core, shortage
 from cluster.run_folder import RunFolder, begins_anew, refuse_rays_cache
+from cluster.trackers import interpreter, refuse_missing
 from umrg.config import Config
 from umrg.mistake import Mistake
 
@@ -33,23 +36,38 @@ def dry_run(config: JobConfig, console: Console, *, elsewhere: bool = False) -> 
     """Print the resolved configuration, what would be read and written, the actors with their placement, and what each
     role needs of its GPU. Raises ValueError or OSError for what the run would refuse.
 
-    elsewhere: the run would be on another cluster, so neither its folder nor its files are looked at here. Nor are they
-    where some are named by URI, of which the run would make copies.
+    elsewhere: the run would be on another cluster, so neither its folder nor its files are looked at here. Where some
+    files are named by URI, of which the run would make copies, none of them are, but its folder is.
     """
     print_config(config, console)
-    if remote := uris(config):
+    remote = uris(config)
+    if remote:
         _say(console, "not read", *(f"{key}: {uri}, which the run copies first" for key, uri in remote.items()))
-        elsewhere = True
     if not elsewhere:
-        _say(console, "run folder", run_folder(config))
-        _say(console, "data", *rows_read(config))
-        refuse_unloadable(config)
+        refuse_unstartable(config, console, files=not remote)
     wanted = listed(config)
     print_actors(wanted, console)
     _say(console, "placement", *placement(config, wanted, [] if elsewhere else own_nodes()))
-    if not elsewhere or (config.model is not None and config.model.is_dir()):
+    if not (elsewhere or remote) or (config.model is not None and config.model.is_dir()):
         print_memory(roles(config), console)
     _say(console, "dry run", "nothing was started or written")
+
+
+def refuse_unstartable(config: JobConfig, console: Console, *, files: bool) -> None:
+    """Print what would become of the run's folder, and the rows, in the order in which the run looks at them. files:
+    whether those of data, model and expert are looked at. Raises ValueError or OSError for what the run would refuse
+    before it starts an actor."""
+    folder, checkpoint = run_folder(config)
+    _say(console, "run folder", folder)
+    if not isinstance(config, EvaluateConfig):
+        refuse_missing(interpreter(config), config.trackers)
+    if not files:
+        return
+    lines, rows = rows_read(config)
+    _say(console, "data", *lines)
+    if rows is not None:
+        refuse_other_rows(checkpoint, RunFolder(config.runs / config.name), rows)
+    refuse_unloadable(config)
 
 
 def print_config(config: Config, console: Console) -> None:
@@ -108,19 +126,23 @@ def placement(config: JobConfig, wanted: Sequence[Bundle], nodes: Sequence[Node]
 
 
 def own_nodes() -> list[Node]:
-    """This machine, where the run would start a cluster of its own on it; empty where RAY_ADDRESS names one."""
-    if os.environ.get("RAY_ADDRESS"):
-        return []
+    """This machine, where the run would start a cluster of its own on it; empty where RAY_ADDRESS names one, or one
+    that was started here is running."""
     from ray._private.accelerators import get_accelerator_manager_for_resource
+    from ray._private.services import canonicalize_bootstrap_address
     from ray._private.utils import get_num_cpus
+
+    elsewhere = os.environ.get("RAY_ADDRESS") not in (None, "", "local")
+    if elsewhere or canonicalize_bootstrap_address(None) is not None:
+        return []
 
     gpus = get_accelerator_manager_for_resource("GPU")
     return [Node(cpus=get_num_cpus(), gpus=gpus.get_current_node_num_accelerators() if gpus else 0)]
 
 
-def run_folder(config: JobConfig) -> str:
-    """What would become of the run's folder. Raises ValueError where the run would refuse it, and OSError where it
-    could not write there."""
+def run_folder(config: JobConfig) -> tuple[str, Checkpoint | None]:
+    """What would become of the run's folder, and the checkpoint from which the run would go on. Raises ValueError where
+    the run would refuse it, and OSError where it could not write there."""
     path = config.runs / config.name
     refuse_rays_cache(path)
     _refuse_unwritable(path)
@@ -131,13 +153,11 @@ def run_folder(config: JobConfig) -> str:
         from cluster.evaluate import refuse_finished
 
         refuse_finished(RunFolder(path))
-        return f"{path}, made anew" if anew else f"{path}, continued"
-    from cluster.loop import checkpoint_to_resume
-
+        return f"{path}, made anew" if anew else f"{path}, continued", None
     checkpoint = checkpoint_to_resume(config, RunFolder(path))
     if checkpoint is None:
-        return f"{path}, {'made anew' if anew else 'taken over'}; from the first step"
-    return f"{path}, {'made anew' if anew else 'taken over'}; goes on after step {checkpoint.state.step}"
+        return f"{path}, {'made anew' if anew else 'taken over'}; from the first step", None
+    return f"{path}, {'made anew' if anew else 'taken over'}; goes on after step {checkpoint.state.step}", checkpoint
 
 
 def refuse_unloadable(config: JobConfig) -> None:
@@ -164,22 +184,21 @@ def _refuse_unwritable(path: Path) -> None:
         raise PermissionError(errno.EACCES, "", str(path))
 
 
-def rows_read(config: JobConfig) -> list[str]:
-    """The rows that would be read or drawn, and their prompts' lengths, a line each. Raises ValueError as the run."""
+def rows_read(config: JobConfig) -> tuple[list[str], int | None]:
+    """The rows that would be read or drawn, and their prompts' lengths, a line each; and how many there are to learn
+    from, None where they would be drawn or the job learns nothing. Raises ValueError as the run."""
     data = config.data
     if isinstance(config, SftConfig):
         from cluster.sft import Images
 
         images = Images(config)
         held_out = f"; {len(images.learnt)} images, and {len(images.held_out)} held out"
-        return [f"train: {images.lengths}, of {_files(config.data.train)}{held_out}"]
+        return [f"train: {images.lengths}, of {_files(config.data.train)}{held_out}"], images.lengths.rows
     if isinstance(config, EvaluateConfig):
-        return [_rows("rows", config.data.eval, config, data, config.limit)]
+        return [_rows("rows", config.data.eval, config, data, config.limit)[0]], None
     evaluated = RowFilter(overlong=data.overlong)
-    return [
-        _rows("train", config.data.train, config, data, None),
-        _rows("held out", config.data.eval, config, evaluated, config.evaluation.limit),
-    ]
+    train, count = _rows("train", config.data.train, config, data, None)
+    return [train, _rows("held out", config.data.eval, config, evaluated, config.evaluation.limit)[0]], count
 
 
 def _rows(
@@ -188,18 +207,19 @@ def _rows(
     config: TrainConfig | EvaluateConfig,
     kept: RowFilter,
     most: int | None,
-) -> str:
+) -> tuple[str, int | None]:
     from cluster.data import first_rows, opened, prompt_limit
 
     limit: RowLimit | None = None
     if config.model is not None:
         limit = prompt_limit(config.model, config.spec(), config.rollout)
     if isinstance(source, PhantomConfig):
-        return f"{name}: {source.phantoms:,} phantoms of seed {source.seed}, drawn into the run folder"
+        return f"{name}: {source.phantoms:,} phantoms of seed {source.seed}, drawn into the run folder", None
     rows = first_rows(opened(source, kept), most)
     if limit is None:
-        return f"{name}: {len(rows):,} rows of {_files(source)}"
-    return f"{name}: {fitting(rows, limit, kept.overlong)[1]}, of {_files(source)}"
+        return f"{name}: {len(rows):,} rows of {_files(source)}", len(rows)
+    lengths = fitting(rows, limit, kept.overlong)[1]
+    return f"{name}: {lengths}, of {_files(source)}", lengths.rows
 
 
 def _files(paths: Sequence[Path]) -> str:

@@ -16,15 +16,14 @@ LOCATIONS = ("model", "expert", "segmenter.checkpoint", "data.train", "data.eval
 
 def fetched(config: C) -> C:
     """The same with copies in place of URIs, which are made unless they are there. Raises ValueError, with the key, if
-    a URI cannot be read."""
-    cache = Cache(getattr(config, "cache", None))
+    a URI cannot be read, or not within `deadlines.start`."""
+    cache, deadlines = Cache(getattr(config, "cache", None)), getattr(config, "deadlines", None)
+    fetch = partial(here, cache=cache, seconds=deadlines.start) if deadlines else partial(here, cache=cache)
 
     def copied(value: Any) -> Any:
         if isinstance(value, list):
             return [copied(each) for each in value]
-        if isinstance(value, str):
-            return here(value, cache)
-        return here(value, cache) if isinstance(value, Path) else value
+        return fetch(value) if isinstance(value, (str, Path)) else value
 
     for key in LOCATIONS:
         try:

@@ -221,7 +221,7 @@ def begins_anew(path: Path, config: Config, *, resume: bool) -> bool:
         return True
     if not resume:
         raise Mistake(f"the run folder {path} exists; give another name=… or remove it")
-    kept = yaml.safe_load((path / "config.yaml").read_bytes()) if (path / "config.yaml").is_file() else None
+    kept = _kept(path)
     if not isinstance(kept, dict):
         raise Mistake(f"{path} is not a run's folder (no config.yaml); give another name=… or remove it")
     given, was = flat(config.model_dump(mode="json")), _as_read_now(type(config), kept)
@@ -268,7 +268,7 @@ def _as_read_now(schema: type[Config], kept: Mapping[str, Any]) -> dict[str, Any
 def kept_values(run: Path) -> dict[str, Any]:
     """The values of a run's configuration by dotted key, in today's names, unchecked: what a check looks for, such as a
     reward term of one's own, need not be where the folder is now. Raises ValueError where it is no run's folder."""
-    kept = yaml.safe_load((run / "config.yaml").read_bytes()) if (run / "config.yaml").is_file() else None
+    kept = _kept(run)
     if not isinstance(kept, dict):
         raise Mistake(f"{run} is not a run's folder (no config.yaml); give that of a run, such as runs/demo")
     return _translated(kept)
@@ -278,6 +278,16 @@ def kept_config(schema: type[C], run: Path) -> C:
     """The configuration in a run's folder, which an earlier version may have written. Raises ValueError as
     `kept_values` does."""
     return schema.model_validate(nested(kept_values(run)))
+
+
+def _kept(run: Path) -> Any:
+    """What a run's config.yaml holds; None without one."""
+    file = run / "config.yaml"
+    try:
+        return yaml.safe_load(file.read_bytes()) if file.is_file() else None
+    except yaml.YAMLError as error:
+        said = " ".join(str(error).split())
+        raise Mistake(f"{file} is damaged, it is not YAML: {said}; mend it, or give another run's folder") from error
 
 
 def _translated(kept: Mapping[str, Any]) -> dict[str, Any]:

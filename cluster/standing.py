@@ -1,11 +1,14 @@
-"""How a run stands, read from its folder and its lease. Nothing is written, and its driver notices nothing."""
+"""How a run stands, read from its folder and its lease. Nothing is left there, and its driver notices nothing."""
 
+import os
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from cluster.config import SftConfig, TrainConfig, schema_of
-from cluster.lease import Holder, Machine, holder_of, lease_path
+from cluster.lease import SILENCE, Holder, Machine, holder_of, lease_path
 from cluster.records import whole_rows
 from cluster.run_folder import RunFolder, Status, kept_values
 from umrg.mistake import Mistake
@@ -33,6 +36,9 @@ class Standing:
     """Of the run's lease; None where nobody holds it."""
     gone: bool | None
     """Whether the holder has ended; None if it is on another machine, or nobody holds the lease."""
+    silent_since: float | None = None
+    """The last heartbeat of a holder that cannot be looked at, if it is so old that the holder has probably ended; in
+    seconds since the epoch by the storage's clock."""
     error: str = ""
     """That ended the run, if it failed."""
 
@@ -55,6 +61,9 @@ class Standing:
             return f"no longer running, or copied while it was, {self.progress}{when}"
         if self.gone:
             return f"killed {self.progress}{when} (it was {self.holder})"
+        if self.silent_since is not None:
+            silent = f"no heartbeat since {clock(self.silent_since)}, the run is probably dead"
+            return f"{silent}, {self.progress}{when} ({self.holder})"
         return f"running, {self.progress}{when} ({self.holder})"
 
 
@@ -68,6 +77,7 @@ def standing(run: RunFolder) -> Standing:
         done, total = max((line["step"] for line in run.metrics()), default=0), values.get("steps")
     files = [file for name in RECORDS if (file := run.path / name).exists()]
     holder = holder_of(lease_path(run.path))
+    gone = Machine().gone(holder.process) if holder and holder.process else None
     return Standing(
         kind=kind,
         status=run.status(),
@@ -75,7 +85,8 @@ def standing(run: RunFolder) -> Standing:
         total=total,
         recorded=max((file.stat().st_mtime for file in files), default=None),
         holder=holder,
-        gone=Machine().gone(holder.process) if holder and holder.process else None,
+        gone=gone,
+        silent_since=_silent_since(lease_path(run.path)) if holder and gone is None else None,
         error=str(summary.get("error", "")),
     )
 
@@ -90,6 +101,23 @@ def refuse_empty(run: RunFolder, found: Standing) -> None:
     """Raise ValueError where a run has recorded nothing yet."""
     if found.recorded is None:
         raise Mistake(f"{run.path} has recorded nothing yet; it is {found}")
+
+
+def _silent_since(lease: Path) -> float | None:
+    """When a lease was last written to, if that is longer ago than `SILENCE`."""
+    # A driver that succeeded another may still have the lease under its claim's name.
+    files = [lease, *lease.parent.glob(f"{lease.name}.after-*")]
+    beat = max((file.stat().st_mtime for file in files if file.exists()), default=None)
+    return beat if beat is not None and beat < _storage_clock(lease.parent) - SILENCE else None
+
+
+def _storage_clock(folder: Path) -> float:
+    """The time of the machine that keeps a folder, or this one's where nothing can be written there."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return os.fstat(file.fileno()).st_mtime
+    except OSError:
+        return time.time()
 
 
 def _rows(summary: dict[str, dict[str, int]]) -> int | None:

@@ -44,7 +44,7 @@ class Trackers:
 
     def __init__(self, run: RunFolder, config: LearningConfig, warn: Callable[[str], None]) -> None:
         """Raises ValueError if a tracker's package is not installed."""
-        python = str((config.tracking.python or Path(sys.executable)).absolute())
+        python = interpreter(config)
         refuse_missing(python, config.trackers)
         self._board = TensorBoard(run.path / "tensorboard")
         self._gauges = Gauges(config.name)
@@ -89,6 +89,11 @@ class Trackers:
             except TrackerFailed as failure:
                 self._processes.remove(process)
                 self._warn(str(failure))
+
+
+def interpreter(config: LearningConfig) -> str:
+    """Path of the one that trackers run in."""
+    return str((config.tracking.python or Path(sys.executable)).absolute())
 
 
 def refuse_missing(python: str, trackers: Sequence[TrackerName]) -> None:
@@ -162,9 +167,11 @@ class TrackerProcess:
 
     def end(self, status: str) -> None:
         """Ask it to send what is left, and to end. status: "ended" or "failed"."""
-        if self._process and not self._lines.full():
-            self._lines.put(json.dumps({"status": status}))
-            self._lines.put(None)
+        if self._process:
+            # One that takes nothing is killed at the deadline.
+            with contextlib.suppress(Full):
+                self._lines.put_nowait(json.dumps({"status": status}))
+                self._lines.put_nowait(None)
 
     def wait(self, deadline: float) -> None:
         """Wait until it has ended. Raises TrackerFailed, and kills it, if it fails or has not ended by a moment of the

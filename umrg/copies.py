@@ -22,6 +22,7 @@ from typing import TypeVar
 from umrg.atomic import named, write_text
 from umrg.config import uri
 from umrg.durable import MANIFEST, Damaged, FileRecord, manifest, manifest_digest
+from umrg.mistake import Mistake
 from umrg.remote import Remote
 
 P = TypeVar("P", str, Path)
@@ -29,6 +30,8 @@ P = TypeVar("P", str, Path)
 Reader = Callable[[str], Iterator[memoryview]]
 """The bytes of a file in pieces, by its name."""
 SAY_EVERY_S = 10.0
+PATIENCE_S = 3600.0
+"""Seconds that a copy may take where no deadline is given."""
 GIB = 1 << 30
 
 
@@ -107,21 +110,27 @@ class Cache:
         if digest and found != digest:
             shutil.rmtree(aside)
             raise Damaged(f"the copy of {name} differs from what was to be copied, which has changed; start again")
-        if not self.found(found, name):
+        try:
             aside.replace(self.folder / found)
+        except OSError:
+            # The same may be there already, as the copy of another URI or of another time.
+            if not self.found(found, name):
+                raise
+            shutil.rmtree(aside)
         return self.folder / found / name
 
 
-def here(location: P, cache: Cache, say: Callable[[str], None] = print) -> P:
+def here(location: P, cache: Cache, say: Callable[[str], None] = print, *, seconds: float = PATIENCE_S) -> P:
     """A path as it is, and of a URI its copy on this machine, which is made unless it is there. say: takes a line every
-    ten seconds. Raises ValueError if the URI cannot be read."""
+    ten seconds. seconds: that a copy may take. Raises ValueError if the URI cannot be read, or not in time."""
     if (source := uri(location)) is None:
         return location
     remote = Remote.of(source)
     stamp = cache.folder / f"{remote.stamp}.uri"
     if stamp.is_file() and (path := cache.found(stamp.read_text(), remote.name)):
         return type(location)(path)
-    said, total = time.monotonic() - SAY_EVERY_S, sum(remote.sizes.values())
+    began, total = time.monotonic(), sum(remote.sizes.values())
+    said = began - SAY_EVERY_S
     steps = cache.copying(remote.name, remote.sizes, remote.read, key=remote.stamp)
     while True:
         try:
@@ -129,9 +138,16 @@ def here(location: P, cache: Cache, say: Callable[[str], None] = print) -> P:
         except StopIteration as stop:
             path = stop.value
             break
+        there = progress(done, total) if done else "another process copies it"
+        if time.monotonic() >= began + seconds:
+            steps.close()
+            raise Mistake(
+                f"{source} was not copied within {seconds:g} s ({there}); copy it to a path that this machine has, or "
+                "give a longer deadlines.start"
+            )
         if time.monotonic() >= said + SAY_EVERY_S:
             said = time.monotonic()
-            say(f"copying {source}: {progress(done, total)}")
+            say(f"copying {source}: {there}")
         if not done:
             time.sleep(0.2)
     write_text(path.parent / "uri", source)

@@ -6,6 +6,7 @@ files or of the machine.
 """
 
 import hashlib
+import http.client
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -103,7 +104,8 @@ def _readable(uri: str) -> Iterator[None]:
         yield
     except Mistake:
         raise
-    # pyarrow raises a ValueError for a URI that it does not understand, urllib an HTTPError, which is an OSError.
-    except (OSError, ValueError) as error:
+    # pyarrow raises a ValueError for a URI that it does not understand; urllib an HTTPError, which is an OSError, and
+    # what is none for an address with spaces or a server of another protocol.
+    except (OSError, ValueError, http.client.HTTPException) as error:
         said = " ".join(str(error).split())
         raise Mistake(f"{uri} cannot be read: {said}; correct it, or give this machine the right to it") from error

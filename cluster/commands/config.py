@@ -15,6 +15,7 @@ from pydantic import BaseModel, TypeAdapter
 from pydantic_core import PydanticUndefined
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cluster.config import EvaluateConfig, SftConfig, TrainConfig
@@ -60,7 +61,7 @@ def print_keys(console: Console) -> None:
     table = Table("key", "runs", "what it is", box=None if not console.is_terminal else box.SIMPLE_HEAD)
     for name, found in all_keys().items():
         first = next(iter(found.values()))
-        table.add_row(name, " ".join(found), description(first).partition(". ")[0])
+        table.add_row(name, " ".join(found), escape(description(first).partition(". ")[0]))
     console.print(table)
 
 
@@ -76,16 +77,17 @@ def print_key(name: str, console: Console) -> None:
     found = known[name]
     first = next(iter(found.values()))
     console.print(f"{name}\n", style="bold", highlight=False)
-    console.print(description(first) + "\n", highlight=False)
+    console.print(description(first) + "\n", highlight=False, markup=False)
     for run, key in found.items():
         changes = "may change on resume" if key.may_change else "fixed for the run"
-        console.print(f"{run:10}{_type(key)}, {_default(key)}; {changes}", highlight=False, soft_wrap=True)
+        text = f"{run:10}{_type(key)}, {_default(key)}; {changes}"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
     beneath = [key for key in known if key.rpartition(".")[0] == name]
     if beneath:
         console.print("\nkeys: " + ", ".join(beneath), highlight=False)
     used = sorted({place for key in found.values() for place in uses(key)})
     for place in used:
-        console.print(f"  {place}", highlight=False)
+        console.print(f"  {place}", highlight=False, markup=False)
 
 
 def all_keys() -> dict[str, dict[str, Key]]:

@@ -6,10 +6,34 @@ from typing import Any
 
 import ray
 
-from actors.calls import Calls
+from actors import delivery
+from actors.calls import Call, Calls, Ended
 from actors.delivery import Deliveries
 from actors.gpus import Place
 from umrg.copies import Cache, Contents
+
+
+def test_a_large_file_of_the_drivers_is_not_read_within_a_turn_of_its_wait(monkeypatch, tmp_path):
+    """A task reads it, once for all nodes; all are told if it fails."""
+    flying: list[Call] = []
+
+    class Noted(Calls):
+        def add(self, _ref, call):
+            flying.append(call)
+
+    class Elsewhere:
+        def remote(self, *_):
+            pass
+
+    monkeypatch.setattr(delivery, "_on", lambda *_, **_options: Elsewhere())
+    deliveries, ended = Deliveries(Noted(), seconds=3, cache=tmp_path / "cache"), []
+    for node in "ab":
+        place = Place(node=node, memory=1, gpus=(), address=node, missing={"model": tmp_path})
+        deliveries.bring(place, ended.append)
+    (call,) = flying
+    assert call.doing == f"reading {tmp_path}" and not ended
+    call.then(Ended(call=call, fault="error", cause="it cannot be read"))
+    assert [fault.cause for fault in ended] == ["it cannot be read"] * 2
 
 
 def test_a_copy_that_takes_too_long_is_named_with_its_deadline(ray_cluster, tmp_path):

@@ -75,11 +75,11 @@ class Learner:
         self.content = (folder / "optimizer/rank-00000.safetensors").read_bytes()
 
 
-def save(folder, step, *, disk=None, score=None, **kept):
+def save(folder, step, *, disk=None, score=None, rows=None, **kept):
     learner = Learner(disk)
     learner.content = b"state of step %d" % step
     checkpoints = Checkpoints(folder, learner, disk=disk, **{"keep": 2, "keep_best": 0, **kept})
-    state = RunState(step=step, cursor=Cursor(seed=0, position=step), metrics=100 * step, score=score)
+    state = RunState(step=step, cursor=Cursor(seed=0, position=step), metrics=100 * step, score=score, rows=rows)
     checkpoints.save(state, "name: trial\n")
     checkpoints.saved(wait=True)
     return checkpoints

@@ -48,6 +48,12 @@ def told(config, capsys, **how) -> str:
     return text
 
 
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch):
+    """Whatever runs on this machine."""
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+
+
 def test_a_training_run_is_told_and_nothing_is_written(training, data, capsys):
     text = told(training(), capsys)
     assert "name: trial" in text and "steps: 9" in text
@@ -92,12 +98,37 @@ def test_a_run_goes_on_where_it_stopped(training, tmp_path, capsys):
         ("data.train=missing.parquet", "missing.parquet"),
         ("rollout.max_prompt_tokens=20", "has .* tokens"),
         ("segmenter.actors=1000", "there is no room for"),
+        ("trackers=[wandb] tracking.python=nowhere", "nowhere cannot be run"),
     ],
 )
-def test_what_the_run_would_refuse_is_refused(training, override, message, monkeypatch):
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+def test_what_the_run_would_refuse_is_refused(training, override, message):
     with pytest.raises(ValueError, match=message):
-        dry_run(training(override), Console())
+        dry_run(training(*override.split()), Console())
+
+
+def test_a_cluster_that_runs_here_is_joined_and_not_asked(training, capsys, monkeypatch):
+    def there(_address):
+        return "192.0.2.1:6379"
+
+    monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.setattr("ray._private.services.canonicalize_bootstrap_address", there)
+    assert "on a running cluster, which was not asked" in told(training("segmenter.actors=1000"), capsys)
+
+
+def test_rows_that_are_others_than_the_checkpoints_are_refused(training):
+    run = trained(training(), [], steps=2)
+    save(run.checkpoints, 2, rows=7)
+    with pytest.raises(ValueError, match="the run has 6 rows and had 7 when step-000002 was written"):
+        dry_run(training("resume=auto"), Console())
+
+
+def test_the_folder_is_looked_at_though_files_are_elsewhere(training, capsys):
+    config = training("data.train=s3://bucket/rows.parquet")
+    text = told(config, capsys)
+    assert "trial, made anew" in text and "data.train: s3://bucket/rows.parquet, which the run copies first" in text
+    RunFolder.create(config.runs / "trial", config).log({"step": 1})
+    with pytest.raises(ValueError, match="exists; give another name"):
+        dry_run(config, Console())
 
 
 def test_an_evaluation_is_told_and_a_finished_one_refused(data, capsys):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 import time
 import venv
 from dataclasses import replace
@@ -139,6 +140,21 @@ def test_a_tracker_that_hangs_is_waited_for_until_a_deadline(tmp_path):
     with pytest.raises(TrackerFailed, match="did not take its last records"):
         process.wait(time.monotonic() + 0.5)
     assert "ended without a word" in failure(process), "and then killed"
+
+
+def test_the_end_does_not_wait_for_a_tracker_that_hangs_with_one_free_place(tmp_path):
+    process = tracker(tmp_path, HANGS)
+    process.log({"step": 1, "long": "x" * 2**20})
+    while process._lines.qsize():
+        time.sleep(0.01)  # until it is being written, which a pipe has no room for
+    for step in range(BEHIND - 1):
+        process.log({"step": step})
+    ending = threading.Thread(target=process.end, args=["ended"], daemon=True)
+    ending.start()
+    ending.join(20)
+    assert not ending.is_alive()
+    with pytest.raises(TrackerFailed, match="did not take its last records"):
+        process.wait(time.monotonic())
 
 
 def test_a_tracker_that_hangs_in_a_long_run_is_given_up(tmp_path):

@@ -95,6 +95,26 @@ def test_what_a_killed_process_left_is_begun_anew(tmp_path, model):
     assert held(copy).keys() == {"config.json", "more/weights"} and not left.exists()
 
 
+def test_the_same_from_two_places_is_kept_once(tmp_path, model):
+    cache, contents, remote = Cache(tmp_path / "cache"), Contents.of(model), Remote.of(f"file://{model}")
+    first, second = (cache.copying("model", contents.sizes, remote.read, key=key) for key in ("one", "two"))
+    next(second)
+    copy = finished(first)
+    assert finished(second) == copy and not list(cache.folder.glob(".*.part"))
+    assert finished(cache.copying("model", contents.sizes, remote.read, key="three")) == copy
+    assert not list(cache.folder.glob(".*.part"))
+
+
+def test_a_copy_that_another_process_makes_is_waited_for_until_a_deadline(tmp_path, model):
+    cache, source, lines = Cache(tmp_path / "cache"), f"file://{model}", list[str]()
+    cache.folder.mkdir()
+    with (cache.folder / f"{Remote.of(source).stamp}.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(Mistake, match=r"was not copied within 0.5 s \(another process copies it\)"):
+            here(source, cache, lines.append, seconds=0.5)
+    assert lines == [f"copying {source}: another process copies it"]
+
+
 def finished(steps):
     while True:
         try:
@@ -133,6 +153,7 @@ def test_what_changes_under_way_is_refused(tmp_path, model, other):
         ("file:///nowhere/at/all", "there is nothing at file:///nowhere/at/all; correct it"),
         ("abc://bucket/x", "abc://bucket/x cannot be read: Unrecognized filesystem"),
         ("http://127.0.0.1:9/x", "http://127.0.0.1:9/x cannot be read: .*refused"),
+        ("http://127.0.0.1:9/a b", "http://127.0.0.1:9/a b cannot be read: .*control characters"),
         ("s3://me:secret@bucket/x", r"s3://…@bucket has a secret in it"),
     ],
 )

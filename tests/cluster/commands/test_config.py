@@ -18,6 +18,10 @@ def printed(*arguments):
     return result.output
 
 
+def test_brackets_are_printed_as_they_are():
+    assert "TrackerProcess(name, [python, " in printed("trackers")
+
+
 def test_every_key_is_documented():
     undocumented = [
         name

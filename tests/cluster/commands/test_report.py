@@ -1,7 +1,9 @@
 """`medreasoner report`: of runs that ended, go on, were killed or were moved, from hand-made folders."""
 
+import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -9,10 +11,12 @@ import pytest
 from cluster.commands.report import report
 from cluster.comparison import compare
 from cluster.config import EvaluateConfig, SftConfig, load_config
-from cluster.lease import leased
-from cluster.run_folder import RunFolder
+from cluster.lease import SILENCE, Holder, Process, lease_path, leased
+from cluster.run_folder import RunFolder, begins_anew
+from cluster.standing import clock, standing
 from tests.conftest import ROOT, TINY_REASONER
 from tests.run_folders import drawn_rows, evaluated, trained, tuned
+from umrg.mistake import Mistake
 
 PICTURE = "data:image/webp"
 
@@ -55,6 +59,29 @@ def test_a_run_that_goes_on_says_so_and_is_not_disturbed(training, tmp_path):
     assert "<th>before</th><th>after step 4</th>" in page and "+0.500" in page
     assert page.count(PICTURE) == 8 and written.remarks == []
     assert not list(run.path.rglob(".*.part"))
+
+
+def test_a_run_of_another_machine_without_a_heartbeat_is_probably_dead(training, tmp_path):
+    run = trained(training, samples(tmp_path), steps=2)
+    lease = lease_path(run.path)
+    process = Process(host="elsewhere", machine="another boot", pid=7, started=7)
+    lease.write_text(Holder(id="a", process=process, since="then").model_dump_json())
+    assert str(standing(run)).startswith("running, after step 2 of 9")
+    long_ago = time.time() - 10 * SILENCE
+    os.utime(lease, (long_ago, long_ago))
+    before = sorted(run.path.parent.iterdir())
+    silent = f"no heartbeat since {clock(long_ago)}, the run is probably dead"
+    assert str(standing(run)).startswith(f"{silent}, after step 2 of 9")
+    assert sorted(run.path.parent.iterdir()) == before
+    assert "No heartbeat since " in report(run.path).path.read_text()
+
+
+def test_a_damaged_configuration_is_told_in_a_line(training, tmp_path):
+    run = trained(training, samples(tmp_path), steps=2)
+    (run.path / "config.yaml").write_text("name: [trial")
+    for read in (report, lambda path: begins_anew(path, training, resume=True)):
+        with pytest.raises(Mistake, match=r"config.yaml is damaged, it is not YAML: .*; mend it"):
+            read(run.path)
 
 
 def test_how_a_run_ended_is_told(training, tmp_path):
