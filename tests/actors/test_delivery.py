@@ -26,7 +26,7 @@ def test_a_large_file_of_the_drivers_is_not_read_within_a_turn_of_its_wait(monke
             pass
 
     monkeypatch.setattr(delivery, "_on", lambda *_, **_options: Elsewhere())
-    deliveries, ended = Deliveries(Noted(), seconds=3, cache=tmp_path / "cache"), []
+    deliveries, ended = Deliveries(Noted(), seconds=3, cache=tmp_path / "cache"), list[Any]()
     for node in "ab":
         place = Place(node=node, memory=1, gpus=(), address=node, missing={"model": tmp_path})
         deliveries.bring(place, ended.append)
