@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from umrg.config import Config, uri
-from umrg.copies import Cache, here
+from umrg.copies import PATIENCE_S, Cache, here
 from umrg.mistake import Mistake
 
 C = TypeVar("C", bound=Config)
@@ -18,12 +18,14 @@ def fetched(config: C) -> C:
     """The same with copies in place of URIs, which are made unless they are there. Raises ValueError, with the key, if
     a URI cannot be read, or not within `deadlines.start`."""
     cache, deadlines = Cache(getattr(config, "cache", None)), getattr(config, "deadlines", None)
-    fetch = partial(here, cache=cache, seconds=deadlines.start) if deadlines else partial(here, cache=cache)
+    seconds = deadlines.start if deadlines else PATIENCE_S
 
     def copied(value: Any) -> Any:
         if isinstance(value, list):
             return [copied(each) for each in value]
-        return fetch(value) if isinstance(value, (str, Path)) else value
+        if isinstance(value, str):
+            return here(value, cache, seconds=seconds)
+        return here(value, cache, seconds=seconds) if isinstance(value, Path) else value
 
     for key in LOCATIONS:
         try:
