@@ -94,14 +94,16 @@ def write_figures(
     """Write metrics.json, table.md, table.csv and the report, from the recorded answers alone. told: the settings, as
     `settings`. left_out: rows that were too long to be answered."""
     by_id = {row.id: row for row in rows}
+    # Others were answered under another limit.
+    answers = {row.id: results.rows[row.id] for row in rows}
     metrics = {
         "settings": told,
         "left_out": left_out,
-        **figures_of(results.rows, by_id, coverage, lenient=config.answers == "lenient"),
+        **figures_of(answers, by_id, coverage, lenient=config.answers == "lenient"),
     }
     for name, text in (("table.md", markdown(metrics)), ("table.csv", comma_separated(metrics))):
         write_text(run.path / name, text)
-    greedy = {row: greedy_record(records) for row, records in results.rows.items()}
+    greedy = {row: greedy_record(records) for row, records in answers.items()}
     write_evaluation_report(
         run.report / "index.html", run.path.resolve().name, metrics, greedy, by_id, limit=config.gallery
     )
