@@ -149,7 +149,8 @@ class ZeroConfig(OptimizerConfig, ActorConfig):
     ranks: MayChange[PositiveInt] = 1
     """Number of ranks (data-parallel size)."""
     nodes: MayChange[PositiveInt | None] = None
-    """Nodes over which the ranks are spread, as many on each; null for the fewest that hold them."""
+    """Nodes that the ranks are divided over, as many for each; null for the fewest that hold them. What several of them
+    would get lies on one where that has room for it."""
     zero_stage: MayChange[Literal[0, 1, 2, 3]] = 2
     """What ZeRO partitions over the ranks: nothing, optimizer state (1), gradients too (2), parameters too (3)."""
     offload: MayChange[Literal["none", "optimizer", "parameters"]] = "none"

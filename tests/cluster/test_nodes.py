@@ -217,12 +217,12 @@ train.actors = light
 
 @chaos
 def test_many_actors_work_as_one_run(environment, tmp_path):
-    """Eight rollouts, sixteen segmenters on shares of logical GPUs, and the learner's two ranks, which lie on nodes of
-    their own. Engines of vLLM would take three times this machine's memory."""
+    """Eight rollouts, sixteen segmenters on shares of logical GPUs, and the learner's two ranks, of which no node holds
+    both. Engines of vLLM would take three times this machine's memory."""
     settings = (
         *("rollout.actors=8", "rollout.num_cpus=0.5", "rollout.node_labels={kind: engines}"),
         *("segmenter={actors: 16, num_cpus: 0.1, num_gpus: 0.25, threads: 1, device: cpu}", "batch=16", "rollout.n=4"),
-        *("learner.ranks=2", "learner.nodes=2", "learner.num_cpus=1", "learner.threads=1", "steps=3"),
+        *("learner.ranks=2", "learner.nodes=2", "learner.num_cpus=2.5", "learner.threads=1", "steps=3"),
         "evaluation={before: false, limit: 4, n: 0}",
     )
     program = LIGHT + WHOLE_BEFORE.format(step=0)
