@@ -84,7 +84,7 @@ class Loop:
         if at_once or self.at_end or self.checkpoints.due(self.step):
             position = self.run.metrics_position()
             state = RunState(step=self.step, cursor=self.cursor, metrics=position, score=score, rows=self._row_count)
-            self.checkpoints.save(state, (self.run.path / "config.yaml").read_text())
+            self.checkpoints.save(state, (self.run.path / "config.yaml").read_text(encoding="utf-8"))
         else:
             self.checkpoints.saved()
 

@@ -56,6 +56,13 @@ class Command:
         return self.said()
 
 
+def await_living(cluster, role, count, seconds=120):
+    deadline = time.monotonic() + seconds
+    while sum(each == role for each, _ in living(cluster)) < count:
+        assert time.monotonic() < deadline, living(cluster)
+        time.sleep(0.5)
+
+
 def metrics(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -81,6 +88,7 @@ def test_a_cluster_from_outside(monkeypatch, tmp_path):
         train = submitted("trial", "demo", *SMALL, "steps=500")  # the small model is sent with it
         train.await_line("step 1/")
         assert [node for role, node in living(cluster) if role == "learner"] == [learner.id]
+        await_living(cluster, "rollout", 2)  # on a busy machine the second comes later
         assert {node for role, node in living(cluster) if role == "rollout"} == {first.id, second.id}
         assert {node for role, node in living(cluster) if role == "segmenter"} <= {first.id, second.id}
         assert "RUNNING" in command("list", "runs", "list", *where).end()
@@ -88,16 +96,12 @@ def test_a_cluster_from_outside(monkeypatch, tmp_path):
         cluster.remove(second)
         train.await_line("died")
         third = cluster.add(2, 1, {"kind": "engines"})
-        train.await_line(
-            r"rollout \d+ is there"
-        )  # Ray may place the first on the node that it does not know to be gone
+        # Ray may place the first on the node that it does not know to be gone.
+        train.await_line(r"rollout \d+ is there")
         assert ("rollout", third.id) in living(cluster)
         assert "asked for 4 segmenters" in command("scale", "scale", runs / "trial", "segmenter=4").end()
         train.await_line("segmenters: 2 -> 4, as asked for")
-        deadline = time.monotonic() + 120
-        while sum(role == "segmenter" for role, _ in living(cluster)) < 4:
-            assert time.monotonic() < deadline, train.said()
-            time.sleep(0.5)
+        await_living(cluster, "segmenter", 4)
         assert "nothing is left behind" in command("stop", "runs", "stop", "trial", *where).end()
         assert_nothing_left(cluster)
         train.end(code=1)
