@@ -74,7 +74,8 @@ lint-rest:
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
 
-# In two processes: what uses Ray, on one cluster, and everything else.
+# In two processes: what starts Ray or an engine, one test after another, because two clusters of actors at a time do not
+# fit into 24 GiB; and everything else.
 PYTEST := $(BIN)/pytest --durations 20 -m
 
 test: lint ## lint, then every test that is not slow
@@ -91,10 +92,11 @@ test-slow: setup ## the slow tests: engines and training; the GPU tests as a reh
 
 slow-cluster:
 	$(PYTEST) "slow and not gpu and cluster and not chaos"
+	$(PYTEST) "gpu and cluster" tests/gpu
 
 slow-rest:
 	$(PYTEST) "slow and not gpu and not cluster"
-	$(PYTEST) gpu tests/gpu
+	$(PYTEST) "gpu and not cluster" tests/gpu
 
 chaos: setup ## what of the slow tests would not fit into half an hour
 	$(PYTEST) chaos

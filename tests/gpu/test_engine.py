@@ -23,7 +23,7 @@ from umrg.dataset_writer import write_rows
 from umrg.group import SamplingParams
 from umrg.metrics import mask_dice
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.cluster]
 
 BOUND = 0.15
 """Mean difference of log-probs, in nats, of bfloat16 in engine and learner: that of the canary."""
