@@ -1,21 +1,103 @@
 """The service's configuration."""
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pathlib import Path
+from typing import Literal, Self
 
-from actors.config import RolloutConfig, SegmenterConfig
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from actors.config import PoolConfig, RolloutConfig, SegmenterConfig
+from umrg.config import Config
+from umrg.mistake import Mistake
 from umrg.prompts import ReasonerConfig
+
+
+class Queue(Config):
+    """How many requests a replica takes."""
+
+    ongoing: PositiveInt
+    """Requests that one replica works on at a time."""
+    queued: PositiveInt
+    """Requests that wait for a replica at each of its callers; what exceeds them is refused with 429."""
+
+
+class IngressConfig(PoolConfig):
+    """The replicas that speak HTTP."""
+
+    decoders: PositiveInt = 1
+    """Processes of each replica that decode images."""
+
+
+class Limits(Config):
+    """What a request may be, and how long it may last."""
+
+    image_mib: PositiveInt = 32
+    """Largest image file, in MiB."""
+    image_megapixels: PositiveInt = 100
+    """Largest image, in millions of pixels; read from its header, before it is decoded."""
+    decode_seconds: PositiveFloat = 10.0
+    """Longest time that the decoding of an image may take."""
+    decode_mib: PositiveInt = 2048
+    """Most memory of a process that decodes, in MiB."""
+    query_characters: PositiveInt = 4000
+    """Longest query."""
+    samples: PositiveInt = 16
+    """Most answers to one query."""
+    request_seconds: PositiveFloat = 120.0
+    """Longest time from a request's last byte to the answer."""
+    upload_seconds: PositiveFloat = 30.0
+    """Longest time that the sending of a request may take."""
+
+
+class Key(Config):
+    """A client's key, as the service knows it; `medreasoner key NAME` makes one."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    """Whose it is."""
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """Digest of the key; the key itself is not kept anywhere."""
+    per_minute: PositiveInt = 600
+    """Requests that it may send in a minute."""
+    concurrent: PositiveInt = 64
+    """Requests that it may have under way."""
 
 
 class ServeConfig(ReasonerConfig):
     """The service: the fields of a Serve application's `args`."""
 
+    name: str | None = None
+    """What clients call the model; null for the folder's name."""
     expert: str = "tiny"
     """Name or folder of the expert."""
     rollout: RolloutConfig = Field(default_factory=lambda: RolloutConfig(num_cpus=0.5))
-    """The engine's replicas, as in training; n and temperature are not used: answers are greedy."""
+    """The reasoner's replicas, each with an engine as in training; n and temperature are those of several samples."""
     segmenter: SegmenterConfig = Field(default_factory=lambda: SegmenterConfig(num_cpus=0.1))
     """The expert's replicas, as in training."""
-    max_image_mib: PositiveInt = 32
-    """Largest image file that is accepted, in MiB."""
-    timeout: PositiveFloat = 120.0
-    """Seconds that one request may last."""
+    ingress: IngressConfig = Field(default_factory=lambda: IngressConfig(num_cpus=0.1, actors=2))
+    """The replicas that speak HTTP."""
+    reasoner_queue: Queue = Queue(ongoing=48, queued=96)
+    """Of each replica of the reasoner."""
+    segmenter_queue: Queue = Queue(ongoing=64, queued=128)
+    """Of each replica of the segmenter."""
+    ingress_queue: Queue = Queue(ongoing=256, queued=256)
+    """Of each replica that speaks HTTP."""
+    embeddings_mib: PositiveInt = 1024
+    """Memory of a segmenter's replica for embeddings of images that were asked about lately, in MiB."""
+    limits: Limits = Limits()
+    """What a request may be."""
+    auth: Literal["off"] | None = None
+    """`off` serves everybody who reaches the address; null asks for one of `keys`."""
+    keys: tuple[Key, ...] = ()
+    """The clients' keys."""
+    keys_file: Path | None = None
+    """A YAML file with more keys, read when the application is built."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if self.auth == "off" and (self.keys or self.keys_file):
+            raise Mistake("auth is off and there are keys; leave out one of both")
+        return self
+
+    @property
+    def served_name(self) -> str:
+        """What clients call the model."""
+        return self.name or self.model.name
