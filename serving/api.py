@@ -14,7 +14,13 @@ XYXY = tuple[float, float, float, float]
 XY = tuple[float, float]
 
 
-class Strict(BaseModel):
+class Documented(BaseModel):
+    """A type whose fields' docstrings stand in OpenAPI too."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class Strict(Documented):
     """A request; unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -65,7 +71,7 @@ class SegmentRequest(SegmentOptions):
     """In place of the image: the id that an earlier answer gave it."""
 
 
-class Rle(BaseModel):
+class Rle(Documented):
     """A mask in COCO's compressed run-length encoding."""
 
     size: tuple[int, int]
@@ -74,7 +80,7 @@ class Rle(BaseModel):
     """The run lengths, column by column, as pycocotools reads them."""
 
 
-class Timings(BaseModel):
+class Timings(Documented):
     """Where a request's time went, in seconds."""
 
     decode: float
@@ -86,7 +92,7 @@ class Timings(BaseModel):
     total: float
 
 
-class MaskAnswer(BaseModel):
+class MaskAnswer(Documented):
     """A mask and what goes with it."""
 
     mask: Rle | None
@@ -136,7 +142,7 @@ class GroundResponse(MaskAnswer):
     """The training step of the weights that answered."""
 
 
-class AnswerEvent(BaseModel):
+class AnswerEvent(Documented):
     """Sent when the reasoner has answered and the mask is still being drawn."""
 
     reasoning: str | None
@@ -145,13 +151,13 @@ class AnswerEvent(BaseModel):
     points: tuple[XY, XY] | None
 
 
-class ReasoningEvent(BaseModel):
+class ReasoningEvent(Documented):
     """A piece of the completion, as it is written."""
 
     text: str
 
 
-class Problem(BaseModel):
+class Problem(Documented):
     """Why a request was not answered."""
 
     detail: str

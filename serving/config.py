@@ -1,5 +1,6 @@
 """The service's configuration."""
 
+import re
 from pathlib import Path
 from typing import Literal, Self
 
@@ -9,6 +10,7 @@ from actors.config import PoolConfig, RolloutConfig, SegmenterConfig
 from umrg.config import Config
 from umrg.mistake import Mistake
 from umrg.prompts import ReasonerConfig
+from umrg.reasoner_folder import read_object
 
 
 class Queue(Config):
@@ -99,5 +101,16 @@ class ServeConfig(ReasonerConfig):
 
     @property
     def served_name(self) -> str:
-        """What clients call the model."""
-        return self.name or self.model.name
+        """What clients call the model: of a run's model the run's name."""
+        folder = self.model.parent if self.model.name == "model" else self.model
+        step = trained_steps(self.model) if folder.name.startswith("step-") else None
+        return self.name or (folder.name if step is None else f"{folder.parents[1].name}-{folder.name}")
+
+
+def trained_steps(model: Path) -> int:
+    """The training step of a model folder that lies in a run or in a checkpoint of one, 0 for any other."""
+    folder = model.parent if model.name == "model" else model
+    if found := re.fullmatch(r"step-(\d+)", folder.name):
+        return int(found[1])
+    summary = folder / "summary.json"
+    return int(read_object(summary).get("steps") or 0) if summary.is_file() else 0

@@ -12,9 +12,9 @@ from umrg.frames import Box
 from umrg.group import GroupSamples, SamplingParams
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Picture:
-    """A decoded image on its way to the models."""
+    """A decoded image on its way to the models. Compared by identity, as a key of what is kept as long as it is."""
 
     id: str
     """Names the image in the caches of both models. It depends on the file, on how it was decoded and on whose it is,

@@ -1,6 +1,7 @@
 """`medreasoner serve`: runs the application until it is interrupted, on a cluster of its own or beside other
 applications on a shared one."""
 
+import ipaddress
 import signal
 import threading
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.config import HTTPOptions
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeInstanceDetails
 
@@ -16,11 +18,22 @@ from actors.experts.registry import check_expert
 from reasoner.prompter import load_prompter
 from serving.app import build_app
 from serving.config import ServeConfig
+from serving.privacy import logging_config
 from umrg.mistake import Mistake
 
 HOST = "127.0.0.1"
 NAME = "medreasoner"
-PATHS = ("/v1/ground", "/healthz")
+PATHS = (
+    "/v1/ground",
+    "/v1/segment",
+    "/v1/chat/completions",
+    "/v1/models",
+    "/healthz",
+    "/readyz",
+    "/metrics",
+    "/openapi.json",
+    "/docs",
+)
 """The routes of the application."""
 
 
@@ -28,22 +41,39 @@ class Service:
     """The application on the running Ray cluster, or on a local one. build: makes the application of its arguments."""
 
     def __init__(
-        self, args: dict[str, Any], *, port: int, build: Callable[[dict[str, Any]], serve.Application] = build_app
+        self,
+        args: dict[str, Any],
+        *,
+        port: int,
+        host: str = HOST,
+        build: Callable[[dict[str, Any]], serve.Application] = build_app,
     ) -> None:
-        self._args, self._port, self._build = args, port, build
+        self._args, self._host, self._port, self._build = args, host, port, build
         self._connected = self._serve_is_ours = self._deployed = False
 
     def start(self) -> str:
-        """Start the service and return its address on the loopback interface. Raises ValueError where another
-        application of the cluster has its name or one of its routes."""
+        """Start the service and return its address. Raises ValueError where another application of the cluster has its
+        name or one of its routes, and where others would reach it without a key."""
+        if self._args.get("auth") == "off":
+            _refuse_open(self._host)
         self._connected = connect()
         running = _get_global_client(raise_if_no_controller_running=False)
         refuse_collision({name: app.route_prefix for name, app in applications().items()})
         self._serve_is_ours = running is None
-        serve.start(http_options={"host": HOST, "port": self._port})
+        serve.start(
+            http_options=HTTPOptions(host=self._host, port=self._port, keep_alive_timeout_s=90),
+            logging_config=logging_config(),
+        )
+        address = self._address()
         self._deployed = True
-        serve.run(self._build(self._args), name=NAME, route_prefix="/")
-        return self._address()
+        self._deploy()
+        return address
+
+    def reload(self, args: dict[str, Any]) -> None:
+        """Go on with the weights of another model folder, without dropping a request. args: those of the start, with
+        another model. Raises ValueError where it needs a restart."""
+        self._args = args
+        self._deploy()
 
     def stop(self) -> None:
         """End whatever `start` has started, even if it did not finish; other applications keep running."""
@@ -57,12 +87,33 @@ class Service:
         if self._connected:
             ray.shutdown()
 
+    def _deploy(self) -> None:
+        serve.run(self._build(self._args), name=NAME, route_prefix="/")
+
     def _address(self) -> str:
         options = _get_global_client().http_config
         if options.port != self._port:
             print(f"Serve runs on this cluster already, at port {options.port}; --port {self._port} is not heeded")
-        host = HOST if options.host in (None, "localhost", "0.0.0.0", "::") else options.host
-        return f"http://{host}:{options.port}"
+        if self._args.get("auth") == "off":
+            _refuse_open(str(options.host))
+        everywhere = options.host in (None, "localhost", "0.0.0.0", "::")
+        return f"http://{HOST if everywhere else options.host}:{options.port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _refuse_open(host: str) -> None:
+    if not is_loopback(host):
+        raise Mistake(
+            f"whoever reaches {host} could use the service; give it keys with --keys FILE (`medreasoner key NAME` makes "
+            f"one), or let it listen on {HOST}"
+        )
 
 
 def applications() -> dict[str, Any]:
@@ -88,25 +139,46 @@ def refuse_collision(running: dict[str, str | None]) -> None:
             )
 
 
-def check(args: dict[str, Any]) -> None:
+def check(config: ServeConfig) -> None:
     """Raise ValueError for a folder that holds no model, and for an expert that does not exist."""
-    config = ServeConfig.model_validate(args)
     load_prompter(config.model, config.spec())
     check_expert(config.expert, config.segmenter.checkpoint, config.segmenter.preprocess)
 
 
-def run(args: dict[str, Any], *, port: int) -> None:
-    """Start the service, print its address, and wait for Ctrl-C or SIGTERM; both also interrupt the start."""
-    check(args)
-    ended = threading.Event()
-    service = Service(args, port=port)
+def run(read: Callable[[], ServeConfig], *, host: str, port: int) -> None:
+    """Start the service, print its address, and wait for Ctrl-C or SIGTERM; both also interrupt the start. SIGHUP
+    lets it go on with the weights that its model has by then. read: reads the configuration."""
+    config = read()
+    check(config)
+    ended, newer = threading.Event(), threading.Event()
+    service = Service(_args(config), host=host, port=port)
     try:
         address = service.start()
         for sign in (signal.SIGINT, signal.SIGTERM):
             signal.signal(sign, lambda *_: ended.set())
-        print(f"serving {args['model']} at {address}; try\n")
-        print(f'    curl -F image=@IMAGE -F query="QUERY" {address}/v1/ground\n', flush=True)
-        while not ended.wait(1.0):
-            pass
+        signal.signal(signal.SIGHUP, lambda *_: newer.set())
+        print(f"serving {config.served_name} at {address}; try\n")
+        key = "" if config.auth == "off" else '-H "Authorization: Bearer $MEDREASONER_KEY" '
+        print(f'    curl {key}-F image=@IMAGE -F query="QUERY" {address}/v1/ground\n')
+        print(f"what it takes and answers is told at {address}/docs", flush=True)
+        while not ended.wait(0.5):
+            if newer.is_set():
+                newer.clear()
+                _reload(service, read)
     finally:
         service.stop()
+
+
+def _reload(service: Service, read: Callable[[], ServeConfig]) -> None:
+    try:
+        config = read()
+        service.reload(_args(config))
+    except (ValueError, RuntimeError) as error:
+        # What is served stays: a mistake in a newer folder must not end it.
+        print(f"not reloaded: {error}", flush=True)
+    else:
+        print(f"serving {config.model}", flush=True)
+
+
+def _args(config: ServeConfig) -> dict[str, Any]:
+    return config.model_dump()

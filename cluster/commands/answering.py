@@ -1,12 +1,17 @@
 """`medreasoner serve` and `ground`: the commands that answer questions about images."""
 
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from cluster.commands.options import Checkpoint, DryRun, Expert, Prompt, console, examples, run_folders
+
+if TYPE_CHECKING:
+    from serving.config import ServeConfig
 
 TINY_REASONER = Path(__file__).parents[2] / "models" / "tiny-reasoner"
 
@@ -17,44 +22,66 @@ answering_app = typer.Typer()
     epilog=examples(
         "medreasoner serve runs/demo --port 8000",
         "medreasoner serve runs/lingshu_7b_soft --expert sam_vit_h --checkpoint sam_vit_h.safetensors --gpu",
+        "medreasoner serve runs/demo --host 0.0.0.0 --keys keys.yaml limits.image_mib=64",
     )
 )
 def serve(
     model: Annotated[
-        Path, typer.Argument(metavar="[MODEL]", help="Folder of the reasoner.", autocompletion=run_folders)
-    ] = TINY_REASONER,
-    expert: Expert = "tiny",
+        Path | None, typer.Argument(metavar="[MODEL]", help="Folder of the reasoner.", autocompletion=run_folders)
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the configuration.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of the service's configuration.")] = None,
+    expert: Annotated[str | None, typer.Option(help="Name or folder of the expert; tiny by default.")] = None,
     checkpoint: Checkpoint = None,
     prompt: Prompt = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="One GPU, shared by reasoner and expert.")] = False,
-    port: Annotated[int, typer.Option(help="Of the loopback interface.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on; any but loopback needs keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    keys: Annotated[Path | None, typer.Option(help="YAML file of the clients' keys (`medreasoner key`).")] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Serve a reasoner and its expert over HTTP on this machine, until Ctrl-C."""
-    segmenter: dict[str, object] = {"num_cpus": 0.1, "checkpoint": checkpoint}
-    args: dict[str, object] = {"model": model, "prompt": prompt, "expert": expert, "segmenter": segmenter}
+    """Serve a reasoner and its expert over HTTP, until Ctrl-C; SIGHUP lets it take over newer weights."""
+    given: dict[str, object | None] = {
+        "model": model,
+        "expert": expert,
+        "segmenter.checkpoint": checkpoint,
+        "prompt": prompt,
+        "keys_file": keys,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
     if gpu:
-        segmenter["num_gpus"] = 0.2
-        args["rollout"] = {"num_cpus": 0.5, "num_gpus": 0.8, "dtype": "bfloat16"}
+        options |= {"segmenter.num_gpus": 0.2, "rollout.num_gpus": 0.8, "rollout.dtype": "bfloat16"}
+    read = partial(_service, config, overrides or (), options)
     if dry_run:
-        _print_service(args, port)
+        _print_service(read(), host, port)
         return
     from serving.run import run
 
-    run(args, port=port)
+    run(read, host=host, port=port)
 
 
-def _print_service(args: dict[str, object], port: int) -> None:
+def _service(file: Path | None, overrides: Sequence[str], options: Mapping[str, object]) -> "ServeConfig":
+    """The service's configuration: a file, overrides, and options of the command line."""
+    from cluster.config import load_config
+    from serving.config import ServeConfig
+
+    tiny = {} if file else {"model": TINY_REASONER}
+    found = load_config(ServeConfig, file, overrides, {**tiny, **options})
+    return found if found.keys or found.keys_file else found.model_copy(update={"auth": "off"})
+
+
+def _print_service(config: "ServeConfig", host: str, port: int) -> None:
     """Print what would be served, as `cluster.dry_run.dry_run` does a job. Raises ValueError for what would be
     refused."""
     from cluster.dry_run import print_actors, print_config, print_memory
     from cluster.memory import rollout_need, segmenter_need
     from cluster.placement import bundles
-    from serving.config import ServeConfig
-    from serving.run import HOST, PATHS, check
+    from serving.run import PATHS, check
 
-    check(args)
-    config, shown = ServeConfig.model_validate(args), console()
+    check(config)
+    shown = console()
     rollout = bundles("rollout", config.rollout.actors, config.rollout)
     segmenter = bundles("segmenter", config.segmenter.actors, config.segmenter)
     print_config(config, shown)
@@ -64,7 +91,7 @@ def _print_service(args: dict[str, object], port: int) -> None:
         (segmenter, segmenter_need(config.expert, config.segmenter)),
     ]
     print_memory(needs, shown)
-    typer.echo(f"address    http://{HOST}:{port}{PATHS[0]}")
+    typer.echo(f"address    http://{host}:{port}{PATHS[0]}")
     typer.echo("dry run    nothing was started or written")
 
 

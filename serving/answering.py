@@ -1,0 +1,331 @@
+"""From a request to its answer, with the models behind `serving.messages.Models`.
+
+image file ──Decoders──► Picture ──reasoner──► completions ──parse──► answers ──segmenter──► mask
+                            └───────── embedded meanwhile ──────────────────────┘
+"""
+
+import asyncio
+import base64
+import hashlib
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.api import (
+    AnswerEvent,
+    GroundOptions,
+    GroundResponse,
+    MaskFormat,
+    ReasoningEvent,
+    Rle,
+    SegmentOptions,
+    SegmentResponse,
+    Timings,
+)
+from serving.config import ServeConfig
+from serving.grounder import check_query
+from serving.messages import Ask, Drawn, Models, Picture, Prompt, TimedOut
+from umrg.answers import Answer, parse_answer
+from umrg.group import GroupSamples, SamplingParams
+from umrg.images import encode_png
+from umrg.masks import decode_rle
+from umrg.mistake import Mistake
+from umrg.pictures import overlay
+from umrg.prompts import PromptSpec
+
+_READY_SECONDS, _PROBE_SECONDS = 2.0, 10.0
+"""How long the models count as ready once they were, and how long they may take to show it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """What the answers say of the models, and how the reasoner is prompted."""
+
+    name: str
+    expert: str
+    licence: str
+    spec: PromptSpec
+
+
+class Decoder(Protocol):
+    """Decodes image files, as `serving.decoding.Decoders` does."""
+
+    async def decode(self, data: bytes, *, window: str | None, frame: int | None) -> NDArray[np.uint8]:
+        """uint8 [H, W, 3], upright. Raises ValueError for what is no image, or takes too much to decode."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upload:
+    """An image as a request brought it."""
+
+    data: bytes
+    """The file."""
+    owner: str
+    """Whose key came with it."""
+    window: str | None = None
+    frame: int | None = None
+
+    @property
+    def id(self) -> str:
+        """32 hex digits."""
+        told = f"{self.owner}\0{self.window}\0{self.frame}\0".encode()
+        return hashlib.sha256(told + hashlib.sha256(self.data).digest()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """An answered query, before it takes the form that the client asked for."""
+
+    response: GroundResponse
+    answer: Answer
+    picture: Picture
+    drawn: Drawn | None
+
+    @property
+    def mask(self) -> NDArray[np.bool_] | None:
+        """bool [H, W]; None where the answer has no usable box and points."""
+        return None if self.drawn is None else decode_rle(self.drawn.mask)
+
+    def mask_png(self) -> bytes | None:
+        mask = self.mask
+        return None if mask is None else encode_png(mask)
+
+    def overlay_png(self) -> bytes:
+        """The image with what was found drawn on it."""
+        found = self.answer
+        return encode_png(overlay(self.picture.pixels, mask=self.mask, box=found.box, points=found.points))
+
+
+class Clock:
+    """The seconds of a request, by stage."""
+
+    def __init__(self) -> None:
+        self._began = self._last = time.monotonic()
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        """End a stage."""
+        now = time.monotonic()
+        self.seconds[stage] = now - self._last
+        self._last = now
+
+    def timings(self) -> Timings:
+        return Timings(**self.seconds, total=time.monotonic() - self._began)
+
+
+class Answering:
+    """Answers queries, prompts and chats about images, each within `limits.request_seconds`."""
+
+    def __init__(self, config: ServeConfig, served: Served, models: Models, decoder: Decoder) -> None:
+        self.config, self.served, self.models = config, served, models
+        self._decoder = decoder
+        self._seconds = config.limits.request_seconds
+        self._probing, self._ready_until = asyncio.Lock(), 0.0
+
+    async def ground(self, upload: Upload, query: str, options: GroundOptions, request_id: str) -> Found:
+        """Answer a query. Raises ValueError for what is wrong with it, and `Failed` for what is not."""
+        ask, clock = self._ask(query, options), Clock()
+        async with _within(self._seconds):
+            picture = await self._picture(upload, clock)
+            async with _ahead(self.models, picture):
+                samples = await self.models.sample(picture, ask)
+                clock.lap("reason")
+                return await self._found(picture, samples, query, options, clock, request_id)
+
+    async def ground_stream(
+        self, upload: Upload, query: str, options: GroundOptions, request_id: str
+    ) -> AsyncIterator[ReasoningEvent | AnswerEvent | GroundResponse]:
+        """The completion as it is written (of several samples nothing), then box and points, then the whole answer."""
+        ask, clock = self._ask(query, options), Clock()
+        async with _within(self._seconds):
+            picture = await self._picture(upload, clock)
+            async with _ahead(self.models, picture):
+                samples = None
+                if ask.sampling.n > 1:
+                    samples = await self.models.sample(picture, ask)
+                else:
+                    async for piece in self.models.stream(picture, ask):
+                        if isinstance(piece, str):
+                            yield ReasoningEvent(text=piece)
+                        else:
+                            samples = piece
+                assert samples is not None, "a stream ends with the samples"
+                clock.lap("reason")
+                if len(samples.completions) == 1:
+                    (answer,) = self._answers(samples)
+                    yield self._answer_event(answer, ask)
+                found = await self._found(picture, samples, query, options, clock, request_id)
+                if len(samples.completions) > 1:
+                    yield self._answer_event(found.answer, ask)
+                yield found.response
+
+    async def segment(
+        self, upload: Upload | str, options: SegmentOptions, request_id: str
+    ) -> tuple[SegmentResponse, Drawn]:
+        """The expert's mask for a caller's box or points, about an image or about the id of one that was sent
+        before."""
+        prompt, clock = _prompt(options), Clock()
+        async with _within(self._seconds):
+            picture = None if isinstance(upload, str) else await self._picture(upload, clock)
+            image_id = upload if isinstance(upload, str) else upload.id
+            clock.seconds.setdefault("decode", 0.0)
+            drawn = await self.models.segment(image_id, picture, prompt)
+            clock.lap("segment")
+        return SegmentResponse(**self._mask_fields(drawn, options.mask, clock, image_id, request_id)), drawn
+
+    async def chat(self, upload: Upload, ask: Ask) -> GroupSamples:
+        """The completions of a chat's one message."""
+        async with _within(self._seconds):
+            return await self.models.sample(await self._picture(upload, Clock()), ask)
+
+    async def chat_stream(self, upload: Upload, ask: Ask) -> AsyncIterator[str | GroupSamples]:
+        """One completion as it is written, and then the whole."""
+        async with _within(self._seconds):
+            async for piece in self.models.stream(await self._picture(upload, Clock()), ask):
+                yield piece
+
+    async def ready(self) -> None:
+        """Raises where the models cannot ground a tiny image. They are asked once in a while, whoever calls."""
+        async with self._probing:
+            if time.monotonic() >= self._ready_until:
+                async with _within(min(_PROBE_SECONDS, self._seconds)):
+                    await self.models.ready()
+                self._ready_until = time.monotonic() + _READY_SECONDS
+
+    def _ask(self, query: str, options: GroundOptions) -> Ask:
+        limits, rollout = self.config.limits, self.config.rollout
+        check_query(query)
+        if len(query) > limits.query_characters:
+            raise Mistake(
+                f"the query has {len(query)} characters, and {limits.query_characters} are allowed; shorten it"
+            )
+        if options.samples > limits.samples:
+            raise Mistake(f"{options.samples} samples were asked for, and {limits.samples} are allowed; lower samples")
+        several = options.samples > 1
+        return Ask(
+            text=query,
+            think=options.think,
+            sampling=SamplingParams(
+                n=options.samples,
+                temperature=rollout.temperature if several else 0.0,
+                max_tokens=rollout.max_tokens,
+                seed=options.seed if several else None,
+            ),
+        )
+
+    async def _picture(self, upload: Upload, clock: Clock) -> Picture:
+        pixels = await self._decoder.decode(upload.data, window=upload.window, frame=upload.frame)
+        clock.lap("decode")
+        return Picture(id=upload.id, pixels=pixels)
+
+    def _answers(self, samples: GroupSamples) -> list[Answer]:
+        """In original pixels."""
+        frame = self.served.spec.frame
+        return [parse_answer(each.text).to_original(samples.frames, frame) for each in samples.completions]
+
+    def _answer_event(self, answer: Answer, ask: Ask) -> AnswerEvent:
+        return AnswerEvent(
+            reasoning=answer.think,
+            well_formed=answer.well_formed(think=self._thinks(ask.think)),
+            box=answer.box,
+            points=answer.points,
+        )
+
+    def _thinks(self, asked: bool | None) -> bool:
+        return self.served.spec.think if asked is None else asked
+
+    async def _found(
+        self,
+        picture: Picture,
+        samples: GroupSamples,
+        query: str,
+        options: GroundOptions,
+        clock: Clock,
+        request_id: str,
+    ) -> Found:
+        answers = self._answers(samples)
+        usable = any(answer.promptable for answer in answers)
+        drawn = await self.models.draw(picture, answers) if usable else None
+        clock.lap("segment")
+        chosen = 0 if drawn is None else drawn.chosen
+        answer, completion = answers[chosen], samples.completions[chosen]
+        response = GroundResponse(
+            query=query,
+            reasoning=answer.think,
+            well_formed=answer.well_formed(think=self._thinks(options.think)),
+            box=answer.box,
+            points=answer.points,
+            confidence=_confidence(drawn, options.samples),
+            completion=completion.text,
+            model=self.served.name,
+            policy_version=completion.policy_version,
+            **self._mask_fields(drawn, options.mask, clock, picture.id, request_id, picture),
+        )
+        return Found(response=response, answer=answer, picture=picture, drawn=drawn)
+
+    def _mask_fields(
+        self,
+        drawn: Drawn | None,
+        form: MaskFormat,
+        clock: Clock,
+        image_id: str,
+        request_id: str,
+        picture: Picture | None = None,
+    ) -> dict[str, Any]:
+        height, width = (drawn.height, drawn.width) if drawn else picture.pixels.shape[:2] if picture else (0, 0)
+        png = form == "png" and drawn is not None
+        return {
+            "mask": Rle.model_validate(drawn.mask) if drawn and form == "rle" else None,
+            "mask_png": base64.b64encode(encode_png(decode_rle(drawn.mask))).decode() if png and drawn else None,
+            "score": drawn.score if drawn else None,
+            "width": width,
+            "height": height,
+            "image_id": image_id,
+            "expert": self.served.expert,
+            "expert_licence": self.served.licence,
+            "timings": clock.timings(),
+            "request_id": request_id,
+        }
+
+
+@asynccontextmanager
+async def _ahead(models: Models, picture: Picture) -> AsyncIterator[None]:
+    """Have an image embedded while the reasoner writes. Whoever draws on it embeds it otherwise, so what goes wrong
+    here is of no consequence."""
+    task = asyncio.ensure_future(models.embed(picture))
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+@asynccontextmanager
+async def _within(seconds: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise TimedOut(f"no answer within {seconds:g} s; try again later") from None
+
+
+def _prompt(options: SegmentOptions) -> Prompt:
+    if options.box is None and not options.points:
+        raise Mistake("there is neither a box nor a point to draw a mask for; give at least one")
+    labels = options.labels or (1,) * len(options.points)
+    if len(labels) != len(options.points):
+        raise Mistake(f"there are {len(labels)} labels of {len(options.points)} points; give one for each, or none")
+    return Prompt(box=options.box, points=options.points, labels=labels)
+
+
+def _confidence(drawn: Drawn | None, samples: int) -> float | None:
+    """Of several answers of which none can be drawn, none agrees with another."""
+    if samples == 1:
+        return None
+    return drawn.confidence if drawn else 0.0
