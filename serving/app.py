@@ -7,6 +7,7 @@
 Prompt, parser, engine and expert are those of training and evaluation: a served answer equals the evaluated one.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,19 @@ def _deployment(kind: type, actors: PoolConfig, queue: Queue, config: ServeConfi
         logging_config=logging_config(),
         **_HEALTH,
         **_replicas(actors, queue),
-    )
+    ).options(version=_version(config), _internal=True)
     return deployment
+
+
+def _version(config: ServeConfig) -> str:
+    """Digest of what a running replica cannot take over. Without a version Serve would start all replicas anew at each
+    `serve.run`; of one version it changes their number, and hands them their `user_config`."""
+    counts = {"actors", "autoscale"}
+    light: dict[str, Any] = {
+        **dict.fromkeys(("model", "keys", "keys_file", "reasoner_queue", "segmenter_queue", "ingress_queue"), True),
+        **dict.fromkeys(("rollout", "segmenter", "ingress"), counts),
+    }
+    return hashlib.sha256(config.model_dump_json(exclude=light).encode()).hexdigest()[:16]
 
 
 def _replicas(actors: PoolConfig, queue: Queue) -> dict[str, Any]:
