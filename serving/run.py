@@ -111,8 +111,8 @@ def is_loopback(host: str) -> bool:
 def _refuse_open(host: str) -> None:
     if not is_loopback(host):
         raise Mistake(
-            f"whoever reaches {host} could use the service; give it keys with --keys FILE (`medreasoner key NAME` makes "
-            f"one), or let it listen on {HOST}"
+            f"whoever reaches {host} could use the service; give it keys with --keys FILE (`medreasoner key NAME` "
+            f"makes one), or let it listen on {HOST}"
         )
 
 

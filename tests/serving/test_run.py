@@ -7,7 +7,7 @@ import httpx
 import pytest
 from ray import serve
 
-from serving.run import NAME, Service, applications, refuse_collision
+from serving.run import NAME, Service, applications, is_loopback, refuse_collision
 
 
 class Greeter:
@@ -49,13 +49,23 @@ def test_what_others_serve_goes_on_when_ours_ends(ray_cluster, capsys):
     serve.shutdown()
 
 
-@pytest.mark.parametrize("prefix", ["/", "/v1", "/v1/", "/v1/ground", "/healthz"])
+@pytest.mark.parametrize("prefix", ["/", "/v1", "/v1/", "/v1/ground", "/v1/chat", "/docs", "/metrics", "/healthz"])
 def test_an_application_that_answers_where_ours_would_is_named(prefix):
     with pytest.raises(ValueError, match=f"the application theirs of this cluster answers at {prefix}, where"):
         refuse_collision({"theirs": prefix})
 
 
 def test_applications_elsewhere_are_no_obstacle():
-    refuse_collision({"a": "/v1/groundwork", "b": "/v2", "c": None, "d": "/v1/chat"})
+    refuse_collision({"a": "/v1/groundwork", "b": "/v2", "c": None, "d": "/v1/chatter"})
     with pytest.raises(ValueError, match=NAME):
         refuse_collision({NAME: None})
+
+
+@pytest.mark.parametrize(
+    ("host", "alone"), [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False)]
+)
+def test_without_keys_only_this_machine_may_reach_it(host, alone):
+    assert is_loopback(host) == alone
+    if not alone:
+        with pytest.raises(ValueError, match=r"give it keys with --keys FILE"):
+            Service({"auth": "off"}, host=host, port=1).start()
