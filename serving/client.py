@@ -142,6 +142,10 @@ class ServiceError(Exception):
 class RequestRefused(ServiceError, Mistake):
     """The request itself is wrong: the image, the query, the options, the key, or the address. A ValueError."""
 
+    def __str__(self) -> str:
+        # No log is needed to mend it.
+        return self.detail
+
 
 class ServiceBusy(ServiceError):
     """The service cannot answer now, or not in time: try again later."""

@@ -285,7 +285,7 @@ def test_an_answer_is_read_while_it_is_written(client, server, cut):
     *written, answer, found = client.ground_stream(BLOCKS, QUERY)
     assert "".join(piece.text for piece in written) == COMPLETION
     assert answer == AnswerEvent(reasoning=THOUGHTS, well_formed=True, box=BOX, points=POINTS)
-    assert isinstance(found, Grounded) and np.array_equal(found.mask_array, MASK)
+    assert isinstance(found, Grounded) and found.mask_array is not None and np.array_equal(found.mask_array, MASK)
     assert found.overlay().shape == BLOCKS.shape
 
 
@@ -309,7 +309,7 @@ def test_a_problem_within_a_stream_ends_it(client, server, type, error):
     server.events[2:] = [("error", json.dumps(told))]
     stream = client.ground_stream(BLOCKS, QUERY)
     assert [next(stream).text, next(stream).text] == PIECES[:2]
-    with pytest.raises(error, match=r"a sentence \(request r9\)") as raised:
+    with pytest.raises(error, match="a sentence") as raised:
         next(stream)
     assert (raised.value.type, raised.value.request_id, raised.value.status) == (type, "r9", None)
     assert len(server.asked) == 1
