@@ -180,7 +180,39 @@ def check_query(query: str) -> None:
 def read_image(path: str | Path, *, window: Window | None = None, frame: int | None = None) -> NDArray[np.uint8]:
     """Read an image file as uint8 [H, W, 3]. window, frame: as `decode_image` takes them. Raises ValueError for what is
     no file or no image."""
-    return decode_image(_read(Path(path)), str(path), window=window, frame=frame)
+    return decode_image(read_file(Path(path)), str(path), window=window, frame=frame)
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of an image file. Raises ValueError for what is no file."""
+    try:
+        # A device or a pipe might never end.
+        if path.is_file():
+            return path.read_bytes()
+    except OSError as error:
+        raise Mistake(f"{path} cannot be read ({error.strerror}); give the path of an image") from error
+    raise Mistake(f"{path} is not a file; give the path of an image")
+
+
+def check_pixels(image: NDArray[np.uint8]) -> None:
+    """Raise ValueError for an array that is not uint8 [H, W, 3]."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise Mistake(f"an image is uint8 [H, W, 3], this one is {image.dtype} {list(image.shape)}")
+
+
+def png_of_pil(image: Image.Image) -> bytes:
+    """A PIL image as a PNG file, with its orientation and transparency. Raises ValueError where it has more than 8 bits
+    a channel, or cannot be decoded."""
+    if image.mode.startswith(("I", "F")):
+        raise Mistake(f"the image has more than 8 bits a channel (mode {image.mode}); window it to 8 bits first")
+    buffer = io.BytesIO()
+    try:
+        if image.mode not in _PNG_MODES:
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        image.save(buffer, "PNG", exif=image.getexif(), compress_level=1)
+    except OSError as error:
+        raise Mistake(f"the image cannot be decoded ({error})") from error
+    return buffer.getvalue()
 
 
 def check_savable(folder: Path, name: str) -> None:
@@ -215,40 +247,16 @@ def _files(folder: Path, name: str) -> tuple[Path, Path, Path]:
     return folder / f"{name}.overlay.png", folder / f"{name}.json", folder / f"{name}.mask.png"
 
 
-def _read(path: Path) -> bytes:
-    try:
-        # A device or a pipe might never end.
-        if path.is_file():
-            return path.read_bytes()
-    except OSError as error:
-        raise Mistake(f"{path} cannot be read ({error.strerror}); give the path of an image") from error
-    raise Mistake(f"{path} is not a file; give the path of an image")
-
-
 def _pixels(image: str | Path | Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
     if isinstance(image, (str, Path)):
         return read_image(image)
     if isinstance(image, Image.Image):
-        return _pixels_of_pil(image)
+        # By way of a file, so that orientation, transparency and depth are treated as in every other image.
+        return decode_image(png_of_pil(image), "the image")
     if not isinstance(image, np.ndarray):
         raise TypeError(f"an image is a path, a PIL image or an array, not {type(image).__name__}")
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        raise Mistake(f"an image is uint8 [H, W, 3], this one is {image.dtype} {list(image.shape)}")
+    check_pixels(image)
     return image
-
-
-def _pixels_of_pil(image: Image.Image) -> NDArray[np.uint8]:
-    """By way of a file, so that orientation, transparency and depth are treated as in every other image."""
-    if image.mode.startswith(("I", "F")):
-        raise Mistake(f"the image has more than 8 bits a channel (mode {image.mode}); window it to 8 bits first")
-    buffer = io.BytesIO()
-    try:
-        if image.mode not in _PNG_MODES:
-            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-        image.save(buffer, "PNG", exif=image.getexif(), compress_level=1)
-    except OSError as error:
-        raise Mistake(f"the image cannot be decoded ({error})") from error
-    return decode_image(buffer.getvalue(), "the image")
 
 
 def _check_device(device: str) -> None:

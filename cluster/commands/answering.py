@@ -7,13 +7,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.status import Status
+from rich.text import Text
 
 from cluster.commands.options import Checkpoint, DryRun, Expert, Prompt, console, examples, run_folders
+from umrg.mistake import Mistake
+
+if TYPE_CHECKING:
+    from serving.client import Options
+    from serving.grounder import Grounding
 
 if TYPE_CHECKING:
     from serving.config import ServeConfig
 
 TINY_REASONER = Path(__file__).parents[2] / "models" / "tiny-reasoner"
+_LINES = 6
+"""How many lines of the reasoning a terminal shows while it is written."""
 
 answering_app = typer.Typer()
 
@@ -99,15 +108,24 @@ def _print_service(config: "ServeConfig", host: str, port: int) -> None:
     epilog=examples(
         'medreasoner ground docs/pictures/example.png "What may break in old age?" --model runs/demo',
         'medreasoner ground chest.png "Which organ pumps the blood?" --window 40,400 --out answers',
+        'medreasoner ground chest.png "Which organ pumps the blood?" --server https://grounder:8000 --samples 8',
     )
 )
 def ground(
+    ctx: typer.Context,
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="PNG, JPEG, TIFF, WebP or the like.")],
     query: Annotated[str, typer.Argument(metavar="QUERY", help="What is asked about the image.")],
     model: Annotated[Path, typer.Option(help="Folder of the reasoner.", autocompletion=run_folders)] = TINY_REASONER,
     prompt: Prompt = None,
     expert: Expert = "tiny",
     checkpoint: Checkpoint = None,
+    server: Annotated[
+        str | None, typer.Option(metavar="URL", help="A service that answers, instead of models loaded here.")
+    ] = None,
+    key_file: Annotated[
+        Path | None, typer.Option(help="File with the key for the service, instead of MEDREASONER_KEY.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Answers that the service puts to a vote.")] = 1,
     window: Annotated[
         str | None,
         typer.Option(metavar="CENTRE,WIDTH", help="Values that become gray levels; for more than 8 bits a channel."),
@@ -117,18 +135,90 @@ def ground(
 ) -> None:
     """Answer a query about one image: reasoning, box and points; overlay and mask are saved.
 
-    Exit code 1 where the answer has no usable box and points."""
-    with Console(stderr=True).status("grounding"):
-        from serving.grounder import Grounder, abridged, check_query, check_savable, read_image
+    Exit code 1 where the answer has no usable box and points, or where a service cannot answer."""
+    _refuse_of_the_other_way(ctx, server)
+    with Console(stderr=True).status("grounding") as status:
+        from serving.grounder import Grounder, check_query, check_savable, read_image
         from umrg.windowing import Window
 
         # Loading a model may take minutes: whatever can be wrong with the rest is found before.
         check_query(query)
         pixels = read_image(image, window=None if window is None else Window.parse(window), frame=frame)
         check_savable(out, image.stem)
-        grounder = Grounder.load(model, expert, checkpoint=checkpoint, prompt=prompt)
-        grounding = grounder.ground(pixels, query)
+        confidence = None
+        if server is None:
+            grounder = Grounder.load(model, expert, checkpoint=checkpoint, prompt=prompt)
+            grounding = grounder.ground(pixels, query)
+        else:
+            options: Options = {"samples": samples, "window": window, "frame": frame}
+            grounding, confidence = _asked(server, key_file, image, query, options, status)
         saved = ", ".join(str(file) for file in grounding.save(out, image.stem))
+    _print_answer(grounding, confidence, saved)
+
+
+def _refuse_of_the_other_way(ctx: typer.Context, server: str | None) -> None:
+    """Raise ValueError for options that only a model loaded here has, where a service answers, or the other way
+    round."""
+    names = ("samples", "key_file") if server is None else ("model", "prompt", "expert", "checkpoint")
+    given = [f"--{name}".replace("_", "-") for name in names if _was_given(ctx, name)]
+    these = f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'}"
+    if given and server is None:
+        raise Mistake(f"{these} for a service; give its address with --server")
+    if given:
+        raise Mistake(f"{these} the service's own choice; leave out either that or --server")
+
+
+def _was_given(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _asked(
+    server: str, key_file: Path | None, image: Path, query: str, options: "Options", status: Status
+) -> tuple["Grounding", float | None]:
+    """A service's answer and its confidence; on a terminal the reasoning is shown while it is written. A service that
+    cannot answer now, or fails, ends the command with exit code 1."""
+    from serving.client import Client, Grounded, ReasoningEvent, ServiceBusy, ServiceFault, Unreachable
+
+    written = ""
+    try:
+        with Client(server, key=None if key_file is None else _key(key_file)) as client:
+            if not status.console.is_terminal:
+                found = client.ground(image, query, **options)
+                return found.grounding(), found.confidence
+            for event in client.ground_stream(image, query, **options):
+                if isinstance(event, ReasoningEvent):
+                    written += event.text
+                    status.update(_tail(written, status.console))
+                elif isinstance(event, Grounded):
+                    return event.grounding(), event.confidence
+    except Unreachable as error:
+        raise Mistake(str(error)) from error
+    except (ServiceBusy, ServiceFault) as error:
+        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(1) from None
+    raise AssertionError("a stream ends with the answer, or with an error")
+
+
+def _key(path: Path) -> str:
+    if not path.is_file():
+        raise Mistake(f"{path} is not a file; give one that holds the key alone")
+    # What is no key's text is refused by the client.
+    key = path.read_text(errors="replace").strip()
+    if not key:
+        raise Mistake(f"{path} is empty; write the key into it")
+    return key
+
+
+def _tail(written: str, terminal: Console) -> Text:
+    """The last lines of a text that grows."""
+    return Text.assemble("grounding\n", (written[-_LINES * terminal.width :], "dim"))
+
+
+def _print_answer(grounding: "Grounding", confidence: float | None, saved: str) -> None:
+    """The answer as lines. Exit code 1 where it has no usable box and points."""
+    from serving.grounder import abridged
+
     box, points = grounding.box, grounding.points
     if box is None or points is None:
         typer.echo(f"no usable box and points in the answer: {abridged(grounding.completion)}")
@@ -137,4 +227,6 @@ def ground(
     typer.echo(f"reasoning  {grounding.reasoning or '(none)'}")
     typer.echo(f"box        {', '.join(f'{v:.0f}' for v in box)}  (x1, y1, x2, y2 in pixels)")
     typer.echo(f"points     {'; '.join(f'{x:.0f}, {y:.0f}' for x, y in points)}  (x, y)")
+    if confidence is not None:
+        typer.echo(f"confidence {confidence:.2f}")
     typer.echo(f"saved      {saved}")
