@@ -15,9 +15,7 @@ def key(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Whose it is: a client or a person.")],
     file: Annotated[
         Path | None,
-        typer.Option(
-            dir_okay=False, metavar="FILE", help="YAML file of keys that it is added to; made where missing."
-        ),
+        typer.Option(dir_okay=False, metavar="FILE", help="YAML file of keys that it is added to; made where missing."),
     ] = None,
 ) -> None:
     """Make a key for a client of the service, and print it; it is shown this once.
