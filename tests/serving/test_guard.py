@@ -152,7 +152,7 @@ def test_a_problem_names_the_request():
 
 
 def test_what_the_servers_lifespan_has_left_in_the_state_stays():
-    scope = Client("/state").scope | {"state": {"of_the_lifespan": 1}}
+    scope = {**Client("/state").scope, "state": {"of_the_lifespan": 1}}
     seen: dict[str, Any] = {}
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
