@@ -37,10 +37,7 @@ HEADERS: Mapping[str, str] = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
-"""Of every response."""
-
-DOCS_POLICY = f"{HEADERS['Content-Security-Policy']}; img-src 'self' data:"
-"""Content-Security-Policy of the documentation's page, whose style sheet has pictures in it."""
+"""Of every response, whatever a route has set."""
 
 _DOCS_FILE = re.compile(r"/docs/[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)+")
 _LENGTH = re.compile(r"[0-9]{1,18}")
@@ -89,7 +86,7 @@ class Guard:
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id, headers, path = uuid.uuid4().hex, Headers(scope=scope), get_route_path(scope)
         most = _most_bytes(headers.get("content-type", ""), self.limits)
-        exchange = _Exchange(receive, send, most, self.limits.upload_seconds, _headers(path, request_id))
+        exchange = _Exchange(receive, send, most, self.limits.upload_seconds, {**HEADERS, REQUEST_ID: request_id})
         failure: Exception | None = None
         with ExitStack() as stack:
             try:
@@ -190,12 +187,6 @@ class _Exchange:
 def is_open(path: str) -> bool:
     """Whether a path needs no key."""
     return path in OPEN or _DOCS_FILE.fullmatch(path) is not None
-
-
-def _headers(path: str, request_id: str) -> dict[str, str]:
-    """What is set on the response, whatever the application has set."""
-    policy = {"Content-Security-Policy": DOCS_POLICY} if path == "/docs" else {}
-    return {**HEADERS, **policy, REQUEST_ID: request_id}
 
 
 def _refusal(refused: Refused, request_id: str) -> Response:
