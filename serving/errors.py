@@ -1,9 +1,13 @@
 """Every error as an HTTP status and a `Problem`. A client learns what to change, or when to try again; of a fault of
 ours it learns the request's id alone. What a client sent is neither repeated here nor logged."""
 
+import logging
 import math
-from collections.abc import Mapping, Sequence
+import re
+import traceback
+from collections.abc import Mapping
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -34,12 +38,22 @@ _SENTENCES = {
 }
 """In place of a bare phrase."""
 
+_OUR_FAULT = "the service failed; its log has the error under the id {}"
+
 _REPEATING = {"union_tag_invalid", "get_attribute_error", "mapping_type", "date_parsing", "datetime_parsing"}
 _REPEATING |= {"time_parsing", "time_delta_parsing", "date_from_datetime_parsing", "url_parsing", "uuid_parsing"}
 """Faults whose message may hold a part of the value."""
 
 _NAME = 64
 """Characters of a field's name that are shown: an unknown field has the name that the client gave it."""
+
+_ROOT = Path(__file__).parents[1]
+_OURS = {"umrg", "reasoner", "actors", "serving"}
+_FRAME = re.compile(r'^ *File "([^"\n]+)", line (\d+), in ', re.MULTILINE)
+
+_MODULE = re.compile(r"(\w{1,64})/(?:\w{1,64}/){0,4}\w{1,64}\.py")
+
+_log = logging.getLogger(__name__)
 
 
 def problem(status: int, type: str, detail: str, request_id: str, retry_after: float | None = None) -> JSONResponse:
@@ -52,19 +66,15 @@ def problem(status: int, type: str, detail: str, request_id: str, retry_after: f
 
 def internal(request_id: str) -> JSONResponse:
     """The response for a fault of ours."""
-    detail = f"the service failed; its log has the error under the id {request_id}"
-    return problem(500, "internal", detail, request_id)
+    return problem(500, "internal", _OUR_FAULT.format(request_id), request_id)
 
 
 def install(api: FastAPI) -> None:
     """Register the handlers that make a `Problem` of each error of a route. `serving.guard.Guard` goes around the
     application: it names requests, and catches what escapes."""
-    api.add_exception_handler(Mistake, _mistake)
-    for failure in _FAILURES:
-        api.add_exception_handler(failure, _failure)
-    api.add_exception_handler(RequestValidationError, _invalid)
-    api.add_exception_handler(HTTPException, _http)
-    api.add_exception_handler(Exception, _fault)
+    kinds: tuple[type[Exception], ...] = (Mistake, *_FAILURES, RequestValidationError, HTTPException, Exception)
+    for kind in kinds:
+        api.add_exception_handler(kind, _answer)
 
 
 def bare(error: BaseException) -> BaseException:
@@ -73,41 +83,46 @@ def bare(error: BaseException) -> BaseException:
     return cause if isinstance(cause, BaseException) else error
 
 
-async def _mistake(request: Request, error: Exception) -> Response:
-    return problem(400, "bad_request", str(bare(error)), _id(request))
+def problem_of(error: Exception, request_id: str) -> Problem:
+    """An error as a Problem, for an answer whose status is sent already. A fault of ours is logged."""
+    status, type, detail, _ = _told(error, request_id)
+    if status == 500:
+        log_failure(request_id, error)
+    return Problem(detail=detail, type=type, request_id=request_id)
 
 
-async def _failure(request: Request, error: Exception) -> Response:
+def log_failure(request_id: str, error: Exception) -> None:
+    """Log an error's kind and place; its message might hold what a client sent."""
+    _log.error("request %s failed: %s", request_id, described(error))
+
+
+def _told(error: Exception, request_id: str) -> tuple[int, str, str, float | None]:
+    """Status, type, sentence and, where it may be tried again, after how many seconds."""
     found = bare(error)
-    status, type, sentence, retry_after = next(told for kind, told in _FAILURES.items() if isinstance(error, kind))
-    return problem(status, type, str(found) or sentence, _id(request), retry_after)
+    if isinstance(found, Mistake):
+        return 400, "bad_request", str(found), None
+    for failure, (status, type, sentence, retry_after) in _FAILURES.items():
+        if isinstance(found, failure):
+            return status, type, str(found) or sentence, retry_after
+    if isinstance(found, RequestValidationError):
+        return 422, "invalid", "; ".join(map(_fault_in_words, found.errors())), None
+    if isinstance(found, HTTPException):
+        phrase = HTTPStatus(found.status_code).phrase
+        type = _TYPES.get(found.status_code, phrase.lower().replace(" ", "_"))
+        detail = _SENTENCES.get(found.status_code, phrase) if found.detail == phrase else str(found.detail)
+        return found.status_code, type, detail, None
+    return 500, "internal", _OUR_FAULT.format(request_id), None
 
 
-async def _invalid(request: Request, error: Exception) -> Response:
-    faults: Sequence[Any] = error.errors() if isinstance(error, RequestValidationError) else ()
-    return problem(422, "invalid", "; ".join(map(_fault_in_words, faults)), _id(request))
-
-
-async def _http(request: Request, error: Exception) -> Response:
-    found = bare(error)
-    if not isinstance(found, HTTPException):
-        return internal(_id(request))
-    status, detail = found.status_code, str(found.detail)
-    phrase = HTTPStatus(status).phrase
-    type = _TYPES.get(status, phrase.lower().replace(" ", "_"))
-    response = problem(status, type, _SENTENCES.get(status, detail) if detail == phrase else detail, _id(request))
-    response.headers.update(found.headers or {})
-    return response
-
-
-async def _fault(request: Request, _: Exception) -> Response:
-    # Starlette raises the error again after this answer, and the guard logs it.
-    return internal(_id(request))
-
-
-def _id(request: Request) -> str:
+async def _answer(request: Request, error: Exception) -> Response:
+    # Of a fault of ours Starlette raises the error again after this answer, and the guard logs it.
     state: Mapping[str, Any] = request.scope.get("state", {})
-    return str(state.get("request_id", "none"))
+    request_id = str(state.get("request_id", "none"))
+    status, type, detail, retry_after = _told(error, request_id)
+    response = problem(status, type, detail, request_id, retry_after)
+    if isinstance(found := bare(error), HTTPException):
+        response.headers.update(found.headers or {})
+    return response
 
 
 def _fault_in_words(fault: Mapping[str, Any]) -> str:
@@ -122,3 +137,30 @@ def _fault_in_words(fault: Mapping[str, Any]) -> str:
 def _shown(part: str | int) -> str:
     text = "".join(character if character.isprintable() else "?" for character in str(part))
     return text if len(text) <= _NAME else f"{text[:_NAME]}…"
+
+
+def described(error: BaseException) -> str:
+    """The kinds of an error and of its causes, and the file and line of the innermost frame of our code that the last
+    of them has passed through; of a replica's error that in the replica. Never their messages."""
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None and cause not in chain:
+        chain.append(cause)
+    kinds = " from ".join(type(bare(each)).__name__ for each in chain)
+    places = [place for each in chain if (place := _place(each)) is not None]
+    return f"{kinds} at {places[-1] if places else 'a library'}"
+
+
+def _place(error: BaseException) -> str | None:
+    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if bare(error) is not error:
+        # Ray keeps a replica's traceback as text. The error's message follows it, and may itself look like frames.
+        frames += [(file, int(line)) for file, line in _FRAME.findall(str(error))]
+    ours = [f"{name}:{line}" for file, line in frames if (name := _name_in_ours(file)) is not None]
+    return ours[-1] if ours else None
+
+
+def _name_in_ours(file: str) -> str | None:
+    """A file's path below the root of our code; None for what is not ours, or not there."""
+    name = file.removeprefix(f"{_ROOT}/")
+    found = _MODULE.fullmatch(name)
+    return name if found and found[1] in _OURS and Path(file).is_file() and name != file else None

@@ -3,13 +3,10 @@ headers of security on whatever is answered. A plain ASGI middleware, so that st
 
 import asyncio
 import ipaddress
-import logging
 import re
-import traceback
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 
 from starlette._utils import get_route_path
 from starlette.datastructures import Headers, MutableHeaders
@@ -18,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.config import Limits
-from serving.errors import bare, internal, problem
+from serving.errors import internal, log_failure, problem
 from serving.keys import EVERYBODY, Doorkeeper, Refused
 
 OPEN = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
@@ -44,11 +41,6 @@ _LENGTH = re.compile(r"[0-9]{1,18}")
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\[\]:@/]*)(:[0-9]*)?")
 _ORIGIN = re.compile(r"(https?)://([^/?#@\s]+)")
 _MIB = 1 << 20
-_ROOT = Path(__file__).parents[1]
-_OURS = {"umrg", "reasoner", "actors", "serving"}
-_FRAME = re.compile(r'^ *File "([^"\n]+)", line (\d+), in ', re.MULTILINE)
-
-_log = logging.getLogger(__name__)
 
 
 class BrokenResponse(RuntimeError):
@@ -98,7 +90,8 @@ class Guard:
                 exchange.refused = refused
             except Exception as error:  # noqa: BLE001  # whatever it is, what it says may not leave this process
                 failure = error
-                _log_failure(request_id, error, gone=exchange.gone or exchange.refused is not None)
+                if not exchange.explains(error):
+                    log_failure(request_id, error)
         # Out of the handler, so that an error here does not carry the first one's message as its context.
         await exchange.finish(scope, request_id, failed=failure is not None)
 
@@ -137,6 +130,10 @@ class _Exchange:
         if self.refused is not None:
             return {"type": "http.disconnect"}
         return self._seen(await self._receive())
+
+    def explains(self, error: Exception) -> bool:
+        """Whether an error says no more than that the client has left."""
+        return (self.gone or self.refused is not None) and isinstance(error, (ClientDisconnect, OSError))
 
     async def send(self, message: Message) -> None:
         """A message of the application's response. What it makes of a request that was refused meanwhile is dropped:
@@ -249,39 +246,3 @@ def _is_address(host: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _log_failure(request_id: str, error: Exception, *, gone: bool) -> None:
-    """Log an error's kind and place; its message might hold what a client sent. gone: whether the client has left, of
-    which an application's error may tell no more."""
-    if not (gone and isinstance(error, (ClientDisconnect, OSError))):
-        _log.error("request %s failed: %s", request_id, described(error))
-
-
-def described(error: BaseException) -> str:
-    """The kinds of an error and of its causes, and the file and line of the innermost frame of our code that the last
-    of them has passed through; of a replica's error that in the replica. Never their messages."""
-    chain = [error]
-    while (cause := chain[-1].__cause__) is not None and cause not in chain:
-        chain.append(cause)
-    kinds = " from ".join(type(bare(each)).__name__ for each in chain)
-    places = [place for each in chain if (place := _place(each)) is not None]
-    return f"{kinds} at {places[-1] if places else 'a library'}"
-
-
-def _place(error: BaseException) -> str | None:
-    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    if bare(error) is not error:
-        # Ray keeps a replica's traceback as text. The error's message follows it, and may itself look like frames.
-        frames += [(file, int(line)) for file, line in _FRAME.findall(str(error))]
-    ours = [f"{name}:{line}" for file, line in frames if (name := _name_in_ours(file)) is not None]
-    return ours[-1] if ours else None
-
-
-def _name_in_ours(file: str) -> str | None:
-    """A file's path below the root of our code; None for what is not ours, or not there."""
-    path = Path(file)
-    if not path.is_relative_to(_ROOT):
-        return None
-    name = path.relative_to(_ROOT)
-    return str(name) if name.parts[0] in _OURS and ".." not in name.parts and path.is_file() else None

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
@@ -13,7 +14,7 @@ from ray.exceptions import RayTaskError
 
 from serving.api import GroundRequest, Problem, SegmentRequest
 from serving.config import Limits
-from serving.errors import install, problem
+from serving.errors import install, problem, problem_of
 from serving.guard import Guard
 from serving.keys import Doorkeeper
 from serving.messages import Failed, Overloaded, TimedOut, Unavailable, UnknownImage
@@ -127,7 +128,9 @@ def test_what_is_logged_names_the_place_in_our_code(caplog):
 def test_what_is_logged_of_a_replicas_error_names_the_place_in_the_replica(caplog):
     from serving import keys
 
-    forged = f'  File "/srv/{CANARY}.py", line 7, in serving\n'
+    root = Path(keys.__file__).parents[1]
+    paths = (f"/srv/{CANARY}.py", root, f"{root}/", f"{root}/serving/{CANARY}.py", f"{root}/serving/../{CANARY}.py")
+    forged = "".join(f'  File "{path}", line 7, in serving\n' for path in (*paths, f"{root}/serving/{'x' * 5000}.py"))
     frames = f'  File "{keys.__file__}", line 41, in answer\n    fail()\n{forged}'
     ask(raising(in_a_replica(ValueError(forged), frames)))
     assert "ValueError at serving/keys.py:41" in caplog.text and CANARY not in caplog.text
@@ -197,6 +200,15 @@ def test_an_unknown_fields_name_is_shown_shortened():
 def test_a_form_that_cannot_be_parsed_is_the_clients_mistake():
     response = ask(fields(), path="/form", content=b"junk", headers={"content-type": "multipart/form-data"})
     assert response.status_code == 400 and told(response).type == "bad_request"
+
+
+def test_in_the_middle_of_an_answer_the_problem_is_told_without_a_status(caplog):
+    assert problem_of(in_a_replica(Mistake("ask something")), "an-id").type == "bad_request"
+    assert problem_of(Unavailable(), "an-id").type == "unavailable" and caplog.records == []
+    failed = problem_of(in_a_replica(ValueError(CANARY)), "an-id")
+    assert failed.type == "internal" and failed.request_id == "an-id" and CANARY not in failed.detail
+    assert "request an-id failed: RayTaskError(ValueError)" not in caplog.text  # what it was, not how it came here
+    assert "request an-id failed: ValueError" in caplog.text and CANARY not in caplog.text
 
 
 def test_retry_after_is_a_whole_number_of_seconds_of_at_least_one():
