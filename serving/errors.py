@@ -12,6 +12,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from starlette._utils import get_route_path
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -38,11 +39,16 @@ _SENTENCES = {
 }
 """In place of a bare phrase."""
 
+_OPENAI = ("/v1/chat/", "/v1/models")
+"""Where paths of OpenAI's interface begin."""
+
 _OUR_FAULT = "the service failed; its log has the error under the id {}"
 
 _REPEATING = {"union_tag_invalid", "get_attribute_error", "mapping_type", "date_parsing", "datetime_parsing"}
 _REPEATING |= {"time_parsing", "time_delta_parsing", "date_from_datetime_parsing", "url_parsing", "uuid_parsing"}
 """Faults whose message may hold a part of the value."""
+
+_PARTS = {"body", "query", "path", "header", "cookie"}
 
 _NAME = 64
 """Characters of a field's name that are shown: an unknown field has the name that the client gave it."""
@@ -56,17 +62,22 @@ _MODULE = re.compile(r"(\w{1,64})/(?:\w{1,64}/){0,4}\w{1,64}\.py")
 _log = logging.getLogger(__name__)
 
 
-def problem(status: int, type: str, detail: str, request_id: str, retry_after: float | None = None) -> JSONResponse:
+def problem(
+    status: int, type: str, detail: str, request_id: str, retry_after: float | None = None, *, path: str = ""
+) -> JSONResponse:
     """The response that tells a problem. type: its kind, for programs. detail: a sentence. request_id: names the
-    request in the log. retry_after: seconds after which to try again, as a header rounded up."""
-    told = Problem(detail=detail, type=type, request_id=request_id)
+    request in the log. retry_after: seconds after which to try again, as a header rounded up. path: what was asked;
+    clients of OpenAI's interface find the sentence also where they look for it."""
+    content: dict[str, Any] = Problem(detail=detail, type=type, request_id=request_id).model_dump()
+    if path.startswith(_OPENAI):
+        content["error"] = {"message": detail, "type": type, "param": None, "code": type}
     headers = {} if retry_after is None else {"Retry-After": str(max(1, math.ceil(retry_after)))}
-    return JSONResponse(told.model_dump(), status_code=status, headers=headers)
+    return JSONResponse(content, status_code=status, headers=headers)
 
 
-def internal(request_id: str) -> JSONResponse:
+def internal(request_id: str, *, path: str = "") -> JSONResponse:
     """The response for a fault of ours."""
-    return problem(500, "internal", _OUR_FAULT.format(request_id), request_id)
+    return problem(500, "internal", _OUR_FAULT.format(request_id), request_id, path=path)
 
 
 def install(api: FastAPI) -> None:
@@ -119,7 +130,7 @@ async def _answer(request: Request, error: Exception) -> Response:
     state: Mapping[str, Any] = request.scope.get("state", {})
     request_id = str(state.get("request_id", "none"))
     status, type, detail, retry_after = _told(error, request_id)
-    response = problem(status, type, detail, request_id, retry_after)
+    response = problem(status, type, detail, request_id, retry_after, path=get_route_path(request.scope))
     if isinstance(found := bare(error), HTTPException):
         response.headers.update(found.headers or {})
     return response
@@ -127,9 +138,9 @@ async def _answer(request: Request, error: Exception) -> Response:
 
 def _fault_in_words(fault: Mapping[str, Any]) -> str:
     """The field and what is wrong with it, without its value."""
-    # The first part says whether it is of the body or of the query; of broken JSON the second is a position.
-    whole, *parts = fault["loc"]
-    place = ".".join(map(_shown, parts)) if parts and fault["type"] != "json_invalid" else _shown(whole)
+    # FastAPI says first of which part of the request it is; of broken JSON the rest is a position.
+    parts = ["body"] if fault["type"] == "json_invalid" else list(fault["loc"]) or ["body"]
+    place = ".".join(_shown(part) for part in (parts[1:] if len(parts) > 1 and parts[0] in _PARTS else parts))
     message = str(fault["msg"]).removeprefix("Value error, ")
     return f"{place}: {'the value cannot be read' if fault['type'] in _REPEATING else message}"
 

@@ -93,7 +93,7 @@ class Guard:
                 if not exchange.explains(error):
                     log_failure(request_id, error)
         # Out of the handler, so that an error here does not carry the first one's message as its context.
-        await exchange.finish(scope, request_id, failed=failure is not None)
+        await exchange.finish(scope, request_id, path, failed=failure is not None)
 
     def _let_in(self, stack: ExitStack, path: str, headers: Headers) -> str:
         """Whose request it is; the key's account is charged until the stack is closed. Raises Refused."""
@@ -150,14 +150,14 @@ class _Exchange:
             self._ended = not message.get("more_body", False)
         await self._send(message)
 
-    async def finish(self, scope: Scope, request_id: str, *, failed: bool) -> None:
+    async def finish(self, scope: Scope, request_id: str, path: str, *, failed: bool) -> None:
         """Send what the application left to send: a refusal, or that it failed. Raises BrokenResponse where it failed
         in the middle of its answer."""
         if self.refused is not None and not self._started:
-            response, self.refused = _refusal(self.refused, request_id), None
+            response, self.refused = _refusal(self.refused, request_id, path), None
             await response(scope, self._receive, self.send)
         elif failed and not self._started and not self.gone:
-            await internal(request_id)(scope, self._receive, self.send)
+            await internal(request_id, path=path)(scope, self._receive, self.send)
         elif failed and self._started and not self._ended and not self.gone:
             raise BrokenResponse(f"request {request_id} failed after its answer had begun")
 
@@ -186,8 +186,8 @@ def is_open(path: str) -> bool:
     return path in OPEN or _DOCS_FILE.fullmatch(path) is not None
 
 
-def _refusal(refused: Refused, request_id: str) -> Response:
-    response = problem(refused.status, refused.type, refused.detail, request_id, refused.retry_after)
+def _refusal(refused: Refused, request_id: str, path: str) -> Response:
+    response = problem(refused.status, refused.type, refused.detail, request_id, refused.retry_after, path=path)
     if refused.status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
     return response

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import httpx
 import pytest
-from fastapi import FastAPI, File, Form, HTTPException, Query, UploadFile
-from pydantic import TypeAdapter
+from fastapi import FastAPI, File, Form, HTTPException, Query, Request, UploadFile
+from fastapi.exceptions import RequestValidationError
+from pydantic import TypeAdapter, ValidationError
 from ray.exceptions import RayTaskError
 
 from serving.api import GroundRequest, Problem, SegmentRequest
@@ -190,6 +191,40 @@ def test_an_invalid_field_is_named_with_the_reason_and_without_its_value(path, r
     assert (response.status_code, told(response).type) == (422, "invalid")
     assert said in told(response).detail
     assert CANARY not in response.text and CANARY not in caplog.text
+
+
+def test_a_fault_that_a_route_found_itself_is_named_like_the_frameworks():
+    api = FastAPI()
+    install(api)
+
+    @api.post("/")
+    async def route(request: Request) -> None:
+        try:
+            SegmentRequest.model_validate_json(await request.body())
+        except ValidationError as error:
+            raise RequestValidationError(error.errors(include_url=False, include_input=False)) from None
+
+    assert "box.3: Field required" in told(ask(api, json={"box": [1, 2, 3]})).detail
+    broken = told(ask(api, content=f'{{"{CANARY}')).detail
+    assert broken.startswith("body: Invalid JSON") and CANARY not in broken
+    assert "body: Input should be an object" in told(ask(api, json=[CANARY])).detail
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/models"])
+@pytest.mark.parametrize("error", [Mistake("ask something"), RuntimeError(CANARY)])
+def test_clients_of_openais_interface_find_the_sentence_where_they_look_for_it(path, error):
+    api = FastAPI()
+    install(api)
+
+    @api.post(path)
+    async def route() -> None:
+        raise error
+
+    refused = {"headers": {"origin": "null"}}
+    for response in (ask(api, path=path), ask(api, path=path, **refused), ask(api, path=f"{path}/nothing")):
+        found = told(response)
+        assert response.json()["error"]["message"] == found.detail and response.json()["error"]["type"] == found.type
+    assert "error" not in ask(api, path="/v1/ground").json()
 
 
 def test_an_unknown_fields_name_is_shown_shortened():
