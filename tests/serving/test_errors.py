@@ -220,8 +220,8 @@ def test_clients_of_openais_interface_find_the_sentence_where_they_look_for_it(p
     async def route() -> None:
         raise error
 
-    refused = {"headers": {"origin": "null"}}
-    for response in (ask(api, path=path), ask(api, path=path, **refused), ask(api, path=f"{path}/nothing")):
+    foreign = {"origin": "null"}  # which the guard refuses
+    for response in (ask(api, path=path), ask(api, path=path, headers=foreign), ask(api, path=f"{path}/nothing")):
         found = told(response)
         assert response.json()["error"]["message"] == found.detail and response.json()["error"]["type"] == found.type
     assert "error" not in ask(api, path="/v1/ground").json()
