@@ -18,6 +18,7 @@ from cluster.commands.answering import answering_app
 from cluster.commands.data import data_app
 from cluster.commands.expert import expert_app
 from cluster.commands.jobs import jobs_app
+from cluster.commands.keys import keys_app
 from cluster.commands.planning import planning_app
 from cluster.commands.results import results_app
 from cluster.commands.runs import runs_app
@@ -39,7 +40,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for commands in (jobs_app, submit_app, results_app, answering_app, planning_app):
+for commands in (jobs_app, submit_app, results_app, answering_app, keys_app, planning_app):
     app.add_typer(commands)
 app.add_typer(data_app, name="data")
 app.add_typer(expert_app, name="expert")
