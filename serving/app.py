@@ -19,7 +19,7 @@ from actors.config import PoolConfig
 from actors.experts.registry import check_expert, licence
 from serving.answering import Served
 from serving.config import Key, Queue, ServeConfig, trained_steps
-from serving.ingress import Ingress
+from serving.ingress import Entrance, Ingress
 from serving.keys import read_keys
 from serving.privacy import logging_config
 from serving.reasoner import Reasoner
@@ -41,14 +41,28 @@ def build_app(args: dict[str, Any]) -> Application:
     fields of `ServeConfig`; without a model the bundled tiny one is served. Raises ValueError where they are invalid,
     and where neither keys are given nor `auth: off` is written: Serve chooses the address, so everybody might reach
     it."""
-    config = _on_any_node(ServeConfig.model_validate({"model": BUNDLED, **args}))
-    spec, keys = config.spec(), _keys(config)
-    check_expert(config.expert, config.segmenter.checkpoint, config.segmenter.preprocess)
+    config = _checked(args)
+    keys = config.keys + (read_keys(config.keys_file) if config.keys_file else ())
+    if not keys and config.auth != "off":
+        raise Mistake(
+            "there are no keys, and whoever reaches the service could use it; give keys or keys_file (`medreasoner key "
+            "NAME` makes one), or write auth: off"
+        )
+    return _built(config, keys or None)
+
+
+def build_local_app(args: dict[str, Any]) -> Application:
+    """The same for an address that only this machine reaches: everybody who asks by such an address is let in. Who asks
+    by another name was led here by a page of that name, and is refused."""
+    return _built(_checked(args), None, local_only=True)
+
+
+def _built(config: ServeConfig, keys: tuple[Key, ...] | None, *, local_only: bool = False) -> Application:
     served = Served(
         name=config.served_name,
         expert=Path(config.expert).name,
         licence=licence(config.expert, config.segmenter.checkpoint),
-        spec=spec,
+        spec=config.spec(),
     )
     reasoner = _deployment(Reasoner, config.rollout, config.reasoner_queue, config).options(
         user_config={"model": str(config.model), "policy_version": trained_steps(config.model)},
@@ -58,31 +72,21 @@ def build_app(args: dict[str, Any]) -> Application:
         request_router_config=_BY_IMAGE
     )
     ingress = _deployment(serve.ingress()(Ingress), config.ingress, config.ingress_queue, config)
-    app: Application = ingress.bind(config, served, keys, reasoner.bind(config), segmenter.bind(config))
+    door = Entrance(keys=keys, local_only=local_only)
+    app: Application = ingress.bind(config, served, door, reasoner.bind(config), segmenter.bind(config))
     return app
 
 
-def _on_any_node(config: ServeConfig) -> ServeConfig:
-    """With absolute paths: replicas run in another working directory."""
+def _checked(args: dict[str, Any]) -> ServeConfig:
+    """The configuration with absolute paths, because replicas run in another working directory."""
+    config = ServeConfig.model_validate({"model": BUNDLED, **args})
+    check_expert(config.expert, config.segmenter.checkpoint, config.segmenter.preprocess)
     absolute = {
         "model": located(config.model),
         "expert": located(config.expert),
         "segmenter": config.segmenter.located(),
     }
     return config.model_copy(update=absolute)
-
-
-def _keys(config: ServeConfig) -> tuple[Key, ...] | None:
-    """The clients' keys; None where everybody is served."""
-    if config.auth == "off":
-        return None
-    keys = config.keys + (read_keys(config.keys_file) if config.keys_file else ())
-    if not keys:
-        raise Mistake(
-            "there are no keys, and whoever reaches the service could use it; give keys or keys_file (`medreasoner key "
-            "NAME` makes one), or write auth: off"
-        )
-    return keys
 
 
 def _deployment(kind: type, actors: PoolConfig, queue: Queue, config: ServeConfig) -> Deployment:

@@ -1,5 +1,6 @@
 """The replicas that speak HTTP."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
@@ -15,26 +16,41 @@ from serving.routes import build_api
 from serving.upstream import Replicas
 
 
+@dataclass(frozen=True, kw_only=True)
+class Entrance:
+    """Who is let in."""
+
+    keys: tuple[Key, ...] | None
+    """None for everybody."""
+    local_only: bool
+    """Whether only this machine reaches the service."""
+
+
 class Ingress:
-    """Lets requests in, decodes their images, and passes them to the two models. `serving.app` makes it a deployment.
-    keys: None where everybody is let in."""
+    """Lets requests in, decodes their images, and passes them to the two models. `serving.app` makes it a
+    deployment."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
         config: ServeConfig,
         served: Served,
-        keys: tuple[Key, ...] | None,
+        entrance: Entrance,
         reasoner: DeploymentHandle,
         segmenter: DeploymentHandle,
     ) -> None:
-        self._config = config
-        self._door = Doorkeeper(keys, sharers=config.ingress.actors)
+        self._config, self._local_only = config, entrance.local_only
+        replicas = config.ingress
+        # A key's limits hold for all replicas together, so with fewer of them than there may be it gets less.
+        self._door = Doorkeeper(
+            entrance.keys, sharers=replicas.autoscale.max if replicas.autoscale else replicas.actors
+        )
         self._decoders = Decoders(config.ingress.decoders, config.limits)
         await self._decoders.start()
         self._answering = Answering(config, served, Replicas(reasoner, segmenter), self._decoders, Metrics())
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return Guard(build_api(self._answering, exposition), self._door, self._config.limits)
+        api = build_api(self._answering, exposition)
+        return Guard(api, self._door, self._config.limits, local_only=self._local_only)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take other keys, without a restart. user_config: `{"keys": [...]}`, as in the configuration."""

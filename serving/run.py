@@ -16,7 +16,7 @@ from ray.serve.schema import ServeInstanceDetails
 from actors.connection import connect
 from actors.experts.registry import check_expert
 from reasoner.prompter import load_prompter
-from serving.app import build_app
+from serving.app import build_app, build_local_app
 from serving.config import ServeConfig
 from serving.privacy import logging_config
 from umrg.mistake import Mistake
@@ -38,7 +38,8 @@ PATHS = (
 
 
 class Service:
-    """The application on the running Ray cluster, or on a local one. build: makes the application of its arguments."""
+    """The application on the running Ray cluster, or on a local one. build: makes the application of its arguments; by
+    default it is the one that asks for keys, if there are any, and else the one for this machine alone."""
 
     def __init__(
         self,
@@ -46,15 +47,17 @@ class Service:
         *,
         port: int,
         host: str = HOST,
-        build: Callable[[dict[str, Any]], serve.Application] = build_app,
+        build: Callable[[dict[str, Any]], serve.Application] | None = None,
     ) -> None:
-        self._args, self._host, self._port, self._build = args, host, port, build
+        self._args, self._host, self._port = args, host, port
+        self._open = not (args.get("keys") or args.get("keys_file"))
+        self._build = build or (build_local_app if self._open else build_app)
         self._connected = self._serve_is_ours = self._deployed = False
 
     def start(self) -> str:
         """Start the service and return its address. Raises ValueError where another application of the cluster has its
         name or one of its routes, and where others would reach it without a key."""
-        if self._args.get("auth") == "off":
+        if self._open:
             _refuse_open(self._host)
         self._connected = connect()
         running = _get_global_client(raise_if_no_controller_running=False)
@@ -94,7 +97,7 @@ class Service:
         options = _get_global_client().http_config
         if options.port != self._port:
             print(f"Serve runs on this cluster already, at port {options.port}; --port {self._port} is not heeded")
-        if self._args.get("auth") == "off":
+        if self._open:
             _refuse_open(str(options.host))
         everywhere = options.host in (None, "localhost", "0.0.0.0", "::")
         return f"http://{HOST if everywhere else options.host}:{options.port}"
@@ -158,7 +161,7 @@ def run(read: Callable[[], ServeConfig], *, host: str, port: int) -> None:
             signal.signal(sign, lambda *_: ended.set())
         signal.signal(signal.SIGHUP, lambda *_: newer.set())
         print(f"serving {config.served_name} at {address}; try\n")
-        key = "" if config.auth == "off" else '-H "Authorization: Bearer $MEDREASONER_KEY" '
+        key = "" if not (config.keys or config.keys_file) else '-H "Authorization: Bearer $MEDREASONER_KEY" '
         print(f'    curl {key}-F image=@IMAGE -F query="QUERY" {address}/v1/ground\n')
         print(f"what it takes and answers is told at {address}/docs", flush=True)
         while not ended.wait(0.5):

@@ -77,8 +77,7 @@ def _service(file: Path | None, overrides: Sequence[str], options: Mapping[str, 
     from serving.config import ServeConfig
 
     tiny = {} if file else {"model": TINY_REASONER}
-    found = load_config(ServeConfig, file, overrides, {**tiny, **options})
-    return found if found.keys or found.keys_file else found.model_copy(update={"auth": "off"})
+    return load_config(ServeConfig, file, overrides, {**tiny, **options})
 
 
 def _print_service(config: "ServeConfig", host: str, port: int) -> None:

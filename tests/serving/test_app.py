@@ -39,7 +39,7 @@ def samples(tmp_path_factory):
     return list(Dataset.open(path))
 
 
-ARGS = {"model": str(TINY_REASONER), "auth": "off"}
+ARGS = {"model": str(TINY_REASONER)}
 
 
 @pytest.fixture(scope="module")

@@ -68,4 +68,4 @@ def test_without_keys_only_this_machine_may_reach_it(host, alone):
     assert is_loopback(host) == alone
     if not alone:
         with pytest.raises(ValueError, match=r"give it keys with --keys FILE"):
-            Service({"auth": "off"}, host=host, port=1).start()
+            Service({}, host=host, port=1).start()

@@ -100,7 +100,7 @@ def newer(tmp_path_factory):
     return folder
 
 
-ARGS = {"model": str(TINY_REASONER), "name": "tiny", "auth": "off"}
+ARGS = {"model": str(TINY_REASONER), "name": "tiny"}
 
 
 @pytest.fixture(scope="module")
