@@ -2,9 +2,9 @@
 
 import re
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from actors.config import PoolConfig, RolloutConfig, SegmenterConfig
 from umrg.config import Config
@@ -92,6 +92,11 @@ class ServeConfig(ReasonerConfig):
     """The clients' keys."""
     keys_file: Path | None = None
     """A YAML file with more keys, read when the application is built."""
+
+    @field_validator("auth", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # as YAML reads the word
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
