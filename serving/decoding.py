@@ -76,24 +76,25 @@ class Decoders:
         """
         if window is not None:
             Window.parse(window)
-        for _ in range(2):
-            async with self._borrowed() as decoder:
+        for fresh in (False, True):
+            async with self._borrowed(fresh) as decoder:
                 try:
                     return await decoder.decode(data, window, frame)
                 except _NotReceived:
-                    # Something else has ended it: the file is not to blame.
+                    # Something else has ended it, and maybe all of them: the file is not to blame.
                     continue
         raise Unavailable("the decoders of images end before they have read a file; try again later")
 
     @asynccontextmanager
-    async def _borrowed(self) -> "AsyncIterator[_Decoder]":
-        """A decoder that lives. In its place comes another if it is lost, or left in the middle of an image."""
+    async def _borrowed(self, fresh: bool) -> "AsyncIterator[_Decoder]":
+        """A decoder that lives; with `fresh`, a new one. In its place comes another if it is left in the middle of an
+        image."""
         if not self._running:
             raise Unavailable("the service ends; try again later")
         place = await self._free.get()
         try:
-            if place.done() and not ((decoder := _decoder(place)) and decoder.alive):
-                place = self._place(decoder)
+            if place.done() and (fresh or not ((decoder := _decoder(place)) and decoder.alive)):
+                place = self._place(_decoder(place))
             # Whoever is cancelled here leaves the decoder that starts to the next.
             yield await asyncio.shield(place)
         finally:
