@@ -95,7 +95,7 @@ def _answer(answered: BinaryIO, file: bytes, window: str | None, frame: int | No
         _send(answered, REFUSED, len(sentence), 0, sentence)
     else:
         height, width = pixels.shape[:2]
-        _send(answered, PIXELS, height, width, memoryview(pixels).cast("B"))
+        _send(answered, PIXELS, height, width, pixels.data.cast("B"))
     return True
 
 

@@ -136,17 +136,15 @@ class _Decoder:
     @classmethod
     async def start(cls, limits: Limits, program: str) -> Self:
         """Raises Unavailable where it does not start."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            # A thread, because a large process takes milliseconds to start another.
-            process = await asyncio.to_thread(_spawned, theirs, limits, program)
-        ours.setblocking(False)
-        decoder = cls(process, ours, limits)
         try:
-            async with asyncio.timeout(_START_SECONDS):
-                await decoder._read(READY)
-        except (TimeoutError, OSError) as error:
-            await decoder.end()
+            ours, theirs = socket.socketpair()
+            with theirs:
+                # A thread, because a large process takes milliseconds to start another.
+                process = await asyncio.to_thread(_spawned, theirs, limits, program)
+            ours.setblocking(False)
+            decoder = cls(process, ours, limits)
+            await decoder._become_ready()
+        except OSError as error:
             raise Unavailable("a decoder of images does not start; try again later") from error
         return decoder
 
@@ -187,6 +185,14 @@ class _Decoder:
             raise decoded
         return decoded
 
+    async def _become_ready(self) -> None:
+        try:
+            async with asyncio.timeout(_START_SECONDS):
+                await self._read(READY)
+        except OSError:
+            await self.end()
+            raise
+
     async def _send(self, data: bytes, window: str | None, frame: int | None) -> None:
         text = b"" if window is None else window.encode()
         header = REQUEST.pack(len(text), -1 if frame is None else min(frame, _LAST_FRAME), len(data))
@@ -212,7 +218,7 @@ class _Decoder:
             return Mistake(_printable(sentence.decode(errors="replace")))
         _bounded(first * second, self._limits.image_megapixels * 1_000_000)
         pixels = np.empty((first, second, 3), dtype=np.uint8)
-        await self._fill(memoryview(pixels).cast("B"))
+        await self._fill(pixels.data.cast("B"))
         return pixels
 
     async def _read(self, *kinds: int) -> tuple[int, int, int]:
@@ -240,8 +246,8 @@ def _spawned(connection: socket.socket, limits: Limits, program: str) -> subproc
     modules = {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
     return subprocess.Popen(
         [sys.executable, "-P", program, *map(str, options)],
-        stdin=connection,
-        stdout=connection,
+        stdin=connection.fileno(),
+        stdout=connection.fileno(),
         env={**modules, **libraries, **_ENVIRONMENT},
         # Ctrl-C in a terminal is for the service, which still answers what is under way.
         start_new_session=True,

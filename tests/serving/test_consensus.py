@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.consensus import vote
+from serving.consensus import Vote, vote
 from umrg.metrics import mask_dice
 
 SIDE = 4
@@ -19,39 +19,45 @@ def row(text: str):
     return np.array([[letter == "#" for letter in text]])
 
 
+def voted(*masks) -> Vote:
+    found = vote(masks)
+    assert found is not None
+    return found
+
+
 def test_a_pixel_needs_more_than_half_of_the_samples():
-    found = vote([row("##.."), row("###."), row(".##.")])
+    found = voted(row("##.."), row("###."), row(".##."))
     assert found.mask.tolist() == row("###.").tolist() and found.chosen == 1
-    found = vote([row("##.."), row(".##.")])
+    found = voted(row("##.."), row(".##."))
     assert found.mask.tolist() == row(".#..").tolist()
 
 
 def test_the_first_of_those_that_agree_alike_is_chosen():
-    assert vote([row("#..."), row("##.."), row("##..")]).chosen == 1
+    assert voted(row("#..."), row("##.."), row("##..")).chosen == 1
 
 
 def test_a_sample_without_a_mask_votes_for_no_pixel_and_agrees_with_nothing():
-    found = vote([None, row("##.."), row("##..")])
+    found = voted(None, row("##.."), row("##.."))
     assert found.mask.tolist() == row("##..").tolist() and found.chosen == 1
     assert found.confidence == pytest.approx(2 / 3)
 
 
 def test_without_any_majority_the_mask_that_agrees_best_with_the_others_stands():
-    found = vote([row("#....."), row("..##.."), row("...##."), None])
+    found = voted(row("#....."), row("..##.."), row("...##."), None)
     assert found.mask.tolist() == row("..##..").tolist() and found.chosen == 1
     assert found.confidence == pytest.approx(0.5 / 3)
-    apart = vote([row("#..."), row(".#.."), row("..#.")])
+    apart = voted(row("#..."), row(".#.."), row("..#."))
     assert apart.chosen == 0 and apart.confidence == 0
-    assert vote([None, row("#..."), None]).confidence == 0
+    assert voted(None, row("#..."), None).confidence == 0
 
 
 def test_where_most_samples_draw_nothing_nothing_is_the_consensus():
-    found = vote([row("##.."), row("...."), row("....")])
+    found = voted(row("##.."), row("...."), row("...."))
     assert not found.mask.any() and found.chosen == 1
 
 
 def test_a_single_sample_stands_for_itself():
-    found = vote([row("##..")])
+    found = voted(row("##.."))
     assert found.mask.tolist() == row("##..").tolist() and found.chosen == 0 and found.confidence is None
 
 
@@ -61,12 +67,12 @@ def test_there_is_no_consensus_of_no_masks():
 
 def test_masks_of_different_images_have_none_either():
     with pytest.raises(ValueError, match="shape"):
-        vote([row("#"), row("##")])
+        voted(row("#"), row("##"))
 
 
 @given(MASK, st.integers(2, 5), st.integers(0, 4))
 def test_samples_that_agree_are_certain(mask, agreeing, missing):
-    found = vote([mask] * agreeing + [None] * missing)
+    found = voted(*[mask] * agreeing, *[None] * missing)
     assert found.chosen == 0 and np.array_equal(found.mask, mask)
     if not missing:
         assert found.confidence == 1
