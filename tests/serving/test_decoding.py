@@ -432,8 +432,12 @@ def test_decoders_that_end_before_they_read_are_not_tried_for_ever(tmp_path):
 
 
 def answering(folder: Path, answer: bytes) -> Path:
-    """A decoder that is ready, receives a small file, and answers so."""
+    """A decoder that is ready, receives `DOT`, and answers so."""
     program = folder / "subverted.py"
     ready, received = (ANSWER.pack(kind, 0, 0) for kind in (READY, RECEIVED))
-    program.write_text(f"import os\nos.write(1, {ready!r})\nos.read(0, 65536)\nos.write(1, {received + answer!r})\n")
+    program.write_text(
+        f"import os\nos.write(1, {ready!r})\nread = b''\n"
+        f"while not read.endswith({DOT[-12:]!r}):\n    read += os.read(0, 65536)\n"
+        f"os.write(1, {received + answer!r})\n"
+    )
     return program
