@@ -28,7 +28,7 @@ from umrg.images import decode_image, encode_png
 from umrg.mistake import Mistake
 from umrg.pictures import overlay
 from umrg.prompts import ReasonerConfig, clean_query
-from umrg.windowing import Window
+from umrg.windowing import Percentiles, Window
 
 if TYPE_CHECKING:
     from actors.experts.protocol import Expert
@@ -177,7 +177,9 @@ def check_query(query: str) -> None:
         raise Mistake("the query is empty; ask about something in the image")
 
 
-def read_image(path: str | Path, *, window: Window | None = None, frame: int | None = None) -> NDArray[np.uint8]:
+def read_image(
+    path: str | Path, *, window: Window | Percentiles | None = None, frame: int | None = None
+) -> NDArray[np.uint8]:
     """Read an image file as uint8 [H, W, 3]. window, frame: as `decode_image` takes them. Raises ValueError for what is
     no file or no image."""
     return decode_image(read_file(Path(path)), str(path), window=window, frame=frame)

@@ -2,14 +2,20 @@
 
 Parquet files, images and answer texts are mutated and read as a user's are. Each gives a value, a finding of
 `data check`, or a ValueError; any other exception is a defect, and so is memory that grows.
+
+What clients send as images goes through the service's decoders (`--bodies 5000`): each gives pixels or a mistake within
+seconds, and the decoders live, or are replaced.
 """
 
 import argparse
+import asyncio
 import io
 import json
 import random
+import struct
 import sys
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,13 +28,19 @@ from PIL import Image
 
 from cluster.commands.data_check import check_files
 from phantoms import rows
+from serving.config import Limits
+from serving.decoding import Decoders
+from tests.encoded_images import DEEP, PIXELS, chunk, encoded, pages, png, tiff, turned
 from umrg.answers import format_answer, parse_answer
 from umrg.dataset import Dataset, open_files
 from umrg.images import decode_image, decode_mask, image_size
+from umrg.mistake import Mistake
 
 Corpus = Sequence[bytes]
 WARM_UP = 50
 GROWTH_MIB = 300
+DECODERS = 3
+DECODE_SECONDS, ANSWER_SECONDS = 3.0, 5.0
 _WORDS = (
     b"<think>",
     b"</think>",
@@ -99,6 +111,57 @@ def image_files() -> list[bytes]:
     return files
 
 
+def image_bodies() -> list[bytes]:
+    """What clients send as images: those that the service reads, in their varieties, and what is meant to break it."""
+    files = [encoded(PIXELS, form, exif=turned(6)) for form in ("PNG", "JPEG", "TIFF", "WEBP")]
+    files += [encoded(PIXELS, "JPEG", progressive=True), encoded(PIXELS, "WEBP", lossless=True)]
+    for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg", "lzma", "zstd"):
+        files.append(encoded(PIXELS, "TIFF", compression=compression))
+    for compression in ("group3", "group4"):
+        files.append(encoded(Image.fromarray(PIXELS).convert("1"), "TIFF", compression=compression))
+    files += [png(DEEP[..., 0], 0), png(DEEP[..., :3], 2), png(DEEP, 6), tiff(DEEP[..., :3]), tiff(DEEP, orders=">")]
+    files += [encoded(DEEP[..., 0].astype(kind), "TIFF") for kind in ("u2", "i4", "f4")]
+    files += [pages("TIFF"), pages("TIFF", compression="tiff_lzw"), pages("WEBP"), pages("PNG"), pages("MPO")]
+    files += image_files()
+    return files + bombs() + [file[: len(file) * 2 // 3] for file in files] + polyglots()
+
+
+def bombs() -> list[bytes]:
+    """Small files of large images."""
+
+    def header(width: int, height: int) -> bytes:
+        return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+
+    zeros = zlib.compress(bytes(2**24))
+    text = chunk(b"zTXt", b"Comment\0\0" + zeros) + chunk(b"iCCP", b"profile\0\0" + zeros)
+    made = [header(2**31 - 1, 2**31 - 1), header(60_000, 60_000) + chunk(b"IDAT", zeros), header(1, 1) + text]
+    black = Image.new("1", (4000, 4000))
+    made += [header(4800, 4800) + chunk(b"IDAT", zeros), encoded(black, "PNG"), encoded(black, "JPEG")]
+    made.append(encoded(black, "TIFF", compression="group4"))
+    # A TIFF whose page follows upon itself.
+    cyclic = encoded(PIXELS, "TIFF")
+    (directory,) = struct.unpack_from("<I", cyclic, 4)
+    (entries,) = struct.unpack_from("<H", cyclic, directory)
+    after = directory + 2 + 12 * entries
+    made.append(cyclic[:after] + struct.pack("<I", directory) + cyclic[after + 4 :])
+    return made
+
+
+def polyglots() -> list[bytes]:
+    """Files of two kinds."""
+    picture, photo, scan = (encoded(PIXELS, form) for form in ("PNG", "JPEG", "TIFF"))
+    return [
+        picture + b"PK\x03\x04" + photo,
+        photo + picture,
+        b"%PDF-1.7\n" + photo,
+        b"GIF89a/*" + picture,
+        photo[:2] + b"\xff\xfe\x00\x20<script>alert(1)</script>...." + photo[2:],
+        scan + photo,
+        b"\x89PNG\r\n\x1a\n" + photo,
+        b"II*\0" + picture,
+    ]
+
+
 def answer_texts() -> list[bytes]:
     box, points = (1.0, 2.0, 30.0, 40.0), ((5.0, 6.0), (7.0, 8.0))
     plain = format_answer(box=box, points=points, think="It lies here.")
@@ -163,19 +226,80 @@ def _outcome(kind: str, data: bytes, folder: Path) -> str:
         assert "\n" not in str(error), f"more than a line: {error}"
         return "refused"
     except BaseException:
-        kept = Path(tempfile.gettempdir()) / f"fuzz-{kind}.bin"
-        kept.write_bytes(data)
-        print(f"the input that did it is kept in {kept}", file=sys.stderr)
+        _keep(kind, data)
         raise
     return "read"
+
+
+async def fuzz_decoders(count: int, seed: int) -> Counter[str]:
+    """Send so many mutated images to real decoders; how many came back as pixels, as mistakes, and how. Raises
+    AssertionError for what is neither, for memory that grows and for a pool that is not whole, and TimeoutError for an
+    image that is not answered in time."""
+    chance, outcomes, corpus = random.Random(seed), Counter[str](), image_bodies()
+    bodies = ((mutated(chance.choice(corpus), chance), _way(chance)) for _ in range(count))
+    limits = Limits(image_megapixels=25, decode_mib=512, decode_seconds=DECODE_SECONDS)
+    decoders = Decoders(DECODERS, limits)
+    await decoders.start()
+
+    async def client() -> None:
+        for data, (window, frame) in bodies:
+            outcomes[f"body {await _decoded(decoders, data, window, frame)}"] += 1
+
+    async def clients() -> None:
+        # One fewer than decoders: none waits for a decoder that starts.
+        await asyncio.gather(*(client() for _ in range(DECODERS - 1)))
+
+    try:
+        resident = _resident(psutil.Process())
+        await clients()
+        grown = _resident(psutil.Process()) - resident
+        assert grown < GROWTH_MIB, f"memory grew by {grown} MiB"
+        await asyncio.gather(*(decoders.decode(corpus[0], window=None, frame=None) for _ in range(4 * DECODERS)))
+        living = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+        assert len(living) == DECODERS, living
+        assert max(map(_resident, living)) < GROWTH_MIB
+    finally:
+        await decoders.stop()
+    return outcomes
+
+
+def _way(chance: random.Random) -> tuple[str | None, int | None]:
+    return chance.choice((None, None, "p1,p99", "30000,20000")), chance.choice((None, None, 0, 1))
+
+
+async def _decoded(decoders: Decoders, data: bytes, window: str | None, frame: int | None) -> str:
+    try:
+        async with asyncio.timeout(ANSWER_SECONDS):
+            pixels = await decoders.decode(data, window=window, frame=frame)
+    except Mistake as error:
+        assert str(error).isprintable(), f"more than a line: {error!r}"
+        return next((kind for kind in ("needs more", "decoder ended") if kind in str(error)), "refused")
+    except BaseException:
+        _keep("body", data)
+        raise
+    assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
+    return "read"
+
+
+def _resident(process: psutil.Process) -> int:
+    """Memory of a process, in MiB."""
+    return int(process.memory_info().rss) >> 20
+
+
+def _keep(kind: str, data: bytes) -> None:
+    kept = Path(tempfile.gettempdir()) / f"fuzz-{kind}.bin"
+    kept.write_bytes(data)
+    print(f"the input that did it is kept in {kept}", file=sys.stderr)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--count", type=int, default=3000)
+    parser.add_argument("--bodies", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    for outcome, times in sorted(fuzz(options.count, options.seed).items()):
+    outcomes = fuzz(options.count, options.seed) + asyncio.run(fuzz_decoders(options.bodies, options.seed))
+    for outcome, times in sorted(outcomes.items()):
         print(f"{outcome:<20}{times:>8}")
 
 

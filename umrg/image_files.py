@@ -8,7 +8,7 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
@@ -115,10 +115,13 @@ class ImageRefused(Mistake):
 
 
 @contextmanager
-def opened(encoded: bytes, what: str, frame: int | None = None) -> Iterator[ImageFile.ImageFile]:
+def opened(
+    encoded: bytes, what: str, frame: int | None = None, formats: Collection[str] = FORMATS
+) -> Iterator[ImageFile.ImageFile]:
     """An encoded image, opened but not decoded. Errors while it is decoded within the context become ImageRefused too.
 
-    what: the image's name in messages. frame: the page to open, counted from 0.
+    what: the image's name in messages. frame: the page to open, counted from 0. formats: those of `FORMATS` that are
+    read.
     Raises ImageRefused if the file is not an image, is damaged, has more pixels than Pillow's limit, or has several
     pages and no frame is given. Pillow's warnings, about unreadable texts and profiles, do not concern the pixels and
     are ignored.
@@ -126,17 +129,19 @@ def opened(encoded: bytes, what: str, frame: int | None = None) -> Iterator[Imag
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            with Image.open(io.BytesIO(encoded), formats=tuple(formats)) as image:
+                # To go to a page of a PNG is to decode those before it.
+                _check_pixels(image)
                 _choose_page(image, what, frame)
                 _check_pixels(image)
                 yield image
-    except ImageRefused:
+    except Mistake:
         raise
     except Image.DecompressionBombError as error:
         limit = f"has more than {Image.MAX_IMAGE_PIXELS} pixels"
         raise ImageRefused(f"{what} {limit}; make it smaller, or crop the part that is meant") from error
     except UnidentifiedImageError as error:
-        raise ImageRefused(f"{what} cannot be decoded {_not_opened(encoded)}") from error
+        raise ImageRefused(f"{what} cannot be decoded {_not_opened(encoded, formats)}") from error
     except UNDECODABLE as error:
         reason = str(error) or type(error).__name__
         raise ImageRefused(f"{what} cannot be decoded ({reason}); {_broken(encoded)}") from error
@@ -147,11 +152,13 @@ def _check_pixels(image: Image.Image) -> None:
         raise Image.DecompressionBombError
 
 
-def _not_opened(encoded: bytes) -> str:
+def _not_opened(encoded: bytes, formats: Collection[str]) -> str:
     """The kind of a file that no reader accepts, and what to do about it."""
     if not encoded:
         return "(the file is empty); write or download it again"
-    if _kind(encoded):
+    if (known := _kind(encoded)) is not None:
+        if known.upper().replace(" ", "") not in formats:
+            return f"({known}, which is not read here); {_AS_PICTURE}"
         return f"(its header cannot be read); {_broken(encoded)}"
     for kind in _NOT_READ:
         if kind.matches(encoded):

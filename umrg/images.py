@@ -8,14 +8,15 @@ those of vLLM's own loader.
 """
 
 import io
+from collections.abc import Collection
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from umrg.frames import Size
-from umrg.image_files import TURNS, ImageRefused, depth, opened, orientation, upright_size
-from umrg.windowing import Window, eight_bits
+from umrg.image_files import FORMATS, TURNS, ImageRefused, depth, opened, orientation, upright_size
+from umrg.windowing import Percentiles, Window, eight_bits
 
 _Layers = tuple[Image.Image, Image.Image | None]
 """Colours, and the alpha channel if there is one."""
@@ -29,22 +30,27 @@ def image_size(encoded: bytes, what: str) -> Size:
 
 
 def decode_image(
-    encoded: bytes, what: str, *, window: Window | None = None, frame: int | None = None
+    encoded: bytes,
+    what: str,
+    *,
+    window: Window | Percentiles | None = None,
+    frame: int | None = None,
+    formats: Collection[str] = FORMATS,
 ) -> NDArray[np.uint8]:
     """Decode an image file to uint8 [H, W, 3] RGB: upright, and opaque on white.
 
     window: maps the values of an image to 8-bit levels; an image of 8 bits is windowed by its RGB colours. frame: the
-    page to decode, counted from 0.
+    page to decode, counted from 0. formats: those that are read, by Pillow's names.
     Raises ValueError, naming `what`, if the image cannot be decoded, if it has several pages and no frame is given, or
     if it has more than 8 bits per channel and no window is given: Pillow's conversion would clip such an image, or make
     it almost black.
     """
-    with opened(encoded, what, frame) as image:
+    with opened(encoded, what, frame, formats) as image:
         bits = depth(image, encoded)
         if bits > 8 and window is None:
             raise ImageRefused(
                 f"{what} has more than 8 bits a channel ({bits}); window it to 8 bits first (`ground` and the service "
-                "take a window: CENTRE,WIDTH)"
+                "take a window: CENTRE,WIDTH or pLOW,pHIGH)"
             )
         if window is None:
             layers = _layers(_upright(image))
@@ -89,7 +95,7 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _layers(image: Image.Image, window: Window | None = None) -> _Layers:
+def _layers(image: Image.Image, window: Window | Percentiles | None = None) -> _Layers:
     """RGB, and alpha if there is any, of a decoded image of 8 bits."""
     alpha = None
     if image.has_transparency_data:
@@ -97,7 +103,10 @@ def _layers(image: Image.Image, window: Window | None = None) -> _Layers:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         alpha = image.getchannel("A")
     colours = image.convert("RGB")
-    return (colours if window is None else Image.fromarray(window.apply(np.asarray(colours)))), alpha
+    if window is not None:
+        values = np.asarray(colours)
+        colours = Image.fromarray(window.fitted(values).apply(values))
+    return colours, alpha
 
 
 def _composite(colours: Image.Image, alpha: Image.Image | None, background: str) -> Image.Image:

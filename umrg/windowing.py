@@ -38,21 +38,28 @@ class Window:
     """DICOM's Window Width, in stored values."""
 
     def __post_init__(self) -> None:
-        if not (np.isfinite(self.centre) and np.isfinite(self.width) and self.width > 0):
+        if not (math.isfinite(self.centre) and math.isfinite(self.width) and self.width > 0):
             raise Mistake(
                 f"the window {self.centre:g},{self.width:g} has no levels; CENTRE must be a number, WIDTH one above 0"
             )
 
     @classmethod
-    def parse(cls, text: str) -> "Window":
-        """Read "CENTRE,WIDTH". Raises ValueError for anything else."""
+    def parse(cls, text: str) -> "Window | Percentiles":
+        """Read "CENTRE,WIDTH" or "pLOW,pHIGH". Raises ValueError for anything else."""
+        bounds = [bound.strip() for bound in text.split(",")]
+        ranked = all(bound.startswith("p") for bound in bounds)
         try:
-            centre, width = map(float, text.split(","))
+            first, second = (float(bound[1:] if ranked else bound) for bound in bounds)
         except ValueError:
             raise Mistake(
-                f"the window {text!r} cannot be read; it must be CENTRE,WIDTH in the image's own values, such as 40,400"
+                f"the window {text!r} cannot be read; it must be CENTRE,WIDTH in the image's own values, such as "
+                "40,400, or two of their percentiles, such as p1,p99"
             ) from None
-        return cls(centre, width)
+        return Percentiles(first, second) if ranked else cls(first, second)
+
+    def fitted(self, _: NDArray[Any]) -> "Window":
+        """Itself, whatever the values."""
+        return self
 
     def apply(self, values: NDArray[Any]) -> NDArray[np.uint8]:
         """Levels from 0 to 255, of the same shape; NaN becomes 0."""
@@ -68,12 +75,45 @@ class Window:
         centre, width = (self.centre - 0.5, self.width - 1) if whole else (self.centre, self.width)
         if width <= 0:
             return np.where(values > centre, 255, 0).astype(np.uint8)
-        shares = (np.nan_to_num(values.astype(np.float64), nan=-np.inf) - centre) / width + 0.5
+        known = np.nan_to_num(values.astype(np.float64), nan=-np.inf, posinf=np.inf, neginf=-np.inf)
+        shares = (known - centre) / width + 0.5
         levels: NDArray[np.uint8] = np.rint(shares.clip(0, 1) * 255).astype(np.uint8)
         return levels
 
 
-def eight_bits(image: ImageFile.ImageFile, encoded: bytes, what: str, window: Window) -> Image.Image:
+@dataclass(frozen=True)
+class Percentiles:
+    """The window from one percentile of an image's own values to another: what lies at or below the first becomes
+    black, what lies at or above the second white. Where both are one value, what lies above it becomes white."""
+
+    low: float
+    """From 0 to 100."""
+    high: float
+    """From `low`, which it exceeds, to 100."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < self.high <= 100:
+            raise Mistake(
+                f"the window p{self.low:g},p{self.high:g} has no levels; its percentiles must rise, from 0 to 100"
+            )
+
+    def fitted(self, values: NDArray[Any]) -> Window:
+        """The window for an image's values, of any shape. A percentile is the value whose rank is nearest; NaN and
+        infinite values have none. Raises ValueError where there are no others."""
+        ranked = values if np.issubdtype(values.dtype, np.integer) else values[np.isfinite(values)]
+        if not ranked.size:
+            raise Mistake("the image has no finite values to take percentiles of; give its window as CENTRE,WIDTH")
+        # Interpolation between two values may overflow their type.
+        black, white = map(float, np.percentile(ranked, (self.low, self.high), method="nearest"))
+        if ranked is values:
+            # Of integers, LINEAR's bounds lie half a level below the centre and are one less apart than the width.
+            return Window((black + white + 1) / 2, white - black + 1)
+        # Where both are one value, the next one that 32 bits can hold is white.
+        white = max(white, float(np.nextafter(np.float32(black), np.float32(np.inf))))
+        return Window((black + white) / 2, white - black)
+
+
+def eight_bits(image: ImageFile.ImageFile, encoded: bytes, what: str, window: Window | Percentiles) -> Image.Image:
     """An image of more than 8 bits, windowed to L, LA, RGB or RGBA. It keeps the metadata with its orientation, which
     is not applied yet. Alpha is not windowed. Raises ImageRefused if Pillow does not give access to the stored values.
 
@@ -81,7 +121,7 @@ def eight_bits(image: ImageFile.ImageFile, encoded: bytes, what: str, window: Wi
     """
     gray = image.mode.startswith(("I", "F"))
     values, alpha = _gray(image) if gray else _colours(image, encoded, what)
-    levels = window.apply(values)
+    levels = window.fitted(values).apply(values)
     if isinstance(image, TiffImageFile) and image.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == _WHITE_IS_ZERO:
         levels = 255 - levels
     windowed = Image.fromarray(levels)

@@ -19,7 +19,7 @@ from serving.grounder import check_savable
 from tests.conftest import ROOT, TINY_REASONER
 from tests.encoded_images import BLOCKS, DEEP, encoded, pages, stack, turned
 from umrg.images import decode_image, decode_mask, encode_png
-from umrg.windowing import Window
+from umrg.windowing import Percentiles, Window
 
 QUERY = "Which organ pumps the blood?"
 
@@ -148,14 +148,18 @@ def test_seeing_whether_files_can_be_saved_leaves_no_trace(tmp_path):
     assert (tmp_path / "there" / "a.json").read_text() == "{}"
 
 
+WHOLE = Percentiles(0, 100).fitted(DEEP[..., 0])
+
+
 @pytest.mark.parametrize(
     ("file", "options", "picture"),
     [
         (encoded(DEEP[..., 0], "PNG"), ("--window", "-600,140000"), Window(-600, 140000).apply(DEEP[..., 0])),
+        (encoded(DEEP[..., 0], "PNG"), ("--window", "p0,p100"), WHOLE.apply(DEEP[..., 0])),
         (pages("TIFF"), ("--frame", "2"), np.asarray(stack()[2])),
         (encoded(BLOCKS, "PNG", exif=turned(6)), (), np.rot90(BLOCKS, -1)),
     ],
-    ids=["window", "frame", "orientation"],
+    ids=["window", "percentiles", "frame", "orientation"],
 )
 def test_the_picture_that_is_asked_about_is_the_one_that_is_shown(monkeypatch, tmp_path, file, options, picture):
     (tmp_path / "image").write_bytes(file)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from tests.encoded_images import COLOURS, DEEP, ORIENTATION, PIXELS, UPRIGHT, chunk, encoded, png, tiff, turned
 from umrg.images import decode_image, decode_mask, encode_png, image_size
-from umrg.windowing import Window
+from umrg.mistake import Mistake
+from umrg.windowing import Percentiles, Window
 
 WINDOW = Window(30000, 20000)
 
@@ -165,6 +166,71 @@ def test_levels_rise_with_values_whatever_their_type(centre, width, values):
     levels = window.apply(ordered.astype(np.uint16))
     assert (np.diff(levels.astype(int)) >= 0).all()
     assert np.array_equal(levels, window.apply(ordered.astype(np.int32)))
+
+
+# Percentiles
+
+
+@pytest.mark.parametrize(
+    "text", ["p1", "p1,99", "1,p99", "p99,p1", "p5,p5", "p-1,p99", "p1,p101", "pnan,p99", "p1,p99,p2", "p,p9", "p1;p2"]
+)
+def test_percentiles_that_say_nothing_are_refused(text):
+    with pytest.raises(ValueError, match="the window"):
+        Window.parse(text)
+
+
+def test_percentiles_are_those_of_the_stored_values():
+    hounsfield = np.arange(-1000, 1001, dtype=np.int32).reshape(3, 667)
+    assert Window.parse("p10,p90") == Window.parse(" p10 , p90 ") == Percentiles(10, 90)
+    # 10 % of the values lie below -800, and 10 % above 800.
+    assert Percentiles(10, 90).fitted(hounsfield) == Window(0.5, 1601)
+    assert Percentiles(10, 90).fitted(hounsfield.astype(np.float32)) == Window(0, 1600)
+    found = decode_image(encoded(hounsfield, "TIFF"), "ct", window=Window.parse("p10,p90"))
+    assert np.array_equal(found, decode_image(encoded(hounsfield, "TIFF"), "ct", window=Window(0.5, 1601)))
+    assert found.min() == 0 and found.max() == 255
+
+
+@pytest.mark.parametrize("file", [png(DEEP[..., :3], 2), tiff(DEEP[..., :3]), tiff(DEEP[..., :3], orders=">")])
+def test_colours_share_one_window_of_percentiles(file):
+    window = Percentiles(5, 95).fitted(DEEP[..., :3])
+    found = decode_image(file, "the image", window=Percentiles(5, 95))
+    assert np.array_equal(found, window.apply(DEEP[..., :3]))
+
+
+def test_percentiles_stretch_eight_bits_too():
+    dim = np.arange(100, 120, dtype=np.uint8)[None]
+    found = decode_image(encode_png(dim), "the image", window=Percentiles(0, 100))[0, :, 0]
+    assert found[0] == 0 and found[-1] == 255
+
+
+def test_what_is_not_finite_has_no_rank():
+    values = np.array([[np.nan, -np.inf, 1, 2, 3, np.inf]], dtype=np.float32)
+    assert Percentiles(0, 100).fitted(values) == Window(2, 2)
+    with pytest.raises(Mistake, match=r"^the image has no finite values"):
+        decode_image(encoded(values[:, :2], "TIFF"), "map", window=Percentiles(0, 100))
+
+
+NUMBERS = st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=40).map(lambda found: np.array([found], "i4"))
+FRACTIONS = st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=40).map(
+    lambda found: np.array([[*found, np.inf, -np.inf]], "f4")
+)
+RANKS = st.tuples(st.floats(0, 100), st.floats(0, 100)).filter(lambda ranks: ranks[0] < ranks[1])
+
+
+@given(st.one_of(NUMBERS, FRACTIONS), RANKS)
+def test_what_lies_beyond_the_percentiles_is_black_and_white(values, ranks):
+    levels = Percentiles(*ranks).fitted(values).apply(values)
+    low, high = np.percentile(values[np.isfinite(values)], ranks, method="nearest")
+    assert (levels[values < low] == 0).all() and (levels[values > high] == 255).all()
+    ordered = np.argsort(values, axis=None)
+    assert (np.diff(levels.ravel()[ordered].astype(int)) >= 0).all()
+
+
+@given(st.integers(0, 255), st.lists(st.integers(0, 255), min_size=1, max_size=5), st.sampled_from(["u1", "i4", "f4"]))
+def test_where_both_percentiles_are_one_value_what_lies_above_is_white(common, others, kind):
+    values = np.array([[common] * 600 + others], dtype=kind)
+    levels = Percentiles(10, 90).fitted(values).apply(values)
+    assert np.array_equal(levels, np.where(values > common, 255, 0))
 
 
 def test_a_gray_mask_may_have_more_bits_but_not_colours():
