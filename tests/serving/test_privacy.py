@@ -1,0 +1,285 @@
+"""Nothing of an image, header, query or answer reaches a log, a metric, a trace or the cluster's state.
+
+Every part of a request carries a canary of its own, and afterwards Ray's whole log folder, the metrics of every node and
+the state API are searched for all of them. The application is a small one that fails in every way that the service can.
+"""
+
+import asyncio
+import io
+import logging
+import pickle
+import re
+import secrets
+import socket
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import pytest
+import ray
+from fastapi import FastAPI, Form, Request, UploadFile
+from fastapi.responses import JSONResponse, StreamingResponse
+from ray import serve
+from ray.serve.schema import LoggingConfig
+from ray.util.state import list_actors, list_tasks
+
+from serving.messages import Overloaded
+from serving.metrics import living_nodes
+from serving.privacy import (
+    LOGGING,
+    ErrorsEndHere,
+    HeadersUnheard,
+    Sealed,
+    described,
+    log_discreetly,
+    sealed,
+    unsealed,
+)
+from umrg.mistake import Mistake
+
+NAME = "medreasoner"
+SEARCH_SECONDS = 60.0
+PLACES = (
+    *("path", "query string", "method"),
+    *("x-request-id", "x-session-id", "serve-multiplexed-model-id", "cookie", "user-agent", "referer"),
+    *("traceparent", "tracestate", "authorization", "forwarded", "field", "file name", "file", "json"),
+    *("mistake", "library error", "ingress error", "stream error", "forgotten task", "warning", "answer"),
+)
+
+Canaries = dict[str, str]
+
+
+def canaries() -> Canaries:
+    return {place: f"canary{secrets.token_hex(12)}" for place in PLACES}
+
+
+def requests(address: str, canary: Canaries) -> list[httpx.Request]:
+    """What is sent to the application: good and bad, with a canary in every part."""
+    headers = {
+        "X-Request-Id": canary["x-request-id"],
+        "X-Session-Id": canary["x-session-id"],
+        "Serve-Multiplexed-Model-Id": canary["serve-multiplexed-model-id"],
+        "Cookie": f"session={canary['cookie']}",
+        "User-Agent": canary["user-agent"],
+        "Referer": f"http://{canary['referer']}/",
+        "Traceparent": f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01{canary['traceparent']}",
+        "Tracestate": f"vendor={canary['tracestate']}",
+        "Authorization": f"Bearer {canary['authorization']}",
+        "X-Forwarded-For": canary["forwarded"],
+    }
+    query = {"q": canary["query string"]}
+    form = {"query": canary["field"]}
+    files = {"image": (f"{canary['file name']}.png", canary["file"].encode(), "image/png")}
+
+    def request(method: str, path: str, **content: Any) -> httpx.Request:
+        return httpx.Request(method, f"{address}{path}", headers=headers, params=query, **content)
+
+    return [
+        request("POST", "/v1/ground", data=form, files=files),
+        request("POST", "/v1/ground", content=canary["file"].encode()),
+        request("POST", "/v1/chat/completions", json={"text": canary["json"]}),
+        request("POST", "/v1/chat/completions", content=canary["json"].encode()),
+        request("GET", f"/{canary['path']}"),
+        request("GET", f"/%2e%2e/{canary['path']}%00"),
+        request(canary["method"].upper(), "/v1/ground"),
+        *(
+            request("POST", f"/fail/{way}", json={"text": canary[way.replace("-", " ")]})
+            for way in ("mistake", "library-error", "ingress-error", "stream-error", "forgotten-task", "warning")
+        ),
+    ]
+
+
+async def send(sent: Iterable[httpx.Request], *, impatient: httpx.Request) -> list[int]:
+    """Their statuses. impatient: whose client leaves before the answer."""
+    async with httpx.AsyncClient(timeout=30, trust_env=False) as client:
+        statuses = []
+        for request in sent:
+            try:
+                statuses.append((await client.send(request)).status_code)
+            except httpx.RemoteProtocolError:
+                statuses.append(0)
+        try:
+            async with asyncio.timeout(0.5):
+                await client.send(impatient)
+        except TimeoutError:
+            statuses.append(499)
+    return statuses
+
+
+class Model:
+    """A replica behind the ingress, which fails as it is told."""
+
+    def __init__(self, discreet: bool) -> None:
+        self._discreet = discreet
+        if discreet:
+            log_discreetly()
+
+    async def answer(self, way: str, text: str) -> str:
+        if not self._discreet:
+            return await self._answer(way, text)
+        with sealed():
+            return await self._answer(way, text)
+
+    async def _answer(self, way: str, text: str) -> str:
+        if way == "mistake":
+            raise Mistake(f"{text} is empty; ask about something in the image")
+        if way == "library-error":
+            raise KeyError(text)
+        if way == "forgotten-task":
+            asyncio.get_running_loop().create_task(_failing(text))
+        if way == "warning":
+            logging.getLogger("a.library").warning("odd: %s", text)
+        if way == "slow":
+            await asyncio.sleep(5)
+        return text
+
+    async def stream(self, text: str):
+        yield text
+        if not self._discreet:
+            raise KeyError(text)
+        with sealed():
+            raise KeyError(text)
+
+
+async def _failing(text: str) -> None:
+    raise KeyError(text)
+
+
+def ingress(discreet: bool) -> type:
+    """The class that answers requests, with routes that fail as they are told."""
+    api = FastAPI()
+    if discreet:
+        api.add_middleware(ErrorsEndHere)
+
+    @serve.ingress(api)
+    class Ingress:
+        def __init__(self, model: Any) -> None:
+            self._model = model
+            if discreet:
+                log_discreetly()
+
+        @api.post("/v1/ground")
+        async def ground(self, image: UploadFile, query: Annotated[str, Form()]) -> dict[str, str]:
+            await image.read()
+            return {"answer": await self._model.answer.remote("well", query)}
+
+        @api.post("/v1/chat/completions")
+        async def chat(self, asked: dict[str, str]) -> dict[str, str]:
+            return {"answer": await self._model.answer.remote("well", asked["text"])}
+
+        @api.post("/fail/{way}")
+        async def fail(self, way: str, request: Request) -> Any:
+            text = (await request.json())["text"]
+            if way == "ingress-error":
+                raise KeyError(text)
+            if way == "stream-error":
+                pieces = self._model.options(stream=True).stream.remote(text)
+                return StreamingResponse(piece async for piece in pieces)
+            try:
+                return {"answer": await self._model.answer.remote(way, text)}
+            except (ray.exceptions.RayTaskError, Mistake) as error:
+                if isinstance(mistake := unsealed(error), Mistake):
+                    return JSONResponse({"detail": str(mistake)}, status_code=400)
+                raise
+
+    return Ingress
+
+
+def build(discreet: bool) -> serve.Application:
+    """The application as the service is deployed, or as Serve does it by itself."""
+    options: dict[str, Any] = {
+        "ray_actor_options": {"num_cpus": 0},
+        "graceful_shutdown_timeout_s": 0.1,
+        "graceful_shutdown_wait_loop_s": 0.1,
+    }
+    if discreet:
+        options["logging_config"] = LOGGING
+    model: Any = serve.deployment(Model, **options)
+    front: Any = serve.deployment(ingress(discreet), **options)
+    app: serve.Application = front.bind(model.bind(discreet))
+    return app
+
+
+@pytest.fixture
+def leaks(ray_cluster):
+    """Which parts of requests are found in the cluster's logs, metrics and state after they were sent to an application
+    that Serve, started with a logging configuration of its own or ours, runs."""
+
+    def of(app: serve.Application, logging_config: dict[str, Any] | None) -> dict[str, set[str]]:
+        canary = canaries()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config=logging_config)
+        try:
+            serve.run(app, name=NAME, route_prefix="/")
+            sent = requests(f"http://127.0.0.1:{port}", canary)
+            impatient = httpx.Request("POST", f"http://127.0.0.1:{port}/fail/slow", headers=sent[0].headers, json={})
+            statuses = asyncio.run(send(sent, impatient=_with_text(impatient, canary["answer"])))
+            assert statuses[0] == 200 and 400 in statuses[-7:] and 500 in statuses[-7:], statuses
+            _dbg(canary); return found(canary, {"metrics": _metrics(NAME, len(sent)), "state": _state(ray_cluster)})
+        finally:
+            serve.shutdown()
+
+    return of
+
+
+def _with_text(request: httpx.Request, text: str) -> httpx.Request:
+    kept = {name: value for name, value in request.headers.items() if name not in ("content-length", "content-type")}
+    return httpx.Request(request.method, request.url, headers=kept, json={"text": text})
+
+
+def found(canary: Canaries, told: Mapping[str, str]) -> dict[str, set[str]]:
+    """The places whose canary is in a file of Ray's session or in another text, and the names of these. told: the
+    other texts by name."""
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    texts = {name: text.encode() for name, text in told.items()}
+    texts |= {str(path.relative_to(session)): path.read_bytes() for path in session.rglob("*") if path.is_file()}
+    assert any(name.startswith("logs/serve/") for name in texts), "Serve's logs are searched too"
+    kept: dict[str, set[str]] = {}
+    for name, content in texts.items():
+        for place, text in canary.items():
+            if text.encode() in content.lower():
+                kept.setdefault(place, set()).add(name)
+    return kept
+
+
+def _metrics(application: str, answered: int) -> str:
+    """What all nodes export, once Serve's proxy has counted the requests."""
+    deadline = time.monotonic() + SEARCH_SECONDS
+    while True:
+        text = "\n".join(httpx.get(url, trust_env=False).text for url in living_nodes().values())
+        counted = re.findall(rf'^ray_serve_num_http_requests_total{{.*application="{application}".*}} (\S+)$', text, re.M)
+        if sum(map(float, counted)) >= answered - 2:  # the HTTP server itself refuses an unknown method
+            return text
+        assert time.monotonic() < deadline, f"{counted} of {answered} requests were counted"
+        time.sleep(1)
+
+
+def _state(dashboard: str) -> str:
+    """Tasks and actors with their errors, and what the dashboard says of the application."""
+    tasks = list_tasks(detail=True, limit=10_000, raise_on_missing_output=False)
+    actors = list_actors(detail=True, limit=10_000, raise_on_missing_output=False)
+    details = httpx.get(f"http://{dashboard}/api/serve/applications/", trust_env=False).text
+    return "\n".join(map(repr, [*tasks, *actors, details]))
+
+
+@pytest.mark.slow
+def test_nothing_of_a_request_is_kept(leaks):
+    assert leaks(build(True), LOGGING) == {}
+
+
+@pytest.mark.slow
+def test_serve_by_itself_keeps_a_good_deal(leaks):
+    """The search finds what there is, and what docs/security.md says of Serve is so."""
+    errors = {"mistake", "library error", "ingress error", "stream error", "forgotten task"}
+    assert leaks(build(False), None).keys() == {"x-request-id", "warning", *errors}
+
+def _dbg(canary):
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    for path in session.rglob("*"):
+        if path.is_file():
+            for line in path.read_text(errors="replace").splitlines():
+                if any(c in line for c in canary.values()): print(path.name, line[:600])
