@@ -1,10 +1,9 @@
 """The service's figures: each process records its own through Ray, and `Exposition` gathers those of all nodes for
 Prometheus.
 
-No label holds anything that a client chose: routes, reasons and stages are the service's own names. Ray collects from its
-processes every few seconds (RAY_metrics_report_interval_ms, by default 10 s), so figures are that old. It also puts `ray_`
-before each name, and makes the sum of a histogram from its buckets' middles: means are estimates, quantiles are not worse
-than Prometheus' always are.
+No label holds anything that a client chose: routes, reasons and stages are the service's own names. Ray collects from
+its processes every few seconds (RAY_metrics_report_interval_ms, by default 10 s), so figures are that old. It also puts
+`ray_` before each name, and makes the sum of a histogram from its buckets' middles: means are estimates.
 """
 
 import asyncio
@@ -35,6 +34,24 @@ ROUTES: Final = frozenset(
 REASONS: Final = frozenset(
     {"bad_request", "unauthorized", "rate", "concurrency", "too_large", "slow", "overloaded", "unavailable", "timeout"}
 )
+OF_SERVE: Final = frozenset(
+    {
+        "deployment_queued_queries",
+        "num_ongoing_requests_at_replicas",
+        "replica_processing_queries",
+        "deployment_replica_healthy",
+        "deployment_replica_starts",
+        "autoscaling_target_replicas",
+        "deployment_status",
+        "application_status",
+        "num_http_requests",
+        "num_http_error_requests",
+        "http_request_latency_ms",
+        "deployment_processing_latency_ms",
+        "deployment_error_counter",
+    }
+)
+"""Serve's own figures that are given too: queues, replicas, requests and how long they took."""
 SECONDS: Final = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
     *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0),
@@ -72,7 +89,7 @@ class Metrics:
         self._stages.observe(seconds, {"stage": name})
 
     def tokens(self, samples: GroupSamples) -> None:
-        """Tokens of a prompt and of its completions, and whether the engine's prefix cache knew a part of the prompt."""
+        """Tokens of a prompt and of its completions, and whether the engine knew its beginning."""
         sampled = sum(len(completion.token_ids) for completion in samples.completions)
         counts = {"prompt": len(samples.prompt_ids), "cached": samples.cached, "sampled": sampled}
         for kind, count in counts.items():
@@ -172,9 +189,9 @@ def joined(texts: Mapping[str, str], application: str, silent: int) -> str:
     families: dict[str, Metric] = {}
     for node, text in texts.items():
         for family in text_string_to_metric_families("\n".join(_lines_of_ours(text, application)) + "\n"):
-            name = family.name
-            # Ray writes a family once for each kind of process that has it.
-            whole = families.setdefault(name, Metric(name, family.documentation, family.type))
+            if not family.samples:
+                continue
+            whole = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
             whole.samples += [each._replace(labels=_labels(each.labels, node)) for each in family.samples]
     count = GaugeMetricFamily(f"ray_{PREFIX}silent_nodes", "Nodes whose figures are missing here.", value=silent)
     registry = CollectorRegistry()
@@ -208,9 +225,12 @@ def _labels(labels: Mapping[str, str], node: str) -> dict[str, str]:
 def _lines_of_ours(text: str, application: str) -> Iterator[str]:
     """The lines about the service and about its application in Serve. Parsing is slow, and a node has thousands."""
     mark = f'application="{application}"'
+    wanted = ours = False
     for line in text.splitlines():
-        name = line.split(" ", 3)[2] if line.startswith(("# HELP ", "# TYPE ")) else line
-        if name.startswith(f"ray_{PREFIX}"):
-            yield line
-        elif name.startswith("ray_serve_") and (name is not line or mark in line):
+        # A family's lines follow the two of its name.
+        if line.startswith("# HELP "):
+            name = line.split(" ", 3)[2]
+            ours = name.startswith(f"ray_{PREFIX}")
+            wanted = ours or name.removeprefix("ray_serve_").removesuffix("_total") in OF_SERVE
+        if wanted and (ours or line.startswith("#") or mark in line):
             yield line

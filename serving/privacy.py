@@ -4,8 +4,8 @@ Three things keep it so, and docs/security.md says what each of them is for:
 
 - `LOGGING` for Serve's own logs, of every deployment and of the proxies;
 - `log_discreetly` in every process that sees a request: errors are logged by type and place, without their message;
-- `sealed` around the methods of the models' replicas: Ray writes what they raise into logs, so the message travels beside
-  the error.
+- `sealed` around the methods of the models' replicas: Ray writes what they raise into logs, so the message travels
+  beside the error.
 
 Imports neither Ray nor torch.
 """
@@ -17,7 +17,7 @@ import threading
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -30,8 +30,8 @@ from serving.messages import Failed
 from umrg.mistake import Mistake
 
 LOGGING: Final[dict[str, Any]] = {"encoding": "TEXT", "log_level": "ERROR", "enable_access_log": False}
-"""`logging_config` of each deployment, and of Serve itself (`serve.start`, a YAML file's top level). Serve's access logs
-and warnings name requests by what the client's X-Request-Id says."""
+"""`logging_config` of each deployment, and of Serve itself (`serve.start`, a YAML file's top level). Serve's access
+logs and warnings name requests by what the client's X-Request-Id says."""
 PROXY_CALLBACK: Final = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 """Ray's environment variable that makes its proxies call `proxy_middlewares`: to be set before a node's Ray starts."""
 UNHEARD: Final = frozenset(
@@ -45,7 +45,7 @@ UNHEARD: Final = frozenset(
         b"tracestate",
     }
 )
-"""Headers, with `-` for `_`, by which any client could tell Serve's proxy how to name, route, time or trace a request."""
+"""Headers, with `-` for `_`, by which any client could tell Serve how to name, route, time or trace a request."""
 
 _log = logging.getLogger("medreasoner")
 _ENGINE_LOGGING = Path(__file__).with_name("engine_logging.json")
@@ -64,20 +64,33 @@ class Sealed(Exception):
         """Names that error in the replica's log."""
 
 
+class Fault(AbstractContextManager["Fault"]):
+    """Around code whose errors end here: one is logged by type and place, and gets a name."""
+
+    name: str | None = None
+    """Names the error in the log; None where there was none."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if not isinstance(error, Exception) or isinstance(error, Sealed):
+            return False
+        self.name = uuid.uuid4().hex
+        _log.error("fault %s", self.name, exc_info=error)
+        return True
+
+
 @contextmanager
 def sealed() -> Iterator[None]:
-    """Around what a replica does with a request: whatever is raised within leaves as `Sealed`. What is neither `Mistake`
-    nor `Failed` is logged, by type and place."""
-    try:
-        yield
-    except (Mistake, Failed) as error:
-        raise Sealed(error) from None
-    except Sealed:
-        raise
-    except Exception:
-        fault = uuid.uuid4().hex[:12]
-        _log.exception("fault %s", fault)
-        raise Sealed(None, fault) from None
+    """Around what a replica does with a request: whatever is raised within leaves as `Sealed`. What is neither
+    `Mistake` nor `Failed` is logged, by type and place."""
+    with Fault() as fault:
+        try:
+            yield
+        except (Mistake, Failed) as error:
+            raise Sealed(error) from None
+    if fault.name:
+        raise Sealed(None, fault.name)
 
 
 def unsealed(error: BaseException) -> BaseException:
@@ -156,9 +169,7 @@ def _nameless(value: object) -> object:
     return type(value).__qualname__ if isinstance(value, BaseException) else value
 
 
-def _log_uncaught(
-    kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
-) -> None:
+def _log_uncaught(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
     _log.error("uncaught", exc_info=(kind, error or kind(), trace))
 
 
@@ -177,14 +188,11 @@ class ErrorsEndHere:
             begun = begun or message["type"] == "http.response.start"
             await send(message)
 
-        try:
+        with Fault() as fault:
             await self._app(scope, receive, note)
-        except Exception:
-            fault = uuid.uuid4().hex
-            _log.exception("fault %s", fault)
-            if not begun and scope["type"] == "http":
-                answer = {"detail": "the service failed; try again later", "type": "internal", "request_id": fault}
-                await JSONResponse(answer, 500)(scope, receive, send)
+        if fault.name and not begun and scope["type"] == "http":
+            answer = {"detail": "the service failed; try again later", "type": "internal", "request_id": fault.name}
+            await JSONResponse(answer, 500)(scope, receive, send)
 
 
 class HeadersUnheard:
@@ -195,12 +203,14 @@ class HeadersUnheard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if "headers" in scope:
-            kept = [(name, value) for name, value in scope["headers"] if name.lower().replace(b"_", b"-") not in UNHEARD]
+            kept = [
+                (name, value) for name, value in scope["headers"] if name.lower().replace(b"_", b"-") not in UNHEARD
+            ]
             scope = {**scope, "headers": kept}
         await self._app(scope, receive, send)
 
 
 def proxy_middlewares() -> list[Middleware]:
-    """What Serve's proxies put before themselves, where the environment of their node names this function (`PROXY_CALLBACK`)."""
+    """What Serve's proxies put before themselves, where their node's environment (`PROXY_CALLBACK`) names this."""
     log_discreetly()
     return [Middleware(HeadersUnheard)]

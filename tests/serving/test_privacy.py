@@ -1,17 +1,20 @@
 """Nothing of an image, header, query or answer reaches a log, a metric, a trace or the cluster's state.
 
-Every part of a request carries a canary of its own, and afterwards Ray's whole log folder, the metrics of every node and
-the state API are searched for all of them. The application is a small one that fails in every way that the service can.
+Every part of a request carries a canary of its own, and afterwards Ray's whole log folder, the metrics of every node
+and the state API are searched for all of them. The application is a small one that fails in every way that the service
+can.
 """
 
 import asyncio
-import io
 import logging
 import pickle
 import re
 import secrets
 import socket
+import subprocess
+import sys
 import time
+import traceback
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,9 +29,11 @@ from ray.serve.schema import LoggingConfig
 from ray.util.state import list_actors, list_tasks
 
 from serving.messages import Overloaded
-from serving.metrics import living_nodes
+from serving.metrics import Exposition, living_nodes
 from serving.privacy import (
     LOGGING,
+    PROXY_CALLBACK,
+    UNHEARD,
     ErrorsEndHere,
     HeadersUnheard,
     Sealed,
@@ -37,6 +42,7 @@ from serving.privacy import (
     sealed,
     unsealed,
 )
+from tests.conftest import ROOT
 from umrg.mistake import Mistake
 
 NAME = "medreasoner"
@@ -219,7 +225,10 @@ def leaks(ray_cluster):
             impatient = httpx.Request("POST", f"http://127.0.0.1:{port}/fail/slow", headers=sent[0].headers, json={})
             statuses = asyncio.run(send(sent, impatient=_with_text(impatient, canary["answer"])))
             assert statuses[0] == 200 and 400 in statuses[-7:] and 500 in statuses[-7:], statuses
-            _dbg(canary); return found(canary, {"metrics": _metrics(NAME, len(sent)), "state": _state(ray_cluster)})
+            metrics = _metrics(NAME, len(sent))
+            page = asyncio.run(Exposition(NAME).text())
+            assert "ray_serve_num_http_requests_total" in page
+            return found(canary, {"metrics": metrics, "/metrics": page, "state": _state(ray_cluster)})
         finally:
             serve.shutdown()
 
@@ -251,7 +260,9 @@ def _metrics(application: str, answered: int) -> str:
     deadline = time.monotonic() + SEARCH_SECONDS
     while True:
         text = "\n".join(httpx.get(url, trust_env=False).text for url in living_nodes().values())
-        counted = re.findall(rf'^ray_serve_num_http_requests_total{{.*application="{application}".*}} (\S+)$', text, re.M)
+        counted = re.findall(
+            rf'^ray_serve_num_http_requests_total{{.*application="{application}".*}} (\S+)$', text, re.M
+        )
         if sum(map(float, counted)) >= answered - 2:  # the HTTP server itself refuses an unknown method
             return text
         assert time.monotonic() < deadline, f"{counted} of {answered} requests were counted"
@@ -267,8 +278,12 @@ def _state(dashboard: str) -> str:
 
 
 @pytest.mark.slow
-def test_nothing_of_a_request_is_kept(leaks):
+def test_nothing_of_a_request_is_kept_but_where_its_error_arose(leaks):
     assert leaks(build(True), LOGGING) == {}
+    logs = Path(ray._private.worker._global_node.get_session_dir_path(), "logs")
+    text = "".join(path.read_text(errors="replace") for path in logs.glob("worker-*.err"))
+    (line, *_) = re.findall(r"^ERROR .* medreasoner: fault [0-9a-f]{12}\nbuiltins.KeyError at (.*)$", text, re.M)
+    assert re.search(r"test_privacy.py:\d+ _answer < .*test_privacy.py:\d+ answer < .*privacy.py:\d+ sealed", line)
 
 
 @pytest.mark.slow
@@ -277,9 +292,135 @@ def test_serve_by_itself_keeps_a_good_deal(leaks):
     errors = {"mistake", "library error", "ingress error", "stream error", "forgotten task"}
     assert leaks(build(False), None).keys() == {"x-request-id", "warning", *errors}
 
-def _dbg(canary):
-    session = Path(ray._private.worker._global_node.get_session_dir_path())
-    for path in session.rglob("*"):
-        if path.is_file():
-            for line in path.read_text(errors="replace").splitlines():
-                if any(c in line for c in canary.values()): print(path.name, line[:600])
+
+def test_what_ray_and_vllm_do_unless_they_are_told():
+    """docs/security.md relies on it."""
+    from ray.serve._private import constants
+    from ray.serve.schema import TracingConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    assert LoggingConfig().enable_access_log, "Serve's access log, with the client's X-Request-Id, is on"
+    assert not constants.RAY_SERVE_LOG_CLIENT_ADDRESS
+    assert not TracingConfig().enabled and not constants.RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH
+    assert not constants.RAY_SERVE_ENABLE_TASK_EVENTS, "errors of replicas are not in the list of tasks"
+    assert not constants.RAY_SERVE_ENABLE_HA_PROXY and not constants.RAY_SERVE_ENABLE_DIRECT_INGRESS
+    assert constants.SERVE_HTTP_REQUEST_ID_HEADER.encode() in UNHEARD
+    assert constants.SERVE_SESSION_ID.encode() in UNHEARD
+    assert constants.SERVE_MULTIPLEXED_MODEL_ID.replace("_", "-").encode() in UNHEARD
+    assert constants.SERVE_HTTP_REQUEST_TIMEOUT_S_HEADER.encode() in UNHEARD
+    assert constants.SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER.encode() in UNHEARD
+    assert constants.RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH is None and PROXY_CALLBACK.endswith(
+        "CALLBACK_IMPORT_PATH"
+    )
+    assert not AsyncEngineArgs.enable_log_requests
+
+
+def test_a_sealed_error_has_its_words_beside_it_wherever_it_goes():
+    with pytest.raises(Sealed) as caught, sealed():
+        raise Mistake("canary is empty")
+    for told in (str(caught.value), repr(caught.value), "".join(traceback.format_exception(caught.value))):
+        assert "canary is" not in told.replace('raise Mistake("canary is empty")', "")
+    travelled = pickle.loads(pickle.dumps(caught.value))
+    assert str(unsealed(travelled)) == "canary is empty" and isinstance(unsealed(travelled), Mistake)
+    with pytest.raises(Sealed) as caught, sealed():
+        raise Overloaded("busy")
+    assert isinstance(unsealed(caught.value), Overloaded)
+
+
+def test_a_librarys_error_is_named_and_not_told(caplog):
+    with pytest.raises(Sealed) as caught, sealed():
+        int("canary")
+    travelled = pickle.loads(pickle.dumps(caught.value))
+    assert unsealed(travelled) is travelled and travelled.said is None
+    assert f"fault {travelled.fault}" in caplog.text
+    other = OSError("gone")
+    assert unsealed(other) is other
+
+
+def test_an_error_is_described_without_its_message():
+    try:
+        try:
+            int("canary")
+        except ValueError as error:
+            raise KeyError("canary") from error
+    except KeyError as error:
+        text = described(error)
+    assert re.fullmatch(r"builtins.KeyError at \S+:\d+ test_\w+\nafter builtins.ValueError at \S+:\d+ test_\w+", text)
+
+
+DISCREET = """
+import asyncio, gc, logging, threading, warnings
+from serving.privacy import log_discreetly
+log_discreetly()
+log_discreetly()
+def fail(*_): raise KeyError("canary")
+async def failing(): fail()
+async def forget():
+    task = asyncio.create_task(failing()); await asyncio.sleep(0.01); del task; gc.collect()
+    asyncio.get_running_loop().call_soon(fail, "canary"); await asyncio.sleep(0.01)
+try:
+    fail()
+except KeyError as error:
+    logging.getLogger("a.library").exception("failed with %s", error)
+    logging.error(error)
+logging.error("%d", "canary")
+logging.getLogger("a.library").warning("canary")
+warnings.warn("canary")
+asyncio.run(forget())
+thread = threading.Thread(target=fail); thread.start(); thread.join()
+fail()
+"""
+
+
+def test_a_discreet_process_says_types_and_places_on_its_way_down():
+    done = subprocess.run([sys.executable, "-c", DISCREET], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "canary" not in done.stdout + done.stderr
+    assert "failed with KeyError\nbuiltins.KeyError at" in done.stderr
+    assert done.stderr.count("builtins.KeyError at") == 5 and done.stderr.count("medreasoner: uncaught") == 2
+
+
+def test_the_engine_does_not_print_its_input_when_it_dies():
+    script = (
+        "from serving.privacy import log_discreetly\n"
+        "log_discreetly()\n"
+        "import logging, vllm.logging_utils.dump_input as dump\n"
+        "from vllm.config.logging import LoggingConfig\n"
+        "from vllm.logger import configure_logging\n"
+        "configure_logging(LoggingConfig())\n"
+        "print(dump.logger.isEnabledFor(logging.ERROR), logging.getLogger('vllm.v1').isEnabledFor(logging.ERROR))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split()[-2:] == ["False", "True"], done.stderr
+
+
+def test_an_error_that_no_route_handles_is_a_500_and_ends_there(caplog):
+    app = FastAPI()
+    app.add_middleware(ErrorsEndHere)
+
+    @app.get("/fail")
+    def fail() -> None:
+        raise KeyError("canary")
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=True)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.get("/fail")
+
+    answer = asyncio.run(ask())
+    assert answer.status_code == 500 and answer.json()["type"] == "internal" and "canary" not in answer.text
+    assert f"fault {answer.json()['request_id']}" in caplog.text
+
+
+def test_serves_proxies_do_not_hear_what_clients_tell_them():
+    seen: list[list[tuple[bytes, bytes]]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope.get("headers"))
+
+    async def nothing(*_: Any) -> Any:
+        raise AssertionError
+
+    headers = [(b"X-Request-Id", b"\xff"), (b"serve_multiplexed_model_id", b"m"), (b"accept", b"*/*")]
+    asyncio.run(HeadersUnheard(app)({"type": "http", "headers": headers}, nothing, nothing))
+    asyncio.run(HeadersUnheard(app)({"type": "lifespan"}, nothing, nothing))
+    assert seen == [[(b"accept", b"*/*")], None]
