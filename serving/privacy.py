@@ -16,14 +16,13 @@ import sys
 import threading
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
 from starlette.middleware import Middleware
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.messages import Failed
@@ -33,7 +32,10 @@ LOGGING: Final[dict[str, Any]] = {"encoding": "TEXT", "log_level": "ERROR", "ena
 """`logging_config` of each deployment, and of Serve itself (`serve.start`, a YAML file's top level). Serve's access
 logs and warnings name requests by what the client's X-Request-Id says."""
 PROXY_CALLBACK: Final = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
-"""Ray's environment variable that makes its proxies call `proxy_middlewares`: to be set before a node's Ray starts."""
+"""Environment variable that makes Serve's proxies call a function."""
+CONTROLLER_OPTIONS: Final = {"runtime_env": {"env_vars": {PROXY_CALLBACK: "serving.privacy.proxy_middlewares"}}}
+"""`controller_options` of `serve.start`, or of a YAML file's top level: proxies have the environment of the controller,
+which starts them. Our code must be on their nodes."""
 UNHEARD: Final = frozenset(
     {
         b"x-request-id",
@@ -173,30 +175,9 @@ def _log_uncaught(kind: type[BaseException], error: BaseException | None, trace:
     _log.error("uncaught", exc_info=(kind, error or kind(), trace))
 
 
-class ErrorsEndHere:
-    """ASGI: an error that no route has handled is answered with 500 and logged by type and place. Serve would log it
-    with its message."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begun = False
-
-        async def note(message: Message) -> None:
-            nonlocal begun
-            begun = begun or message["type"] == "http.response.start"
-            await send(message)
-
-        with Fault() as fault:
-            await self._app(scope, receive, note)
-        if fault.name and not begun and scope["type"] == "http":
-            answer = {"detail": "the service failed; try again later", "type": "internal", "request_id": fault.name}
-            await JSONResponse(answer, 500)(scope, receive, send)
-
-
 class HeadersUnheard:
-    """ASGI, in Serve's proxies: drops what clients would tell Serve by headers."""
+    """ASGI, in Serve's proxies: drops what clients would tell Serve by headers, and the request's id that Serve adds to
+    a response which has the service's own."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -207,10 +188,25 @@ class HeadersUnheard:
                 (name, value) for name, value in scope["headers"] if name.lower().replace(b"_", b"-") not in UNHEARD
             ]
             scope = {**scope, "headers": kept}
-        await self._app(scope, receive, send)
+
+        async def send_one_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": _with_first_id(message.get("headers", ()))}
+            await send(message)
+
+        await self._app(scope, receive, send_one_id)
+
+
+def _with_first_id(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Serve appends its own."""
+    kept: list[tuple[bytes, bytes]] = []
+    for name, value in headers:
+        if name.lower() != b"x-request-id" or not any(each.lower() == b"x-request-id" for each, _ in kept):
+            kept.append((name, value))
+    return kept
 
 
 def proxy_middlewares() -> list[Middleware]:
-    """What Serve's proxies put before themselves, where their node's environment (`PROXY_CALLBACK`) names this."""
+    """What Serve's proxies put before themselves, where their environment (`PROXY_CALLBACK`) names this."""
     log_discreetly()
     return [Middleware(HeadersUnheard)]

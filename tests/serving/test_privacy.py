@@ -31,10 +31,11 @@ from ray.util.state import list_actors, list_tasks
 from serving.messages import Overloaded
 from serving.metrics import Exposition, living_nodes
 from serving.privacy import (
+    CONTROLLER_OPTIONS,
     LOGGING,
     PROXY_CALLBACK,
     UNHEARD,
-    ErrorsEndHere,
+    Fault,
     HeadersUnheard,
     Sealed,
     described,
@@ -153,11 +154,31 @@ async def _failing(text: str) -> None:
     raise KeyError(text)
 
 
+class Outermost:
+    """ASGI: an error that no route handles is answered with 500 and ends here."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        begun = False
+
+        async def note(message: Any) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        with Fault() as fault:
+            await self._app(scope, receive, note)
+        if fault.name and not begun:
+            await JSONResponse({"request_id": fault.name}, 500)(scope, receive, send)
+
+
 def ingress(discreet: bool) -> type:
     """The class that answers requests, with routes that fail as they are told."""
     api = FastAPI()
     if discreet:
-        api.add_middleware(ErrorsEndHere)
+        api.add_middleware(Outermost)
 
     @serve.ingress(api)
     class Ingress:
@@ -211,19 +232,21 @@ def build(discreet: bool) -> serve.Application:
 @pytest.fixture
 def leaks(ray_cluster):
     """Which parts of requests are found in the cluster's logs, metrics and state after they were sent to an application
-    that Serve, started with a logging configuration of its own or ours, runs."""
+    that Serve runs. options: of `serve.start`."""
 
-    def of(app: serve.Application, logging_config: dict[str, Any] | None) -> dict[str, set[str]]:
+    def of(app: serve.Application, **options: Any) -> dict[str, set[str]]:
         canary = canaries()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config=logging_config)
+        serve.start(http_options={"host": "127.0.0.1", "port": port}, **options)
         try:
             serve.run(app, name=NAME, route_prefix="/")
             sent = requests(f"http://127.0.0.1:{port}", canary)
             impatient = httpx.Request("POST", f"http://127.0.0.1:{port}/fail/slow", headers=sent[0].headers, json={})
             statuses = asyncio.run(send(sent, impatient=_with_text(impatient, canary["answer"])))
+            odd = httpx.get(f"http://127.0.0.1:{port}/nothing", headers=[(b"x-request-id", b"\xff")]).status_code
+            assert odd == (404 if options.get("controller_options") else 500), "Serve cannot read it, if it hears it"
             assert statuses[0] == 200 and 400 in statuses[-7:] and 500 in statuses[-7:], statuses
             metrics = _metrics(NAME, len(sent))
             page = asyncio.run(Exposition(NAME).text())
@@ -278,11 +301,13 @@ def _state(dashboard: str) -> str:
 
 
 @pytest.mark.slow
-def test_nothing_of_a_request_is_kept_but_where_its_error_arose(leaks):
-    assert leaks(build(True), LOGGING) == {}
+@pytest.mark.parametrize("controller_options", [None, CONTROLLER_OPTIONS], ids=["deployed", "started"])
+def test_nothing_of_a_request_is_kept_but_where_its_error_arose(leaks, controller_options):
+    """Whether Serve's proxies are told not to listen, or only to log no more than errors."""
+    assert leaks(build(True), logging_config=LOGGING, controller_options=controller_options) == {}
     logs = Path(ray._private.worker._global_node.get_session_dir_path(), "logs")
     text = "".join(path.read_text(errors="replace") for path in logs.glob("worker-*.err"))
-    (line, *_) = re.findall(r"^ERROR .* medreasoner: fault [0-9a-f]{12}\nbuiltins.KeyError at (.*)$", text, re.M)
+    (line, *_) = re.findall(r"^ERROR .* medreasoner: fault [0-9a-f]{32}\nbuiltins.KeyError at (.*)$", text, re.M)
     assert re.search(r"test_privacy.py:\d+ _answer < .*test_privacy.py:\d+ answer < .*privacy.py:\d+ sealed", line)
 
 
@@ -290,7 +315,7 @@ def test_nothing_of_a_request_is_kept_but_where_its_error_arose(leaks):
 def test_serve_by_itself_keeps_a_good_deal(leaks):
     """The search finds what there is, and what docs/security.md says of Serve is so."""
     errors = {"mistake", "library error", "ingress error", "stream error", "forgotten task"}
-    assert leaks(build(False), None).keys() == {"x-request-id", "warning", *errors}
+    assert leaks(build(False)).keys() == {"x-request-id", "warning", *errors}
 
 
 def test_what_ray_and_vllm_do_unless_they_are_told():
@@ -395,7 +420,7 @@ def test_the_engine_does_not_print_its_input_when_it_dies():
 
 def test_an_error_that_no_route_handles_is_a_500_and_ends_there(caplog):
     app = FastAPI()
-    app.add_middleware(ErrorsEndHere)
+    app.add_middleware(Outermost)
 
     @app.get("/fail")
     def fail() -> None:
@@ -407,7 +432,7 @@ def test_an_error_that_no_route_handles_is_a_500_and_ends_there(caplog):
             return await client.get("/fail")
 
     answer = asyncio.run(ask())
-    assert answer.status_code == 500 and answer.json()["type"] == "internal" and "canary" not in answer.text
+    assert answer.status_code == 500 and "canary" not in answer.text
     assert f"fault {answer.json()['request_id']}" in caplog.text
 
 
@@ -424,3 +449,20 @@ def test_serves_proxies_do_not_hear_what_clients_tell_them():
     asyncio.run(HeadersUnheard(app)({"type": "http", "headers": headers}, nothing, nothing))
     asyncio.run(HeadersUnheard(app)({"type": "lifespan"}, nothing, nothing))
     assert seen == [[(b"accept", b"*/*")], None]
+
+
+def test_a_response_has_one_id():
+    """The service's own, not the one that Serve adds."""
+    sent: list[dict[str, Any]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"x-request-id", b"ours"), (b"content-type", b"text/plain"), (b"x-request-id", b"Serve's")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    asyncio.run(HeadersUnheard(app)({"type": "http", "headers": []}, send, send))
+    assert sent[0]["headers"] == [(b"x-request-id", b"ours"), (b"content-type", b"text/plain")]
+    assert sent[1] == {"type": "http.response.body", "body": b""}
