@@ -122,8 +122,8 @@ class Clock:
 class Answering:
     """Answers queries, prompts and chats about images, each within `limits.request_seconds`."""
 
-    def __init__(self, config: ServeConfig, served: Served, models: Models, decoder: Decoder) -> None:
-        self.config, self.served, self.models = config, served, models
+    def __init__(self, config: ServeConfig, served: Served, models: Models, decoder: Decoder, metrics: Metrics) -> None:
+        self.config, self.served, self.models, self.metrics = config, served, models, metrics
         self._decoder = decoder
         self._seconds = config.limits.request_seconds
         self._probing, self._ready_until = asyncio.Lock(), 0.0

@@ -21,7 +21,7 @@ from serving.answering import Served
 from serving.config import Key, Queue, ServeConfig, trained_steps
 from serving.ingress import Entrance, Ingress
 from serving.keys import read_keys
-from serving.privacy import logging_config
+from serving.privacy import LOGGING
 from serving.reasoner import Reasoner
 from serving.segmenter import Segmenter
 from umrg.config import located
@@ -104,7 +104,7 @@ def _deployment(kind: type, actors: PoolConfig, queue: Queue, config: ServeConfi
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=_RETRY_AFTER),
         # A replica that goes ends the requests that it has, the longest of which lasts as long as a request may.
         graceful_shutdown_timeout_s=config.limits.request_seconds + 10.0,
-        logging_config=logging_config(),
+        logging_config=LOGGING,
         **_HEALTH,
         **_replicas(actors, queue),
     ).options(version=_version(config), _internal=True)

@@ -18,7 +18,7 @@ from actors.experts.registry import check_expert
 from reasoner.prompter import load_prompter
 from serving.app import build_app, build_local_app
 from serving.config import ServeConfig
-from serving.privacy import logging_config
+from serving.privacy import CONTROLLER_OPTIONS, LOGGING
 from umrg.mistake import Mistake
 
 HOST = "127.0.0.1"
@@ -65,7 +65,8 @@ class Service:
         self._serve_is_ours = running is None
         serve.start(
             http_options=HTTPOptions(host=self._host, port=self._port, keep_alive_timeout_s=90),
-            logging_config=logging_config(),
+            logging_config=LOGGING,
+            controller_options=CONTROLLER_OPTIONS,
         )
         address = self._address()
         self._deployed = True

@@ -13,6 +13,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 
 from serving.messages import Ask, Drawn, Failed, Overloaded, Picture, Prompt, Unavailable
+from serving.privacy import unsealed
 from umrg.answers import Answer
 from umrg.group import GroupSamples, SamplingParams
 from umrg.mistake import Mistake
@@ -123,10 +124,9 @@ def _told() -> Any:
     except _GONE as error:
         raise Unavailable("a replica ended while it worked on the request") from error
     except RayError as error:
-        # What a replica raised is both a RayTaskError, whose message is a traceback, and of its own class.
-        cause = getattr(error, "cause", error)
-        if isinstance(cause, (Mistake, Failed)):
-            raise type(cause)(*cause.args) from None
-        if isinstance(cause, _GONE):
+        found = unsealed(error)
+        if isinstance(found, (Mistake, Failed)):
+            raise found from None
+        if isinstance(getattr(error, "cause", None), _GONE):
             raise Unavailable("a replica ended while it worked on the request") from error
         raise

@@ -32,7 +32,7 @@ def application(models=None, *, decoder=None, keys: tuple[Key, ...] | None = Non
     """The ASGI application. settings: of `ServeConfig`."""
     config = ServeConfig.model_validate({"model": TINY_REASONER, "name": "tiny", **settings})
     served = Served(name="tiny", expert="fake", licence="none", spec=PromptSpec(think=True))
-    answering = Answering(config, served, models or FakeModels(), decoder or HereDecoder(), Metrics())
+    answering = Answering(config, served, models or FakeModels(), decoder or HereDecoder(), Metrics("Ingress"))
     return Guard(build_api(answering, no_metrics), Doorkeeper(keys), config.limits)
 
 
