@@ -30,6 +30,7 @@ from serving.api import (
 from serving.config import ServeConfig
 from serving.grounder import check_query
 from serving.messages import Ask, Drawn, Models, Picture, Prompt, TimedOut
+from serving.metrics import Metrics
 from umrg.answers import Answer, parse_answer
 from umrg.group import GroupSamples, SamplingParams
 from umrg.images import encode_png

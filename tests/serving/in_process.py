@@ -3,12 +3,12 @@
 from contextlib import asynccontextmanager
 
 import httpx
-from serving.guard import Guard
-from serving.keys import Doorkeeper
-from serving.metrics import Metrics
 
 from serving.answering import Answering, Served
 from serving.config import Key, ServeConfig
+from serving.guard import Guard
+from serving.keys import Doorkeeper
+from serving.metrics import Metrics
 from serving.routes import build_api
 from tests.conftest import TINY_REASONER
 from tests.serving.fake_models import FakeModels
