@@ -39,6 +39,16 @@ BOX = (30.0, 20.0, 90.0, 80.0)
 NO_ANSWER = parse_answer("I cannot say.")
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As many as the segmenter sets, for what it is compared with too: sums of other shares are rounded otherwise."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def picture(seed: int = 0) -> NDArray[np.uint8]:
     """A bright disc on noise, uint8 [100, 140, 3]."""
     image = np.random.default_rng(seed).integers(0, 60, (100, 140, 3), dtype=np.uint8)
