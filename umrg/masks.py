@@ -7,12 +7,37 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco
 
+_PIXELS_PER_RUN = 256
+"""Masks of shorter runs are encoded by pycocotools: each run is a Python number on its way there."""
+
 
 def encode_rle(mask: NDArray[np.bool_]) -> dict[str, object]:
     """Encode a mask, bool [H, W], as COCO's compressed RLE `{"size": [H, W], "counts": text}`."""
-    # COCO counts runs along columns, so pycocotools requires Fortran order.
-    encoded = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
+    runs = _runs(mask) if mask.size else None
+    if runs is None:
+        # COCO counts runs along columns, so pycocotools requires Fortran order.
+        encoded = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
+    else:
+        encoded = coco.frPyObjects({"size": list(mask.shape), "counts": runs}, *mask.shape)
     return {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
+
+
+def _runs(mask: NDArray[np.bool_]) -> list[int] | None:
+    """Lengths of the runs along columns, the first of them outside the mask; None if there are many.
+
+    Only the pixels that differ from the one before them are looked at one by one. Putting all pixels into the order of
+    columns takes ten times as long for a large image.
+    """
+    height, width = mask.shape
+    starts = np.empty(mask.shape, dtype=np.bool_)
+    np.not_equal(mask[1:], mask[:-1], out=starts[1:])
+    np.not_equal(mask[0, 1:], mask[-1, :-1], out=starts[0, 1:])
+    starts[0, 0] = mask[0, 0]
+    if np.count_nonzero(starts) > mask.size // _PIXELS_PER_RUN:
+        return None
+    rows, columns = np.divmod(np.flatnonzero(starts), width)
+    lengths: list[int] = np.diff(np.sort(columns * height + rows), prepend=0, append=mask.size).tolist()
+    return lengths
 
 
 def decode_rle(encoded: Mapping[str, object]) -> NDArray[np.bool_]:

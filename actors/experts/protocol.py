@@ -1,5 +1,6 @@
 """The interface of segmentation experts. Imports torch only for type checking."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -21,7 +22,7 @@ class Embedding:
     """An embedded image, as input of `decode`."""
 
     features: "Tensor"
-    """float [1, C, h, w], on the expert's device."""
+    """float [1, C, h, w], on the expert's device when it was made."""
     original: Size
     """Size of the original image."""
     content: Size
@@ -62,8 +63,22 @@ class Expert(Protocol):
         """Whether `decode` takes points, or boxes only."""
         ...
 
+    @property
+    def images_at_once(self) -> int:
+        """How many images `embed_all` takes in one pass of the encoder; 1 where a pass of more would gain nothing."""
+        ...
+
     def embed(self, image: NDArray[np.uint8]) -> Embedding:
         """Embed an image, uint8 [H, W, 3] RGB. Raises ValueError for any other shape or type."""
+        ...
+
+    def embed_all(self, images: Sequence[NDArray[np.uint8]]) -> list[Embedding]:
+        """Embed images, each uint8 [H, W, 3] RGB of its own size, `images_at_once` in a pass of the encoder.
+
+        A pass has 1, 2, 4, 8 … images: fewer are padded up to the next, so that kernels meet few shapes. Where
+        `images_at_once` is 1, the embeddings are those of `embed` bit for bit, and otherwise up to rounding. None
+        shares its memory with another. Raises ValueError as `embed` does.
+        """
         ...
 
     def decode(
@@ -72,12 +87,14 @@ class Expert(Protocol):
         *,
         boxes: NDArray[np.floating] | None = None,
         points: NDArray[np.floating] | None = None,
+        labels: NDArray[np.integer] | None = None,
     ) -> Decoded:
-        """Decode masks for n prompts, each of which is a box, k foreground points, or both.
+        """Decode masks for n prompts, each of which is a box, k points, or both.
 
-        boxes: [n, 4] XYXY with inclusive maximum, in original pixels. points: [n, k, 2] XY, in original pixels.
-        Raises ValueError if both are missing, a shape is wrong, a number is not finite, or the expert does not take
-        such prompts.
+        embedding: of this expert, on any device. boxes: [n, 4] XYXY with inclusive maximum, in original pixels.
+        points: [n, k, 2] XY, in original pixels. labels: [n, k], 1 for a point of the foreground and 0 for one of the
+        background; None for points of the foreground. Raises ValueError if boxes and points are missing, a shape is
+        wrong, a number is not finite, a label is neither 0 nor 1, or the expert does not take such prompts.
         """
         ...
 

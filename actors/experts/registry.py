@@ -11,10 +11,12 @@ from pathlib import Path
 
 from actors.experts.protocol import Expert, Preprocess
 from actors.experts.sam import SamExpert, build_sam
-from actors.experts.sam_config import PUBLISHED_EXPERTS, SamConfig, read_config
+from actors.experts.sam_config import PUBLISHED_EXPERTS, PublishedExpert, SamConfig, read_config
 from actors.experts.weights import load_into, read_header
 from umrg.mistake import Mistake
 
+NOT_STATED = "not stated"
+TINY_LICENCE = "Apache-2.0 (MedReasoner)"
 TINY_FOLDER = Path(__file__).parents[2] / "models" / "tiny-expert"
 
 
@@ -52,6 +54,30 @@ def sam_config(name: str) -> SamConfig | None:
         return PUBLISHED_EXPERTS[name].config
     folder = TINY_FOLDER if name == "tiny" else given
     return read_config(folder / "config.json") if folder.is_dir() else None
+
+
+def licence(name: str, checkpoint: Path | None = None) -> str:
+    """Licence of an expert's weights, with whose it is; `NOT_STATED` for weights of which nothing says it.
+
+    name, checkpoint: as `load_expert` takes them. A folder says it in its `config.json`. A converted file knows the
+    digest of what it was made of: one that is not the official file, such as a training of one's own, states none.
+    Raises ValueError as `sam_config` does.
+    """
+    given = Path(name)
+    if name not in LOADERS and given.is_file():
+        name, checkpoint = read_header(given).metadata.get("name", name), given
+    if name in PUBLISHED_EXPERTS:
+        return _published_licence(PUBLISHED_EXPERTS[name], checkpoint)
+    if name == "tiny":
+        return TINY_LICENCE if checkpoint is None else NOT_STATED
+    stated = name not in LOADERS and checkpoint is None and given.is_dir()
+    return (read_config(given / "config.json").licence if stated else None) or NOT_STATED
+
+
+def _published_licence(expert: PublishedExpert, checkpoint: Path | None) -> str:
+    source = None if checkpoint is None else read_header(checkpoint).metadata.get("source_sha256", "")
+    official = source is None or expert.sha256 is None or source.startswith(expert.sha256)
+    return expert.licence if official else NOT_STATED
 
 
 def _load_sam(name: str, checkpoint: Path | None, device: str, dtype: str, preprocess: Preprocess) -> Expert:

@@ -1,5 +1,6 @@
 """Experts built from segment-anything's modules: SAM, MedSAM, and the bundled tiny expert."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -20,6 +21,11 @@ from umrg.mistake import Mistake
 # segment-anything's own constants: ImageNet's mean and standard deviation in levels of 0 to 255.
 _PIXEL_MEAN = (123.675, 116.28, 103.53)
 _PIXEL_STD = (58.395, 57.12, 57.375)
+
+_IMAGES_AT_ONCE = 8
+"""In one pass of an encoder on a GPU."""
+_UPSAMPLED_AT_ONCE = 2**24
+"""Pixels of masks in float32 at a time; sixteen masks of 100 megapixels would take 6 GiB."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -106,23 +112,29 @@ class SamExpert:
         self._sam = sam.to(device).eval().requires_grad_(False)
         self._sam.image_encoder.to(DTYPES[dtype])
         self._dtype = DTYPES[dtype]
+        with torch.inference_mode():
+            self._positions: Tensor = self._sam.prompt_encoder.get_dense_pe()
 
     @property
     def takes_points(self) -> bool:
         return self.preprocess == "published"
 
+    @property
+    def images_at_once(self) -> int:
+        # A CPU computes the larger ones no faster together; they would only keep prompts waiting, and their sums might
+        # be rounded otherwise than training's.
+        return 1 if self._sam.device.type == "cpu" else _IMAGES_AT_ONCE
+
     def embed(self, image: NDArray[np.uint8]) -> Embedding:
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise Mistake(f"an image is uint8 [H, W, 3], this one is {image.dtype} {list(image.shape)}")
-        original = Size(width=image.shape[1], height=image.shape[0])
-        side = self.config.image_side
-        with torch.inference_mode():
-            if self.preprocess == "native":
-                content, pixels = Size(side, side), _squeezed(image, side).to(self._sam.device)
-            else:
-                content, pixels = content_size(original, side), self._padded(image)
-            features = self._sam.image_encoder(pixels.to(self._dtype)).float()
-        return Embedding(features=features, original=original, content=content)
+        (embedding,) = self.embed_all([image])
+        return embedding
+
+    def embed_all(self, images: Sequence[NDArray[np.uint8]]) -> list[Embedding]:
+        for image in images:
+            _check_image(image)
+        step = self.images_at_once
+        passes = (images[start : start + step] for start in range(0, len(images), step))
+        return [embedding for each in passes for embedding in self._embedded(each)]
 
     def decode(
         self,
@@ -130,12 +142,15 @@ class SamExpert:
         *,
         boxes: NDArray[np.floating] | None = None,
         points: NDArray[np.floating] | None = None,
+        labels: NDArray[np.integer] | None = None,
         batch: int = 32,
     ) -> Decoded:
         """See `Expert.decode`. batch: how many prompts are decoded at a time; it affects only memory."""
         n = _prompt_count(boxes, points)
         if points is not None and not self.takes_points:
             raise Mistake("MedSAM's native preprocessing takes boxes only; drop the points, or use `published`")
+        frame_labels = self._labels(labels, points)
+        features = embedding.features.to(self._sam.device)
         frame_boxes = self._in_expert_frame(boxes, embedding)
         frame_points = self._in_expert_frame(points, embedding)
         low = 4 * self.config.grid
@@ -148,17 +163,37 @@ class SamExpert:
             for start in range(0, n, batch):
                 part = slice(start, min(start + batch, n))
                 logits, scores = self._best(
-                    embedding.features,
+                    features,
                     None if frame_boxes is None else frame_boxes[part],
-                    None if frame_points is None else frame_points[part],
+                    None if frame_points is None or frame_labels is None else (frame_points[part], frame_labels[part]),
                 )
                 decoded.logits[part] = logits.cpu().numpy()
                 decoded.scores[part] = scores.cpu().numpy()
-                decoded.masks[part] = self._upsampled(logits, embedding).cpu().numpy()
+                self._upsample(logits, embedding, decoded.masks[part])
         return decoded
 
     def digest(self) -> str:
         return weights_digest(self._sam.state_dict())
+
+    def _embedded(self, images: Sequence[NDArray[np.uint8]]) -> list[Embedding]:
+        """The embeddings of one pass of the encoder."""
+        side = self.config.image_side
+        native = self.preprocess == "native"
+        originals = [Size(width=image.shape[1], height=image.shape[0]) for image in images]
+        with torch.inference_mode():
+            rows = [_squeezed(image, side).to(self._sam.device) if native else self._padded(image) for image in images]
+            padding = next_power_of_two(len(rows)) - len(rows)
+            pixels = torch.cat(rows + padding * [torch.zeros_like(rows[0])])
+            features = self._sam.image_encoder(pixels.to(self._dtype)).float()
+        alone = len(features) == 1
+        return [
+            Embedding(
+                features=features if alone else features[i : i + 1].clone(),  # a view would keep the others' memory too
+                original=original,
+                content=Size(side, side) if native else content_size(original, side),
+            )
+            for i, original in enumerate(originals)
+        ]
 
     def _padded(self, image: NDArray[np.uint8]) -> Tensor:
         """float32 [1, 3, side, side]: the longest side scaled, normalised, and padded on the right and below."""
@@ -173,15 +208,31 @@ class SamExpert:
         scaled = rescale(coordinates, embedding.original, embedding.content)
         return torch.from_numpy(scaled).to(device=self._sam.device, dtype=torch.float32)
 
-    def _best(self, features: Tensor, boxes: Tensor | None, points: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Logits [n, h, w] and score [n] of each prompt's best mask. Coordinates in the expert frame."""
-        labels = None if points is None else torch.ones(points.shape[:2], device=points.device)
-        sparse, dense = self._sam.prompt_encoder(
-            points=None if points is None else (points, labels), boxes=boxes, masks=None
-        )
+    def _labels(self, labels: NDArray[np.integer] | None, points: NDArray[np.floating] | None) -> Tensor | None:
+        """float32 [n, k], of all points."""
+        if points is None:
+            if labels is not None:
+                raise Mistake("labels are of points; give the points, or drop the labels")
+            return None
+        if labels is None:
+            return torch.ones(points.shape[:2], device=self._sam.device)
+        if labels.shape != points.shape[:2]:
+            raise Mistake(
+                f"each point has a label; these are labels {list(labels.shape)} of points {list(points.shape)}"
+            )
+        if not np.isin(labels, (0, 1)).all():
+            raise Mistake("a label is 1 for foreground or 0 for background")
+        return torch.from_numpy(labels.astype(np.float32)).to(self._sam.device)
+
+    def _best(
+        self, features: Tensor, boxes: Tensor | None, points: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [n, h, w] and score [n] of each prompt's best mask. Coordinates in the expert frame; points with their
+        labels."""
+        sparse, dense = self._sam.prompt_encoder(points=points, boxes=boxes, masks=None)
         logits, scores = self._sam.mask_decoder(
             image_embeddings=features,
-            image_pe=self._sam.prompt_encoder.get_dense_pe(),
+            image_pe=self._positions,
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
             multimask_output=self.multimask,
@@ -189,6 +240,13 @@ class SamExpert:
         best = scores.argmax(dim=1)
         row = torch.arange(len(best), device=best.device)
         return logits[row, best], scores[row, best]
+
+    def _upsample(self, logits: Tensor, embedding: Embedding, masks: NDArray[np.bool_]) -> None:
+        """Write the masks of low-resolution logits [n, h, w] into bool [n, H, W], few enough at a time."""
+        step = max(1, _UPSAMPLED_AT_ONCE // (embedding.original.height * embedding.original.width))
+        for start in range(0, len(logits), step):
+            part = slice(start, start + step)
+            masks[part] = self._upsampled(logits[part], embedding).cpu().numpy()
 
     def _upsampled(self, logits: Tensor, embedding: Embedding) -> Tensor:
         """Masks, bool [n, H, W] in original pixels, of low-resolution logits [n, h, w]."""
@@ -199,6 +257,16 @@ class SamExpert:
         content = (embedding.content.height, embedding.content.width)
         upsampled: Tensor = self._sam.postprocess_masks(logits[:, None], content, original)
         return upsampled[:, 0] > float(self._sam.mask_threshold)
+
+
+def next_power_of_two(count: int) -> int:
+    """The smallest of 1, 2, 4, 8 … that is at least `count`, which is at least 1."""
+    return 1 << (count - 1).bit_length()
+
+
+def _check_image(image: NDArray[np.uint8]) -> None:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise Mistake(f"an image is uint8 [H, W, 3], this one is {image.dtype} {list(image.shape)}")
 
 
 def _squeezed(image: NDArray[np.uint8], side: int) -> Tensor:

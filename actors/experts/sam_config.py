@@ -31,6 +31,8 @@ class SamConfig(BaseModel):
     decoder_mlp_dim: PositiveInt = 2048
     multimask_outputs: NonNegativeInt = 3
     """How many alternative masks the decoder predicts beside its single one."""
+    licence: str | None = None
+    """Licence of the weights beside it; null where it is not stated."""
 
     @property
     def grid(self) -> int:
@@ -53,16 +55,31 @@ class PublishedExpert:
     """Name of the official file."""
     source: str
     """Where to get that file."""
+    licence: str
+    """Licence of its weights."""
+    sha256: str | None = None
+    """What the digest of that file begins with; None where it is not known."""
 
 
 _SAM_SOURCE = "https://dl.fbaipublicfiles.com/segment_anything/"
+_SAM_LICENCE = "Apache-2.0 (Meta AI)"
 
 PUBLISHED_EXPERTS = {
-    "sam_vit_b": PublishedExpert(config=VIT_B, checkpoint="sam_vit_b_01ec64.pth", source=_SAM_SOURCE),
-    "sam_vit_l": PublishedExpert(config=VIT_L, checkpoint="sam_vit_l_0b3195.pth", source=_SAM_SOURCE),
-    "sam_vit_h": PublishedExpert(config=VIT_H, checkpoint="sam_vit_h_4b8939.pth", source=_SAM_SOURCE),
+    **{
+        f"sam_{size}": PublishedExpert(
+            config=config,
+            checkpoint=f"sam_{size}_{sha256}.pth",
+            source=_SAM_SOURCE,
+            licence=_SAM_LICENCE,
+            sha256=sha256,
+        )
+        for size, config, sha256 in (("vit_b", VIT_B, "01ec64"), ("vit_l", VIT_L, "0b3195"), ("vit_h", VIT_H, "4b8939"))
+    },
     "medsam_vit_b": PublishedExpert(
-        config=VIT_B, checkpoint="medsam_vit_b.pth", source="https://github.com/bowang-lab/MedSAM"
+        config=VIT_B,
+        checkpoint="medsam_vit_b.pth",
+        source="https://github.com/bowang-lab/MedSAM",
+        licence="Apache-2.0 (bowang-lab MedSAM)",
     ),
 }
 
@@ -81,4 +98,4 @@ def read_config(path: Path) -> SamConfig:
 
 def config_json(config: SamConfig) -> str:
     """The text of a `config.json` that `read_config` reads back."""
-    return json.dumps(config.model_dump(), indent=2) + "\n"
+    return json.dumps(config.model_dump(exclude_none=True), indent=2) + "\n"

@@ -31,7 +31,7 @@ Weights = dict[str, Tensor]
 @pytest.fixture
 def small_official(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A .pth of a published expert, shrunk to a size that takes no time."""
-    small = PublishedExpert(config=SMALL, checkpoint="small.pth", source="https://example.org")
+    small = PublishedExpert(config=SMALL, checkpoint="small.pth", source="https://example.org", licence="MIT")
     monkeypatch.setitem(PUBLISHED_EXPERTS, "sam_vit_b", small)
     torch.manual_seed(0)
     torch.save(build_sam(SMALL).state_dict(), tmp_path / "small.pth")

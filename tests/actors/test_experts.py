@@ -12,10 +12,10 @@ from segment_anything import SamPredictor
 from segment_anything.utils.transforms import ResizeLongestSide
 
 from actors.experts.protocol import Decoded, Embedding
-from actors.experts.registry import load_expert
+from actors.experts.registry import licence, load_expert
 from actors.experts.sam import SamExpert, build_sam, content_size
 from actors.experts.sam_config import PUBLISHED_EXPERTS, VIT_B, SamConfig, config_json
-from actors.experts.weights import shapes_of
+from actors.experts.weights import save_weights, shapes_of
 from umrg.frames import Size, rescale
 
 pytestmark = pytest.mark.numeric
@@ -76,6 +76,89 @@ def test_sam_vit_b_equals_sam_predictor_batched_and_one_at_a_time() -> None:
                 np.testing.assert_allclose(scores, theirs.scores, atol=1e-4)
                 assert np.mean(masks != theirs.masks) < 1e-3  # a logit of 1e-6 may fall on either side
         assert np.ptp(batched.logits) > 0.01
+
+
+def test_labelled_points_are_those_of_sam_predictor() -> None:
+    torch.manual_seed(0)
+    sam = build_sam(SMALL)
+    expert, predictor = SamExpert(sam, SMALL, name="small"), SamPredictor(sam)
+    predictor.set_image(IMAGE)
+    embedding = expert.embed(IMAGE)
+    labels = np.array([[1, 0], [0, 1], [0, 0]])
+    for boxes in (None, BOXES):
+        ours = expert.decode(embedding, boxes=boxes, points=POINTS, labels=labels)
+        for i in range(3):
+            masks, scores, logits = predictor.predict(POINTS[i], labels[i], box=None if boxes is None else boxes[i])
+            best = int(scores.argmax())
+            np.testing.assert_allclose(ours.logits[i], logits[best], atol=1e-4)
+            np.testing.assert_allclose(ours.scores[i], scores[best], atol=1e-4)
+            assert np.mean(ours.masks[i] != masks[best]) < 1e-2  # a logit of 1e-6 may fall on either side
+        unlabelled = expert.decode(embedding, boxes=boxes, points=POINTS)
+        assert np.abs(ours.logits - unlabelled.logits).max() > 1e-3
+        foreground = expert.decode(embedding, boxes=boxes, points=POINTS, labels=np.ones((3, 2), dtype=np.int64))
+        assert np.array_equal(foreground.logits, unlabelled.logits)
+
+
+@pytest.mark.parametrize(
+    ("points", "labels", "message"),
+    [
+        (POINTS, np.ones((3, 1), dtype=np.int64), r"labels \[3, 1\] of points \[3, 2, 2\]"),
+        (POINTS, np.full((3, 2), 2), "1 for foreground or 0"),
+        (None, np.ones((3, 2), dtype=np.int64), "labels are of points"),
+    ],
+)
+def test_labels_that_are_none_say_what_is_wrong(
+    points: NDArray[np.float64] | None, labels: NDArray[np.int64], message: str
+) -> None:
+    expert = small_expert()
+    with pytest.raises(ValueError, match=message):
+        expert.decode(expert.embed(IMAGE), boxes=BOXES, points=points, labels=labels)
+
+
+class Together(SamExpert):
+    """Embeds as on a GPU."""
+
+    @property
+    def images_at_once(self) -> int:
+        return 4
+
+
+@pytest.mark.parametrize("preprocess", ["published", "native"])
+def test_images_are_embedded_together_in_few_shapes_as_alone(preprocess: str) -> None:
+    torch.manual_seed(0)
+    sam = build_sam(SMALL)
+    passes: list[int] = []
+    sam.image_encoder.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
+    expert = Together(sam, SMALL, name="small", preprocess=preprocess)  # type: ignore[arg-type]
+    images = [np.roll(IMAGE, i, axis=1)[: 48 - i] for i in range(7)]
+    embeddings = expert.embed_all(images)
+    assert passes == [4, 4]  # the second has three images and one of padding
+    for image, together in zip(images, embeddings, strict=True):
+        alone = expert.embed(image)
+        torch.testing.assert_close(together.features, alone.features, atol=1e-4, rtol=0)
+        assert (together.original, together.content) == (alone.original, alone.content)
+        assert together.features.untyped_storage().nbytes() == together.features.nbytes
+    assert passes[2:] == [1] * 7
+
+
+def test_a_cpu_embeds_images_one_by_one_as_training_does() -> None:
+    expert = small_expert()
+    together, alone = expert.embed_all([IMAGE, IMAGE[:20]]), [expert.embed(IMAGE), expert.embed(IMAGE[:20])]
+    assert all(torch.equal(ours.features, each.features) for ours, each in zip(together, alone, strict=True))
+    assert expert.embed_all([]) == []
+    with pytest.raises(ValueError, match=r"uint8 \[H, W, 3\]"):
+        expert.embed_all([IMAGE, IMAGE[:, :, 0]])
+
+
+def test_masks_of_large_images_are_scaled_up_few_at_a_time_and_stay_the_same() -> None:
+    expert = small_expert()
+    large = np.zeros((3000, 4000, 3), dtype=np.uint8)
+    embedding = expert.embed(large)
+    boxes = BOXES * 20
+    together = expert.decode(embedding, boxes=boxes)
+    logits = torch.from_numpy(together.logits)[:, None]
+    at_once = expert._sam.postprocess_masks(logits, (48, 64), (3000, 4000))[:, 0] > 0
+    assert np.array_equal(together.masks, at_once.numpy())
 
 
 def test_sizes_are_those_of_the_official_builders() -> None:
@@ -174,6 +257,25 @@ def test_enlarging_image_and_prompt_together_changes_nothing(
         rescale(factor * points, large, content_size(large, 1024)),
         atol=1e-9,
     )
+
+
+def test_the_licence_of_an_experts_weights_is_stated_or_said_not_to_be(tmp_path: Path) -> None:
+    assert licence("tiny") == "Apache-2.0 (MedReasoner)"
+    assert licence("sam_vit_h") == "Apache-2.0 (Meta AI)"
+    assert licence("medsam_vit_b") == "Apache-2.0 (bowang-lab MedSAM)"
+    config = tmp_path / "config.json"
+    config.write_text(config_json(SMALL))
+    assert licence(str(tmp_path)) == "not stated"
+    config.write_text(config_json(SMALL.model_copy(update={"licence": "CC-BY-4.0 (a hospital)"})))
+    assert licence(str(tmp_path)) == "CC-BY-4.0 (a hospital)"
+
+
+def test_a_converted_training_of_ones_own_has_not_the_official_files_licence(tmp_path: Path) -> None:
+    official, own = tmp_path / "official.safetensors", tmp_path / "own.safetensors"
+    for path, sha256 in ((official, "01ec64" + 58 * "0"), (own, 64 * "0")):
+        save_weights({}, path, metadata={"name": "sam_vit_b", "source_sha256": sha256})
+    assert licence(str(official)) == licence("sam_vit_b", official) == "Apache-2.0 (Meta AI)"
+    assert licence(str(own)) == licence("sam_vit_b", own) == licence("tiny", own) == "not stated"
 
 
 def test_what_is_asked_for_wrongly_is_answered_with_what_to_do(tmp_path: Path) -> None:
