@@ -11,7 +11,7 @@ import ray
 from prometheus_client.parser import text_string_to_metric_families
 
 from serving.metrics import Exposition, Metrics, joined
-from umrg.frames import Frames
+from umrg.frames import Frames, Size
 from umrg.group import Completion, GroupSamples
 
 OF_RAY = (
@@ -154,7 +154,7 @@ class Replica:
         self.metrics.rejected("rate")
         self.metrics.rejected("canary")
         done = Completion(text="", token_ids=(1, 2, 3), logprobs=(0.0, 0.0, 0.0), policy_version=1, finished=True)
-        frames = Frames(original=(8, 8), model=(8, 8))
+        frames = Frames(original=Size(8, 8), model=Size(8, 8))
         self.metrics.tokens(GroupSamples(prompt_ids=(1,) * 10, frames=frames, completions=(done, done), cached=4))
 
 
