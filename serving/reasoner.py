@@ -191,10 +191,10 @@ class Reasoner:
         greedy and sampled, whole and in pieces. Caches of the processor and of kernels are filled by it."""
         room = self._config.rollout.max_prompt_tokens - self._started.prompt_tokens("?", Size(56, 56))
         sides = [side for side in _SIDES if self._started.image_tokens(Size(side, side)) <= room]
-        tokens = min(16, self._config.rollout.max_tokens)
+        tokens = min(4, self._config.rollout.max_tokens)
         one = SamplingParams(n=1, temperature=0.0, max_tokens=tokens)
-        several = SamplingParams(n=4, temperature=1.0, max_tokens=tokens, seed=0)
-        for i in range(3):
+        several = SamplingParams(n=2, temperature=1.0, max_tokens=tokens, seed=0)
+        for i in range(2):
             for side in sides:
                 name, image = f"warm-{side}-{i}", np.full((side, side, 3), i, dtype=np.uint8)
                 for sampling in (one, several):
