@@ -146,6 +146,9 @@ class RolloutConfig(PoolConfig):
             "VLLM_CPU_KVCACHE_SPACE": str(self.cpu_cache_gib),
             # Left alone, vLLM pins its threads to core ids and keeps one core for itself.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            # On a CPU the one function that vLLM still compiles counts ranks, of which nothing is read; the first
+            # request would wait ten seconds for the compiler, and on a busy machine forty.
+            **({"TORCHDYNAMO_DISABLE": "1"} if self.num_gpus == 0 else {}),
         }
 
 

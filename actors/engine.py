@@ -1,10 +1,13 @@
 """A vLLM engine that samples completions, reports their log-probs, and takes new weights while it is running."""
 
+import asyncio
 import math
-from collections.abc import AsyncIterable, Sequence
-from dataclasses import asdict
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,15 +22,35 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from actors import orphan_guard
 from actors.config import RolloutConfig
 from actors.engine_report import EngineReport, UpdateReceipt
+from actors.failures import Broken
 from actors.weight_files import Bucket, HostFile
 from reasoner.footprint import GIB, cache_bytes, empty_model
-from reasoner.prompter import Prompter
+from reasoner.prompter import Prompter, Writing
 from umrg.frames import Size
 from umrg.group import Completion, GroupSamples, SamplingParams
 from umrg.mistake import Mistake
 
 _CPU_BLOCK = 128  # tokens of a block of a CPU's KV cache
 _FORBIDDEN = -100.0  # vLLM's lowest logit bias: e^-100 is no probability in any precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What an engine is asked about an image."""
+
+    image: NDArray[np.uint8]
+    """uint8 [H, W, 3] RGB."""
+    text: str
+    """The query; with `raw`, the whole text of the user's message."""
+    think: bool | None = None
+    """Whether the prompt asks for reasoning; None for what the engine's prompter says."""
+    raw: bool = False
+    """Whether the text is sent without the task's instructions."""
+    system: str | None = None
+    """The system message, with `raw` only."""
+    image_id: str | None = None
+    """Names the image in vLLM's caches, instead of a hash of its pixels: one id must always be of the same pixels. None
+    for the hash."""
 
 
 class Engine:
@@ -37,10 +60,12 @@ class Engine:
         self.prompter, self.report = prompter, report
         self._llm, self._config = llm, config
         self._requests = 0
+        self._gate = _Gate()
+        self._mixed = False
 
     @classmethod
-    async def start(cls, model: Path, prompter: Prompter, config: RolloutConfig) -> "Engine":
-        """Load a model folder. Its weights are version 0. Raises ValueError if a CPU's cache is too small."""
+    async def start(cls, model: Path, prompter: Prompter, config: RolloutConfig, version: int = 0) -> "Engine":
+        """Load a model folder, whose weights are of this version. Raises ValueError if a CPU's cache is too small."""
         check_cache(model, config)
         orphan_guard.own()
         llm = AsyncLLM.from_engine_args(
@@ -72,17 +97,143 @@ class Engine:
             )
         )
         await llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
-        await llm.update_weight_version("0")
+        await llm.update_weight_version(str(version))
         attention: list[list[str]] = await llm.collective_rpc("attention")
         return cls(llm, prompter, config, report(llm.vllm_config, attention[0]))
 
     async def generate(self, image: NDArray[np.uint8], query: str, sampling: SamplingParams) -> GroupSamples:
         """Sample n completions of a query about an image uint8 [H, W, 3], in one request; vLLM seeds completion i with
         seed + i. Raises ValueError for a prompt over `max_prompt_tokens`."""
-        size = Size(image.shape[1], image.shape[0])
-        self._check_length(query, size)
-        self._requests += 1
-        parameters = vllm.SamplingParams(
+        return await self.answer(Question(image=image, text=query), sampling)
+
+    async def answer(self, question: Question, sampling: SamplingParams) -> GroupSamples:
+        """As `generate`, of any question. Raises ValueError too if the chat template does not take it."""
+        final: Any = None
+        # Streamed outputs leave completions out when n > 1.
+        async with aclosing(self._outputs(question, sampling, RequestOutputKind.FINAL_ONLY)) as outputs:
+            async for output in outputs:
+                final = output
+        assert final is not None and len(final.outputs) == sampling.n, "vLLM left answers out"
+        written = [
+            self._completion(each, each.token_ids, each.logprobs.logprobs)
+            for each in sorted(final.outputs, key=lambda output: output.index)
+        ]
+        return self._samples(question, final, written)
+
+    async def stream(self, question: Question, sampling: SamplingParams) -> AsyncGenerator[str | GroupSamples, None]:
+        """One completion in pieces of text, as it is written, and at last the whole as `answer` returns it. Who closes
+        the iterator, or cancels the task that waits for it, ends the request. Raises ValueError as `answer` does."""
+        assert sampling.n == 1, "one completion is streamed"
+        writing, token_ids, logprobs = Writing(self.prompter), list[int](), list[float]()
+        final: Any = None
+        async with aclosing(self._outputs(question, sampling, RequestOutputKind.DELTA)) as outputs:
+            async for output in outputs:
+                final, (piece,) = output, output.outputs
+                token_ids += piece.token_ids
+                logprobs += piece.logprobs.logprobs
+                if text := writing.add(piece.token_ids):
+                    yield text
+        assert final is not None and final.finished, "vLLM left the end out"
+        if text := writing.end():
+            yield text
+        yield self._samples(question, final, [self._completion(final.outputs[0], token_ids, logprobs)])
+
+    async def update_weights(
+        self,
+        buckets: AsyncIterable[Bucket],
+        version: int,
+        *,
+        mode: Literal["keep", "wait"] = "keep",
+        check: Callable[[UpdateReceipt], None] = lambda _: None,
+    ) -> UpdateReceipt:
+        """Replace the weights by those of some buckets, of which one at a time is in memory.
+
+        mode: `keep` lets requests in flight pause between two tokens, so that two versions write their completions;
+        `wait` lets them end, and later ones wait until the new weights are there. check: is called before any request
+        goes on, and raises if it does not like the receipt. If anything fails once weights were replaced, the engine
+        answers no more (`check_health`)."""
+        async with self._paused(mode):
+            replaced = False
+            try:
+                await self._llm.start_weight_update()
+                with HostFile() as file:
+                    async for bucket in buckets:
+                        # In a thread, because whoever is answered from this event loop would wait for the copy.
+                        await asyncio.to_thread(file.write, bucket)
+                        entries = [asdict(entry) for entry in bucket.entries]
+                        info = {"path": file.path, "entries": entries, "exact": bucket.exact}
+                        replaced = True
+                        await self._llm.update_weights(WeightTransferUpdateRequest(update_info=info))
+                await self._llm.finish_weight_update(weight_version=str(version))
+                receipt = _receipt(await self._llm.collective_rpc("received"))
+                check(receipt)
+            except BaseException:
+                self._mixed = self._mixed or replaced
+                raise
+        return receipt
+
+    async def set_version(self, version: int) -> None:
+        """Give the weights another version, without a change of themselves."""
+        await self._llm.update_weight_version(str(version))
+
+    async def check_health(self) -> None:
+        """Raises vLLM's EngineDeadError if one of its processes has died, and Broken if a weight update failed half
+        way."""
+        await self._llm.check_health()
+        if self._mixed:
+            raise Broken("a weight update failed half way, and the engine holds weights of two versions")
+
+    @property
+    def unfinished(self) -> int:
+        """Completions that vLLM has not finished."""
+        return int(self._llm.output_processor.get_num_unfinished_requests())
+
+    def stop(self) -> None:
+        """End the engine's processes."""
+        self._llm.shutdown()
+
+    async def _outputs(
+        self, question: Question, sampling: SamplingParams, kind: RequestOutputKind
+    ) -> AsyncGenerator[Any, None]:
+        """vLLM's outputs of one request. Closing it takes the request out of the engine."""
+        prompt = self._prompt(question)
+        for retried in (False, True):
+            began = missed = False
+            async with self._gate.passing() as passed:
+                await self.check_health()
+                self._requests += 1
+                request = f"request-{self._requests}"
+                parameters = self._parameters(sampling, kind)
+                async with aclosing(self._llm.generate(prompt, parameters, request_id=request)) as outputs:
+                    async for output in outputs:
+                        passed()
+                        # A request that was cancelled before it reached the engine leaves its image noted as sent, and
+                        # so the next one about it misses the image there, whereupon vLLM forgets the note.
+                        if missed := any(each.finish_reason == "error" for each in output.outputs):
+                            break
+                        began = True
+                        yield output
+            if not missed:
+                return
+            if began or retried:
+                raise RuntimeError("vLLM has given a request up")
+
+    @cached_property
+    def _prompters(self) -> dict[bool | None, Prompter]:
+        """By `Question.think`; they share the processor."""
+        return {think: self.prompter.thinking(think) for think in (None, False, True)}
+
+    def _prompt(self, question: Question) -> dict[str, Any]:
+        """vLLM's input."""
+        prompter = self._prompters[question.think]
+        raw = question.raw
+        text = prompter.raw_text(question.text, question.system) if raw else prompter.chat_text(question.text)
+        self._check_length(text, _size(question.image))
+        prompt = {"prompt": text, "multi_modal_data": {"image": Image.fromarray(question.image)}}
+        return prompt if question.image_id is None else {**prompt, "multi_modal_uuids": {"image": [question.image_id]}}
+
+    def _parameters(self, sampling: SamplingParams, kind: RequestOutputKind) -> vllm.SamplingParams:
+        return vllm.SamplingParams(
             n=sampling.n,
             temperature=sampling.temperature,
             max_tokens=sampling.max_tokens,
@@ -92,66 +243,107 @@ class Engine:
             # Detokenizing token by token costs as much as sampling; `completion_text` decodes once.
             detokenize=False,
             logit_bias=dict.fromkeys(self.prompter.vision_tokens, _FORBIDDEN),
-            # Streamed outputs leave completions out when n > 1.
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        prompt = {"prompt": self.prompter.chat_text(query), "multi_modal_data": {"image": Image.fromarray(image)}}
-        final: Any = None
-        async for output in self._llm.generate(prompt, parameters, request_id=f"request-{self._requests}"):
-            final = output
-        assert final is not None and len(final.outputs) == sampling.n, "vLLM left answers out"
-        outputs = sorted(final.outputs, key=lambda output: output.index)
-        return GroupSamples(
-            prompt_ids=tuple(final.prompt_token_ids),
-            frames=self.prompter.frames(size),
-            completions=tuple(self._completion(output) for output in outputs),
-            cached=int(final.num_cached_tokens or 0),
+            output_kind=kind,
         )
 
-    async def update_weights(self, buckets: AsyncIterable[Bucket], version: int) -> UpdateReceipt:
-        """Replace the weights by those of some buckets, of which one at a time is in memory; requests in flight pause
-        between two tokens."""
-        await self._llm.pause_generation(mode="keep", clear_cache=True)
-        try:
-            await self._llm.start_weight_update()
-            with HostFile() as file:
-                async for bucket in buckets:
-                    file.write(bucket)
-                    entries = [asdict(entry) for entry in bucket.entries]
-                    info = {"path": file.path, "entries": entries, "exact": bucket.exact}
-                    await self._llm.update_weights(WeightTransferUpdateRequest(update_info=info))
-            await self._llm.finish_weight_update(weight_version=str(version))
-            found: list[tuple[str, int, list[str]]] = await self._llm.collective_rpc("received")
-        finally:
-            await self._llm.resume_generation()
-        assert len({checksum for checksum, _, _ in found}) == 1, "the workers of one engine received different weights"
-        unlike = [name for _, _, names in found for name in names]
-        return UpdateReceipt(
-            checksum=found[0][0], compared=min(count for _, count, _ in found), unlike=tuple(dict.fromkeys(unlike))
-        )
-
-    def stop(self) -> None:
-        """End the engine's processes."""
-        self._llm.shutdown()
-
-    def _check_length(self, query: str, image: Size) -> None:
-        tokens, most = self.prompter.prompt_tokens(query, image), self._config.max_prompt_tokens
+    def _check_length(self, text: str, image: Size) -> None:
+        tokens, most = self.prompter.text_tokens(text, image), self._config.max_prompt_tokens
         if tokens > most:
             raise Mistake(
                 f"the prompt has {tokens} tokens, {self.prompter.image_tokens(image)} of them for the image, and "
                 f"rollout.max_prompt_tokens allows {most}; raise it, shorten the question or make the image smaller"
             )
 
-    def _completion(self, output: Any) -> Completion:
+    @asynccontextmanager
+    async def _paused(self, mode: Literal["keep", "wait"]) -> AsyncIterator[None]:
+        async with self._gate.shut() if mode == "wait" else _nothing():
+            try:
+                await self._llm.pause_generation(mode=mode, clear_cache=True)
+                yield
+            finally:
+                await self._llm.resume_generation()
+
+    def _samples(self, question: Question, final: Any, completions: Sequence[Completion]) -> GroupSamples:
+        return GroupSamples(
+            prompt_ids=tuple(final.prompt_token_ids),
+            frames=self.prompter.frames(_size(question.image)),
+            completions=tuple(completions),
+            cached=int(final.num_cached_tokens or 0),
+        )
+
+    def _completion(self, output: Any, token_ids: Sequence[int], logprobs: Sequence[float]) -> Completion:
         versions = [int(span.version) for span in output.weight_versions or ()]
         return Completion(
-            text=self.prompter.completion_text(output.token_ids),
-            token_ids=tuple(output.token_ids),
-            logprobs=tuple(output.logprobs.logprobs),
+            text=self.prompter.completion_text(token_ids),
+            token_ids=tuple(token_ids),
+            logprobs=tuple(logprobs),
             # A completion that an update interrupted counts as the oldest weights that sampled a part of it.
             policy_version=min(versions),
             finished=output.finish_reason == "stop",
         )
+
+
+class _Gate:
+    """Requests pass it on their way into the engine, and wait before it while it is shut.
+
+    vLLM itself would queue them while it waits for those in flight. But it would empty its cache of images on the
+    engine's side after it had noted on ours that theirs are there."""
+
+    def __init__(self) -> None:
+        self._open, self._empty = asyncio.Event(), asyncio.Event()
+        self._open.set()
+        self._empty.set()
+        self._within = 0
+
+    @asynccontextmanager
+    async def passing(self) -> AsyncIterator[Callable[[], None]]:
+        """Until the function that is yielded is called, at the latest until the end, a request is on its way."""
+        while not self._open.is_set():  # it may have been shut again before this task goes on
+            await self._open.wait()
+        self._within += 1
+        self._empty.clear()
+        under_way = True
+
+        def passed() -> None:
+            nonlocal under_way
+            if under_way:
+                under_way = False
+                self._within -= 1
+                if not self._within:
+                    self._empty.set()
+
+        try:
+            yield passed
+        finally:
+            passed()
+
+    @asynccontextmanager
+    async def shut(self) -> AsyncIterator[None]:
+        """Shut, and nobody on the way."""
+        self._open.clear()
+        try:
+            await self._empty.wait()
+            yield
+        finally:
+            self._open.set()
+
+
+@asynccontextmanager
+async def _nothing() -> AsyncIterator[None]:
+    yield
+
+
+def _size(image: NDArray[np.uint8]) -> Size:
+    return Size(image.shape[1], image.shape[0])
+
+
+def _receipt(found: Sequence[tuple[str, int, list[str]]]) -> UpdateReceipt:
+    """What the workers of an engine say of an update, together."""
+    assert len({checksum for checksum, _, _ in found}) == 1, "the workers of one engine received different weights"
+    unlike = [name for _, _, names in found for name in names]
+    return UpdateReceipt(
+        checksum=found[0][0], compared=min(count for _, count, _ in found), unlike=tuple(dict.fromkeys(unlike))
+    )
 
 
 def check_cache(model: Path, config: RolloutConfig) -> None:

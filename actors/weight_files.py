@@ -7,17 +7,22 @@ store, and shows them to readers of the node, without a copy of its own, where i
 heap.
 """
 
+import asyncio
 import hashlib
 import mmap
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import safe_open
+
+from umrg.reasoner_folder import INDEX, WEIGHTS, read_object
 
 _ALIGNMENT = 64
 _PIECE, _WRITERS = 32 << 20, 4
@@ -159,3 +164,47 @@ def checksum_of(buckets: Iterable[Mapping[str, torch.Tensor]]) -> str:
     for bucket in buckets:
         checksum.add(bucket)
     return checksum.hexdigest()
+
+
+class FolderWeights:
+    """The weights of a reasoner's folder, under the names and in the precision of its files."""
+
+    def __init__(self, folder: Path, *, most: int = 1 << 30) -> None:
+        """most: bytes of a bucket; a tensor that is larger has one to itself."""
+        self._folder, self._most = folder, most
+        self._checksum = Checksum()
+
+    async def buckets(self) -> AsyncIterator[Bucket]:
+        """One bucket after another, each read by a thread when it is asked for. It is a view of a mapped file, and
+        takes no memory beyond the system's cache."""
+        found = self._packed()
+        while (bucket := await asyncio.to_thread(next, found, None)) is not None:
+            yield bucket
+
+    def checksum(self) -> str:
+        """Of all buckets that were asked for."""
+        return self._checksum.hexdigest()
+
+    def _packed(self) -> Iterator[Bucket]:
+        for path in self._files():
+            with safe_open(path, framework="pt") as file:
+                tensors: dict[str, torch.Tensor] = {}
+                for name in file.keys():  # noqa: SIM118  # the file is no mapping
+                    tensor = file.get_tensor(name)
+                    if tensors and tensor.nbytes + sum(each.nbytes for each in tensors.values()) > self._most:
+                        yield self._pack(tensors)
+                        tensors = {}
+                    tensors[name] = tensor
+                if tensors:
+                    yield self._pack(tensors)
+
+    def _pack(self, tensors: Mapping[str, torch.Tensor]) -> Bucket:
+        self._checksum.add(tensors)
+        return pack(tensors)
+
+    def _files(self) -> list[Path]:
+        """As vLLM chooses them: those of the index, where there is one."""
+        if not (self._folder / INDEX).exists():
+            return [self._folder / WEIGHTS]
+        places: dict[str, str] = read_object(self._folder / INDEX)["weight_map"]
+        return [self._folder / name for name in sorted(set(places.values()))]

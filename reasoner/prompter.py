@@ -4,10 +4,10 @@ evaluation and serving. Imports no model code."""
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from transformers import (
 from umrg.answers import TAGS, format_answer
 from umrg.frames import Frame, Frames, ResizeRule, Size
 from umrg.mistake import Mistake
-from umrg.prompts import PromptSpec, prompt_messages
+from umrg.prompts import PromptSpec, chat_messages, prompt_messages
 from umrg.reasoner_folder import check_reasoner_folder
 from umrg.rows import reasoning_fault
 from umrg.sample import Sample
@@ -105,8 +105,24 @@ class Prompter:
 
     def chat_text(self, query: str) -> str:
         """The prompt as text with a single image placeholder, which is the input of vLLM."""
-        messages = prompt_messages(query, self.prompt)
-        return str(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        return self._rendered(prompt_messages(query, self.prompt))
+
+    def raw_text(self, text: str, system: str | None = None) -> str:
+        """As `chat_text`, for the whole text of a user's message (`umrg.prompts.chat_messages`). Raises ValueError if
+        the chat template does not take the messages."""
+        try:
+            rendered = self._rendered(chat_messages(text, system))
+        except TemplateError as error:
+            raise Mistake(f"the model's chat template does not take these messages: {error}") from error
+        if rendered.count(self.processor.image_token) != 1:
+            raise Mistake(
+                "the model's chat template makes no place for the image beside a system message; leave it out"
+            )
+        return rendered
+
+    def thinking(self, think: bool | None) -> Self:
+        """The same with a prompt that asks for reasoning, or for none; None for this one."""
+        return self if think is None else replace(self, prompt=self.prompt.but(think=think))
 
     @cached_property
     def opening(self) -> str:
@@ -114,7 +130,7 @@ class Prompter:
         closing tag, and the white space after it; empty if the model writes the whole completion."""
         question = "What?"
         messages = [{"role": "user", "content": [{"type": "text", "text": question}]}]
-        text = str(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        text = self._rendered(messages)
         # Only the text after the question counts, because a system prompt may mention the tags.
         _, opening, rest = text.rpartition(question)[2].partition("<think>")
         return opening + rest
@@ -153,7 +169,12 @@ class Prompter:
 
     def prompt_tokens(self, query: str, original: Size) -> int:
         """Number of prompt tokens of a query about an image of this size. Raises ValueError as `image_tokens` does."""
-        ids = self.processor.tokenizer(self.chat_text(query), add_special_tokens=False)["input_ids"]
+        return self.text_tokens(self.chat_text(query), original)
+
+    def text_tokens(self, text: str, original: Size) -> int:
+        """Number of prompt tokens of a prompt's text (`chat_text`, `raw_text`) with an image of this size. Raises
+        ValueError as `image_tokens` does."""
+        ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
         # The text contains one of the placeholders already.
         return len(ids) - 1 + self.image_tokens(original)
 
@@ -181,6 +202,9 @@ class Prompter:
             think=sample.reasoning if self.prompt.think else None,
         )
 
+    def _rendered(self, messages: list[dict[str, Any]]) -> str:
+        return str(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
     @cached_property
     def _left_out(self) -> frozenset[int]:
         tokenizer = self.processor.tokenizer
@@ -194,6 +218,32 @@ class Prompter:
             what, remedy = ("closes an empty", "think=false") if closed else ("opens", "think=true")
             raise Mistake(f"the chat template {what} <think> itself; set {remedy}, or use another chat template")
         return text.removeprefix("<think>") if opened else text
+
+
+class Writing:
+    """A completion's text while it is being written. The pieces together are what `completion_text` makes of all ids,
+    and none is ever revised."""
+
+    def __init__(self, prompter: Prompter) -> None:
+        self._prompter = prompter
+        self._ids: list[int] = []
+        self._told = ""
+
+    def add(self, token_ids: Sequence[int]) -> str:
+        """The text that more ids add to what was told before; "" where they end within a character."""
+        self._ids += token_ids
+        # Of a character of several tokens the tokenizer makes replacement characters until the last one has come.
+        return self._new(self._prompter.completion_text(self._ids).rstrip("\ufffd"))
+
+    def end(self) -> str:
+        """What is left to tell of the whole completion."""
+        return self._new(self._prompter.completion_text(self._ids))
+
+    def _new(self, text: str) -> str:
+        if not text.startswith(self._told):
+            return ""
+        piece, self._told = text[len(self._told) :], text
+        return piece
 
 
 def load_prompter(folder: Path, spec: PromptSpec | None = None) -> Prompter:

@@ -280,6 +280,14 @@ def prompt_messages(query: str, spec: PromptSpec) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt_text(query, spec)}]}]
 
 
+def chat_messages(text: str, system: str | None = None) -> list[dict[str, Any]]:
+    """The chat messages of a client that brings its own text: an image slot, then the text as it is, without the task's
+    instructions, and before both the system message, if there is one. Special tokens are removed from either."""
+    content = [{"type": "image"}, {"type": "text", "text": without_special_tokens(text)}]
+    before = [] if system is None else [{"role": "system", "content": without_special_tokens(system)}]
+    return [*before, {"role": "user", "content": content}]
+
+
 def prompt_text(query: str, spec: PromptSpec) -> str:
     """The text of the user's message."""
     query = clean_query(query)
@@ -292,7 +300,7 @@ def prompt_text(query: str, spec: PromptSpec) -> str:
     filled = {QUERY: query, ANSWER: _answer_form(spec).strip()}
     parts = re.split(f"({re.escape(QUERY)}|{re.escape(ANSWER)})", spec.style)
     # The query's last characters and the template's next ones could form a special token together.
-    return _without_special_tokens("".join(filled.get(part, part) for part in parts))
+    return without_special_tokens("".join(filled.get(part, part) for part in parts))
 
 
 def _answer_form(spec: PromptSpec) -> str:
@@ -309,10 +317,11 @@ def special_tokens(query: str) -> list[str]:
 
 def clean_query(query: str) -> str:
     """The query without special tokens, with each run of white space replaced by one space."""
-    return " ".join(_without_special_tokens(query).split())
+    return " ".join(without_special_tokens(query).split())
 
 
-def _without_special_tokens(text: str) -> str:
+def without_special_tokens(text: str) -> str:
+    """The text with a space in the place of each special token."""
     previous = None
     # Removing one token can join its neighbours into another.
     while previous != text:

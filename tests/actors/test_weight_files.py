@@ -1,5 +1,7 @@
 """Weights on their way: buckets, their files in memory, and the checksums that show they are the same."""
 
+import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -13,9 +15,10 @@ import ray
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from actors.rollout import Rollout
-from actors.weight_files import Checksum, HostFile, checksum_of, mapped, pack, unpack, word_sum
+from actors.weight_files import Checksum, FolderWeights, HostFile, checksum_of, mapped, pack, unpack, word_sum
 
 TENSORS = {
     "a": torch.randn(3, 4),
@@ -159,3 +162,52 @@ def test_a_receiving_actor_holds_two_buckets_at_most(ray_cluster):
         ray.kill(actor)
     assert total == size * count
     assert peak < size / 4, "a bucket was copied to the heap"
+
+
+IN_FILES = {name: tensor.contiguous() for name, tensor in TENSORS.items()}
+
+
+def single(folder):
+    save_file(IN_FILES, folder / "model.safetensors")
+
+
+def sharded(folder):
+    """With a file beside them that the index does not name."""
+    save_file({"z": torch.zeros(3)}, folder / "model.safetensors")
+    shards = {"first.safetensors": ("a", "b", "c"), "second.safetensors": ("d", "e")}
+    for file, names in shards.items():
+        save_file({name: IN_FILES[name] for name in names}, folder / file)
+    places = {name: file for file, names in shards.items() for name in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+def read(weights):
+    async def all_of_them():
+        return [bucket async for bucket in weights.buckets()]
+
+    return asyncio.run(all_of_them())
+
+
+@pytest.mark.parametrize("write", [single, sharded])
+@pytest.mark.parametrize("most", [1, 60, 1 << 30])
+def test_a_folder_s_weights_come_in_buckets_with_the_checksum_of_them_all(tmp_path, write, most):
+    write(tmp_path)
+    weights = FolderWeights(tmp_path, most=most)
+    buckets = read(weights)
+    found = [unpack(bucket) for bucket in buckets]
+    assert equal({name: tensor for bucket in found for name, tensor in bucket.items()}, IN_FILES)
+    assert sum(map(len, found)) == len(IN_FILES) and weights.checksum() == checksum_of(found)
+    for bucket in buckets:
+        assert len(bucket.arrays) == 1 or sum(array.nbytes for array in bucket.arrays) <= most
+
+
+def test_a_bucket_is_read_when_it_is_asked_for(tmp_path):
+    single(tmp_path)
+    weights = FolderWeights(tmp_path, most=1)
+
+    async def first():
+        buckets = weights.buckets()
+        return await anext(buckets)
+
+    bucket = asyncio.run(first())
+    assert weights.checksum() == checksum_of([unpack(bucket)])
