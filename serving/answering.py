@@ -30,7 +30,7 @@ from serving.api import (
 from serving.config import ServeConfig
 from serving.grounder import check_query
 from serving.messages import Ask, Drawn, Models, Picture, Prompt, TimedOut
-from serving.metrics import Metrics
+from serving.metrics import Metrics, Stage
 from umrg.answers import Answer, parse_answer
 from umrg.group import GroupSamples, SamplingParams
 from umrg.images import encode_png
@@ -106,18 +106,23 @@ class Found:
 class Clock:
     """The seconds of a request, by stage."""
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
         self._began = self._last = time.monotonic()
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[Stage, float] = {}
 
-    def lap(self, stage: str) -> None:
+    def lap(self, stage: Stage) -> None:
         """End a stage."""
         now = time.monotonic()
         self.seconds[stage] = now - self._last
+        self._metrics.stage(stage, self.seconds[stage])
         self._last = now
 
     def timings(self) -> Timings:
-        return Timings(**self.seconds, total=time.monotonic() - self._began)
+        total = time.monotonic() - self._began
+        self._metrics.stage("total", total)
+        seconds = {"decode": 0.0, "reason": 0.0, "segment": 0.0, **self.seconds}
+        return Timings(**seconds, total=total)
 
 
 class Answering:
@@ -131,7 +136,7 @@ class Answering:
 
     async def ground(self, upload: Upload, query: str, options: GroundOptions, request_id: str) -> Found:
         """Answer a query. Raises ValueError for what is wrong with it, and `Failed` for what is not."""
-        ask, clock = self._ask(query, options), Clock()
+        ask, clock = self._ask(query, options), Clock(self.metrics)
         async with _within(self._seconds):
             picture = await self._picture(upload, clock)
             async with _ahead(self.models, picture):
@@ -143,7 +148,7 @@ class Answering:
         self, upload: Upload, query: str, options: GroundOptions, request_id: str
     ) -> AsyncIterator[ReasoningEvent | AnswerEvent | GroundResponse]:
         """The completion as it is written (of several samples nothing), then box and points, then the whole answer."""
-        ask, clock = self._ask(query, options), Clock()
+        ask, clock = self._ask(query, options), Clock(self.metrics)
         async with _within(self._seconds):
             picture = await self._picture(upload, clock)
             async with _ahead(self.models, picture):
@@ -171,11 +176,10 @@ class Answering:
     ) -> tuple[SegmentResponse, Drawn]:
         """The expert's mask for a caller's box or points, about an image or about the id of one that was sent
         before."""
-        prompt, clock = _prompt(options), Clock()
+        prompt, clock = _prompt(options), Clock(self.metrics)
         async with _within(self._seconds):
             picture = None if isinstance(upload, str) else await self._picture(upload, clock)
             image_id = upload if isinstance(upload, str) else upload.id
-            clock.seconds.setdefault("decode", 0.0)
             drawn = await self.models.segment(image_id, picture, prompt)
             clock.lap("segment")
         return SegmentResponse(**self._mask_fields(drawn, options.mask, clock, image_id, request_id)), drawn
@@ -183,12 +187,16 @@ class Answering:
     async def chat(self, upload: Upload, ask: Ask) -> GroupSamples:
         """The completions of a chat's one message."""
         async with _within(self._seconds):
-            return await self.models.sample(await self._picture(upload, Clock()), ask)
+            samples = await self.models.sample(await self._picture(upload, Clock(self.metrics)), ask)
+            self.metrics.tokens(samples)
+            return samples
 
     async def chat_stream(self, upload: Upload, ask: Ask) -> AsyncIterator[str | GroupSamples]:
         """One completion as it is written, and then the whole."""
         async with _within(self._seconds):
-            async for piece in self.models.stream(await self._picture(upload, Clock()), ask):
+            async for piece in self.models.stream(await self._picture(upload, Clock(self.metrics)), ask):
+                if not isinstance(piece, str):
+                    self.metrics.tokens(piece)
                 yield piece
 
     async def ready(self) -> None:
@@ -250,6 +258,7 @@ class Answering:
         clock: Clock,
         request_id: str,
     ) -> Found:
+        self.metrics.tokens(samples)
         answers = self._answers(samples)
         usable = any(answer.promptable for answer in answers)
         drawn = await self.models.draw(picture, answers) if usable else None

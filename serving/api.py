@@ -48,18 +48,24 @@ class GroundRequest(GroundOptions):
 
     image: str = Field(description="The image file in base64: PNG, JPEG, TIFF or WebP.")
     query: str = Field(examples=["Which organ would be enlarged in long-standing alcohol use?"])
+    """The question."""
 
 
 class SegmentOptions(Strict):
     """A prompt for the expert: a box, points, or both."""
 
     box: XYXY | None = None
+    """x1, y1, x2, y2 in pixels of the upright image."""
     points: Annotated[tuple[XY, ...], Field(max_length=64)] = ()
+    """x, y of each."""
     labels: Annotated[tuple[Literal[0, 1], ...], Field(max_length=64)] = ()
     """Of each point: 1 within the mask, 0 outside it; all 1 where left out."""
     mask: MaskFormat = "rle"
+    """Of the mask in the JSON answer."""
     window: str | None = Field(default=None, max_length=64)
+    """As for `/v1/ground`."""
     frame: int | None = Field(default=None, ge=0)
+    """Of a file with several pages; the first is 0."""
 
 
 class SegmentRequest(SegmentOptions):
@@ -108,9 +114,11 @@ class MaskAnswer(Documented):
     image_id: str
     """Names the image in later requests for masks (`/v1/segment`) with the same key, as long as it is kept."""
     expert: str
+    """Name of the expert."""
     expert_licence: str
     """Licence of the expert's weights."""
     timings: Timings
+    """Where the request's time went."""
     request_id: str
     """Names this request in the service's log."""
 
@@ -129,7 +137,7 @@ class GroundResponse(MaskAnswer):
     well_formed: bool
     """Whether box and points are usable and, where the model was asked to reason, whether it did."""
     box: XYXY | None
-    """Null where malformed."""
+    """x1, y1, x2, y2, inclusive maximum; null where malformed."""
     points: tuple[XY, XY] | None
     """The two key points; null where malformed."""
     confidence: float | None

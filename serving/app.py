@@ -22,15 +22,14 @@ from serving.config import Key, Queue, ServeConfig, trained_steps
 from serving.ingress import Entrance, Ingress
 from serving.keys import read_keys
 from serving.privacy import LOGGING
-from serving.reasoner import Reasoner
-from serving.segmenter import Segmenter
+from serving.replicas import ReasonerReplica, SegmenterReplica
 from umrg.config import located
 from umrg.mistake import Mistake
 
 BUNDLED = Path(__file__).parents[1] / "models" / "tiny-reasoner"
 """The model that is served where none is named."""
 _RETRY_AFTER = 2.0
-_HEALTH = {"health_check_period_s": 5.0, "health_check_timeout_s": 30.0}
+_HEALTH = {"health_check_period_s": 5.0, "health_check_timeout_s": 40.0}
 _BY_IMAGE = RequestRouterConfig(
     request_router_class="ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 )
@@ -64,14 +63,14 @@ def _built(config: ServeConfig, keys: tuple[Key, ...] | None, *, local_only: boo
         licence=licence(config.expert, config.segmenter.checkpoint),
         spec=config.spec(),
     )
-    reasoner = _deployment(Reasoner, config.rollout, config.reasoner_queue, config).options(
+    reasoner = _deployment("Reasoner", ReasonerReplica, config.rollout, config.reasoner_queue, config).options(
         user_config={"model": str(config.model), "policy_version": trained_steps(config.model)},
         request_router_config=_BY_IMAGE,
     )
-    segmenter = _deployment(Segmenter, config.segmenter, config.segmenter_queue, config).options(
+    segmenter = _deployment("Segmenter", SegmenterReplica, config.segmenter, config.segmenter_queue, config).options(
         request_router_config=_BY_IMAGE
     )
-    ingress = _deployment(serve.ingress()(Ingress), config.ingress, config.ingress_queue, config)
+    ingress = _deployment("Ingress", serve.ingress()(Ingress), config.ingress, config.ingress_queue, config)
     door = Entrance(keys=keys, local_only=local_only)
     app: Application = ingress.bind(config, served, door, reasoner.bind(config), segmenter.bind(config))
     return app
@@ -89,10 +88,11 @@ def _checked(args: dict[str, Any]) -> ServeConfig:
     return config.model_copy(update=absolute)
 
 
-def _deployment(kind: type, actors: PoolConfig, queue: Queue, config: ServeConfig) -> Deployment:
+def _deployment(name: str, kind: type, actors: PoolConfig, queue: Queue, config: ServeConfig) -> Deployment:
     """A class as a deployment with its resources, queues and checks."""
     deployment: Deployment = serve.deployment(
         kind,
+        name=name,
         ray_actor_options={
             "num_cpus": actors.num_cpus,
             "num_gpus": actors.num_gpus,

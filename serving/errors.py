@@ -3,11 +3,8 @@ ours it learns the request's id alone. What a client sent is neither repeated he
 
 import logging
 import math
-import re
-import traceback
 from collections.abc import Mapping
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -19,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from serving.api import Problem
 from serving.messages import Failed, Overloaded, TimedOut, Unavailable, UnknownImage
+from serving.privacy import Sealed, described, unsealed
 from umrg.mistake import Mistake
 
 _FAILURES: dict[type[Failed], tuple[int, str, str, float | None]] = {
@@ -53,12 +51,6 @@ _PARTS = {"body", "query", "path", "header", "cookie"}
 _NAME = 64
 """Characters of a field's name that are shown: an unknown field has the name that the client gave it."""
 
-_ROOT = Path(__file__).parents[1]
-_OURS = {"umrg", "reasoner", "actors", "serving"}
-_FRAME = re.compile(r'^ *File "([^"\n]+)", line (\d+), in ', re.MULTILINE)
-
-_MODULE = re.compile(r"(\w{1,64})/(?:\w{1,64}/){0,4}\w{1,64}\.py")
-
 _log = logging.getLogger(__name__)
 
 
@@ -88,12 +80,6 @@ def install(api: FastAPI) -> None:
         api.add_exception_handler(kind, _answer)
 
 
-def bare(error: BaseException) -> BaseException:
-    """The error itself: Ray wraps what a replica raises, and puts the whole traceback into the message."""
-    cause = getattr(error, "cause", error)
-    return cause if isinstance(cause, BaseException) else error
-
-
 def problem_of(error: Exception, request_id: str) -> Problem:
     """An error as a Problem, for an answer whose status is sent already. A fault of ours is logged."""
     status, type, detail, _ = _told(error, request_id)
@@ -103,25 +89,27 @@ def problem_of(error: Exception, request_id: str) -> Problem:
 
 
 def log_failure(request_id: str, error: Exception) -> None:
-    """Log an error's kind and place; its message might hold what a client sent."""
-    _log.error("request %s failed: %s", request_id, described(error))
+    """Log an error's kind and place; its message might hold what a client sent. Of a replica's the name is logged that
+    it has in the replica's log."""
+    found = unsealed(error)
+    fault = f"fault {found.fault} of a replica: " if isinstance(found, Sealed) else ""
+    _log.error("request %s failed: %s%s", request_id, fault, described(error))
 
 
 def _told(error: Exception, request_id: str) -> tuple[int, str, str, float | None]:
     """Status, type, sentence and, where it may be tried again, after how many seconds."""
-    found = bare(error)
-    if isinstance(found, Mistake):
-        return 400, "bad_request", str(found), None
+    if isinstance(error, Mistake):
+        return 400, "bad_request", str(error), None
     for failure, (status, type, sentence, retry_after) in _FAILURES.items():
-        if isinstance(found, failure):
-            return status, type, str(found) or sentence, retry_after
-    if isinstance(found, RequestValidationError):
-        return 422, "invalid", "; ".join(map(_fault_in_words, found.errors())), None
-    if isinstance(found, HTTPException):
-        phrase = HTTPStatus(found.status_code).phrase
-        type = _TYPES.get(found.status_code, phrase.lower().replace(" ", "_"))
-        detail = _SENTENCES.get(found.status_code, phrase) if found.detail == phrase else str(found.detail)
-        return found.status_code, type, detail, None
+        if isinstance(error, failure):
+            return status, type, str(error) or sentence, retry_after
+    if isinstance(error, RequestValidationError):
+        return 422, "invalid", "; ".join(map(_fault_in_words, error.errors())), None
+    if isinstance(error, HTTPException):
+        phrase = HTTPStatus(error.status_code).phrase
+        type = _TYPES.get(error.status_code, phrase.lower().replace(" ", "_"))
+        detail = _SENTENCES.get(error.status_code, phrase) if error.detail == phrase else str(error.detail)
+        return error.status_code, type, detail, None
     return 500, "internal", _OUR_FAULT.format(request_id), None
 
 
@@ -131,8 +119,8 @@ async def _answer(request: Request, error: Exception) -> Response:
     request_id = str(state.get("request_id", "none"))
     status, type, detail, retry_after = _told(error, request_id)
     response = problem(status, type, detail, request_id, retry_after, path=get_route_path(request.scope))
-    if isinstance(found := bare(error), HTTPException):
-        response.headers.update(found.headers or {})
+    if isinstance(error, HTTPException):
+        response.headers.update(error.headers or {})
     return response
 
 
@@ -148,30 +136,3 @@ def _fault_in_words(fault: Mapping[str, Any]) -> str:
 def _shown(part: str | int) -> str:
     text = "".join(character if character.isprintable() else "?" for character in str(part))
     return text if len(text) <= _NAME else f"{text[:_NAME]}…"
-
-
-def described(error: BaseException) -> str:
-    """The kinds of an error and of its causes, and the file and line of the innermost frame of our code that the last
-    of them has passed through; of a replica's error that in the replica. Never their messages."""
-    chain = [error]
-    while (cause := chain[-1].__cause__) is not None and cause not in chain:
-        chain.append(cause)
-    kinds = " from ".join(type(bare(each)).__name__ for each in chain)
-    places = [place for each in chain if (place := _place(each)) is not None]
-    return f"{kinds} at {places[-1] if places else 'a library'}"
-
-
-def _place(error: BaseException) -> str | None:
-    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    if bare(error) is not error:
-        # Ray keeps a replica's traceback as text. The error's message follows it, and may itself look like frames.
-        frames += [(file, int(line)) for file, line in _FRAME.findall(str(error))]
-    ours = [f"{name}:{line}" for file, line in frames if (name := _name_in_ours(file)) is not None]
-    return ours[-1] if ours else None
-
-
-def _name_in_ours(file: str) -> str | None:
-    """A file's path below the root of our code; None for what is not ours, or not there."""
-    name = file.removeprefix(f"{_ROOT}/")
-    found = _MODULE.fullmatch(name)
-    return name if found and found[1] in _OURS and Path(file).is_file() and name != file else None

@@ -33,9 +33,6 @@ ROUTES: Final = frozenset(
     {"/v1/ground", "/v1/segment", "/v1/chat/completions", "/v1/models", "/healthz", "/readyz", "/metrics", "/docs"}
     | {"/openapi.json"}
 )
-REASONS: Final = frozenset(
-    {"bad_request", "unauthorized", "rate", "concurrency", "too_large", "slow", "overloaded", "unavailable", "timeout"}
-)
 OF_SERVE: Final = frozenset(
     {
         "deployment_queued_queries",
@@ -76,7 +73,6 @@ class Metrics:
         self._stages = Histogram(f"{PREFIX}stage_seconds", "Of a request, by stage.", list(SECONDS), ("stage",))
         self._tokens = Counter(f"{PREFIX}tokens", "Tokens of prompts, of them cached ones, and sampled.", ("kind",))
         self._caches = Counter(f"{PREFIX}cache", "Lookups in caches.", ("cache", "result"))
-        self._rejections = Counter(f"{PREFIX}rejections", "Requests that were refused.", ("reason",))
         self._under_way = Gauge(f"{PREFIX}under_way", "Requests under way or waiting.", ("deployment",))
 
     def request(self, route: str, status: int, seconds: float) -> None:
@@ -97,15 +93,13 @@ class Metrics:
         for kind, count in counts.items():
             if count:
                 self._tokens.inc(count, {"kind": kind})
-        self.looked_up("prefix", found=samples.cached > 0)
+        self.looked_up("prefix", hits=samples.cached > 0, misses=samples.cached == 0)
 
-    def looked_up(self, cache: Cache, *, found: bool) -> None:
-        """A lookup in a cache."""
-        self._caches.inc(1, {"cache": cache, "result": "hit" if found else "miss"})
-
-    def rejected(self, reason: str) -> None:
-        """A request that was refused. reason: one of `REASONS`; any other counts as `other`."""
-        self._rejections.inc(1, {"reason": reason if reason in REASONS else OTHER})
+    def looked_up(self, cache: Cache, *, hits: int = 0, misses: int = 0) -> None:
+        """Lookups in a cache."""
+        for result, count in (("hit", hits), ("miss", misses)):
+            if count:
+                self._caches.inc(count, {"cache": cache, "result": result})
 
     @contextmanager
     def under_way(self) -> Iterator[None]:

@@ -150,9 +150,7 @@ class Replica:
             self.metrics.request("/v1/ground", 200, 0.3)
         self.metrics.request("/nobody/knows/canary", 404, 0.001)
         self.metrics.stage("decode", 0.02)
-        self.metrics.looked_up("embeddings", found=True)
-        self.metrics.rejected("rate")
-        self.metrics.rejected("canary")
+        self.metrics.looked_up("embeddings", hits=1)
         done = Completion(text="", token_ids=(1, 2, 3), logprobs=(0.0, 0.0, 0.0), policy_version=1, finished=True)
         frames = Frames(original=Size(8, 8), model=Size(8, 8))
         self.metrics.tokens(GroupSamples(prompt_ids=(1,) * 10, frames=frames, completions=(done, done), cached=4))
@@ -189,8 +187,6 @@ def test_what_a_replica_counts_comes_to_the_exposition(ray_cluster):
             (f"{name}tokens_total", "sampled"): 6,
             (f"{name}cache_total", "prefix", "hit"): 1,
             (f"{name}cache_total", "embeddings", "hit"): 1,
-            (f"{name}rejections_total", "rate"): 1,
-            (f"{name}rejections_total", "other"): 1,
             (f"{name}under_way", "Ingress"): 1,
             (f"{name}silent_nodes",): 0,
         }.items()
