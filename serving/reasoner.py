@@ -6,7 +6,7 @@ import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ from umrg.prompts import PromptSpec
 from umrg.reasoner_folder import read_object
 
 if TYPE_CHECKING:
-    from actors.engine import Question
+    from actors.engine import Engine, Question
 
 _SECONDS = 1.0
 """Between two looks at the engine, and between the sight of a dead one and the end of the process, within which those
@@ -57,23 +57,26 @@ class Reasoner:
     `Unavailable` and ends its process within seconds, so that Serve replaces it without waiting for failed checks.
     """
 
-    async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, config: ServeConfig, end: Callable[[], None] = lambda: os._exit(1)
-    ) -> None:
-        """Load the model and warm up. end: ends this process. Raises ValueError if the folder holds no model, or if a
-        CPU's cache is too small."""
+    def __init__(self, config: ServeConfig, engine: "Engine", end: Callable[[], None] = lambda: os._exit(1)) -> None:
+        """engine: of the configuration's model, with its prompt. end: ends this process."""
+        self._config, self.engine, self._end = config, engine, end
+        self._weights = Weights(model=config.model)
+        self._configured = False
+        self._changing = asyncio.Lock()
+        self._watching = asyncio.create_task(self._watch())
+
+    @classmethod
+    async def start(cls, config: ServeConfig, end: Callable[[], None] = lambda: os._exit(1)) -> Self:
+        """Load the model and warm up. Raises ValueError if the folder holds no model, or if a CPU's cache is too
+        small."""
         from actors.engine import Engine
         from actors.threads import share_cores
 
         share_cores(config.rollout.threads, config.rollout.actors)
-        self._config, self._end = config, end
-        self._weights = Weights(model=config.model)
-        self._configured = False
-        self._changing = asyncio.Lock()
-        self._started = load_prompter(config.model, config.spec())
-        self.engine = await Engine.start(config.model, self._started, config.rollout)
-        await self._warm_up()
-        self._watching = asyncio.create_task(self._watch())
+        prompter = load_prompter(config.model, config.spec())
+        reasoner = cls(config, await Engine.start(config.model, prompter, config.rollout), end)
+        await reasoner._warm_up()
+        return reasoner
 
     async def sample(self, image_id: str, pixels: NDArray[np.uint8], ask: Ask) -> GroupSamples:
         """The completions to a question about an image uint8 [H, W, 3]. Raises ValueError for a prompt or a completion
@@ -144,7 +147,7 @@ class Reasoner:
         """Raise ValueError unless a folder differs from the one that the service was started with in nothing but its
         weights."""
         found = load_prompter(folder, self._config.asked(PromptSpec.of_model(folder)))
-        before, now = (_told_apart_by(*each) for each in ((self._config.model, self._started), (folder, found)))
+        before, now = (_told_apart_by(*each) for each in ((self._config.model, self.engine.prompter), (folder, found)))
         if others := [name for name in before if before[name] != now[name]]:
             raise Mistake(
                 f"{folder} has another {' and '.join(others)} than the model that is served; restart the service for it"
@@ -189,8 +192,8 @@ class Reasoner:
     async def _warm_up(self) -> None:
         """Answer until each path has been taken more than once: images of several sizes, one and several completions,
         greedy and sampled, whole and in pieces. Caches of the processor and of kernels are filled by it."""
-        room = self._config.rollout.max_prompt_tokens - self._started.prompt_tokens("?", Size(56, 56))
-        sides = [side for side in _SIDES if self._started.image_tokens(Size(side, side)) <= room]
+        room = self._config.rollout.max_prompt_tokens - self.engine.prompter.prompt_tokens("?", Size(56, 56))
+        sides = [side for side in _SIDES if self.engine.prompter.image_tokens(Size(side, side)) <= room]
         tokens = min(4, self._config.rollout.max_tokens)
         one = SamplingParams(n=1, temperature=0.0, max_tokens=tokens)
         several = SamplingParams(n=2, temperature=1.0, max_tokens=tokens, seed=0)

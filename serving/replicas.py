@@ -2,7 +2,8 @@
 is counted (`serving.metrics`)."""
 
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,49 +18,55 @@ from umrg.answers import Answer
 from umrg.group import GroupSamples
 
 
-class ReasonerReplica(Reasoner):
-    """The deployment `Reasoner`."""
+class ReasonerReplica:
+    """The deployment `Reasoner`. Methods are those of `serving.reasoner.Reasoner`."""
 
     async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         log_discreetly()
         self._metrics = Metrics("Reasoner")
-        await super().__init__(config)
+        self._reasoner = await Reasoner.start(config)
 
     async def sample(self, image_id: str, pixels: NDArray[np.uint8], ask: Ask) -> GroupSamples:
         with sealed(), self._metrics.under_way():
-            return await super().sample(image_id, pixels, ask)
+            return await self._reasoner.sample(image_id, pixels, ask)
 
     async def stream(
         self, image_id: str, pixels: NDArray[np.uint8], ask: Ask
     ) -> AsyncGenerator[str | GroupSamples, None]:
-        pieces = super().stream(image_id, pixels, ask)
-        try:
-            with sealed(), self._metrics.under_way():
+        with sealed(), self._metrics.under_way():
+            async with aclosing(self._reasoner.stream(image_id, pixels, ask)) as pieces:
                 async for piece in pieces:
                     yield piece
-        finally:
-            await pieces.aclose()
+
+    async def check_health(self) -> None:
+        await self._reasoner.check_health()
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        await self._reasoner.reconfigure(user_config)
 
 
-class SegmenterReplica(Segmenter):
-    """The deployment `Segmenter`."""
+class SegmenterReplica:
+    """The deployment `Segmenter`. Methods are those of `serving.segmenter.Segmenter`."""
 
     def __init__(self, config: ServeConfig) -> None:
         log_discreetly()
         self._metrics, self._hits, self._misses = Metrics("Segmenter"), 0, 0
-        super().__init__(config)
+        self._segmenter = Segmenter(config)
 
     async def embed(self, image_id: str, pixels: NDArray[np.uint8]) -> None:
         with self._counted():
-            await super().embed(image_id, pixels)
+            await self._segmenter.embed(image_id, pixels)
 
     async def draw(self, image_id: str, pixels: NDArray[np.uint8], answers: Sequence[Answer]) -> Drawn | None:
         with self._counted():
-            return await super().draw(image_id, pixels, answers)
+            return await self._segmenter.draw(image_id, pixels, answers)
 
     async def segment(self, image_id: str, pixels: NDArray[np.uint8] | None, prompt: Prompt) -> Drawn:
         with self._counted():
-            return await super().segment(image_id, pixels, prompt)
+            return await self._segmenter.segment(image_id, pixels, prompt)
+
+    async def check_health(self) -> None:
+        await self._segmenter.check_health()
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -67,6 +74,6 @@ class SegmenterReplica(Segmenter):
             with sealed(), self._metrics.under_way():
                 yield
         finally:
-            stats = self.stats()
+            stats = self._segmenter.stats()
             self._metrics.looked_up("embeddings", hits=stats.hits - self._hits, misses=stats.misses - self._misses)
             self._hits, self._misses = stats.hits, stats.misses
