@@ -93,6 +93,58 @@ class ChatRequest(BaseModel):
         return bool((self.stream_options or {}).get("include_usage"))
 
 
+class Written(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+Reason = Literal["stop", "length"]
+
+
+class Choice(BaseModel):
+    index: int
+    message: Written
+    logprobs: None = None
+    finish_reason: Reason
+
+
+class PromptTokens(BaseModel):
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokens
+
+
+class ChatResponse(BaseModel):
+    """OpenAI's reply that is not streamed."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "medreasoner"
+
+
+class ModelList(BaseModel):
+    """OpenAI's list of models."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
 def _parts(message: Message) -> tuple[list[str], list[str]]:
     """The texts and the images' URLs of a message."""
     if isinstance(message.content, str):
@@ -117,18 +169,13 @@ async def _data(url: str) -> bytes:
     return await from_base64(text)
 
 
-def completion(request_id: str, model: str, samples: GroupSamples) -> dict[str, Any]:
+def completion(request_id: str, model: str, samples: GroupSamples) -> ChatResponse:
     """The reply that is not streamed."""
     choices = [
-        {
-            "index": i,
-            "message": {"role": "assistant", "content": each.text, "refusal": None},
-            "logprobs": None,
-            "finish_reason": _reason(each),
-        }
+        Choice(index=i, message=Written(content=each.text), finish_reason=_reason(each))
         for i, each in enumerate(samples.completions)
     ]
-    return {**_head("chat.completion", request_id, model), "choices": choices, "usage": _usage(samples)}
+    return ChatResponse(**_head("chat.completion", request_id, model), choices=choices, usage=_usage(samples))
 
 
 async def chunks(
@@ -147,13 +194,13 @@ async def chunks(
                 yield _event({**head, "choices": [_choice(i, {"role": "assistant", "content": each.text}, None)]})
             yield _event({**head, "choices": [_choice(i, {}, _reason(each))]})
         if with_usage:
-            yield _event({**head, "choices": [], "usage": _usage(piece)})
+            yield _event({**head, "choices": [], "usage": _usage(piece).model_dump()})
     yield "data: [DONE]\n\n"
 
 
-def models(name: str) -> dict[str, Any]:
+def models(name: str) -> ModelList:
     """The list of models, which is one."""
-    return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "medreasoner"}]}
+    return ModelList(data=[Model(id=name)])
 
 
 def _head(kind: str, request_id: str, model: str) -> dict[str, Any]:
@@ -164,18 +211,18 @@ def _choice(index: int, delta: dict[str, str], reason: str | None) -> dict[str, 
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
 
 
-def _reason(completion: Completion) -> str:
+def _reason(completion: Completion) -> Reason:
     return "stop" if completion.finished else "length"
 
 
-def _usage(samples: GroupSamples) -> dict[str, Any]:
+def _usage(samples: GroupSamples) -> Usage:
     prompt, written = len(samples.prompt_ids), sum(len(each.token_ids) for each in samples.completions)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": written,
-        "total_tokens": prompt + written,
-        "prompt_tokens_details": {"cached_tokens": samples.cached},
-    }
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=written,
+        total_tokens=prompt + written,
+        prompt_tokens_details=PromptTokens(cached_tokens=samples.cached),
+    )
 
 
 def _event(content: dict[str, Any]) -> str:

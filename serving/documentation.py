@@ -2,13 +2,16 @@
 
 import base64
 import copy
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from fastapi import FastAPI
 from pydantic import BaseModel
 
 from serving.api import Problem
+from serving.chat import ChatRequest
 
 _FOLDER = Path(__file__).parent
 STYLE = (_FOLDER / "documentation.css").read_text()
@@ -30,8 +33,10 @@ SEGMENT = {
 }
 CHAT: dict[str, Any] = {
     "requestBody": {
+        "required": True,
         "content": {
             "application/json": {
+                "schema": {"$ref": f"#/components/schemas/{ChatRequest.__name__}"},
                 "examples": {
                     "a query": {
                         "value": {
@@ -56,6 +61,16 @@ CHAT: dict[str, Any] = {
         }
     }
 }
+OPEN: dict[str, Any] = {"security": []}
+"""Of a route that needs no key."""
+_KEY = "key"
+_NUMBER = r"-?[0-9]{1,6}(\.[0-9]{1,3})?"
+_TEXTS = {
+    "box": {"pattern": f"^{_NUMBER}(,{_NUMBER}){{3}}$", "examples": ["10,20,110,90"]},
+    "points": {"pattern": f"^{_NUMBER},{_NUMBER}(;{_NUMBER},{_NUMBER}){{0,63}}$", "examples": ["30,40;50,60"]},
+    "labels": {"pattern": "^[01](,[01]){0,63}$", "examples": ["1,0"]},
+}
+"""What a form writes of numbers: with commas, and points apart by semicolons."""
 _PROBLEMS = {
     400: "What was sent cannot be used; the detail says what to change.",
     401: "There is no key, or it is unknown.",
@@ -75,28 +90,51 @@ _PROBLEMS = {
 
 def body(json: type[BaseModel], form: type[BaseModel], examples: dict[str, Any]) -> dict[str, Any]:
     """OpenAPI's `requestBody` of a route that takes JSON or a form with the file `image`."""
-    of_form = _schema(form)
-    of_form["properties"] = {"image": {"type": "string", "format": "binary"}, **of_form["properties"]}
     content = {
         "application/json": {
             "schema": _schema(json),
             "examples": {name: {"value": value} for name, value in examples.items()},
         },
-        "multipart/form-data": {"schema": of_form},
+        "multipart/form-data": {"schema": _as_form(_schema(form))},
     }
     return {"requestBody": {"required": True, "content": content}}
 
 
-def responses(*media: str) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's `responses` of a route that answers JSON, or other media where Accept asks for them."""
+def _as_form(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a form: it has a file and texts, and no null."""
+    fields: dict[str, dict[str, Any]] = {"image": {"type": "string", "format": "binary"}}
+    for name, field in schema["properties"].items():
+        if name in _TEXTS:
+            fields[name] = {"type": "string", "description": field["description"], **_TEXTS[name]}
+        elif name not in fields:
+            some = [kind for kind in field.get("anyOf", ()) if kind != {"type": "null"}]
+            kept = {key: value for key, value in field.items() if not (some and key in ("anyOf", "default"))}
+            fields[name] = {**kept, **(some[0] if some else {})}
+    return {**schema, "properties": fields}
+
+
+def responses(*media: str, missing: Set[int]) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's `responses` of a route that answers JSON, or other media where Accept asks for them. missing: statuses
+    that it never has."""
     other: dict[str, Any] = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in media}
-    problems = {status: {"model": Problem, "description": text} for status, text in _PROBLEMS.items()}
-    return {200: {"content": other}, 204: {"description": "There is no mask to draw a picture of."}, **problems}
+    answers = {200: {"content": other}, 204: {"description": "There is no mask to draw a picture of."}}
+    return {status: told for status, told in (answers | problems(*_PROBLEMS)).items() if status not in missing}
 
 
-UNREADY: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem, "description": _PROBLEMS[status]} for status in (429, 500, 503, 504)
-}
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's `responses` of statuses that come with a Problem."""
+    return {status: {"model": Problem, "description": _PROBLEMS[status]} for status in statuses}
+
+
+def document(api: FastAPI) -> dict[str, Any]:
+    """The whole OpenAPI document: that of the routes, and what FastAPI does not learn from them."""
+    found = copy.deepcopy(api.openapi())
+    components = found["components"]
+    chat = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    components["schemas"] |= {**chat.pop("$defs"), ChatRequest.__name__: chat}
+    components["securitySchemes"] = {_KEY: {"type": "http", "scheme": "bearer"}}
+    found["security"] = [{_KEY: []}]
+    return found
 
 
 def page(openapi: dict[str, Any]) -> str:

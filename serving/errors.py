@@ -3,7 +3,7 @@ ours it learns the request's id alone. What a client sent is neither repeated he
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -47,6 +47,9 @@ _REPEATING |= {"time_parsing", "time_delta_parsing", "date_from_datetime_parsing
 """Faults whose message may hold a part of the value."""
 
 _PARTS = {"body", "query", "path", "header", "cookie"}
+
+_FAULTS = 16
+"""Faults of a request that are told."""
 
 _NAME = 64
 """Characters of a field's name that are shown: an unknown field has the name that the client gave it."""
@@ -104,7 +107,7 @@ def _told(error: Exception, request_id: str) -> tuple[int, str, str, float | Non
         if isinstance(error, failure):
             return status, type, str(error) or sentence, retry_after
     if isinstance(error, RequestValidationError):
-        return 422, "invalid", "; ".join(map(_fault_in_words, error.errors())), None
+        return 422, "invalid", _in_words(error.errors()), None
     if isinstance(error, HTTPException):
         phrase = HTTPStatus(error.status_code).phrase
         type = _TYPES.get(error.status_code, phrase.lower().replace(" ", "_"))
@@ -122,6 +125,11 @@ async def _answer(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         response.headers.update(error.headers or {})
     return response
+
+
+def _in_words(faults: Sequence[Mapping[str, Any]]) -> str:
+    more = [f"and {len(faults) - _FAULTS} more"] if len(faults) > _FAULTS else []
+    return "; ".join([*map(_fault_in_words, faults[:_FAULTS]), *more])
 
 
 def _fault_in_words(fault: Mapping[str, Any]) -> str:

@@ -3,11 +3,12 @@
 import asyncio
 import base64
 import binascii
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any, TypeVar
 
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -18,6 +19,14 @@ from umrg.mistake import Mistake
 M = TypeVar("M", bound=BaseModel)
 _FIELDS, _FIELD_BYTES = 32, 1 << 20
 _LARGE = 1 << 20
+_NUMBERS = 10_000
+"""Characters of numbers in a form's field: more than the most points need."""
+_CHARSETS = frozenset({b"utf-8", b"utf8"})
+_SEPARATORS, _VALUES = b",[{", 20_000
+"""What stands before each value of JSON but the first of an object, and how many of them, or of such characters in
+texts, a request has at most: a value costs a hundred times its bytes, and a fault in it a thousand times."""
+_BOUNDARIES = 100
+"""How often a form's boundary occurs at most. There are fewer parts; what looks like one slows the parser down."""
 
 
 class _InMemory(MultiPartParser):
@@ -30,9 +39,9 @@ async def read(request: Request, model: type[M], *, parts: frozenset[str] = froz
     """The image file and the fields of a request. parts: the fields that a form writes as numbers between commas, or
     as several of them between semicolons. Raises RequestValidationError, Mistake, or HTTPException for another type of
     content."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = media_type(request)
     if kind == "application/json":
-        parsed = _validated(model, await request.body())
+        parsed = await read_json(request, model)
         text = getattr(parsed, "image", None)
         return (None if text is None else await from_base64(text)), parsed
     if kind != "multipart/form-data":
@@ -40,6 +49,21 @@ async def read(request: Request, model: type[M], *, parts: frozenset[str] = froz
     data, fields = await _form(request)
     values = {name: _numbers(name, text) if name in parts else text for name, text in fields.items()}
     return data, _validated(model, values)
+
+
+async def read_json(request: Request, model: type[M]) -> M:
+    """The fields of a request in JSON. Raises as `read` does."""
+    if media_type(request) != "application/json":
+        raise HTTPException(415, "send JSON (application/json)")
+    body = await request.body()
+    if sum(body.count(each) for each in _SEPARATORS) > _VALUES:
+        raise Mistake(f"the JSON has more than {_VALUES} values or commas; send no more than the fields need")
+    return _validated(model, body)
+
+
+def media_type(request: Request) -> str:
+    """Of a request's body, without parameters."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 async def from_base64(text: str) -> bytes:
@@ -54,17 +78,16 @@ async def from_base64(text: str) -> bytes:
 
 
 async def _form(request: Request) -> tuple[bytes | None, dict[str, str]]:
-    parser = _InMemory(request.headers, request.stream(), max_files=1, max_fields=_FIELDS, max_part_size=_FIELD_BYTES)
+    stream = _bounded(request.stream(), _boundary(request.headers["content-type"]))
+    parser = _InMemory(request.headers, stream, max_files=1, max_fields=_FIELDS, max_part_size=_FIELD_BYTES)
     try:
         form = await parser.parse()
     except MultiPartException as error:
         raise Mistake(f"the form cannot be read ({error.message.rstrip('.')}); send one image file and text") from None
-    except KeyError:
-        raise Mistake("the form has no boundary; let the client make the Content-Type header") from None
     data, fields = None, {}
     for name, value in form.multi_items():
         if name in fields or (name == "image" and data is not None):
-            raise Mistake(f"the form has more than one {name}; send one of each")
+            raise Mistake("the form has a field more than once; send one of each")
         if isinstance(value, UploadFile):
             if name != "image":
                 raise Mistake("the form has a file that is not called image; send the image file by that name")
@@ -74,8 +97,31 @@ async def _form(request: Request) -> tuple[bytes | None, dict[str, str]]:
     return data, fields
 
 
+def _boundary(content_type: str) -> bytes:
+    """What stands between a form's parts."""
+    _, options = parse_options_header(content_type)
+    # Python has codecs that never end, and such that give no text.
+    if options.get(b"charset", b"utf-8").lower() not in _CHARSETS:
+        raise HTTPException(415, "send the form's text in UTF-8, without a charset in the Content-Type header")
+    if not options.get(b"boundary"):
+        raise Mistake("the form has no boundary; let the client make the Content-Type header")
+    return b"--" + options[b"boundary"]
+
+
+async def _bounded(stream: AsyncIterator[bytes], boundary: bytes) -> AsyncGenerator[bytes, None]:
+    """A form's bytes, as long as they have no more boundaries than a form has."""
+    found = 0
+    async for chunk in stream:
+        found += chunk.count(boundary)
+        if found > _BOUNDARIES:
+            raise Mistake("the form has too many parts; send one image file and the fields")
+        yield chunk
+
+
 def _numbers(name: str, text: str) -> list[Any]:
     """`1,2,3,4` as numbers, and `1,2;3,4` as pairs."""
+    if len(text) > _NUMBERS:
+        raise Mistake(f"{name} is too long; write at most 64 points, with commas, and apart by semicolons")
     try:
         groups = [[float(number) for number in group.split(",")] for group in text.split(";") if group.strip()]
     except ValueError:

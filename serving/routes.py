@@ -22,8 +22,8 @@ from serving.api import (
     SegmentRequest,
     SegmentResponse,
 )
-from serving.chat import ChatRequest
-from serving.forms import read
+from serving.chat import ChatRequest, ChatResponse, ModelList
+from serving.forms import media_type, read, read_json
 from serving.streams import in_one_task, server_sent
 from umrg.images import encode_png
 from umrg.masks import decode_rle
@@ -33,6 +33,8 @@ MASK, OVERLAY, EVENTS, JSON = "image/png", "image/vnd.medreasoner.overlay+png", 
 """The media types of an answer."""
 T = TypeVar("T")
 _NUMBERS = frozenset({"box", "points", "labels"})
+_ASKED = documentation.problems(401, 403, 429)
+"""Of a route that needs a key and takes nothing."""
 _EVENTS = {ReasoningEvent: "reasoning", AnswerEvent: "answer", GroundResponse: "mask"}
 
 
@@ -51,6 +53,8 @@ def build_api(answering: Answering, exposition: Callable[[], Any]) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
+        # The address would be made of the client's own Host header.
+        redirect_slashes=False,
     )
     errors.install(api)
     _add_grounding(api, answering)
@@ -67,11 +71,11 @@ def _add_grounding(api: FastAPI, answering: Answering) -> None:
         summary="Ground a query in an image",
         response_model=GroundResponse,
         openapi_extra=documentation.body(GroundRequest, GroundForm, documentation.GROUND),
-        responses=documentation.responses(MASK, OVERLAY, EVENTS),
+        responses=documentation.responses(MASK, OVERLAY, EVENTS, missing={404}),
     )
     async def ground(request: Request) -> Response:
         form = accepted(request.headers.get("accept"), (JSON, MASK, OVERLAY, EVENTS))
-        data, fields = await read(request, GroundRequest if _is_json(request) else GroundForm)
+        data, fields = await read(request, GroundRequest if media_type(request) == JSON else GroundForm)
         if data is None:
             raise Mistake("there is no image; send its file as the form's field image")
         options = GroundOptions(**{name: getattr(fields, name) for name in GroundOptions.model_fields})
@@ -90,8 +94,8 @@ def _add_segmenting(api: FastAPI, answering: Answering) -> None:
         "/v1/segment",
         summary="Draw the mask of a box or of points",
         response_model=SegmentResponse,
-        openapi_extra=documentation.body(SegmentRequest, SegmentOptions, documentation.SEGMENT),
-        responses=documentation.responses(MASK),
+        openapi_extra=documentation.body(SegmentRequest, SegmentRequest, documentation.SEGMENT),
+        responses=documentation.responses(MASK, missing={204}),
     )
     async def segment(request: Request) -> Response:
         form = accepted(request.headers.get("accept"), (JSON, MASK))
@@ -109,36 +113,46 @@ def _add_chat(api: FastAPI, answering: Answering) -> None:
     @api.post(
         "/v1/chat/completions",
         summary="OpenAI's chat completions: one question about one image",
-        responses=documentation.responses(EVENTS),
+        response_model=ChatResponse,
+        responses=documentation.responses(EVENTS, missing={204, 404, 406}),
         openapi_extra=documentation.CHAT,
     )
-    async def chat_completions(request: Request, asked: ChatRequest) -> Response:
+    async def chat_completions(request: Request) -> Response:
+        asked = await read_json(request, ChatRequest)
         data, ask = await asked.parsed(answering.config)
         upload, name = Upload(data=data, owner=_owner(request)), answering.served.name
         if not asked.stream:
-            return JSONResponse(chat.completion(_id(request), name, await answering.chat(upload, ask)))
+            return _json(chat.completion(_id(request), name, await answering.chat(upload, ask)))
         pieces = answering.chat_stream(upload, ask) if asked.n == 1 else _one(answering.chat(upload, ask))
         chunks = chat.chunks(_id(request), name, pieces, with_usage=asked.with_usage)
         return await _streamed(chunks, request)
 
-    @api.get("/v1/models", summary="OpenAI's list of models, which is one")
-    async def models() -> dict[str, Any]:
+    @api.get("/v1/models", summary="OpenAI's list of models, which is one", responses=_ASKED)
+    async def models() -> ModelList:
         return chat.models(answering.served.name)
 
 
 def _add_operation(api: FastAPI, answering: Answering, exposition: Callable[[], Any]) -> None:
-    @api.get("/healthz", summary="Whether the service is up")
+    @api.get("/healthz", summary="Whether the service is up", responses=documentation.problems(403), openapi_extra=documentation.OPEN)
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
     @api.get(
-        "/readyz", summary="Whether it can ground an image: a tiny one is grounded", responses=documentation.UNREADY
+        "/readyz",
+        summary="Whether it can ground an image: a tiny one is grounded",
+        responses=documentation.problems(403, 429, 500, 503, 504),
+        openapi_extra=documentation.OPEN,
     )
     async def ready() -> dict[str, str]:
         await answering.ready()
         return {"status": "ready"}
 
-    @api.get("/metrics", summary="Prometheus' metrics of the whole service", response_class=PlainTextResponse)
+    @api.get(
+        "/metrics",
+        summary="Prometheus' metrics of the whole service",
+        response_class=PlainTextResponse,
+        responses=_ASKED | documentation.problems(500),
+    )
     async def metrics() -> PlainTextResponse:
         return PlainTextResponse(await exposition(), media_type="text/plain; version=0.0.4")
 
@@ -146,11 +160,11 @@ def _add_operation(api: FastAPI, answering: Answering, exposition: Callable[[], 
 def _add_documentation(api: FastAPI) -> None:
     @api.get("/openapi.json", include_in_schema=False)
     async def openapi() -> JSONResponse:
-        return JSONResponse(api.openapi())
+        return JSONResponse(documentation.document(api))
 
     @api.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
-        return HTMLResponse(documentation.page(api.openapi()))
+        return HTMLResponse(documentation.page(documentation.document(api)))
 
     @api.get("/docs/style.css", include_in_schema=False)
     async def style() -> Response:
@@ -173,10 +187,6 @@ def accepted(header: str | None, offered: tuple[str, ...]) -> str:
             if refused < 0 and kind in (media, "*/*", f"{media.partition('/')[0]}/*"):
                 return media
     raise HTTPException(406, f"this is answered as {', '.join(offered)}")
-
-
-def _is_json(request: Request) -> bool:
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower() == JSON
 
 
 def _upload(request: Request, data: bytes, options: GroundOptions | SegmentOptions) -> Upload:
