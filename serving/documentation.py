@@ -2,7 +2,7 @@
 
 import base64
 import copy
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +56,16 @@ CHAT: dict[str, Any] = {
                             "temperature": 0,
                         }
                     }
-                }
+                },
             }
-        }
+        },
     }
 }
 OPEN: dict[str, Any] = {"security": []}
 """Of a route that needs no key."""
+PICTURE: dict[str, Any] = {"type": "string", "format": "binary"}
+EVENT: dict[str, Any] = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+"""A server-sent event."""
 _KEY = "key"
 _NUMBER = r"-?[0-9]{1,6}(\.[0-9]{1,3})?"
 _TEXTS = {
@@ -113,10 +116,10 @@ def _as_form(schema: dict[str, Any]) -> dict[str, Any]:
     return {**schema, "properties": fields}
 
 
-def responses(*media: str, missing: Set[int]) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's `responses` of a route that answers JSON, or other media where Accept asks for them. missing: statuses
-    that it never has."""
-    other: dict[str, Any] = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in media}
+def responses(media: Mapping[str, dict[str, Any]], *, missing: Set[int]) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's `responses` of a route that answers JSON, or other media, with their schemas, where a request asks for
+    them. missing: statuses that it never has."""
+    other = {kind: {"schema": schema} for kind, schema in media.items()}
     answers = {200: {"content": other}, 204: {"description": "There is no mask to draw a picture of."}}
     return {status: told for status, told in (answers | problems(*_PROBLEMS)).items() if status not in missing}
 

@@ -132,7 +132,8 @@ def _numbers(name: str, text: str) -> list[Any]:
 def _validated(model: type[M], given: bytes | Mapping[str, Any]) -> M:
     try:
         if isinstance(given, bytes):
-            return model.model_validate_json(given)
+            # Unlike a form's texts, JSON has types.
+            return model.model_validate_json(given, strict=True)
         return model.model_validate(given)
     except ValidationError as error:
         raise RequestValidationError(error.errors(include_url=False, include_input=False)) from None

@@ -23,6 +23,7 @@ from serving.api import (
     SegmentResponse,
 )
 from serving.chat import ChatRequest, ChatResponse, ModelList
+from serving.documentation import EVENT, PICTURE
 from serving.forms import media_type, read, read_json
 from serving.streams import in_one_task, server_sent
 from umrg.images import encode_png
@@ -36,6 +37,11 @@ _NUMBERS = frozenset({"box", "points", "labels"})
 _ASKED = documentation.problems(401, 403, 429)
 """Of a route that needs a key and takes nothing."""
 _EVENTS = {ReasoningEvent: "reasoning", AnswerEvent: "answer", GroundResponse: "mask"}
+_NAMED = {
+    **EVENT,
+    "properties": {**EVENT["properties"], "event": {"enum": [*_EVENTS.values(), "error"]}},
+    "required": ["event", "data"],
+}
 
 
 class GroundForm(GroundOptions):
@@ -71,7 +77,7 @@ def _add_grounding(api: FastAPI, answering: Answering) -> None:
         summary="Ground a query in an image",
         response_model=GroundResponse,
         openapi_extra=documentation.body(GroundRequest, GroundForm, documentation.GROUND),
-        responses=documentation.responses(MASK, OVERLAY, EVENTS, missing={404}),
+        responses=documentation.responses({MASK: PICTURE, OVERLAY: PICTURE, EVENTS: _NAMED}, missing={404}),
     )
     async def ground(request: Request) -> Response:
         form = accepted(request.headers.get("accept"), (JSON, MASK, OVERLAY, EVENTS))
@@ -95,7 +101,7 @@ def _add_segmenting(api: FastAPI, answering: Answering) -> None:
         summary="Draw the mask of a box or of points",
         response_model=SegmentResponse,
         openapi_extra=documentation.body(SegmentRequest, SegmentRequest, documentation.SEGMENT),
-        responses=documentation.responses(MASK, missing={204}),
+        responses=documentation.responses({MASK: PICTURE}, missing={204}),
     )
     async def segment(request: Request) -> Response:
         form = accepted(request.headers.get("accept"), (JSON, MASK))
@@ -114,7 +120,7 @@ def _add_chat(api: FastAPI, answering: Answering) -> None:
         "/v1/chat/completions",
         summary="OpenAI's chat completions: one question about one image",
         response_model=ChatResponse,
-        responses=documentation.responses(EVENTS, missing={204, 404, 406}),
+        responses=documentation.responses({EVENTS: EVENT}, missing={204, 404, 406}),
         openapi_extra=documentation.CHAT,
     )
     async def chat_completions(request: Request) -> Response:
@@ -133,7 +139,12 @@ def _add_chat(api: FastAPI, answering: Answering) -> None:
 
 
 def _add_operation(api: FastAPI, answering: Answering, exposition: Callable[[], Any]) -> None:
-    @api.get("/healthz", summary="Whether the service is up", responses=documentation.problems(403), openapi_extra=documentation.OPEN)
+    @api.get(
+        "/healthz",
+        summary="Whether the service is up",
+        responses=documentation.problems(403),
+        openapi_extra=documentation.OPEN,
+    )
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
@@ -150,8 +161,12 @@ def _add_operation(api: FastAPI, answering: Answering, exposition: Callable[[], 
     @api.get(
         "/metrics",
         summary="Prometheus' metrics of the whole service",
-        response_class=PlainTextResponse,
-        responses=_ASKED | documentation.problems(500),
+        response_class=Response,
+        responses={
+            200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
+            **_ASKED,
+            **documentation.problems(500),
+        },
     )
     async def metrics() -> PlainTextResponse:
         return PlainTextResponse(await exposition(), media_type="text/plain; version=0.0.4")
