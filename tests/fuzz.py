@@ -5,6 +5,9 @@ Parquet files, images and answer texts are mutated and read as a user's are. Eac
 
 What clients send as images goes through the service's decoders (`--bodies 5000`): each gives pixels or a mistake within
 seconds, and the decoders live, or are replaced.
+
+Whole requests go to the service's application, with its routes, its guard and its decoders, but models that answer at
+once (`--requests 2000`): each is answered, or is told within seconds what to change.
 """
 
 import argparse
@@ -28,9 +31,14 @@ from PIL import Image
 
 from cluster.commands.data_check import check_files
 from phantoms import rows
-from serving.config import Limits
+from serving.api import Problem
+from serving.config import Key, Limits
 from serving.decoding import Decoders
+from serving.keys import new_key
 from tests.encoded_images import DEEP, PIXELS, chunk, encoded, pages, png, tiff, turned
+from tests.serving.fake_models import FakeModels
+from tests.serving.fuzzed_requests import Reply, Sent, fuzzed, replied, requests
+from tests.serving.in_process import application
 from umrg.answers import format_answer, parse_answer
 from umrg.dataset import Dataset, open_files
 from umrg.images import decode_image, decode_mask, image_size
@@ -263,6 +271,55 @@ async def fuzz_decoders(count: int, seed: int) -> Counter[str]:
     return outcomes
 
 
+async def fuzz_requests(count: int, seed: int) -> Counter[str]:
+    """Send so many mutated requests to the application; how many were answered with which status. Raises what escapes
+    it, AssertionError for a reply that is neither an answer nor a problem of the client's, and for memory that grows,
+    and TimeoutError for a request that is not answered in time."""
+    chance, outcomes, models = random.Random(seed), Counter[str](), FakeModels()
+    secret, digest = new_key()
+    good, files = requests(image_files()[0], secret), image_bodies()
+    limits = Limits(image_megapixels=25, decode_mib=512, decode_seconds=DECODE_SECONDS)
+    decoders = Decoders(DECODERS, limits)
+    key = Key(name="fuzz", sha256=digest, per_minute=10**9)
+    app = application(models, decoder=decoders, keys=(key,), limits=limits.model_dump())
+    await decoders.start()
+
+    async def ask(sent: Sent) -> Reply:
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                reply = await replied(app, sent, chance)
+            check_reply(sent, reply)
+        except BaseException:
+            _keep("request", repr(sent).encode())
+            raise
+        # It keeps what it was asked.
+        for kept in (models.pictures, models.asks, models.calls):
+            kept.clear()
+        return reply
+
+    try:
+        for sent in good:
+            assert (await ask(sent)).status in (200, 404), sent
+        resident = _resident(psutil.Process())
+        for _ in range(count):
+            reply = await ask(fuzzed(good, files, mutated, chance))
+            outcomes[f"request {reply.status or 'abandoned'}"] += 1
+        grown = _resident(psutil.Process()) - resident
+        assert grown < GROWTH_MIB, f"memory grew by {grown} MiB"
+    finally:
+        await decoders.stop()
+    return outcomes
+
+
+def check_reply(sent: Sent, reply: Reply) -> None:
+    """Raise AssertionError for what is neither an answer nor a client's problem."""
+    assert reply.status in (200, 204) or 400 <= reply.status < 500 or (reply.status == 0 and not sent.whole), reply
+    assert b'"type":"internal"' not in reply.body, reply
+    if reply.status >= 400 and reply.body:
+        problem = Problem.model_validate_json(reply.body)
+        assert problem.type and (b"x-request-id", problem.request_id.encode()) in reply.headers, reply
+
+
 def _way(chance: random.Random) -> tuple[str | None, int | None]:
     return chance.choice((None, None, "p1,p99", "30000,20000")), chance.choice((None, None, 0, 1))
 
@@ -296,9 +353,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--count", type=int, default=3000)
     parser.add_argument("--bodies", type=int, default=5000)
+    parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     outcomes = fuzz(options.count, options.seed) + asyncio.run(fuzz_decoders(options.bodies, options.seed))
+    outcomes += asyncio.run(fuzz_requests(options.requests, options.seed))
     for outcome, times in sorted(outcomes.items()):
         print(f"{outcome:<20}{times:>8}")
 

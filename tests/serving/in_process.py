@@ -28,12 +28,18 @@ async def no_metrics():
     return "# none\n"
 
 
-def application(models=None, *, decoder=None, keys: tuple[Key, ...] | None = None, **settings):
-    """The ASGI application. settings: of `ServeConfig`."""
+def interface(models=None, *, decoder=None, **settings):
+    """The routes, before which nobody stands guard, and the configuration. settings: of `ServeConfig`."""
     config = ServeConfig.model_validate({"model": TINY_REASONER, "name": "tiny", **settings})
     served = Served(name="tiny", expert="fake", licence="none", spec=PromptSpec(think=True))
     answering = Answering(config, served, models or FakeModels(), decoder or HereDecoder(), Metrics("Ingress"))
-    return Guard(build_api(answering, no_metrics), Doorkeeper(keys), config.limits)
+    return build_api(answering, no_metrics), config
+
+
+def application(models=None, *, decoder=None, keys: tuple[Key, ...] | None = None, **settings):
+    """The ASGI application. settings: of `ServeConfig`."""
+    api, config = interface(models, decoder=decoder, **settings)
+    return Guard(api, Doorkeeper(keys), config.limits)
 
 
 @asynccontextmanager
