@@ -101,9 +101,10 @@ slow-rest:
 chaos: setup ## what of the slow tests would not fit into half an hour
 	$(PYTEST) chaos
 
-fuzz: setup ## damaged files and texts at random, and the property tests with examples of their own choice
+fuzz: setup ## damaged files, texts and requests at random, and the property tests with examples of their own choice
 	$(BIN)/python -m tests.fuzz --count 3000 --seed $(SEED)
-	MEDREASONER_HYPOTHESIS=fuzz $(PYTEST) "not slow and not gpu" tests/umrg tests/rewards tests/serving/test_consensus.py
+	MEDREASONER_HYPOTHESIS=fuzz $(PYTEST) "not slow and not gpu" tests/umrg tests/rewards tests/serving/test_consensus.py \
+		tests/serving/test_schema.py
 
 test-gpu: setup ## what only a GPU can show, or, without one, a rehearsal; PART=learner (engine, pipeline, two_gpus) runs one part
 	$(PYTEST) gpu tests/gpu$(if $(PART),/test_$(PART).py)

@@ -137,8 +137,9 @@ class _Exchange:
 
     async def send(self, message: Message) -> None:
         """A message of the application's response. What it makes of a request that was refused meanwhile is dropped:
-        the refusal itself will be the answer."""
-        if self.refused is not None and not self._started:
+        the refusal itself will be the answer. So is what it answers to a client that has left before its request was
+        whole: that would be counted as a fault of ours."""
+        if (self.refused is not None or (self.gone and not self._whole)) and not self._started:
             return
         if message["type"] == "http.response.start":
             self._started = True

@@ -1,5 +1,6 @@
 """Requests to every route, damaged at random as a hostile client would damage them."""
 
+import asyncio
 import base64
 import json
 import random
@@ -221,8 +222,10 @@ def _json(sent: Sent, files: Sequence[bytes], damage: Damage, chance: random.Ran
                 sent, raw=f"{first}, {json.dumps({chance.choice(list(fields)): chance.choice(VALUES)})[1:]}".encode()
             )
         case 2:
-            encoding = chance.choice(("utf-16", "utf-32", "utf-8-sig", "latin-1", "utf-7"))
-            return replace(sent, raw=json.dumps({**fields, "query": "é"}, ensure_ascii=False).encode(encoding))
+            encoding = chance.choice(("utf-8", "utf-16", "utf-32", "utf-8-sig", "latin-1", "utf-7"))
+            errors = "surrogatepass" if encoding[:5] in ("utf-8", "utf-1", "utf-3") else "replace"
+            text = json.dumps({**fields, "query": chance.choice(("é", "\ud800"))}, ensure_ascii=False)
+            return replace(sent, raw=text.encode(encoding, errors))
         case 3:
             return replace(
                 sent, raw=chance.choice((b"[" * 50_000, b'{"a":' * 50_000, b"null", b"[]", b'"', b"1" * 9000))
@@ -289,13 +292,19 @@ async def replied(app: ASGIApp, sent: Sent, chance: random.Random) -> Reply:
     for start in range(0, max(1, len(body)), step):
         more = start + step < len(body) or not sent.whole
         pieces.append({"type": "http.request", "body": body[start : start + step], "more_body": more})
-    answered: list[Message] = []
+    answered, complete = list[Message](), asyncio.Event()
 
     async def receive() -> Message:
-        return pieces.pop(0) if pieces else {"type": "http.disconnect"}
+        if pieces:
+            return pieces.pop(0)
+        if sent.whole:
+            await complete.wait()
+        return {"type": "http.disconnect"}
 
     async def send(message: Message) -> None:
         answered.append(message)
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            complete.set()
 
     scope = {
         "type": "http",

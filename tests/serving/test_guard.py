@@ -617,6 +617,14 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_failure(caplog):
     assert client.answered == [] and caplog.records == []
 
 
+@pytest.mark.parametrize("path", ["/bytes", "/json"])
+def test_nothing_is_answered_to_a_client_that_leaves_in_the_middle_of_its_body(caplog, path):
+    """FastAPI would answer 400 or 500, which would be counted as such."""
+    client = Client(path, [piece(10), GONE])
+    run(client.ask(guarded()))
+    assert client.answered == [] and caplog.records == []
+
+
 def test_a_cancelled_request_stays_cancelled():
     async def asked() -> None:
         task = asyncio.create_task(Client("/").ask(guarded(app=hanging)))
