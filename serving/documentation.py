@@ -120,8 +120,11 @@ def responses(media: Mapping[str, dict[str, Any]], *, missing: Set[int]) -> dict
     """OpenAPI's `responses` of a route that answers JSON, or other media, with their schemas, where a request asks for
     them. missing: statuses that it never has."""
     other = {kind: {"schema": schema} for kind, schema in media.items()}
-    answers = {200: {"content": other}, 204: {"description": "There is no mask to draw a picture of."}}
-    return {status: told for status, told in (answers | problems(*_PROBLEMS)).items() if status not in missing}
+    answers: dict[int | str, dict[str, Any]] = {
+        200: {"content": other},
+        204: {"description": "There is no mask to draw a picture of."},
+    }
+    return {status: told for status, told in {**answers, **problems(*_PROBLEMS)}.items() if status not in missing}
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -40,7 +40,13 @@ METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "TRACE", 
 SECRET, DIGEST = new_key()
 KEY = Key(name="anna", sha256=DIGEST, per_minute=10**9)
 RIGHT, UNKNOWN = {"Authorization": f"Bearer {SECRET}"}, {"Authorization": f"Bearer {new_key()[0]}"}
-NO_KEYS = ({}, UNKNOWN, {"Authorization": SECRET}, {"Authorization": f"Basic {SECRET}"}, {"Authorization": "Bearer"})
+NO_KEYS: tuple[dict[str, str], ...] = (
+    {},
+    UNKNOWN,
+    {"Authorization": SECRET},
+    {"Authorization": f"Basic {SECRET}"},
+    {"Authorization": "Bearer"},
+)
 CANARY = "canary-7f3a"
 
 routes = pytest.mark.parametrize(("method", "path"), NEEDS_A_KEY)
@@ -130,7 +136,11 @@ def test_every_reply_has_the_headers_of_security_and_an_id_of_its_own(method, pa
 
 def test_nothing_that_a_client_sends_is_logged_whatever_comes_of_it(caplog, capfd):
     caplog.set_level(logging.DEBUG)
-    broken = ({}, {"sample": ValueError(CANARY)}, {"stream": ValueError(CANARY), "segment": KeyError(CANARY)})
+    broken: tuple[dict[str, Exception], ...] = (
+        {},
+        {"sample": ValueError(CANARY)},
+        {"stream": ValueError(CANARY), "segment": KeyError(CANARY)},
+    )
     statuses = set()
     for models in (*(FakeModels(failures=failures) for failures in broken), FakeModels(completion=CANARY)):
         replies = asyncio.run(_told(application(models, keys=(KEY,))))

@@ -41,7 +41,7 @@ schema = document()
 
 @schema.given(accept=st.sampled_from(ACCEPT), pictured=st.booleans(), named=st.booleans())
 @schema.parametrize()
-@settings(max_examples=25, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 def test_requests_are_answered_as_the_document_says(case, accept, pictured, named):
     if case.meta.generation.mode == GenerationMode.POSITIVE and isinstance(case.body, dict):
         # Text at random is neither an image nor the model's name, and would not get far.
