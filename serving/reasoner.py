@@ -66,9 +66,6 @@ class Reasoner:
         from actors.threads import share_cores
 
         share_cores(config.rollout.threads, config.rollout.actors)
-        # The engine's processes, which inherit it, share their cores with the service's others. A thread that spins for
-        # one that has no core made some answers ten times slower.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self._config, self._end = config, end
         self._weights = Weights(model=config.model)
         self._configured = False
