@@ -121,12 +121,10 @@ class Reasoner:
                 await self._load(wanted)
             self._weights, self._configured = wanted, True
 
-    def __del__(self) -> None:
-        """Serve calls it before it ends the process."""
-        if watching := getattr(self, "_watching", None):
-            watching.cancel()
-        if engine := getattr(self, "engine", None):
-            engine.stop()
+    def stop(self) -> None:
+        """End the engine's processes."""
+        self._watching.cancel()
+        self.engine.stop()
 
     async def _load(self, wanted: Weights) -> None:
         from actors.weight_files import FolderWeights

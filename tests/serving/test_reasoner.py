@@ -63,10 +63,9 @@ def reasoner(run, ended):
     )
     before = dict(os.environ)
     os.environ.update(config.rollout.process_environment)
-    made = Reasoner.__new__(Reasoner)
-    run(Reasoner.__init__(made, config, end=lambda: ended.append("ended")))  # as Serve does
+    made = run(Reasoner.start(config, end=lambda: ended.append("ended")))
     yield made
-    made.__del__()
+    made.stop()
     os.environ.clear()
     os.environ.update(before)
 
