@@ -2,6 +2,7 @@
 applications on a shared one."""
 
 import ipaddress
+import logging
 import signal
 import threading
 from collections.abc import Callable
@@ -60,6 +61,7 @@ class Service:
         if self._open:
             _refuse_open(self._host)
         self._connected = connect()
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         running = _get_global_client(raise_if_no_controller_running=False)
         refuse_collision({name: app.route_prefix for name, app in applications().items()})
         self._serve_is_ours = running is None
