@@ -126,9 +126,9 @@ def large_expert(folder: Path) -> Path:
 def questions(count: int, side: int) -> list[tuple[bytes, str]]:
     """Phantoms as PNG, and queries about them."""
     found = []
-    for row in rows(count, seed=0, modalities=["CT"], queries_per_image=1, size=side):
-        encoded = row["images"][0]["bytes"]
-        found.append((encoded, str(row["prompt"][0]["content"])))
+    for each in rows(count, seed=0, modalities=["CT"], queries_per_image=1, size=side):
+        row: Any = each
+        found.append((row["images"][0]["bytes"], row["prompt"][0]["content"]))
     return found
 
 
@@ -221,7 +221,8 @@ async def served_loads(address: str, asked: list[tuple[bytes, str]], counts: dic
 
         first = await loaded(lambda i: ground(-1 - i), 1, 10)
         timings.clear()
-        loads, single = {}, []
+        loads: dict[int, Load] = {}
+        single: list[dict[str, float]] = []
         for n, requests in counts.items():
             loads[n] = await loaded(ground, n, requests)
             single = single or list(timings)

@@ -90,7 +90,9 @@ def body(json: type[BaseModel], form: type[BaseModel], examples: dict[str, Any])
 def responses(*media: str) -> dict[int | str, dict[str, Any]]:
     """OpenAPI's `responses` of a route that answers JSON, or other media where Accept asks for them."""
     other: dict[str, Any] = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in media}
-    problems = {status: {"model": Problem, "description": text} for status, text in _PROBLEMS.items()}
+    problems: dict[int | str, dict[str, Any]] = {
+        status: {"model": Problem, "description": text} for status, text in _PROBLEMS.items()
+    }
     return {200: {"content": other}, 204: {"description": "There is no mask to draw a picture of."}, **problems}
 
 

@@ -71,7 +71,8 @@ def _add_grounding(api: FastAPI, answering: Answering) -> None:
     )
     async def ground(request: Request) -> Response:
         form = accepted(request.headers.get("accept"), (JSON, MASK, OVERLAY, EVENTS))
-        data, fields = await read(request, GroundRequest if _is_json(request) else GroundForm)
+        kind: type[GroundRequest | GroundForm] = GroundRequest if _is_json(request) else GroundForm
+        data, fields = await read(request, kind)
         if data is None:
             raise Mistake("there is no image; send its file as the form's field image")
         options = GroundOptions(**{name: getattr(fields, name) for name in GroundOptions.model_fields})
