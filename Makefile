@@ -63,6 +63,9 @@ $(STAMP): pyproject.toml $(wildcard constraints/*.txt)
 demo: setup ## train the tiny reasoner with GRPO on phantoms: about ten minutes; DEMO="key=value …" changes its config
 	$(BIN)/medreasoner train configs/$(if $(filter gpu,$(EXTRA)),demo_gpu,demo).yaml $(DEMO)
 
+serve: setup ## the bundled tiny model over HTTP at http://127.0.0.1:8000, until Ctrl-C; SERVE="MODEL key=value …" serves another
+	$(BIN)/medreasoner serve $(SERVE)
+
 lint: setup ## ruff, mypy --strict, and the floors (import-linter)
 	@$(MAKE) --no-print-directory -j2 lint-types lint-rest
 

@@ -126,9 +126,9 @@ def large_expert(folder: Path) -> Path:
 def questions(count: int, side: int) -> list[tuple[bytes, str]]:
     """Phantoms as PNG, and queries about them."""
     found = []
-    for row in rows(count, seed=0, modalities=["CT"], queries_per_image=1, size=side):
-        encoded = row["images"][0]["bytes"]
-        found.append((encoded, str(row["prompt"][0]["content"])))
+    for each in rows(count, seed=0, modalities=["CT"], queries_per_image=1, size=side):
+        row: Any = each
+        found.append((row["images"][0]["bytes"], row["prompt"][0]["content"]))
     return found
 
 
@@ -159,8 +159,8 @@ def served(*arguments: str) -> Iterator[tuple[str, float]]:
 class Bare:
     """The engines in this process."""
 
-    def __init__(self, model: Path, max_tokens: int) -> None:
-        self._model, self._max_tokens = model, max_tokens
+    def __init__(self, model: Path, max_tokens: int, threads: int | None) -> None:
+        self._model, self._max_tokens, self._threads = model, max_tokens, threads
 
     async def start(self) -> None:
         from actors.config import RolloutConfig, SegmenterConfig
@@ -168,9 +168,9 @@ class Bare:
         from actors.threads import share_cores
         from reasoner.prompter import load_prompter
 
-        config = RolloutConfig(num_cpus=0.5, max_tokens=self._max_tokens)
+        config = RolloutConfig(num_cpus=0.5, max_tokens=self._max_tokens, threads=self._threads)
         os.environ.update(config.process_environment)
-        share_cores(None, 1)
+        share_cores(self._threads, 1)
         from actors.engine import Engine
 
         self._engine = await Engine.start(self._model, load_prompter(self._model), config)
@@ -193,9 +193,11 @@ class Bare:
         self._engine.stop()
 
 
-async def bare_loads(model: Path, max_tokens: int, asked: list[tuple[bytes, str]], counts: dict[int, int]) -> Any:
+async def bare_loads(
+    model: Path, max_tokens: int, threads: int | None, asked: list[tuple[bytes, str]], counts: dict[int, int]
+) -> Any:
     """A load by number of clients, of the bare engines."""
-    bare = Bare(model, max_tokens)
+    bare = Bare(model, max_tokens, threads)
     await bare.start()
     try:
         for i in range(3):
@@ -219,7 +221,8 @@ async def served_loads(address: str, asked: list[tuple[bytes, str]], counts: dic
 
         first = await loaded(lambda i: ground(-1 - i), 1, 10)
         timings.clear()
-        loads, single = {}, []
+        loads: dict[int, Load] = {}
+        single: list[dict[str, float]] = []
         for n, requests in counts.items():
             loads[n] = await loaded(ground, n, requests)
             single = single or list(timings)
@@ -248,8 +251,8 @@ def quartet(load: Load) -> tuple[float, float, float]:
 def tiny_part(requests: int) -> dict[str, float]:
     """The service's own cost: the tiny model's answers take little."""
     asked, counts = questions(requests, 224), {1: requests // 4, 8: requests // 2, 32: requests - 16}
-    bare = asyncio.run(bare_loads(TINY_REASONER, 512, asked, counts))
-    with served(str(TINY_REASONER)) as (address, up):
+    bare = asyncio.run(bare_loads(TINY_REASONER, 512, 1, asked, counts))
+    with served(str(TINY_REASONER), "rollout.threads=1") as (address, up):
         service, first, single = asyncio.run(served_loads(address, asked, counts))
     report("tiny reasoner and expert", bare, service)
     stages = {name: 1e3 * statistics.median(each[name] for each in single) for name in ("decode", "reason", "segment")}
@@ -268,7 +271,7 @@ def large_part(requests: int) -> dict[str, float]:
     asked, counts = questions(requests, 224), {1: 2, 8: 16, 32: requests}
     with tempfile.TemporaryDirectory() as folder:
         model = large_reasoner(Path(folder))
-        bare = asyncio.run(bare_loads(model, 32, asked, counts))
+        bare = asyncio.run(bare_loads(model, 32, None, asked, counts))
         with served(str(model), "rollout.max_tokens=32") as (address, _):
             service, _, _ = asyncio.run(served_loads(address, asked, counts))
     report("380 M random weights, 32 tokens", bare, service)

@@ -49,6 +49,9 @@ UNHEARD: Final = frozenset(
 )
 """Headers, with `-` for `_`, by which any client could tell Serve how to name, route, time or trace a request."""
 
+_MARK = b"content-security-policy"
+"""A header of every response of the service's own."""
+
 _log = logging.getLogger("medreasoner")
 _ENGINE_LOGGING = Path(__file__).with_name("engine_logging.json")
 
@@ -177,7 +180,8 @@ def _log_uncaught(kind: type[BaseException], error: BaseException | None, trace:
 
 class HeadersUnheard:
     """ASGI, in Serve's proxies: drops what clients would tell Serve by headers, and the request's id that Serve adds to
-    a response which has the service's own."""
+    a response which has the service's own. Where a replica ended while it had a request, clients are told to try
+    again."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -191,7 +195,11 @@ class HeadersUnheard:
 
         async def send_one_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": _with_first_id(message.get("headers", ()))}
+                headers = _with_first_id(message.get("headers", ()))
+                message = {**message, "headers": headers}
+                if message["status"] == 500 and not any(name.lower() == _MARK for name, _ in headers):
+                    # Serve's own: the replica that had the request ended before it answered.
+                    message = {**message, "status": 503, "headers": [*headers, (b"retry-after", b"1")]}
             await send(message)
 
         await self._app(scope, receive, send_one_id)

@@ -121,17 +121,15 @@ class Reasoner:
                 await self._load(wanted)
             self._weights, self._configured = wanted, True
 
-    def __del__(self) -> None:
-        """Serve calls it before it ends the process."""
-        if watching := getattr(self, "_watching", None):
-            watching.cancel()
-        if engine := getattr(self, "engine", None):
-            engine.stop()
+    def stop(self) -> None:
+        """End the engine's processes."""
+        self._watching.cancel()
+        self.engine.stop()
 
     async def _load(self, wanted: Weights) -> None:
         from actors.weight_files import FolderWeights
 
-        await asyncio.to_thread(self._check, wanted.model)
+        await asyncio.to_thread(refuse_other_shape, self._config, self.engine.prompter, wanted.model)
         weights = FolderWeights(wanted.model)
 
         def check(receipt: UpdateReceipt) -> None:
@@ -142,16 +140,6 @@ class Reasoner:
 
         async with self._alive():
             await self.engine.update_weights(weights.buckets(), wanted.policy_version, mode="wait", check=check)
-
-    def _check(self, folder: Path) -> None:
-        """Raise ValueError unless a folder differs from the one that the service was started with in nothing but its
-        weights."""
-        found = load_prompter(folder, self._config.asked(PromptSpec.of_model(folder)))
-        before, now = (_told_apart_by(*each) for each in ((self._config.model, self.engine.prompter), (folder, found)))
-        if others := [name for name in before if before[name] != now[name]]:
-            raise Mistake(
-                f"{folder} has another {' and '.join(others)} than the model that is served; restart the service for it"
-            )
 
     def _question(self, image_id: str, pixels: NDArray[np.uint8], ask: Ask) -> "Question":
         from actors.engine import Question
@@ -204,6 +192,17 @@ class Reasoner:
                     await self.sample(name, image, Ask(text="?", sampling=sampling))
                 async for _ in self.stream(name, image, Ask(text="?", sampling=one)):
                     pass
+
+
+def refuse_other_shape(config: ServeConfig, served: Prompter, folder: Path) -> None:
+    """Raise ValueError unless a folder differs in nothing but its weights from the one that a service was started with.
+    config, served: of that service."""
+    found = load_prompter(folder, config.asked(PromptSpec.of_model(folder)))
+    before, now = (_told_apart_by(*each) for each in ((config.model, served), (folder, found)))
+    if others := [name for name in before if before[name] != now[name]]:
+        raise Mistake(
+            f"{folder} has another {' and '.join(others)} than the model that is served; restart the service for it"
+        )
 
 
 def _told_apart_by(folder: Path, prompter: Prompter) -> dict[str, object]:

@@ -44,6 +44,11 @@ class ReasonerReplica:
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         await self._reasoner.reconfigure(user_config)
 
+    def __del__(self) -> None:
+        """Serve calls it before it ends the process."""
+        if reasoner := getattr(self, "_reasoner", None):
+            reasoner.stop()
+
 
 class SegmenterReplica:
     """The deployment `Segmenter`. Methods are those of `serving.segmenter.Segmenter`."""

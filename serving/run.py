@@ -2,6 +2,7 @@
 applications on a shared one."""
 
 import ipaddress
+import logging
 import signal
 import threading
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from ray import serve
 from ray.serve.config import HTTPOptions
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeInstanceDetails
+from rich.console import Console
 
 from actors.connection import connect
 from actors.experts.registry import check_expert
@@ -19,6 +21,7 @@ from reasoner.prompter import load_prompter
 from serving.app import build_app, build_local_app
 from serving.config import ServeConfig
 from serving.privacy import CONTROLLER_OPTIONS, LOGGING
+from serving.reasoner import refuse_other_shape
 from umrg.mistake import Mistake
 
 HOST = "127.0.0.1"
@@ -60,6 +63,7 @@ class Service:
         if self._open:
             _refuse_open(self._host)
         self._connected = connect()
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         running = _get_global_client(raise_if_no_controller_running=False)
         refuse_collision({name: app.route_prefix for name, app in applications().items()})
         self._serve_is_ours = running is None
@@ -68,16 +72,25 @@ class Service:
             logging_config=LOGGING,
             controller_options=CONTROLLER_OPTIONS,
         )
-        address = self._address()
+        self._look_at_address()
         self._deployed = True
         self._deploy()
-        return address
+        return self.address()
 
     def reload(self, args: dict[str, Any]) -> None:
-        """Go on with the weights of another model folder, without dropping a request. args: those of the start, with
-        another model. Raises ValueError where it needs a restart."""
+        """Go on with the weights of another model folder, or with other numbers of replicas, without dropping a
+        request. args: those of the start, with what is to change. Raises ValueError where it needs a restart; what is
+        served then stays."""
+        before, after = (ServeConfig.model_validate(each) for each in (self._args, args))
+        refuse_other_shape(before, load_prompter(before.model, before.spec()), after.model)
         self._args = args
         self._deploy()
+
+    def address(self) -> str:
+        """Where the service is asked."""
+        options = _get_global_client().http_config
+        everywhere = options.host in (None, "localhost", "0.0.0.0", "::")
+        return f"http://{HOST if everywhere else options.host}:{options.port}"
 
     def stop(self) -> None:
         """End whatever `start` has started, even if it did not finish; other applications keep running."""
@@ -92,16 +105,24 @@ class Service:
             ray.shutdown()
 
     def _deploy(self) -> None:
-        serve.run(self._build(self._args), name=NAME, route_prefix="/")
+        try:
+            serve.run(self._build(self._args), name=NAME, route_prefix="/")
+        except RuntimeError as error:
+            # Serve's own message names the deployment, and each deployment's says why.
+            found = applications().get(NAME)
+            reasons = {each.message for each in found.deployments.values() if each.message} if found else set()
+            raise NotServed("\n".join(sorted(reasons)) or str(error)) from error
 
-    def _address(self) -> str:
+    def _look_at_address(self) -> None:
         options = _get_global_client().http_config
         if options.port != self._port:
             print(f"Serve runs on this cluster already, at port {options.port}; --port {self._port} is not heeded")
         if self._open:
             _refuse_open(str(options.host))
-        everywhere = options.host in (None, "localhost", "0.0.0.0", "::")
-        return f"http://{HOST if everywhere else options.host}:{options.port}"
+
+
+class NotServed(RuntimeError):
+    """The application did not start, or did not take over a change."""
 
 
 def is_loopback(host: str) -> bool:
@@ -157,7 +178,8 @@ def run(read: Callable[[], ServeConfig], *, host: str, port: int) -> None:
     ended, newer = threading.Event(), threading.Event()
     service = Service(_args(config), host=host, port=port)
     try:
-        address = service.start()
+        with Console(stderr=True).status(f"starting {config.served_name} with the expert {config.expert}"):
+            address = service.start()
         for sign in (signal.SIGINT, signal.SIGTERM):
             signal.signal(sign, lambda *_: ended.set())
         signal.signal(signal.SIGHUP, lambda *_: newer.set())

@@ -1,9 +1,9 @@
 """The two models as the ingress asks them: through handles of Ray Serve, with an image in the object store once."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -18,7 +18,6 @@ from umrg.answers import Answer
 from umrg.group import GroupSamples, SamplingParams
 from umrg.mistake import Mistake
 
-T = TypeVar("T")
 _PAUSES = (0.5, 1.5, 4.0)
 """Seconds before a request whose replica died is sent again: by then the router knows that it is gone."""
 _GONE = (RayActorError, ActorUnavailableError, ReplicaUnavailableError, DeploymentUnavailableError)
@@ -93,7 +92,7 @@ class Replicas:
         return self._placed[picture]
 
 
-async def _again(call: Callable[[], Awaitable[T]]) -> T:
+async def _again(call: Callable[[], Any]) -> Any:
     """Await a call, and again after each death of the replica that it had gone to."""
     for pause in _PAUSES:
         try:
@@ -114,7 +113,7 @@ async def _awaited(response: Any) -> Any:
 
 
 @contextmanager
-def _told() -> Any:
+def _told() -> Iterator[None]:
     """Errors of Ray, and those that it wraps, as the kinds that the routes know. What is no kind of ours stays what it
     is, and becomes a 500."""
     try:

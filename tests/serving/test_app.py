@@ -148,7 +148,7 @@ def test_openais_client_grounds_an_image(address, samples):
 
 @pytest.mark.slow
 def test_an_evaluation_through_the_service_has_the_direct_engines_figures(address, tmp_path):
-    asked = ("expert=tiny", "data.eval={phantoms: 6, seed: 3, modalities: [CT], queries_per_image: 1}", "n=2", "seed=3")
+    asked = ("expert=tiny", "data.eval={phantoms: 6, seed: 3, modalities: [CT], queries_per_image: 1}", "n=2")
     small = ("rollout.max_tokens=128", "rollout.max_prompt_tokens=512", "rollout.num_cpus=0.1", "rollout.threads=1")
     here = (f"runs={tmp_path}", "segmenter.num_cpus=0.1", "segmenter.threads=1", *small)
     endpoint = f"endpoint={{url: '{address}/v1', model: tiny-reasoner}}"

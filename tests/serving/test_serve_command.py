@@ -15,6 +15,7 @@ import pytest
 from cluster.config import load_config
 from serving.config import ServeConfig
 from tests.conftest import ROOT, TINY_REASONER
+from umrg.images import decode_image
 
 SERVE = (sys.executable, "-m", "cluster.cli", "serve", str(TINY_REASONER))
 
@@ -46,18 +47,38 @@ def free_port():
         return str(probe.getsockname()[1])
 
 
+def documented(language):
+    """The examples of the README and of docs/serving.md that ask a service: its curl lines, or its Python."""
+    texts = [(ROOT / "README.md").read_text(), (ROOT / "docs" / "serving.md").read_text()]
+    blocks = [block for text in texts for block in re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)]
+    if language == "python":
+        return [block for block in blocks if "127.0.0.1:8000" in block]
+    lines = "\n".join(blocks).splitlines()
+    return [line for line in lines if line.startswith("curl") and "127.0.0.1:8000" in line]
+
+
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_the_readmes_curl_is_answered_and_ctrl_c_ends_the_service(tmp_path):
-    (curl,) = re.findall(r"^curl .*/v1/ground$", (ROOT / "README.md").read_text(), re.MULTILINE)
+def test_documented_examples_are_answered_and_ctrl_c_ends_the_service(tmp_path):
     port = free_port()
     server = started(tmp_path / "log", "--port", port)
     try:
-        await_line(server, tmp_path / "log", "serving")
-        command = shlex.split(curl.replace(":8000/", f":{port}/"))
-        reply = subprocess.run([*command, "-sS"], cwd=ROOT, capture_output=True, check=True, timeout=120)
-        found = json.loads(reply.stdout)
-        assert found["well_formed"] and found["mask"]["size"] == [found["height"], found["width"]]
+        await_line(server, tmp_path / "log", "is told at")
+        curls = documented("sh")
+        for number, line in enumerate(curls):
+            command = shlex.split(line.replace(":8000/", f":{port}/").replace("overlay.png", str(tmp_path / "o.png")))
+            reply = subprocess.run([*command, "-sS"], cwd=ROOT, capture_output=True, check=True, timeout=120)
+            if number == 0:
+                found = json.loads(reply.stdout)
+                assert found["well_formed"] and found["mask"]["size"] == [found["height"], found["width"]]
+            assert b'"detail"' not in reply.stdout, (line, reply.stdout)
+        assert len(curls) >= 5 and decode_image((tmp_path / "o.png").read_bytes(), "it").ndim == 3
+        for block in documented("python"):
+            code = block.replace("127.0.0.1:8000", f"127.0.0.1:{port}")
+            told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=120)
+            assert told.returncode == 0 and told.stdout, told.stderr
+        os.kill(server.pid, signal.SIGHUP)
+        await_line(server, tmp_path / "log", f"serving {TINY_REASONER}")
     finally:
         os.killpg(server.pid, signal.SIGINT)
     assert server.wait(timeout=60) == 0
@@ -69,7 +90,7 @@ def test_the_readmes_curl_is_answered_and_ctrl_c_ends_the_service(tmp_path):
 def test_ctrl_c_ends_the_start_too(tmp_path):
     server = started(tmp_path / "log", "--port", free_port())
     time.sleep(12)
-    assert server.poll() is None and "serving" not in (tmp_path / "log").read_text()
+    assert server.poll() is None and "told at" not in (tmp_path / "log").read_text()
     os.killpg(server.pid, signal.SIGINT)
     assert server.wait(timeout=60) == 130
     assert "Traceback" not in (tmp_path / "log").read_text()

@@ -106,7 +106,7 @@ ARGS = {"model": str(TINY_REASONER), "name": "tiny"}
 @pytest.fixture(scope="module")
 def service(ray_cluster):
     running = Service(ARGS, port=free_port())
-    running.address = running.start()
+    running.start()
     yield running
     running.stop()
 
@@ -114,7 +114,7 @@ def service(ray_cluster):
 @pytest.fixture(scope="module")
 def expected(service, questions):
     """The answer to each question, by version of the weights: filled as versions are met for the first time."""
-    return {0: [ask(service.address, *question) for question in questions]}
+    return {0: [ask(service.address(), *question) for question in questions]}
 
 
 def ask(address, image, query):
@@ -158,9 +158,23 @@ def assert_right(traffic, expected):
     assert not traffic.broken
 
 
+def test_when_an_ingress_replica_is_killed_its_requests_are_told_to_try_again(service, questions, expected):
+    """Serve answers in its place, and the other one goes on."""
+    with Traffic(service.address(), questions) as traffic:
+        traffic.await_answers(5, since=0.0)
+        before = await_replicas("Ingress", 2)
+        os.kill(before[0], signal.SIGKILL)
+        traffic.await_answers(5, since=time.monotonic())
+        deadline = time.monotonic() + 100
+        while len(set(replicas("Ingress")) - {before[0]}) < 2:
+            assert time.monotonic() < deadline, "no new replica"
+            time.sleep(0.2)
+    assert_right(traffic, expected)
+
+
 @pytest.mark.parametrize("victim", ["engine core", "Reasoner", "Segmenter"])
 def test_what_is_killed_is_replaced_and_no_answer_is_wrong(service, questions, expected, victim):
-    with Traffic(service.address, questions) as traffic:
+    with Traffic(service.address(), questions) as traffic:
         traffic.await_answers(5, since=0.0)
         (replica,) = await_replicas("Segmenter" if victim == "Segmenter" else "Reasoner", 1)
         killed = engine_core(replica) if victim == "engine core" else replica
@@ -181,7 +195,7 @@ def test_what_is_killed_is_replaced_and_no_answer_is_wrong(service, questions, e
 
 def test_newer_weights_are_taken_over_without_dropping_a_request(service, questions, expected, newer):
     before = replicas("Reasoner")
-    with Traffic(service.address, questions) as traffic:
+    with Traffic(service.address(), questions) as traffic:
         traffic.await_answers(5, since=0.0)
         service.reload({**ARGS, "model": str(newer)})
         at = time.monotonic()
@@ -190,7 +204,7 @@ def test_newer_weights_are_taken_over_without_dropping_a_request(service, questi
     versions = [reply.json()["policy_version"] for _, _, reply in traffic.replies]
     assert versions == sorted(versions) and set(versions) == {0, 7}
     assert replicas("Reasoner") == before, "no replica was restarted"
-    expected[7] = [ask(service.address, *question) for question in questions]
+    expected[7] = [ask(service.address(), *question) for question in questions]
     assert expected[7] != expected[0], "the newer weights answer otherwise"
     assert_right(traffic, expected)
 
@@ -198,7 +212,7 @@ def test_newer_weights_are_taken_over_without_dropping_a_request(service, questi
 def test_replicas_come_and_go_without_dropping_a_request(service, questions, expected, newer):
     """From one to two and back. The second replica starts with the newest weights."""
     args = {**ARGS, "model": str(newer)}
-    with Traffic(service.address, questions) as traffic:
+    with Traffic(service.address(), questions) as traffic:
         service.reload({**args, "rollout": {"num_cpus": 0.5, "actors": 2}})
         await_replicas("Reasoner", 2)
         traffic.await_answers(10, since=time.monotonic())
