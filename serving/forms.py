@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import binascii
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any, TypeVar
 
@@ -37,7 +38,7 @@ class _InMemory(MultiPartParser):
 
 async def read(request: Request, model: type[M], *, parts: frozenset[str] = frozenset()) -> tuple[bytes | None, M]:
     """The image file and the fields of a request. parts: the fields that a form writes as numbers between commas, or
-    as several of them between semicolons. Raises RequestValidationError, Mistake, or HTTPException for another type of
+    as several of them between spaces or semicolons. Raises RequestValidationError, Mistake, or HTTPException for another type of
     content."""
     kind = media_type(request)
     if kind == "application/json":
@@ -119,13 +120,13 @@ async def _bounded(stream: AsyncIterator[bytes], boundary: bytes) -> AsyncGenera
 
 
 def _numbers(name: str, text: str) -> list[Any]:
-    """`1,2,3,4` as numbers, and `1,2;3,4` as pairs."""
+    """`1,2,3,4` as numbers, and `1,2 3,4` or `1,2;3,4` as pairs."""
     if len(text) > _NUMBERS:
-        raise Mistake(f"{name} is too long; write at most 64 points, with commas, and apart by semicolons")
+        raise Mistake(f"{name} is too long; write at most 64 points, with commas, and apart by spaces")
     try:
-        groups = [[float(number) for number in group.split(",")] for group in text.split(";") if group.strip()]
+        groups = [[float(number) for number in group.split(",")] for group in re.split(r"[;\s]+", text) if group]
     except ValueError:
-        raise Mistake(f"{name} cannot be read; write numbers with commas, and points apart by semicolons") from None
+        raise Mistake(f"{name} cannot be read; write numbers with commas, and points apart by spaces") from None
     return groups if name == "points" else [number for group in groups for number in group]
 
 

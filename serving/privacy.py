@@ -23,8 +23,10 @@ from types import TracebackType
 from typing import Any, Final
 
 from starlette.middleware import Middleware
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.api import Problem
 from serving.messages import Failed
 from umrg.mistake import Mistake
 
@@ -48,9 +50,6 @@ UNHEARD: Final = frozenset(
     }
 )
 """Headers, with `-` for `_`, by which any client could tell Serve how to name, route, time or trace a request."""
-
-_MARK = b"content-security-policy"
-"""A header of every response of the service's own."""
 
 _log = logging.getLogger("medreasoner")
 _ENGINE_LOGGING = Path(__file__).with_name("engine_logging.json")
@@ -193,16 +192,22 @@ class HeadersUnheard:
             ]
             scope = {**scope, "headers": kept}
 
+        started = False
+
         async def send_one_id(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
-                headers = _with_first_id(message.get("headers", ()))
-                message = {**message, "headers": headers}
-                if message["status"] == 500 and not any(name.lower() == _MARK for name, _ in headers):
-                    # Serve's own: the replica that had the request ended before it answered.
-                    message = {**message, "status": 503, "headers": [*headers, (b"retry-after", b"1")]}
+                started = True
+                message = {**message, "headers": _with_first_id(message.get("headers", ()))}
             await send(message)
 
-        await self._app(scope, receive, send_one_id)
+        with Fault():
+            await self._app(scope, receive, send_one_id)
+        if not started and scope["type"] == "http":
+            # The replica that had the request ended before it answered: of Serve's own the client would get a bare 500.
+            detail = "a part of the service is being replaced; try again later"
+            told = Problem(detail=detail, type="unavailable", request_id="none").model_dump()
+            await JSONResponse(told, status_code=503, headers={"Retry-After": "1"})(scope, receive, send)
 
 
 def _with_first_id(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
