@@ -70,10 +70,10 @@ _KEY = "key"
 _NUMBER = r"-?[0-9]{1,6}(\.[0-9]{1,3})?"
 _TEXTS = {
     "box": {"pattern": f"^{_NUMBER}(,{_NUMBER}){{3}}$", "examples": ["10,20,110,90"]},
-    "points": {"pattern": f"^{_NUMBER},{_NUMBER}(;{_NUMBER},{_NUMBER}){{0,63}}$", "examples": ["30,40;50,60"]},
+    "points": {"pattern": f"^{_NUMBER},{_NUMBER}([; ]{_NUMBER},{_NUMBER}){{0,63}}$", "examples": ["30,40 50,60"]},
     "labels": {"pattern": "^[01](,[01]){0,63}$", "examples": ["1,0"]},
 }
-"""What a form writes of numbers: with commas, and points apart by semicolons."""
+"""What a form writes of numbers: with commas, and points apart by spaces or semicolons."""
 _PROBLEMS = {
     400: "What was sent cannot be used; the detail says what to change.",
     401: "There is no key, or it is unknown.",

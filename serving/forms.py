@@ -38,8 +38,8 @@ class _InMemory(MultiPartParser):
 
 async def read(request: Request, model: type[M], *, parts: frozenset[str] = frozenset()) -> tuple[bytes | None, M]:
     """The image file and the fields of a request. parts: the fields that a form writes as numbers between commas, or
-    as several of them between spaces or semicolons. Raises RequestValidationError, Mistake, or HTTPException for another type of
-    content."""
+    as several of them between spaces or semicolons. Raises RequestValidationError, Mistake, or HTTPException for
+    another type of content."""
     kind = media_type(request)
     if kind == "application/json":
         parsed = await read_json(request, model)

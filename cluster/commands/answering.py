@@ -128,7 +128,10 @@ def ground(
     samples: Annotated[int, typer.Option(min=1, help="Answers that the service puts to a vote.")] = 1,
     window: Annotated[
         str | None,
-        typer.Option(metavar="CENTRE,WIDTH", help="Values that become gray levels; for more than 8 bits a channel."),
+        typer.Option(
+            metavar="WINDOW",
+            help="CENTRE,WIDTH in stored values, or percentiles, p1,p99; for more than 8 bits a channel.",
+        ),
     ] = None,
     frame: Annotated[int | None, typer.Option(help="Of a file with several pages; the first is 0.")] = None,
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for overlay, mask and JSON.")] = Path("."),
