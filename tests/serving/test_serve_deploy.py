@@ -1,5 +1,5 @@
-"""`serve deploy` of the YAML file and of the RayService's `serveConfigV2`, on a cluster of its own: the application that
-they describe, with the tiny models in place of the large ones."""
+"""`serve deploy` of the YAML file and of the RayService's `serveConfigV2`, on a cluster of its own: the application
+that they describe, with the tiny models in place of the large ones."""
 
 import copy
 import os
@@ -17,9 +17,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from serving.keys import new_key
+from serving.run import NAME
 from tests.conftest import ROOT, TINY_REASONER
 from tests.deploy.manifests import manifest
 from tests.nodes import free_port, started_cluster
+from tests.runs import cluster_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
@@ -27,7 +29,6 @@ SERVE = Path(sys.executable).parent / "serve"
 SECONDS = 240
 IMAGE = (ROOT / "docs" / "pictures" / "example.png").read_bytes()
 KEY, DIGEST = new_key()
-OURS = "medreasoner"
 
 
 def small(config, port, *, model=TINY_REASONER, policy_version=0):
@@ -53,6 +54,8 @@ class Deployment:
     """A cluster that files are deployed on, from a folder without the project's code."""
 
     dashboard: str
+    session: Path
+    """Where Ray keeps its sessions."""
     port: int
     folder: Path
 
@@ -71,8 +74,8 @@ class Deployment:
 
     def application(self):
         applications = httpx.get(f"{self.dashboard}/api/serve/applications/").json()["applications"]
-        assert applications.keys() <= {OURS}
-        return applications.get(OURS, {})
+        assert applications.keys() <= {NAME}
+        return applications.get(NAME, {})
 
     def status(self):
         """What `serve status` says, without times."""
@@ -94,14 +97,6 @@ class Deployment:
         assert reply.status_code == 200, reply.text
         return reply.json()
 
-    def logged(self):
-        """All that Serve's processes have written, by file."""
-        logs = {"node_ip": "127.0.0.1"}
-        listed = httpx.get(f"{self.dashboard}/api/v0/logs", params={**logs, "glob": "serve/*"}).json()
-        names = [name for names in listed["data"]["result"].values() for name in names]
-        asked = f"{self.dashboard}/api/v0/logs/file"
-        return {name: httpx.get(asked, params={**logs, "filename": name, "lines": "-1"}).text for name in names}
-
     def _serve(self, *words):
         environment = {**os.environ, "PYTHONPATH": ""}
         command = [str(SERVE), *words, "--address", self.dashboard]
@@ -118,8 +113,8 @@ def cluster(tmp_path_factory):
         patch.setenv("RAY_AUTH_MODE", "disabled")
         # Nodes have the code in their environment, as in the image: `serve deploy` sends none.
         patch.setenv("PYTHONPATH", str(ROOT))
-        with started_cluster("--num-cpus=2") as nodes:
-            yield Deployment(nodes.dashboard, free_port(), tmp_path_factory.mktemp("deployed"))
+        with cluster_folder() as session, started_cluster("--num-cpus=2", f"--temp-dir={session}") as nodes:
+            yield Deployment(nodes.dashboard, session, free_port(), tmp_path_factory.mktemp("deployed"))
 
 
 @pytest.fixture(scope="module")
@@ -178,10 +173,9 @@ def test_serves_proxies_are_ours_and_log_nothing(cluster, deployed):
     reply = cluster.ask(headers={"X-Request-Id": "canary", "Authorization": f"Bearer {KEY}"})
     (request_id,) = reply.headers.get_list("x-request-id")
     assert reply.status_code == 200 and request_id != "canary"
-    logged = cluster.logged()
-    assert any("proxy" in name for name in logged) and any("controller" in name for name in logged)
-    for name, text in logged.items():
-        assert "canary" not in text and "/v1/ground" not in text, name
+    logs = {path.name: path.read_text(errors="replace") for path in cluster.session.glob("*/logs/**/*.*")}
+    assert any("proxy" in name for name in logs) and any("controller" in name for name in logs)
+    assert not [name for name, text in logs.items() if "canary" in text or "/v1/ground" in text]
 
 
 def test_newer_weights_are_taken_over_by_the_replica_that_runs(cluster, files, deployed, tmp_path):
@@ -198,6 +192,18 @@ def test_newer_weights_are_taken_over_by_the_replica_that_runs(cluster, files, d
     assert after["policy_version"] == 7 and after["completion"] != before["completion"]
 
 
+def test_other_keys_are_taken_over_by_the_replicas_that_run(cluster, files, deployed):
+    config = small(files["serve deploy"], cluster.port)
+    (app,) = config["applications"]
+    for (key, digest), other in ((new_key(), KEY), ((KEY, DIGEST), "none")):
+        ingress = {"name": "Ingress", "user_config": {"keys": [{"name": "test", "sha256": digest}]}}
+        app["deployments"] = [*app["deployments"][:1], ingress]
+        deployed_again = cluster.deploy(config)
+        assert deployed_again["status"] == "RUNNING" and replicas(deployed_again) == replicas(deployed)
+        assert cluster.ask(headers={"Authorization": f"Bearer {other}"}).status_code == 401
+        assert cluster.ask(headers={"Authorization": f"Bearer {key}"}).status_code == 200
+
+
 def test_without_keys_it_is_not_built_and_what_runs_goes_on(cluster, files, deployed):
     config = small(files["serve deploy"], cluster.port)
     del config["applications"][0]["args"]["keys"]
@@ -206,4 +212,3 @@ def test_without_keys_it_is_not_built_and_what_runs_goes_on(cluster, files, depl
     assert app["status"] == "DEPLOY_FAILED" and sentence in app["message"]
     assert sentence in cluster.status()["message"]
     assert cluster.ask().status_code == 401 and cluster.answer()["completion"]
-    assert cluster.deploy(small(files["serve deploy"], cluster.port))["status"] == "RUNNING"
