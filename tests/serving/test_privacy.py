@@ -343,14 +343,14 @@ def _metrics(application: str, answered: int) -> str:
 
 
 def _state(dashboard: str) -> str:
-    """Tasks and actors with their errors, and what the dashboard says of the application."""
-    tasks = list_tasks(detail=True, limit=10_000, raise_on_missing_output=False)
-    actors = list_actors(detail=True, limit=10_000, raise_on_missing_output=False)
-    details = httpx.get(f"http://{dashboard}/api/serve/applications/", trust_env=False).text
-    rest = [
-        each for list_all in (list_workers, list_objects, list_jobs) for each in list_all(detail=True, limit=10_000)
+    """Everything that Ray lists, tasks and actors with their errors, and what the dashboard says of the application."""
+    listed = [
+        repr(each)
+        for list_all in (list_tasks, list_actors, list_workers, list_objects, list_jobs)
+        for each in list_all(detail=True, limit=10_000, raise_on_missing_output=False)
     ]
-    return "\n".join(map(repr, [*tasks, *actors, *rest, details]))
+    details = httpx.get(f"http://{dashboard}/api/serve/applications/", trust_env=False).text
+    return "\n".join([*listed, details])
 
 
 @pytest.mark.slow
