@@ -5,7 +5,7 @@ import re
 import yaml
 from ray.serve.schema import LoggingConfig, ServeDeploySchema
 
-from serving.config import ServeConfig
+from serving.config import Key, ServeConfig
 from serving.privacy import CONTROLLER_OPTIONS, LOGGING
 from tests.conftest import ROOT
 from tests.deploy.manifests import manifest
@@ -56,3 +56,12 @@ def test_the_reasoner_begins_with_the_model_of_the_application():
     deployments = {each.name: each for each in application().deployments}
     assert deployments.keys() <= NAMES
     assert deployments["Reasoner"].user_config == {"model": application().args["model"], "policy_version": 0}
+
+
+def test_the_block_for_other_keys_is_one_of_serve_once_it_is_no_comment():
+    text = (ROOT / "deploy" / "serve.yaml").read_text()
+    used = re.sub(r"^  # (- name: Ingress|  user_config: \{keys)", r"  \1", text, flags=re.MULTILINE)
+    (app,) = ServeDeploySchema.model_validate(yaml.safe_load(used)).applications
+    (ingress,) = (each for each in app.deployments if each.name == "Ingress")
+    (key,) = ingress.user_config["keys"]
+    assert key.keys() == {"name", "sha256"} <= Key.model_fields.keys()

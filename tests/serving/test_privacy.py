@@ -1,34 +1,43 @@
 """Nothing of an image, header, query or answer reaches a log, a metric, a trace or the cluster's state.
 
 Every part of a request carries a canary of its own, and afterwards Ray's whole log folder, the metrics of every node
-and the state API are searched for all of them. The application is a small one that fails in every way that the service
-can.
+and the state API are searched for all of them. Once the application is a small one, which fails in every way that the
+service could, deployed as Serve does it and as we do; once it is the service itself.
 """
 
 import asyncio
+import base64
+import hashlib
+import json
 import logging
+import os
 import pickle
 import re
 import secrets
+import signal
 import socket
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
+import numpy as np
+import psutil
 import pytest
 import ray
 from fastapi import FastAPI, Form, Request, UploadFile
 from fastapi.responses import JSONResponse, StreamingResponse
+from PIL import Image, PngImagePlugin
 from ray import serve
 from ray.serve.schema import LoggingConfig
-from ray.util.state import list_actors, list_tasks
+from ray.util.state import list_actors, list_jobs, list_objects, list_tasks, list_workers
+from transformers import AutoTokenizer
 
 from serving.messages import Overloaded
 from serving.metrics import Exposition, living_nodes
@@ -45,10 +54,12 @@ from serving.privacy import (
     sealed,
     unsealed,
 )
-from tests.conftest import ROOT
+from serving.run import NAME, Service, applications
+from tests.conftest import ROOT, TINY_REASONER
+from tests.encoded_images import encoded
+from tests.nodes import free_port
 from umrg.mistake import Mistake
 
-NAME = "medreasoner"
 SEARCH_SECONDS = 60.0
 PLACES = (
     *("path", "query string", "method"),
@@ -57,11 +68,17 @@ PLACES = (
     *("mistake", "library error", "ingress error", "stream error", "forgotten task", "warning", "answer"),
 )
 
+PLACES_OF_THE_SERVICE = (
+    *("key", "key name", "wrong key", "query", "long query", "window", "frame", "image id", "label", "accept", "host"),
+    *("content type", "field name", "field value", "broken json", "broken form", "message", "system", "user"),
+    *("url", "base64", "png text", "exif", "pixels", "abandoned", "while the engine dies"),
+)
+
 Canaries = dict[str, str]
 
 
-def canaries() -> Canaries:
-    return {place: f"canary{secrets.token_hex(12)}" for place in PLACES}
+def canaries(places: tuple[str, ...] = PLACES) -> Canaries:
+    return {place: f"canary{secrets.token_hex(12)}" for place in places}
 
 
 @dataclass(frozen=True)
@@ -86,9 +103,9 @@ class Outcome:
     """Status of a request whose X-Request-Id is no text."""
 
 
-def traffic(address: str, canary: Canaries) -> Traffic:
-    """Good and bad requests to the application of `build`, with a canary in every part."""
-    headers = {
+def telling(canary: Canaries) -> dict[str, str]:
+    """Headers that a server might write down."""
+    return {
         "X-Request-Id": canary["x-request-id"],
         "X-Session-Id": canary["x-session-id"],
         "Serve-Multiplexed-Model-Id": canary["serve-multiplexed-model-id"],
@@ -97,9 +114,13 @@ def traffic(address: str, canary: Canaries) -> Traffic:
         "Referer": f"http://{canary['referer']}/",
         "Traceparent": f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01{canary['traceparent']}",
         "Tracestate": f"vendor={canary['tracestate']}",
-        "Authorization": f"Bearer {canary['authorization']}",
         "X-Forwarded-For": canary["forwarded"],
     }
+
+
+def traffic(address: str, canary: Canaries) -> Traffic:
+    """Good and bad requests to the application of `build`, with a canary in every part."""
+    headers = telling(canary) | {"Authorization": f"Bearer {canary['authorization']}"}
     query = {"q": canary["query string"]}
     form = {"query": canary["field"]}
     files = {"image": (f"{canary['file name']}.png", canary["file"].encode(), "image/png")}
@@ -279,19 +300,32 @@ def outcome(ray_cluster):
     return of
 
 
-def found(canary: Canaries, told: Mapping[str, str]) -> dict[str, set[str]]:
-    """The places whose canary is in a file of Ray's session or in another text, and the names of these. told: the
-    other texts by name."""
-    session = Path(ray._private.worker._global_node.get_session_dir_path())
+def session() -> Path:
+    """Ray's folder of the running cluster."""
+    return Path(ray._private.worker._global_node.get_session_dir_path())
+
+
+def found(canary: Canaries, told: Mapping[str, str], before: Mapping[str, int] | None = None) -> dict[str, set[str]]:
+    """The places whose canary is in a file of Ray's session or in another text, as it is or in base64, and the names of
+    these. told: the other texts by name. before: the sizes of files whose beginnings are not searched."""
     texts = {name: text.encode() for name, text in told.items()}
-    texts |= {str(path.relative_to(session)): path.read_bytes() for path in session.rglob("*") if path.is_file()}
+    for path in session().rglob("*"):
+        if path.is_file():
+            name = str(path.relative_to(session()))
+            texts[name] = path.read_bytes()[(before or {}).get(name, 0) :]
     assert any(name.startswith("logs/serve/") for name in texts), "Serve's logs are searched too"
     kept: dict[str, set[str]] = {}
-    for name, content in texts.items():
+    for name, content in ((name, content.lower()) for name, content in texts.items()):
         for place, text in canary.items():
-            if text.encode() in content.lower():
+            if any(form.lower() in content for form in _forms(text)):
                 kept.setdefault(place, set()).add(name)
     return kept
+
+
+def _forms(text: str) -> list[bytes]:
+    """A text, and what base64 makes of it wherever it begins in the file."""
+    shifted = (base64.b64encode(b"." * shift + text.encode()) for shift in range(3))
+    return [text.encode(), *(coded[4:-4] for coded in shifted)]
 
 
 def _metrics(application: str, answered: int) -> str:
@@ -309,11 +343,14 @@ def _metrics(application: str, answered: int) -> str:
 
 
 def _state(dashboard: str) -> str:
-    """Tasks and actors with their errors, and what the dashboard says of the application."""
-    tasks = list_tasks(detail=True, limit=10_000, raise_on_missing_output=False)
-    actors = list_actors(detail=True, limit=10_000, raise_on_missing_output=False)
+    """Everything that Ray lists, tasks and actors with their errors, and what the dashboard says of the application."""
+    listed = [
+        repr(each)
+        for list_all in (list_tasks, list_actors, list_workers, list_objects, list_jobs)
+        for each in list_all(detail=True, limit=10_000, raise_on_missing_output=False)
+    ]
     details = httpx.get(f"http://{dashboard}/api/serve/applications/", trust_env=False).text
-    return "\n".join(map(repr, [*tasks, *actors, details]))
+    return "\n".join([*listed, details])
 
 
 @pytest.mark.slow
@@ -324,7 +361,7 @@ def test_nothing_of_a_request_is_kept_but_where_its_error_arose(outcome, told):
     assert ours.kept == {}
     assert ours.statuses[0] == 200 and {400, 422, 500, 0} < set(ours.statuses)
     assert ours.unreadable == (404 if told else 500), "a header that Serve hears and cannot read"
-    logs = Path(ray._private.worker._global_node.get_session_dir_path(), "logs")
+    logs = session() / "logs"
     text = "".join(path.read_text(errors="replace") for path in logs.glob("worker-*.err"))
     lines = re.findall(r"^ERROR .* medreasoner: fault [0-9a-f]{32}\nbuiltins.KeyError at (.*)$", text, re.M)
     assert any(
@@ -497,3 +534,215 @@ def test_a_response_has_one_id():
     asyncio.run(HeadersUnheard(app)({"type": "http", "headers": []}, receive, send))
     assert sent[0]["headers"] == [(b"x-request-id", b"ours"), (b"content-type", b"text/plain")]
     assert sent[1] == {"type": "http.response.body", "body": b""}
+
+
+# The service itself. Its tests come last, since Serve is started anew by those before.
+
+
+@dataclass(frozen=True)
+class Case:
+    """A request to the service."""
+
+    name: str
+    status: int
+    """Of the answer."""
+    request: httpx.Request
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The service, asked in every way."""
+
+    statuses: dict[str, tuple[int, int]]
+    """Of each case the expected and the actual one."""
+    cut_off: list[str]
+    """Streams that were under way when the engine's core was killed."""
+    kept: dict[str, set[str]]
+    """Where canaries were found, by their places."""
+
+
+def marked_image(canary: Canaries) -> bytes:
+    """A PNG whose metadata and whose pixels, bytes [40, 40, 3], say canaries."""
+    text, exif = PngImagePlugin.PngInfo(), Image.Exif()
+    text.add_text("Comment", canary["png text"])
+    exif[0x010E] = canary["exif"]
+    said = canary["pixels"].encode() * (40 * 40 * 3 // len(canary["pixels"]))
+    return encoded(np.frombuffer(said, dtype=np.uint8).reshape(40, 40, 3), "PNG", pnginfo=text, exif=exif)
+
+
+def cases(address: str, canary: Canaries, image: bytes) -> Iterator[Case]:
+    """Good and bad requests to the service, with a canary in every part."""
+    headers = telling(canary) | {"Authorization": f"Bearer {canary['key']}"}
+    query = f"Which organ is {canary['query']}?"
+    data_url = f"data:image/png;base64,{base64.b64encode(image).decode()}"
+
+    def case(name: str, status: int, path: str, *, method: str = "POST", told: Any = (), **content: Any) -> Case:
+        sent = httpx.Request(
+            method,
+            f"{address}{path}",
+            params={"q": canary["query string"]},
+            headers=headers | dict(told),
+            **content,
+        )
+        return Case(name, status, sent)
+
+    def ground(name: str, status: int, file: bytes = image, told: Any = (), **fields: str) -> Case:
+        files = {"image": (f"{canary['file name']}.png", file, "image/png")}
+        return case(name, status, "/v1/ground", told=told, data={"query": query, **fields}, files=files)
+
+    def chat(name: str, status: int, url: str = data_url, text: str = canary["message"], **fields: Any) -> Case:
+        parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
+        messages = [
+            {"role": "system", "content": canary["system"]},
+            {"role": "user", "content": parts, "name": canary["user"]},
+        ]
+        asked = {"model": "tiny", "messages": messages, "max_tokens": 16, "temperature": 0, **fields}
+        return case(name, status, "/v1/chat/completions", json=asked)
+
+    encoded_image = base64.b64encode(image).decode()
+    yield ground("answered", 200)
+    yield ground("several samples", 200, samples="3", seed="1")
+    yield ground("streamed", 200, told={"Accept": "text/event-stream"})
+    yield ground("overlay", 200, told={"Accept": "image/vnd.medreasoner.overlay+png"})
+    yield case("as JSON", 200, "/v1/ground", json={"query": query, "image": encoded_image})
+    yield case("segmented", 200, "/v1/segment", json={"image": encoded_image, "box": [4, 4, 30, 30]})
+    yield chat("chat", 200)
+    yield chat("chat, streamed", 200, stream=True, user=canary["user"])
+    yield ground("another host", 200, told={"Host": f"{canary['host']}.example"})
+    yield ground("unknown key", 401, told={"Authorization": f"Bearer {canary['wrong key']}"})
+    yield ground("no such media type", 406, told={"Accept": f"text/{canary['accept']}"})
+    yield ground("no such window", 400, window=canary["window"])
+    yield ground("no such frame", 422, frame=canary["frame"])
+    unknown = {"query": query, "image": encoded_image, canary["field name"]: canary["field value"]}
+    yield case("no such field", 422, "/v1/ground", json=unknown)
+    yield ground("no image", 400, file=canary["file"].encode())
+    yield ground("a damaged image", 400, file=image[: len(image) - 30])
+    yield ground("too many characters", 400, query=canary["long query"] * 200)
+    yield ground("too many tokens", 400, query=canary["long query"] * 130)
+    yield ground("too many bytes", 413, file=canary["file"].encode() * 100_000)
+    yield case("no such image id", 422, "/v1/segment", json={"image_id": canary["image id"], "box": [4, 4, 30, 30]})
+    labels = {"image": encoded_image, "points": [[4, 4]], "labels": [canary["label"]]}
+    yield case("no such label", 422, "/v1/segment", json=labels)
+    yield case("outside the image", 400, "/v1/segment", json={"image": encoded_image, "box": [4, 4, 300, 300]})
+    yield case("no JSON", 422, "/v1/ground", content=f'{{"query": "{canary["broken json"]}'.encode(), told=JSON)
+    broken = canary["broken form"].encode()
+    yield case("no form", 400, "/v1/ground", content=broken, told={"Content-Type": "multipart/form-data; boundary=b"})
+    yield case("no such type", 415, "/v1/ground", content=broken, told={"Content-Type": canary["content type"]})
+    yield chat("an address", 400, url=f"http://{canary['url']}.example/image.png")
+    yield chat("no base64", 400, url=f"data:image/png;base64,{canary['base64']}!")
+    yield chat("a long chat", 400, text=canary["message"] * 130)
+    yield chat("too long an answer", 400, max_tokens=100_000)
+    yield chat("no such model", 400, model=canary["field value"])
+    yield case("no such path", 404, f"/{canary['path']}", method="GET")
+    yield case("an odd path", 404, f"/%2e%2e/{canary['path']}%00", method="GET")
+    yield case("no such method", 400, "/v1/ground", method=canary["method"].upper())
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+async def ask_all(address: str, canary: Canaries) -> tuple[dict[str, tuple[int, int]], list[str]]:
+    """As `Asked` has them. The answers' words and masks become canaries, too."""
+    image = marked_image(canary)
+    statuses = {}
+    headers = {"Authorization": f"Bearer {canary['key']}"}
+    async with httpx.AsyncClient(base_url=address, timeout=150, trust_env=False, headers=headers) as client:
+        for each in cases(address, canary, image):
+            reply = await client.send(each.request)
+            statuses[each.name] = each.status, reply.status_code
+            if each.name == "answered":
+                canary["completion"] = reply.json()["completion"]
+                canary["completion in JSON"] = json.dumps(canary["completion"])[1:-1]
+        fields = {"query": canary["abandoned"], "samples": "16"}
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.3):
+                await client.post("/v1/ground", files={"image": image}, data=fields)
+        return statuses, await streams_of_the_dying(client, canary["while the engine dies"], image)
+
+
+async def streams_of_the_dying(client: httpx.AsyncClient, query: str, image: bytes) -> list[str]:
+    """Kill the engine's core while it writes several answers, and ask until another engine answers; the streams that
+    were under way."""
+    url = f"data:image/png;base64,{base64.b64encode(image).decode()}"
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": query}]
+    # Hot, so that the model does not soon find an end.
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": parts}], "temperature": 2.0, "stream": True}
+    begun = [asyncio.Event() for _ in range(8)]
+
+    async def read(seed: int) -> str:
+        text = ""
+        async with client.stream("POST", "/v1/chat/completions", json={**chat, "seed": seed}) as reply:
+            async for piece in reply.aiter_text():
+                text += piece
+                begun[seed].set()
+        return text
+
+    (before,) = reasoners()
+    (core,) = [each for each in psutil.Process(before).children(recursive=True) if "EngineCore" in each.name()]
+    async with asyncio.timeout(150):
+        streams = [asyncio.create_task(read(seed)) for seed in range(len(begun))]
+        for each in begun:
+            await each.wait()
+        os.kill(core.pid, signal.SIGKILL)
+        texts = await asyncio.gather(*streams)
+        fields = {"query": query, "samples": "16"}
+        while (await client.post("/v1/ground", files={"image": image}, data=fields)).status_code != 200:
+            await asyncio.sleep(0.5)
+    assert reasoners() != [before]
+    return texts
+
+
+def reasoners() -> list[int]:
+    """Process ids of the reasoner's running replicas."""
+    running = applications()[NAME].deployments["Reasoner"].replicas
+    return [replica.pid for replica in running if replica.state == "RUNNING"]
+
+
+def token_ids(text: str) -> str:
+    """A text's tokens as a list is printed, without those at its ends, which depend on what is around it."""
+    ids = AutoTokenizer.from_pretrained(TINY_REASONER).encode(text, add_special_tokens=False)[3:-3]
+    assert len(ids) > 6
+    return ", ".join(map(str, ids))
+
+
+@pytest.fixture(scope="module")
+def asked(ray_cluster):
+    canary = canaries((*PLACES, *PLACES_OF_THE_SERVICE))
+    key = {"name": canary["key name"], "sha256": hashlib.sha256(canary["key"].encode()).hexdigest()}
+    args = {
+        "model": str(TINY_REASONER),
+        "name": "tiny",
+        "rollout": {"num_cpus": 0.5, "max_prompt_tokens": 1024},
+        "limits": {"image_mib": 1},
+        "keys": [key],
+    }
+    before = {str(path.relative_to(session())): path.stat().st_size for path in session().rglob("*") if path.is_file()}
+    service = Service(args, port=free_port())
+    try:
+        statuses, cut_off = asyncio.run(ask_all(service.start(), canary))
+        page = asyncio.run(Exposition(NAME).text())
+        assert "ray_medreasoner_serve_requests_total" in page
+        told = {"metrics": _metrics(NAME, len(statuses)), "/metrics": page, "state": _state(ray_cluster)}
+        canary["tokens of the query"] = token_ids(canary["query"])
+        canary["a route"] = "/v1/segment"
+        return Asked(statuses, cut_off, found(canary, told, before))
+    finally:
+        service.stop()
+
+
+@pytest.mark.slow
+def test_each_request_to_the_service_ended_as_it_should(asked):
+    assert {name: actual for name, (_, actual) in asked.statuses.items()} == {
+        name: expected for name, (expected, _) in asked.statuses.items()
+    }
+
+
+@pytest.mark.slow
+def test_the_service_keeps_nothing_of_a_request(asked):
+    """Of all that it was sent and has answered; the names of its own routes are in the metrics."""
+    assert asked.kept == {"a route": {"metrics", "/metrics"}}
+
+
+@pytest.mark.slow
+def test_an_engine_died_meanwhile(asked):
+    assert any('"type":"unavailable"' in text for text in asked.cut_off), asked.cut_off
