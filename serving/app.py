@@ -71,6 +71,9 @@ def _built(config: ServeConfig, keys: tuple[Key, ...] | None, *, local_only: boo
         request_router_config=_BY_IMAGE
     )
     ingress = _deployment("Ingress", serve.ingress()(Ingress), config.ingress, config.ingress_queue, config)
+    if keys:
+        # Running replicas take other keys over from here.
+        ingress = ingress.options(user_config={"keys": [key.model_dump() for key in keys]})
     door = Entrance(keys=keys, local_only=local_only)
     app: Application = ingress.bind(config, served, door, reasoner.bind(config), segmenter.bind(config))
     return app
