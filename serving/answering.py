@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -62,6 +63,22 @@ class Decoder(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Earlier:
+    """An image that an earlier request brought."""
+
+    id: str
+    """32 hex digits, as the earlier answer told them."""
+    owner: str
+    """Whose key asks now."""
+
+    @property
+    def kept_as(self) -> str:
+        """Its id in the caches of the models. Whoever has the file can compute `id`, and `owner` is no secret: only
+        with the key that comes with a request does an id lead to what was kept."""
+        return _digest(f"{self.owner}\0{self.id}".encode())
+
+
+@dataclass(frozen=True, kw_only=True)
 class Upload:
     """An image as a request brought it."""
 
@@ -72,11 +89,16 @@ class Upload:
     window: str | None = None
     frame: int | None = None
 
-    @property
+    @cached_property
     def id(self) -> str:
-        """32 hex digits."""
-        told = f"{self.owner}\0{self.window}\0{self.frame}\0".encode()
-        return hashlib.sha256(told + hashlib.sha256(self.data).digest()).hexdigest()[:32]
+        """32 hex digits, which name the file as it was decoded."""
+        told = f"{self.window}\0{self.frame}\0".encode()
+        return _digest(told + hashlib.sha256(self.data).digest())
+
+    @property
+    def kept_as(self) -> str:
+        """Its id in the caches of the models."""
+        return Earlier(id=self.id, owner=self.owner).kept_as
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +164,7 @@ class Answering:
             async with _ahead(self.models, picture):
                 samples = await self.models.sample(picture, ask)
                 clock.lap("reason")
-                return await self._found(picture, samples, query, options, clock, request_id)
+                return await self._found(upload, picture, samples, query, options, clock, request_id)
 
     async def ground_stream(
         self, upload: Upload, query: str, options: GroundOptions, request_id: str
@@ -166,23 +188,24 @@ class Answering:
                 if len(samples.completions) == 1:
                     (answer,) = self._answers(samples)
                     yield self._answer_event(answer, ask)
-                found = await self._found(picture, samples, query, options, clock, request_id)
+                found = await self._found(upload, picture, samples, query, options, clock, request_id)
                 if len(samples.completions) > 1:
                     yield self._answer_event(found.answer, ask)
                 yield found.response
 
     async def segment(
-        self, upload: Upload | str, options: SegmentOptions, request_id: str
+        self, image: Upload | Earlier, options: SegmentOptions, request_id: str
     ) -> tuple[SegmentResponse, Drawn]:
-        """The expert's mask for a caller's box or points, about an image or about the id of one that was sent
-        before."""
+        """The expert's mask for a caller's box or points, about an image or about one that was sent before with the
+        same key."""
         prompt, clock = _prompt(options), Clock(self.metrics)
         async with _within(self._seconds):
-            picture = None if isinstance(upload, str) else await self._picture(upload, clock)
-            image_id = upload if isinstance(upload, str) else upload.id
-            drawn = await self.models.segment(image_id, picture, prompt)
+            picture = None if isinstance(image, Earlier) else await self._picture(image, clock)
+            drawn = await self.models.segment(image.kept_as, picture, prompt)
             clock.lap("segment")
-        return SegmentResponse(**self._mask_fields(drawn, options.mask, clock, image_id, request_id)), drawn
+            size = drawn.width, drawn.height
+            fields = await self._mask_fields(drawn, size, options.mask, clock, image.id, request_id)
+        return SegmentResponse(**fields), drawn
 
     async def chat(self, upload: Upload, ask: Ask) -> GroupSamples:
         """The completions of a chat's one message."""
@@ -231,7 +254,7 @@ class Answering:
     async def _picture(self, upload: Upload, clock: Clock) -> Picture:
         pixels = await self._decoder.decode(upload.data, window=upload.window, frame=upload.frame)
         clock.lap("decode")
-        return Picture(id=upload.id, pixels=pixels)
+        return Picture(id=upload.kept_as, pixels=pixels)
 
     def _answers(self, samples: GroupSamples) -> list[Answer]:
         """In original pixels."""
@@ -251,6 +274,7 @@ class Answering:
 
     async def _found(
         self,
+        upload: Upload,
         picture: Picture,
         samples: GroupSamples,
         query: str,
@@ -265,6 +289,7 @@ class Answering:
         clock.lap("segment")
         chosen = 0 if drawn is None else drawn.chosen
         answer, completion = answers[chosen], samples.completions[chosen]
+        height, width = picture.pixels.shape[:2]
         response = GroundResponse(
             query=query,
             reasoning=answer.think,
@@ -275,33 +300,44 @@ class Answering:
             completion=completion.text,
             model=self.served.name,
             policy_version=completion.policy_version,
-            **self._mask_fields(drawn, options.mask, clock, picture.id, request_id, picture),
+            **await self._mask_fields(drawn, (width, height), options.mask, clock, upload.id, request_id),
         )
         return Found(response=response, answer=answer, picture=picture, drawn=drawn)
 
-    def _mask_fields(
+    async def _mask_fields(
         self,
         drawn: Drawn | None,
+        size: tuple[int, int],
         form: MaskFormat,
         clock: Clock,
         image_id: str,
         request_id: str,
-        picture: Picture | None = None,
     ) -> dict[str, Any]:
-        height, width = (drawn.height, drawn.width) if drawn else picture.pixels.shape[:2] if picture else (0, 0)
-        png = form == "png" and drawn is not None
+        """size: width and height of the image."""
+        # A large mask takes long to decode and encode: not on the event loop, where others would wait.
+        png = await asyncio.to_thread(_png, drawn) if drawn and form == "png" else None
         return {
             "mask": Rle.model_validate(drawn.mask) if drawn and form == "rle" else None,
-            "mask_png": base64.b64encode(encode_png(decode_rle(drawn.mask))).decode() if png and drawn else None,
+            "mask_png": png,
             "score": drawn.score if drawn else None,
-            "width": width,
-            "height": height,
+            "width": size[0],
+            "height": size[1],
             "image_id": image_id,
             "expert": self.served.expert,
             "expert_licence": self.served.licence,
             "timings": clock.timings(),
             "request_id": request_id,
         }
+
+
+def _digest(told: bytes) -> str:
+    """32 hex digits."""
+    return hashlib.sha256(told).hexdigest()[:32]
+
+
+def _png(drawn: Drawn) -> str:
+    """A mask as a PNG in base64."""
+    return base64.b64encode(encode_png(decode_rle(drawn.mask))).decode()
 
 
 @asynccontextmanager

@@ -110,7 +110,8 @@ class Models(Protocol):
         ...
 
     async def segment(self, image_id: str, picture: Picture | None, prompt: Prompt) -> Drawn:
-        """The mask of a caller's prompt. picture: None for an image whose embedding is kept. Raises UnknownImage."""
+        """The mask of a caller's prompt. image_id: the `id` of the image's picture. picture: None for an image whose
+        embedding is kept. Raises UnknownImage."""
         ...
 
     async def ready(self) -> None:

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from serving import chat, documentation, errors
-from serving.answering import Answering, Upload
+from serving.answering import Answering, Earlier, Upload
 from serving.api import (
     AnswerEvent,
     GroundOptions,
@@ -109,8 +109,12 @@ def _add_segmenting(api: FastAPI, answering: Answering) -> None:
         data, fields = await read(request, SegmentRequest, parts=_NUMBERS)
         if (data is None) == (fields.image_id is None):
             raise Mistake("give either an image or the image_id of one that was sent before")
-        upload = _upload(request, data, fields) if data is not None else str(fields.image_id)
-        response, drawn = await answering.segment(upload, fields, _id(request))
+        image: Upload | Earlier
+        if data is None:
+            image = Earlier(id=str(fields.image_id), owner=_owner(request))
+        else:
+            image = _upload(request, data, fields)
+        response, drawn = await answering.segment(image, fields, _id(request))
         if form == JSON:
             return _json(response)
         return await _picture(lambda: encode_png(decode_rle(drawn.mask)), MASK)

@@ -7,6 +7,8 @@ import json
 import numpy as np
 import pytest
 
+from serving.config import Key
+from serving.keys import new_key
 from serving.messages import Overloaded, TimedOut, Unavailable
 from serving.routes import EVENTS, JSON, MASK, OVERLAY, accepted
 from tests.serving.fake_models import THOUGHTS, FakeModels, box_of, mask_of, points_of
@@ -220,6 +222,25 @@ def test_an_image_is_asked_about_again_by_its_id():
     assert decode_rle(found.json()["mask"]).sum() == 64 == decode_mask(png.content, "it").sum()
     assert unknown.status_code == 404 and unknown.json()["type"] == "unknown_image"
     assert len(models.pictures) == 1, "the image was sent once"
+
+
+def test_an_id_does_not_lead_to_what_another_key_has_sent():
+    """Though the id of a file is the same for all: who has the file does not learn who else has sent it."""
+
+    async def call():
+        keys = [new_key() for _ in range(2)]
+        known = tuple(Key(name=f"key-{i}", sha256=digest) for i, (_, digest) in enumerate(keys))
+        headers = [{"Authorization": f"Bearer {secret}"} for secret, _ in keys]
+        async with calling(application(keys=known)) as client:
+            body = {"image": IN_BASE64, "box": [1, 1, 5, 5]}
+            sent = await client.post("/v1/segment", json=body, headers=headers[0])
+            again = {"image_id": sent.json()["image_id"], "box": [2, 2, 9, 9]}
+            replies = [await client.post("/v1/segment", json=again, headers=each) for each in headers]
+            other = await client.post("/v1/segment", json=body, headers=headers[1])
+        assert other.json()["image_id"] == again["image_id"]
+        return [reply.status_code for reply in replies]
+
+    assert asyncio.run(call()) == [200, 404]
 
 
 @pytest.mark.parametrize(
