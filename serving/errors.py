@@ -63,11 +63,17 @@ def problem(
     """The response that tells a problem. type: its kind, for programs. detail: a sentence. request_id: names the
     request in the log. retry_after: seconds after which to try again, as a header rounded up. path: what was asked;
     clients of OpenAI's interface find the sentence also where they look for it."""
-    content: dict[str, Any] = Problem(detail=detail, type=type, request_id=request_id).model_dump()
-    if path.startswith(_OPENAI):
-        content["error"] = {"message": detail, "type": type, "param": None, "code": type}
+    content = written(Problem(detail=detail, type=type, request_id=request_id), path)
     headers = {} if retry_after is None else {"Retry-After": str(max(1, math.ceil(retry_after)))}
     return JSONResponse(content, status_code=status, headers=headers)
+
+
+def written(told: Problem, path: str) -> dict[str, Any]:
+    """A problem as JSON. path: as `problem` takes it."""
+    content: dict[str, Any] = told.model_dump()
+    if path.startswith(_OPENAI):
+        content["error"] = {"message": told.detail, "type": told.type, "param": None, "code": told.type}
+    return content
 
 
 def internal(request_id: str, *, path: str = "") -> JSONResponse:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from pydantic import BaseModel
+from starlette._utils import get_route_path
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 
@@ -245,14 +246,15 @@ async def _streamed(events: AsyncIterator[str], request: Request) -> StreamingRe
     """Server-sent events. The first is awaited here, so that what goes wrong before it has a status of its own."""
     running = in_one_task(events)
     first = await anext(running)
-    return StreamingResponse(_to_the_end(first, running, _id(request)), media_type=EVENTS)
+    return StreamingResponse(_to_the_end(first, running, request), media_type=EVENTS)
 
 
-async def _to_the_end(first: str, events: AsyncGenerator[str, None], request_id: str) -> AsyncIterator[str]:
+async def _to_the_end(first: str, events: AsyncGenerator[str, None], request: Request) -> AsyncIterator[str]:
     async with aclosing(events):
         yield first
         try:
             async for event in events:
                 yield event
         except Exception as error:  # noqa: BLE001  # the status is sent already: whatever it is, it is told here
-            yield server_sent("error", errors.problem_of(error, request_id))
+            told = errors.problem_of(error, _id(request))
+            yield server_sent("error", errors.written(told, get_route_path(request.scope)))

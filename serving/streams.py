@@ -1,7 +1,8 @@
 """Answers that are sent while they are made, as server-sent events."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import TypeVar
 
 from pydantic import BaseModel
@@ -9,9 +10,10 @@ from pydantic import BaseModel
 T = TypeVar("T")
 
 
-def server_sent(name: str, content: BaseModel) -> str:
+def server_sent(name: str, content: BaseModel | Mapping[str, object]) -> str:
     """One event. JSON has no line breaks of its own."""
-    return f"event: {name}\ndata: {content.model_dump_json()}\n\n"
+    text = content.model_dump_json() if isinstance(content, BaseModel) else json.dumps(content, ensure_ascii=False)
+    return f"event: {name}\ndata: {text}\n\n"
 
 
 async def in_one_task(events: AsyncIterator[T]) -> AsyncGenerator[T, None]:

@@ -7,6 +7,7 @@ import numpy as np
 import openai
 import pytest
 
+from serving.messages import Unavailable
 from tests.serving.fake_models import FakeModels
 from tests.serving.in_process import application, calling
 from umrg.answers import parse_answer
@@ -65,6 +66,11 @@ def test_a_stream_has_the_same_text(n):
         assert "".join(part.delta.content or "" for part in parts) == choice.message.content
         assert parts[-1].finish_reason == "stop"
     assert chunks[-1].usage == whole.usage
+
+
+def test_an_error_in_the_middle_of_a_stream_is_one_to_openais_client():
+    with pytest.raises(openai.APIError, match="a part of the service is being replaced"):
+        chat(FakeModels(failures={"stream": Unavailable()}), stream=True)
 
 
 @pytest.mark.parametrize(
