@@ -232,11 +232,12 @@ class Answering:
 
     def _ask(self, query: str, options: GroundOptions) -> Ask:
         limits, rollout = self.config.limits, self.config.rollout
-        check_query(query)
+        # Before anything looks through the query: to find special tokens within special tokens takes long.
         if len(query) > limits.query_characters:
             raise Mistake(
                 f"the query has {len(query)} characters, and {limits.query_characters} are allowed; shorten it"
             )
+        check_query(query)
         if options.samples > limits.samples:
             raise Mistake(f"{options.samples} samples were asked for, and {limits.samples} are allowed; lower samples")
         several = options.samples > 1

@@ -74,7 +74,10 @@ class ChatRequest(BaseModel):
         texts, images = _parts(question)
         if len(images) != 1:
             raise Mistake(f"the message has {len(images)} images; send one, as a data URL")
-        limits, most = config.limits, config.rollout.max_tokens
+        limits, most, system = config.limits, config.rollout.max_tokens, _system(before)
+        # Before anything looks through the text: to find special tokens within special tokens takes long.
+        if (length := sum(map(len, texts)) + len(system or "")) > limits.chat_characters:
+            raise Mistake(f"the text has {length} characters, and {limits.chat_characters} are allowed; shorten it")
         asked = self.max_completion_tokens or self.max_tokens or most
         if self.n > limits.samples:
             raise Mistake(f"n is {self.n}, and {limits.samples} are allowed; lower it")
@@ -83,7 +86,7 @@ class ChatRequest(BaseModel):
         return await _data(images[0]), Ask(
             text="\n".join(texts),
             raw=True,
-            system=_system(before),
+            system=system,
             sampling=SamplingParams(n=self.n, temperature=self.temperature, max_tokens=asked, seed=self.seed),
         )
 

@@ -42,6 +42,8 @@ class Limits(Config):
     """Most memory of a process that decodes, in MiB."""
     query_characters: PositiveInt = 4000
     """Longest query."""
+    chat_characters: PositiveInt = 16_000
+    """Longest text of a chat's messages, which holds the instructions too."""
     samples: PositiveInt = 16
     """Most answers to one query."""
     request_seconds: PositiveFloat = 120.0

@@ -14,6 +14,8 @@ from umrg.answers import parse_answer
 from umrg.images import encode_png
 
 URL = f"data:image/png;base64,{base64.b64encode(encode_png(np.zeros((64, 96, 3), dtype=np.uint8))).decode()}"
+NESTED = "<|" * 300_000 + "|>" * 300_000
+"""Special tokens within special tokens, which would be removed one layer after another for hours."""
 QUESTION = [
     {"type": "image_url", "image_url": {"url": URL}},
     {"type": "text", "text": "Where is bile stored?"},
@@ -82,6 +84,8 @@ def test_an_error_in_the_middle_of_a_stream_is_one_to_openais_client():
         ({"content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/a.png"}}]}, "no other is fetched"),
         ({"content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}, "no other is fetched"),
         ({"n": 99}, "16 are allowed"),
+        ({"content": [QUESTION[0], {"type": "text", "text": NESTED}]}, "16000 are allowed"),
+        ({"before": [{"role": "system", "content": NESTED}]}, "16000 are allowed"),
         ({"max_tokens": 100_000}, "512 are allowed"),
         ({"before": [{"role": "user", "content": "first"}]}, "one message of the user's"),
     ],

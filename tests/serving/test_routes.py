@@ -197,6 +197,12 @@ def test_of_two_images_or_two_queries_none_is_taken():
         assert reply.status_code == 400, reply.text
 
 
+def test_a_query_that_is_too_long_is_refused_before_it_is_looked_through():
+    """Special tokens within special tokens would be removed one layer after another for hours."""
+    reply = ask("/v1/ground", json={"image": IN_BASE64, "query": "<|" * 300_000 + "|>" * 300_000})
+    assert reply.status_code == 400 and "4000 are allowed" in reply.json()["detail"]
+
+
 def test_a_box_and_points_are_drawn_of_a_form_and_of_json():
     form = {"files": {"image": IMAGE}, "data": {"box": "10,10,40,40", "points": "20,20;50,50", "labels": "0,1"}}
     body = {"image": IN_BASE64, "box": [10, 10, 40, 40], "points": [[20, 20], [50, 50]], "labels": [0, 1]}
