@@ -154,7 +154,8 @@ class Answering:
         self.config, self.served, self.models, self.metrics = config, served, models, metrics
         self._decoder = decoder
         self._seconds = config.limits.request_seconds
-        self._probing, self._ready_until = asyncio.Lock(), 0.0
+        self._probe: asyncio.Task[None] | None = None
+        self._ready_until = 0.0
 
     async def ground(self, upload: Upload, query: str, options: GroundOptions, request_id: str) -> Found:
         """Answer a query. Raises ValueError for what is wrong with it, and `Failed` for what is not."""
@@ -209,26 +210,36 @@ class Answering:
 
     async def chat(self, upload: Upload, ask: Ask) -> GroupSamples:
         """The completions of a chat's one message."""
+        clock = Clock(self.metrics)
         async with _within(self._seconds):
-            samples = await self.models.sample(await self._picture(upload, Clock(self.metrics)), ask)
+            samples = await self.models.sample(await self._picture(upload, clock), ask)
+            clock.lap("reason")
             self.metrics.tokens(samples)
             return samples
 
     async def chat_stream(self, upload: Upload, ask: Ask) -> AsyncIterator[str | GroupSamples]:
         """One completion as it is written, and then the whole."""
+        clock = Clock(self.metrics)
         async with _within(self._seconds):
-            async for piece in self.models.stream(await self._picture(upload, Clock(self.metrics)), ask):
+            async for piece in self.models.stream(await self._picture(upload, clock), ask):
                 if not isinstance(piece, str):
+                    clock.lap("reason")
                     self.metrics.tokens(piece)
                 yield piece
 
     async def ready(self) -> None:
-        """Raises where the models cannot ground a tiny image. They are asked once in a while, whoever calls."""
-        async with self._probing:
-            if time.monotonic() >= self._ready_until:
-                async with _within(min(_PROBE_SECONDS, self._seconds)):
-                    await self.models.ready()
-                self._ready_until = time.monotonic() + _READY_SECONDS
+        """Raises where the models cannot ground a tiny image. They are asked once in a while, whoever calls. That needs
+        no key, so all who call meanwhile share one answer."""
+        if time.monotonic() < self._ready_until:
+            return
+        if self._probe is None or self._probe.done():
+            self._probe = asyncio.create_task(self._probed())
+        await asyncio.shield(self._probe)
+
+    async def _probed(self) -> None:
+        async with _within(min(_PROBE_SECONDS, self._seconds)):
+            await self.models.ready()
+        self._ready_until = time.monotonic() + _READY_SECONDS
 
     def _ask(self, query: str, options: GroundOptions) -> Ask:
         limits, rollout = self.config.limits, self.config.rollout

@@ -283,6 +283,18 @@ def test_readiness_asks_the_models_and_health_does_not():
     assert [reply.status_code for reply in broken] == [200, 503, 503]
 
 
+def test_who_asks_for_readiness_meanwhile_shares_the_answer():
+    """Otherwise each would wait for the probes of all before it, and hold its place as long."""
+
+    async def call():
+        models = FakeModels(seconds=0.1, failures={"ready": Unavailable("gone")})
+        async with calling(application(models)) as client:
+            return models, await asyncio.gather(*(client.get("/readyz") for _ in range(8)))
+
+    models, replies = asyncio.run(call())
+    assert [reply.status_code for reply in replies] == [503] * 8 and models.calls.count("ready") == 1
+
+
 def test_the_interface_is_documented_with_examples_that_are_answered():
     async def call():
         async with calling(application()) as client:
