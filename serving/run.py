@@ -4,12 +4,14 @@ applications on a shared one."""
 import ipaddress
 import logging
 import signal
-import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeInstanceDetails
@@ -53,7 +55,7 @@ class Service:
         build: Callable[[dict[str, Any]], serve.Application] | None = None,
     ) -> None:
         self._args, self._host, self._port = args, host, port
-        self._open = not (args.get("keys") or args.get("keys_file"))
+        self._open = _needs_no_key(args)
         self._build = build or (build_local_app if self._open else build_app)
         self._connected = self._serve_is_ours = self._deployed = False
 
@@ -74,17 +76,19 @@ class Service:
         )
         self._look_at_address()
         self._deployed = True
-        self._deploy()
+        self._deploy(self._args)
         return self.address()
 
     def reload(self, args: dict[str, Any]) -> None:
         """Go on with the weights of another model folder, or with other numbers of replicas, without dropping a
         request. args: those of the start, with what is to change. Raises ValueError where it needs a restart; what is
         served then stays."""
+        if _needs_no_key(args) != self._open:
+            raise Mistake("whether clients need keys is settled at the start; restart the service for it")
         before, after = (ServeConfig.model_validate(each) for each in (self._args, args))
         refuse_other_shape(before, load_prompter(before.model, before.spec()), after.model)
+        self._deploy(args)
         self._args = args
-        self._deploy()
 
     def address(self) -> str:
         """Where the service is asked."""
@@ -104,9 +108,9 @@ class Service:
         if self._connected:
             ray.shutdown()
 
-    def _deploy(self) -> None:
+    def _deploy(self, args: dict[str, Any]) -> None:
         try:
-            serve.run(self._build(self._args), name=NAME, route_prefix="/")
+            serve.run(self._build(args), name=NAME, route_prefix="/")
         except RuntimeError as error:
             # Serve's own message names the deployment, and each deployment's says why.
             found = applications().get(NAME)
@@ -123,6 +127,10 @@ class Service:
 
 class NotServed(RuntimeError):
     """The application did not start, or did not take over a change."""
+
+
+def _needs_no_key(args: dict[str, Any]) -> bool:
+    return not (args.get("keys") or args.get("keys_file"))
 
 
 def is_loopback(host: str) -> bool:
@@ -175,31 +183,45 @@ def run(read: Callable[[], ServeConfig], *, host: str, port: int) -> None:
     lets it go on with the weights that its model has by then. read: reads the configuration."""
     config = read()
     check(config)
-    ended, newer = threading.Event(), threading.Event()
+    newer = list[int]()
+    # By itself it would end this process, and during the start nobody would end what is started already.
+    signal.signal(signal.SIGHUP, lambda sign, _: newer.append(sign))
     service = Service(_args(config), host=host, port=port)
     try:
         with Console(stderr=True).status(f"starting {config.served_name} with the expert {config.expert}"):
             address = service.start()
-        for sign in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(sign, lambda *_: ended.set())
-        signal.signal(signal.SIGHUP, lambda *_: newer.set())
-        print(f"serving {config.served_name} at {address}; try\n")
-        key = "" if not (config.keys or config.keys_file) else '-H "Authorization: Bearer $MEDREASONER_KEY" '
-        print(f'    curl {key}-F image=@IMAGE -F query="QUERY" {address}/v1/ground\n')
-        print(f"what it takes and answers is told at {address}/docs", flush=True)
-        while not ended.wait(0.5):
-            if newer.is_set():
-                newer.clear()
-                _reload(service, read)
+        with suppress(KeyboardInterrupt):
+            _on_end(signal.default_int_handler)
+            _announce(config, address)
+            while True:
+                time.sleep(0.5)
+                if newer:
+                    newer.clear()
+                    # May be interrupted too: it lasts for ever where the cluster has no room for more replicas.
+                    _reload(service, read)
+        _on_end(signal.SIG_IGN)
     finally:
         service.stop()
+
+
+def _announce(config: ServeConfig, address: str) -> None:
+    print(f"serving {config.served_name} at {address}; try\n")
+    key = "" if not (config.keys or config.keys_file) else '-H "Authorization: Bearer $MEDREASONER_KEY" '
+    print(f'    curl {key}-F image=@IMAGE -F query="QUERY" {address}/v1/ground\n')
+    print(f"what it takes and answers is told at {address}/docs", flush=True)
+
+
+def _on_end(handler: Callable[..., Any] | signal.Handlers) -> None:
+    """What Ctrl-C and SIGTERM do from now on; Ray has its own handler of the latter."""
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, handler)
 
 
 def _reload(service: Service, read: Callable[[], ServeConfig]) -> None:
     try:
         config = read()
         service.reload(_args(config))
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError, RayError) as error:
         # What is served stays: a mistake in a newer folder must not end it.
         print(f"not reloaded: {error}", flush=True)
     else:

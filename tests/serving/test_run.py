@@ -8,6 +8,7 @@ import pytest
 from ray import serve
 
 from serving.run import NAME, Service, applications, is_loopback, refuse_collision
+from tests.conftest import TINY_REASONER
 
 
 class Greeter:
@@ -69,3 +70,11 @@ def test_without_keys_only_this_machine_may_reach_it(host, alone):
     if not alone:
         with pytest.raises(ValueError, match=r"give it keys with --keys FILE"):
             Service({}, host=host, port=1).start()
+
+
+def test_a_reload_neither_adds_the_first_key_nor_takes_the_last_away(tmp_path):
+    """It would go unheeded: what is built for this machine alone asks nobody for a key."""
+    without, with_keys = {"model": TINY_REASONER}, {"model": TINY_REASONER, "keys_file": tmp_path / "keys.yaml"}
+    for before, after in ((without, with_keys), (with_keys, without)):
+        with pytest.raises(ValueError, match="whether clients need keys is settled at the start"):
+            Service(before, port=1).reload(after)
