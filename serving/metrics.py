@@ -25,8 +25,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from umrg.group import GroupSamples
 
 PREFIX: Final = "medreasoner_serve_"
-CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
-"""Of what `Exposition.text` returns."""
 OTHER: Final = "other"
 """In place of a route or a reason that the service does not know."""
 ROUTES: Final = frozenset(

@@ -85,12 +85,14 @@ def test_prompt_and_tokens_are_the_training_rollouts(address, workers, samples):
     assert served.completions[0].token_ids == expected.completions[0].token_ids
 
 
-def test_without_reasoning_the_prompt_and_the_answer_are_otherwise(address, samples):
-    spec = PromptSpec.of_model(TINY_REASONER)
-    asked = [post(address, samples[0].image_bytes, samples[0].query, think=think).json() for think in ("true", "false")]
-    assert spec.think and asked[0]["reasoning"]
-    default = post(address, samples[0].image_bytes, samples[0].query).json()
-    assert default["completion"] == asked[0]["completion"]
+def test_unless_told_otherwise_it_reasons_as_it_was_trained_to(address, samples):
+    """What is asked of a model that is not to reason: `test_thinking_is_a_matter_of_the_request`. The tiny one is asked
+    the bare query either way."""
+    assert PromptSpec.of_model(TINY_REASONER).think
+    asked, default = (
+        post(address, samples[0].image_bytes, samples[0].query, **option).json() for option in ({"think": "true"}, {})
+    )
+    assert asked["reasoning"] and default["completion"] == asked["completion"]
 
 
 def test_samples_are_put_to_a_vote_that_a_seed_repeats(address, samples):
