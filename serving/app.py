@@ -18,7 +18,7 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRoute
 from actors.config import PoolConfig
 from actors.experts.registry import check_expert, licence
 from serving.answering import Served
-from serving.config import Key, Queue, ServeConfig, trained_steps
+from serving.config import Key, Queue, ServeConfig, trained_steps, weights_written
 from serving.ingress import Entrance, Ingress
 from serving.keys import read_keys
 from serving.privacy import LOGGING
@@ -64,7 +64,11 @@ def _built(config: ServeConfig, keys: tuple[Key, ...] | None, *, local_only: boo
         spec=config.spec(),
     )
     reasoner = _deployment("Reasoner", ReasonerReplica, config.rollout, config.reasoner_queue, config).options(
-        user_config={"model": str(config.model), "policy_version": trained_steps(config.model)},
+        user_config={
+            "model": str(config.model),
+            "policy_version": trained_steps(config.model),
+            "written": weights_written(config.model),
+        },
         request_router_config=_BY_IMAGE,
     )
     segmenter = _deployment("Segmenter", SegmenterReplica, config.segmenter, config.segmenter_queue, config).options(

@@ -121,3 +121,8 @@ def trained_steps(model: Path) -> int:
         return int(found[1])
     summary = folder / "summary.json"
     return int(read_object(summary).get("steps") or 0) if summary.is_file() else 0
+
+
+def weights_written(model: Path) -> int:
+    """When a model folder's weights were written last, in nanoseconds since 1970; 0 where there are none here."""
+    return max((path.stat().st_mtime_ns for path in model.glob("*.safetensors")), default=0)

@@ -44,6 +44,8 @@ class Weights(Config):
     with."""
     policy_version: NonNegativeInt = 0
     """The training step of its weights, for the answers to tell."""
+    written: NonNegativeInt = 0
+    """When its weights were written last: Serve hands on only what has changed, and a folder may be written anew."""
 
 
 class WeightsDiffer(RuntimeError):
@@ -114,7 +116,7 @@ class Reasoner:
         wanted = Weights.model_validate(user_config)
         async with self._changing:
             here = wanted.model.resolve() == self._weights.model.resolve()
-            # Of another version, the folder was written anew, unless the version is told for the first time.
+            # Of another version or time, the folder was written anew, unless they are told for the first time.
             if here and not self._configured:
                 await self.engine.set_version(wanted.policy_version)
             elif wanted != self._weights:

@@ -1,0 +1,37 @@
+"""What a service's configuration finds out of a model's folder."""
+
+import json
+import os
+import shutil
+
+from serving.config import ServeConfig, trained_steps, weights_written
+from tests.conftest import TINY_REASONER
+
+
+def test_a_model_is_called_by_its_run_or_its_folder(tmp_path):
+    run = tmp_path / "demo"
+    for folder in (run / "model", run / "checkpoints" / "step-000007"):
+        shutil.copytree(TINY_REASONER, folder)
+    names = {
+        run: "demo",
+        run / "checkpoints" / "step-000007": "demo-step-000007",
+        TINY_REASONER: TINY_REASONER.name,
+    }
+    for folder, name in names.items():
+        assert ServeConfig(model=folder).served_name == name
+    assert ServeConfig(model=run, name="mine").served_name == "mine"
+
+
+def test_a_run_and_a_checkpoint_know_their_step(tmp_path):
+    assert trained_steps(tmp_path / "step-000007") == trained_steps(tmp_path / "step-000007" / "model") == 7
+    (tmp_path / "summary.json").write_text(json.dumps({"steps": 20}))
+    assert trained_steps(tmp_path / "model") == 20 and trained_steps(TINY_REASONER) == 0
+
+
+def test_weights_that_were_replaced_in_their_folder_are_told_from_those_before(tmp_path):
+    assert weights_written(tmp_path) == 0
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"weights")
+    before = weights_written(tmp_path)
+    os.utime(path, ns=(before + 1, before + 1))
+    assert weights_written(tmp_path) == before + 1
