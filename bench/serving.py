@@ -5,7 +5,7 @@ the image decoded in this process too. The service is `medreasoner serve` in pro
 are up all the time, answer the same requests, and take turns, on the same cores and at the priority of Ray's workers.
 
 median_overhead_ms: of one client with the tiny model the median of how many milliseconds longer a request takes at the
-    service than the same one at the bare engines just before or after.
+    service than the same one at the bare engines, some seconds before.
 throughput_ratio: requests a second of the service divided by those of the bare engines, with 32 clients and a reasoner
     of 380 million random weights.
 segment_ratio: median time of `/v1/segment` about an image that was sent before, divided by that of the expert's bare
@@ -47,6 +47,8 @@ ROOT = Path(__file__).parents[1]
 BOX = (200.0, 200.0, 600.0, 600.0)
 RAYS_NICENESS = 15
 """Of Ray's workers, and with them of the service's engines."""
+PAUSE = 3.0
+"""Seconds."""
 Call = Callable[[int], Awaitable[Any]]
 
 
@@ -198,7 +200,12 @@ async def in_turn(bare: Call, service: Call, clients: int, requests: int, rounds
     """The loads of both, a round of each after one of the other."""
     each, parts = max(clients, requests // rounds), []
     for start in range(0, rounds * each, each):
-        parts.append((await loaded(bare, clients, each, start), await loaded(service, clients, each, start)))
+        part = []
+        for call in (bare, service):
+            # Engines look for work for a while before they sleep, on cores that the other needs.
+            await asyncio.sleep(PAUSE)
+            part.append(await loaded(call, clients, each, start))
+        parts.append(part)
     first, second = (
         Load(
             seconds=tuple(second for part in parts for second in part[i].seconds),
@@ -271,12 +278,11 @@ def tiny_part() -> dict[str, float]:
     asked = questions(64, 224)
     with served(str(TINY_REASONER), "rollout.threads=1") as (address, up):
         bare = Bare(TINY_REASONER, 512, threads=1)
-        counts = {1: (40, 40), 8: (128, 4), 32: (192, 3)}
+        counts = {1: (48, 6), 8: (128, 2), 32: (128, 2)}
         loads, first, single = asyncio.run(compared(address, bare, asked, counts))
     report("tiny reasoner and expert", loads)
     stages = {name: 1e3 * statistics.median(each[name] for each in single) for name in ("decode", "reason", "segment")}
     alone, service = loads[1]
-    # With one request a round, the two of a round are the same question at nearly the same time.
     differences = [after - before for before, after in zip(alone.seconds, service.seconds, strict=True)]
     return {
         "up_s": up,
@@ -294,7 +300,7 @@ def large_part() -> dict[str, float]:
         model = large_reasoner(Path(folder))
         with served(str(model), "rollout.max_tokens=32") as (address, _):
             bare = Bare(model, 32, threads=None)
-            loads, _, _ = asyncio.run(compared(address, bare, asked, {1: (4, 2), 8: (32, 2), 32: (192, 3)}))
+            loads, _, _ = asyncio.run(compared(address, bare, asked, {1: (4, 2), 8: (16, 1), 32: (128, 2)}))
     report("380 M random weights, 32 tokens", loads)
     return {"throughput_ratio": loads[32][1].rate / loads[32][0].rate}
 
@@ -334,7 +340,7 @@ async def dragged(address: str, image: bytes, decode: Call) -> tuple[Load, Load]
             (await client.post("/v1/segment", json=body)).raise_for_status()
 
         await in_turn(decode, drag, 1, 6, 2)
-        return await in_turn(decode, drag, 1, 80, 8)
+        return await in_turn(decode, drag, 1, 80, 4)
 
 
 PARTS = {"tiny": tiny_part, "large": large_part, "segment": segment_part}
