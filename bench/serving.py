@@ -1,14 +1,15 @@
 """The service against its bare engines, over loopback: `python -m bench.serving`.
 
 The bare engines are the vLLM engine and the expert in this process, asked one after another for each request, with
-the image decoded beforehand in this process too. The service is `medreasoner serve` in processes of its own, asked over
-HTTP. Both answer the same requests, on the same cores, one after the other.
+the image decoded in this process too. The service is `medreasoner serve` in processes of its own, asked over HTTP. Both
+are up all the time, answer the same requests, and take turns, on the same cores and at the priority of Ray's workers.
 
-median_overhead_ms: median milliseconds that a request of one client takes longer with the tiny model.
+median_overhead_ms: of one client with the tiny model the median of how many milliseconds longer a request takes at the
+    service than the same one at the bare engines, some seconds before.
 throughput_ratio: requests a second of the service divided by those of the bare engines, with 32 clients and a reasoner
     of 380 million random weights.
 segment_ratio: median time of `/v1/segment` about an image that was sent before, divided by that of the expert's bare
-    decode, with an expert of ViT-B's shape.
+    decode, with an expert of ViT-B's shape. segment_overhead_ms: the difference.
 first_ratio: the first request's time divided by the tenth's.
 decode_ms, reason_ms, segment_ms, http_ms: where the median request's milliseconds go, with the tiny model and one
     client; `http` is all that is neither decoding nor a model.
@@ -41,11 +42,13 @@ from bench.machine import processor
 from bench.published_shapes import TINY_REASONER
 from bench.rewards import table
 from phantoms import rows
-from umrg.masks import encode_rle
 
 ROOT = Path(__file__).parents[1]
 BOX = (200.0, 200.0, 600.0, 600.0)
-CLIENTS = (1, 8, 32)
+RAYS_NICENESS = 15
+"""Of Ray's workers, and with them of the service's engines."""
+PAUSE = 3.0
+"""Seconds."""
 Call = Callable[[int], Awaitable[Any]]
 
 
@@ -71,9 +74,9 @@ class Load:
         return float(np.percentile(self.seconds, share))
 
 
-async def loaded(call: Call, clients: int, requests: int) -> Load:
-    """Send requests, each client its next one when it has the answer to the last."""
-    waiting, seconds = iter(range(requests)), []
+async def loaded(call: Call, clients: int, requests: int, start: int = 0) -> Load:
+    """Send requests, each client its next one when it has the answer to the last. start: number of the first."""
+    waiting, seconds = iter(range(start, start + requests)), []
 
     async def client() -> None:
         for i in waiting:
@@ -193,92 +196,116 @@ class Bare:
         self._engine.stop()
 
 
-async def bare_loads(
-    model: Path, max_tokens: int, threads: int | None, asked: list[tuple[bytes, str]], counts: dict[int, int]
-) -> Any:
-    """A load by number of clients, of the bare engines."""
-    bare = Bare(model, max_tokens, threads)
+async def in_turn(bare: Call, service: Call, clients: int, requests: int, rounds: int) -> tuple[Load, Load]:
+    """The loads of both, a round of each after one of the other."""
+    each, parts = max(clients, requests // rounds), []
+    for start in range(0, rounds * each, each):
+        part = []
+        for call in (bare, service):
+            # Engines look for work for a while before they sleep, on cores that the other needs.
+            await asyncio.sleep(PAUSE)
+            part.append(await loaded(call, clients, each, start))
+        parts.append(part)
+    first, second = (
+        Load(
+            seconds=tuple(second for part in parts for second in part[i].seconds),
+            elapsed=sum(part[i].elapsed for part in parts),
+        )
+        for i in range(2)
+    )
+    return first, second
+
+
+class Served:
+    """The service, and what its answers tell."""
+
+    def __init__(self, client: httpx.AsyncClient) -> None:
+        self._client = client
+        self.timings: list[dict[str, float]] = []
+
+    async def ground(self, image: bytes, query: str) -> None:
+        reply = await self._client.post("/v1/ground", files={"image": image}, data={"query": query})
+        reply.raise_for_status()
+        self.timings.append(reply.json()["timings"])
+
+
+async def compared(
+    address: str, bare: Bare, asked: list[tuple[bytes, str]], counts: dict[int, tuple[int, int]]
+) -> tuple[dict[int, tuple[Load, Load]], tuple[float, ...], list[dict[str, float]]]:
+    """Loads of bare engines and service by number of clients; the seconds of the service's first ten requests; and the
+    timings that a single client's answers tell. counts: requests and rounds by number of clients."""
     await bare.start()
     try:
-        for i in range(3):
-            await bare.ground(*asked[-1 - i])
-        return {n: await loaded(lambda i: bare.ground(*asked[i]), n, counts[n]) for n in counts}
+        async with httpx.AsyncClient(base_url=address, timeout=300, limits=httpx.Limits(max_connections=64)) as client:
+            service = Served(client)
+            bare_call, service_call = (
+                lambda i, ground=ground: ground(*asked[i % len(asked)]) for ground in (bare.ground, service.ground)
+            )
+            first = await loaded(service_call, 1, 10, start=len(asked) - 10)
+            await loaded(bare_call, 1, 10, start=len(asked) - 10)
+            service.timings.clear()
+            loads: dict[int, tuple[Load, Load]] = {}
+            single: list[dict[str, float]] = []
+            for n, (requests, rounds) in counts.items():
+                loads[n] = await in_turn(bare_call, service_call, n, requests, rounds)
+                single = single or list(service.timings)
+        return loads, first.seconds, single
     finally:
         bare.stop()
 
 
-async def served_loads(address: str, asked: list[tuple[bytes, str]], counts: dict[int, int]) -> Any:
-    """A load by number of clients, of the service; the seconds of its first ten requests; and the timings that the
-    single client's answers tell."""
-    timings: list[dict[str, float]] = []
-    async with httpx.AsyncClient(base_url=address, timeout=300, limits=httpx.Limits(max_connections=64)) as client:
-
-        async def ground(i: int) -> None:
-            image, query = asked[i]
-            reply = await client.post("/v1/ground", files={"image": image}, data={"query": query})
-            reply.raise_for_status()
-            timings.append(reply.json()["timings"])
-
-        first = await loaded(lambda i: ground(-1 - i), 1, 10)
-        timings.clear()
-        loads: dict[int, Load] = {}
-        single: list[dict[str, float]] = []
-        for n, requests in counts.items():
-            loads[n] = await loaded(ground, n, requests)
-            single = single or list(timings)
-    return loads, first.seconds, single
-
-
-def report(title: str, bare: dict[int, Load], service: dict[int, Load]) -> None:
+def report(title: str, loads: dict[int, tuple[Load, Load]]) -> None:
     lines = [
         [
             f"{n} clients",
-            *(f"{1e3 * value:.0f}" for load in (bare[n], service[n]) for value in quartet(load)),
-            f"{bare[n].rate:.2f}",
-            f"{service[n].rate:.2f}",
-            f"{service[n].rate / bare[n].rate:.2f}",
+            *(f"{1e3 * value:.0f}" for load in (bare, service) for value in quantiles(load)),
+            f"{bare.rate:.2f}",
+            f"{service.rate:.2f}",
+            f"{service.rate / bare.rate:.2f}",
         ]
-        for n in bare
+        for n, (bare, service) in loads.items()
     ]
     print(f"\n{title}: milliseconds (median, 90 %, 99 %) of the bare engines and of the service, requests a second")
     print(table([["", "bare", "90 %", "99 %", "served", "90 %", "99 %", "bare/s", "served/s", "ratio"], *lines]))
 
 
-def quartet(load: Load) -> tuple[float, float, float]:
+def quantiles(load: Load) -> tuple[float, float, float]:
     return load.median, load.percentile(90), load.percentile(99)
 
 
-def tiny_part(requests: int) -> dict[str, float]:
+def tiny_part() -> dict[str, float]:
     """The service's own cost: the tiny model's answers take little."""
-    asked, counts = questions(requests, 224), {1: requests // 4, 8: requests // 2, 32: requests - 16}
-    bare = asyncio.run(bare_loads(TINY_REASONER, 512, 1, asked, counts))
+    asked = questions(64, 224)
     with served(str(TINY_REASONER), "rollout.threads=1") as (address, up):
-        service, first, single = asyncio.run(served_loads(address, asked, counts))
-    report("tiny reasoner and expert", bare, service)
+        bare = Bare(TINY_REASONER, 512, threads=1)
+        counts = {1: (48, 6), 8: (128, 2), 32: (128, 2)}
+        loads, first, single = asyncio.run(compared(address, bare, asked, counts))
+    report("tiny reasoner and expert", loads)
     stages = {name: 1e3 * statistics.median(each[name] for each in single) for name in ("decode", "reason", "segment")}
-    http_ms = 1e3 * service[1].median - sum(stages.values())
+    alone, service = loads[1]
+    differences = [after - before for before, after in zip(alone.seconds, service.seconds, strict=True)]
     return {
         "up_s": up,
         "first_ratio": first[0] / first[9],
-        "median_overhead_ms": 1e3 * (service[1].median - bare[1].median),
+        "median_overhead_ms": 1e3 * statistics.median(differences),
         **{f"{name}_ms": value for name, value in stages.items()},
-        "http_ms": http_ms,
+        "http_ms": 1e3 * service.median - sum(stages.values()),
     }
 
 
-def large_part(requests: int) -> dict[str, float]:
+def large_part() -> dict[str, float]:
     """Throughput where the reasoner is what takes time."""
-    asked, counts = questions(requests, 224), {1: 2, 8: 16, 32: requests}
+    asked = questions(64, 224)
     with tempfile.TemporaryDirectory() as folder:
         model = large_reasoner(Path(folder))
-        bare = asyncio.run(bare_loads(model, 32, None, asked, counts))
         with served(str(model), "rollout.max_tokens=32") as (address, _):
-            service, _, _ = asyncio.run(served_loads(address, asked, counts))
-    report("380 M random weights, 32 tokens", bare, service)
-    return {"throughput_ratio": service[32].rate / bare[32].rate}
+            bare = Bare(model, 32, threads=None)
+            loads, _, _ = asyncio.run(compared(address, bare, asked, {1: (4, 2), 8: (16, 1), 32: (128, 2)}))
+    report("380 M random weights, 32 tokens", loads)
+    return {"throughput_ratio": loads[32][1].rate / loads[32][0].rate}
 
 
-def segment_part(requests: int) -> dict[str, float]:
+def segment_part() -> dict[str, float]:
     """A box that is dragged over an image: its embedding is kept, and only the decoder runs."""
     from actors.config import SegmenterConfig
     from actors.experts.drawing import load_frozen
@@ -294,17 +321,16 @@ def segment_part(requests: int) -> dict[str, float]:
         embedding = expert.embed(pixels)
 
         async def decode(i: int) -> None:
-            encode_rle(expert.decode(embedding, boxes=np.array([[edge + i for edge in BOX]])).masks[0])
+            expert.decode(embedding, boxes=np.array([[edge + i for edge in BOX]]))
 
-        asyncio.run(loaded(decode, 1, 3))
-        bare = asyncio.run(loaded(decode, 1, requests))
-        with served(str(TINY_REASONER), "--expert", str(expert_file)) as (address, _):
-            service = asyncio.run(dragged(address, picture.getvalue(), requests))
-    report("a box dragged, ViT-B", {1: bare}, {1: service})
-    return {"segment_ratio": service.median / bare.median, "bare_decode_ms": 1e3 * bare.median}
+        with served(str(TINY_REASONER), "rollout.threads=1", "--expert", str(expert_file)) as (address, _):
+            bare, service = asyncio.run(dragged(address, picture.getvalue(), decode))
+    report("a box dragged, ViT-B", {1: (bare, service)})
+    difference = 1e3 * (service.median - bare.median)
+    return {"segment_ratio": service.median / bare.median, "segment_overhead_ms": difference}
 
 
-async def dragged(address: str, image: bytes, requests: int) -> Load:
+async def dragged(address: str, image: bytes, decode: Call) -> tuple[Load, Load]:
     async with httpx.AsyncClient(base_url=address, timeout=300) as client:
         reply = await client.post("/v1/segment", files={"image": image}, data={"box": "1,1,50,50"})
         image_id = reply.raise_for_status().json()["image_id"]
@@ -313,21 +339,21 @@ async def dragged(address: str, image: bytes, requests: int) -> Load:
             body = {"image_id": image_id, "box": [edge + i for edge in BOX]}
             (await client.post("/v1/segment", json=body)).raise_for_status()
 
-        await loaded(drag, 1, 3)
-        return await loaded(drag, 1, requests)
+        await in_turn(decode, drag, 1, 6, 2)
+        return await in_turn(decode, drag, 1, 80, 4)
 
 
-PARTS = {"tiny": (tiny_part, 128), "large": (large_part, 96), "segment": (segment_part, 60)}
+PARTS = {"tiny": tiny_part, "large": large_part, "segment": segment_part}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, action="append", help="one part, or several; all by default")
     chosen = parser.parse_args().part or list(PARTS)
+    os.nice(RAYS_NICENESS)
     figures: dict[str, Any] = {"processor": processor()}
     for name in chosen:
-        part, requests = PARTS[name]
-        figures |= {key: round(value, 3) for key, value in part(requests).items()}
+        figures |= {key: round(value, 3) for key, value in PARTS[name]().items()}
     print(json.dumps(figures))
 
 

@@ -30,6 +30,8 @@ BUNDLED = Path(__file__).parents[1] / "models" / "tiny-reasoner"
 """The model that is served where none is named."""
 _RETRY_AFTER = 2.0
 _HEALTH = {"health_check_period_s": 5.0, "health_check_timeout_s": 40.0}
+_ONE_LOOP = dict.fromkeys(("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"), "0")
+"""Nothing here blocks an event loop, so a request need not change threads on its way through a replica."""
 _BY_IMAGE = RequestRouterConfig(
     request_router_class="ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 )
@@ -104,7 +106,7 @@ def _deployment(name: str, kind: type, actors: PoolConfig, queue: Queue, config:
             "num_cpus": actors.num_cpus,
             "num_gpus": actors.num_gpus,
             "label_selector": actors.node_labels,
-            "runtime_env": {"env_vars": actors.process_environment},
+            "runtime_env": {"env_vars": {**_ONE_LOOP, **actors.process_environment}},
         },
         max_ongoing_requests=queue.ongoing,
         max_queued_requests=queue.queued,
