@@ -367,9 +367,11 @@ async def _ahead(models: Models, picture: Picture) -> AsyncIterator[None]:
 @asynccontextmanager
 async def _within(seconds: float) -> AsyncIterator[None]:
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(seconds) as limit:
             yield
     except TimeoutError:
+        if not limit.expired():
+            raise
         raise TimedOut(f"no answer within {seconds:g} s; try again later") from None
 
 

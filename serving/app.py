@@ -116,11 +116,11 @@ def _deployment(name: str, kind: type, actors: PoolConfig, queue: Queue, config:
         logging_config=LOGGING,
         **_HEALTH,
         **_replicas(actors, queue),
-    ).options(version=_version(config), _internal=True)
+    ).options(version=version(config), _internal=True)
     return deployment
 
 
-def _version(config: ServeConfig) -> str:
+def version(config: ServeConfig) -> str:
     """Digest of what a running replica cannot take over. Without a version Serve would start all replicas anew at each
     `serve.run`; of one version it changes their number, and hands them their `user_config`."""
     counts = {"actors", "autoscale"}

@@ -51,6 +51,10 @@ UNHEARD: Final = frozenset(
 )
 """Headers, with `-` for `_`, by which any client could tell Serve how to name, route, time or trace a request."""
 
+MOST_BYTES: Final = 256 << 20
+"""Of a request's body, at the proxies: above what any configuration should allow, since each replica has its own
+limits (`limits.image_mib`)."""
+
 _log = logging.getLogger("medreasoner")
 _ENGINE_LOGGING = Path(__file__).with_name("engine_logging.json")
 
@@ -192,7 +196,14 @@ class HeadersUnheard:
             ]
             scope = {**scope, "headers": kept}
 
-        started = False
+        started, received = False, 0
+
+        async def receive_bounded() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            # Serve's proxy keeps what comes until a replica asks for it.
+            return message if received <= MOST_BYTES else {"type": "http.disconnect"}
 
         async def send_one_id(message: Message) -> None:
             nonlocal started
@@ -202,7 +213,7 @@ class HeadersUnheard:
             await send(message)
 
         with Fault():
-            await self._app(scope, receive, send_one_id)
+            await self._app(scope, receive_bounded, send_one_id)
         if not started and scope["type"] == "http":
             # The replica that had the request ended before it answered: of Serve's own the client would get a bare 500.
             detail = "a part of the service is being replaced; try again later"

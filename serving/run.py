@@ -20,26 +20,15 @@ from rich.console import Console
 from actors.connection import connect
 from actors.experts.registry import check_expert
 from reasoner.prompter import load_prompter
-from serving.app import build_app, build_local_app
+from serving.app import build_app, build_local_app, version
 from serving.config import ServeConfig
+from serving.metrics import ROUTES
 from serving.privacy import CONTROLLER_OPTIONS, LOGGING
 from serving.reasoner import refuse_other_shape
 from umrg.mistake import Mistake
 
 HOST = "127.0.0.1"
 NAME = "medreasoner"
-PATHS = (
-    "/v1/ground",
-    "/v1/segment",
-    "/v1/chat/completions",
-    "/v1/models",
-    "/healthz",
-    "/readyz",
-    "/metrics",
-    "/openapi.json",
-    "/docs",
-)
-"""The routes of the application."""
 
 
 class Service:
@@ -85,7 +74,14 @@ class Service:
         served then stays."""
         if _needs_no_key(args) != self._open:
             raise Mistake("whether clients need keys is settled at the start; restart the service for it")
-        before, after = (ServeConfig.model_validate(each) for each in (self._args, args))
+        before = ServeConfig.model_validate(self._args)
+        # Clients know the service by the name that it began with.
+        args = {**args, "name": before.served_name}
+        after = ServeConfig.model_validate(args)
+        if version(before.model_copy(update={"name": before.served_name})) != version(after):
+            raise Mistake(
+                "more has changed than the model, the keys, queues and numbers of replicas; restart the service for it"
+            )
         refuse_other_shape(before, load_prompter(before.model, before.spec()), after.model)
         self._deploy(args)
         self._args = args
@@ -165,7 +161,7 @@ def refuse_collision(running: dict[str, str | None]) -> None:
     if NAME in running:
         raise Mistake(f"an application {NAME} runs on this cluster already; end it, or use another cluster")
     for name, prefix in running.items():
-        if prefix is not None and any(f"{path}/".startswith(f"{prefix.rstrip('/')}/") for path in PATHS):
+        if prefix is not None and any(f"{path}/".startswith(f"{prefix.rstrip('/')}/") for path in ROUTES):
             raise Mistake(
                 f"the application {name} of this cluster answers at {prefix}, where this one would; "
                 "give it another route prefix, or use another cluster"

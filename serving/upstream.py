@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, ObjectStoreFullError, RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -32,18 +32,17 @@ class Replicas:
 
     def __init__(self, reasoner: DeploymentHandle, segmenter: DeploymentHandle) -> None:
         self._reasoner, self._segmenter = reasoner, segmenter
-        self._placed: WeakKeyDictionary[Picture, Any] = WeakKeyDictionary()
+        self._placed: WeakKeyDictionary[Picture, asyncio.Future[Any]] = WeakKeyDictionary()
 
     async def sample(self, picture: Picture, ask: Ask) -> GroupSamples:
-        found: GroupSamples = await _again(
-            lambda: self._ask(picture).sample.remote(picture.id, self._ref(picture), ask)
-        )
+        pixels = await self._pixels(picture)
+        found: GroupSamples = await _again(lambda: self._ask(picture).sample.remote(picture.id, pixels, ask))
         return found
 
     async def stream(self, picture: Picture, ask: Ask) -> AsyncIterator[str | GroupSamples]:
-        written = False
+        written, pixels = False, await self._pixels(picture)
         for pause in (*_PAUSES, None):
-            pieces = self._ask(picture, stream=True).stream.remote(picture.id, self._ref(picture), ask)
+            pieces = self._ask(picture, stream=True).stream.remote(picture.id, pixels, ask)
             try:
                 with _told():
                     async for piece in pieces:
@@ -59,16 +58,18 @@ class Replicas:
                 pieces.cancel()
 
     async def embed(self, picture: Picture) -> None:
-        await _again(lambda: self._draw(picture.id).embed.remote(picture.id, self._ref(picture)))
+        pixels = await self._pixels(picture)
+        await _again(lambda: self._draw(picture.id).embed.remote(picture.id, pixels))
 
     async def draw(self, picture: Picture, answers: Sequence[Answer]) -> Drawn | None:
+        pixels = await self._pixels(picture)
         found: Drawn | None = await _again(
-            lambda: self._draw(picture.id).draw.remote(picture.id, self._ref(picture), list(answers))
+            lambda: self._draw(picture.id).draw.remote(picture.id, pixels, list(answers))
         )
         return found
 
     async def segment(self, image_id: str, picture: Picture | None, prompt: Prompt) -> Drawn:
-        pixels = None if picture is None else self._ref(picture)
+        pixels = None if picture is None else await self._pixels(picture)
         found: Drawn = await _again(lambda: self._draw(image_id).segment.remote(image_id, pixels, prompt))
         return found
 
@@ -84,12 +85,14 @@ class Replicas:
     def _draw(self, image_id: str) -> Any:
         return self._segmenter.options(session_id=image_id)
 
-    def _ref(self, picture: Picture) -> Any:
-        """The pixels in the object store, from where both models read them without a copy; they leave it with the
-        picture."""
+    async def _pixels(self, picture: Picture) -> Any:
+        """A reference to the pixels in the object store, from where both models read them without a copy; they leave it
+        with the picture. They are put there once, off the event loop, which large ones would hold up."""
         if picture not in self._placed:
-            self._placed[picture] = ray.put(picture.pixels)
-        return self._placed[picture]
+            self._placed[picture] = asyncio.ensure_future(asyncio.to_thread(ray.put, picture.pixels))
+        with _told():
+            # One of those who wait may go; the others need it.
+            return await asyncio.shield(self._placed[picture])
 
 
 async def _again(call: Callable[[], Any]) -> Any:
@@ -120,6 +123,8 @@ def _told() -> Iterator[None]:
         yield
     except BackPressureError as error:
         raise Overloaded("all queues are full") from error
+    except ObjectStoreFullError as error:
+        raise Overloaded("the memory for images is full") from error
     except _GONE as error:
         raise Unavailable("a replica ended while it worked on the request") from error
     except RayError as error:

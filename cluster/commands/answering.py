@@ -87,7 +87,7 @@ def _print_service(config: "ServeConfig", host: str, port: int) -> None:
     from cluster.dry_run import print_actors, print_config, print_memory
     from cluster.memory import rollout_need, segmenter_need
     from cluster.placement import bundles
-    from serving.run import PATHS, check
+    from serving.run import check
 
     check(config)
     shown = console()
@@ -100,7 +100,7 @@ def _print_service(config: "ServeConfig", host: str, port: int) -> None:
         (segmenter, segmenter_need(config.expert, config.segmenter)),
     ]
     print_memory(needs, shown)
-    typer.echo(f"address    http://{host}:{port}{PATHS[0]}")
+    typer.echo(f"address    http://{host}:{port}/v1/ground")
     typer.echo("dry run    nothing was started or written")
 
 

@@ -222,3 +222,21 @@ def test_replicas_come_and_go_without_dropping_a_request(service, questions, exp
     assert [reply.status_code for _, _, reply in traffic.replies] == [200] * len(traffic.replies) and not traffic.broken
     assert {reply.json()["policy_version"] for _, _, reply in traffic.replies} == {7}
     assert_right(traffic, expected)
+
+
+def test_what_exceeds_the_queues_is_told_to_try_again(service, questions, expected, newer):
+    args = {**ARGS, "model": str(newer)}
+    service.reload({**args, "reasoner_queue": {"ongoing": 1, "queued": 1}})
+
+    async def all_at_once():
+        async with httpx.AsyncClient(base_url=service.address(), timeout=150) as http:
+            files, data = {"image": questions[0][0]}, {"query": questions[0][1]}
+            return await asyncio.gather(*(http.post("/v1/ground", files=files, data=data) for _ in range(16)))
+
+    replies = asyncio.run(all_at_once())
+    service.reload(args)
+    told = [reply for reply in replies if reply.status_code == 429]
+    assert told and all(reply.json()["type"] == "overloaded" and reply.headers["retry-after"] for reply in told)
+    answered = [reply for reply in replies if reply.status_code == 200]
+    assert answered and len(answered) + len(told) == 16
+    assert {said(reply) == expected[7][0] for reply in answered} == {True}
