@@ -507,13 +507,45 @@ def test_serves_proxies_do_not_hear_what_clients_tell_them():
     async def app(scope: Any, receive: Any, send: Any) -> None:
         seen.append(scope.get("headers"))
 
-    async def nothing(*_: Any) -> Any:
-        raise AssertionError
+    async def nothing(*_: Any) -> Any: ...
 
     headers = [(b"X-Request-Id", b"\xff"), (b"serve_multiplexed_model_id", b"m"), (b"accept", b"*/*")]
     asyncio.run(HeadersUnheard(app)({"type": "http", "headers": headers}, nothing, nothing))
     asyncio.run(HeadersUnheard(app)({"type": "lifespan"}, nothing, nothing))
     assert seen == [[(b"accept", b"*/*")], None]
+
+
+@pytest.mark.parametrize("raised", [None, RuntimeError("canary")])
+def test_where_a_replica_ended_before_it_answered_clients_are_told_to_try_again(raised, caplog):
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if raised:
+            raise raised
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(HeadersUnheard(app))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.get("/v1/models")
+
+    answer = asyncio.run(ask())
+    assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
+    assert answer.json()["type"] == "unavailable" and "canary" not in caplog.text
+
+
+def test_a_body_without_end_is_cut_at_the_proxy(monkeypatch):
+    monkeypatch.setattr("serving.privacy.MOST_BYTES", 1000)
+    received: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (message := await receive())["type"] == "http.request":
+            received.append(message)
+
+    async def endless() -> Any:
+        return {"type": "http.request", "body": b"x" * 300, "more_body": True}
+
+    async def send(_: Any) -> None: ...
+
+    asyncio.run(HeadersUnheard(app)({"type": "http", "headers": []}, endless, send))
+    assert len(received) == 3
 
 
 def test_a_response_has_one_id():
