@@ -1,11 +1,13 @@
 """How the application is put together, before anything of it runs."""
 
+from typing import Any
+
 import pytest
 
 from serving.app import build_app, build_local_app
 from serving.keys import new_key
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "rollout": {"num_gpus": 0.8, "num_cpus": 2, "actors": 2, "autoscale": {"min": 1, "max": 4}},
     "segmenter": {"num_gpus": 0.2, "num_cpus": 1, "node_labels": {"zone": "a"}},
     "limits": {"request_seconds": 300},
