@@ -64,7 +64,9 @@ class Replicas:
     async def draw(self, picture: Picture, answers: Sequence[Answer]) -> Drawn | None:
         pixels = await self._pixels(picture)
         found: Drawn | None = await _again(
-            lambda: self._draw(picture.id).draw.remote(picture.id, pixels, list(answers))
+            lambda: self._draw(picture.id).draw.remote(picture.id, pixels, list(answers)),
+            # The reasoner's work is done, and worth a short wait.
+            (Unavailable, Overloaded),
         )
         return found
 
@@ -95,12 +97,12 @@ class Replicas:
             return await asyncio.shield(self._placed[picture])
 
 
-async def _again(call: Callable[[], Any]) -> Any:
-    """Await a call, and again after each death of the replica that it had gone to."""
+async def _again(call: Callable[[], Any], failures: tuple[type[Failed], ...] = (Unavailable,)) -> Any:
+    """Await a call, and again after each death of the replica that it had gone to, or after other failures."""
     for pause in _PAUSES:
         try:
             return await _awaited(call())
-        except Unavailable:
+        except failures:
             await asyncio.sleep(pause)
     return await _awaited(call())
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,19 +12,21 @@ import sys
 import time
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from cluster.config import load_config
 from serving.config import ServeConfig
 from tests.conftest import ROOT, TINY_REASONER
 from umrg.images import decode_image
 
-SERVE = (sys.executable, "-m", "cluster.cli", "serve", str(TINY_REASONER))
+SERVE = (sys.executable, "-m", "cluster.cli", "serve")
 
 
-def started(log, *arguments):
+def started(log, *arguments, model=TINY_REASONER):
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     return subprocess.Popen(
-        [*SERVE, *arguments],
+        [*SERVE, str(model), *arguments],
         cwd=ROOT,
         env=environment,
         stdout=log.open("w"),
@@ -57,11 +60,23 @@ def documented(language):
     return [line for line in lines if line.startswith("curl") and "127.0.0.1:8000" in line]
 
 
+def write_other_weights(folder):
+    """In place of a model's, as a later step of training would."""
+    torch.manual_seed(0)
+    weights = {
+        name: tensor + 0.1 * tensor.std() * torch.randn_like(tensor) if tensor.numel() > 1 else tensor
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
+    save_file(weights, folder / "aside", metadata={"format": "pt"})
+    (folder / "aside").rename(folder / "model.safetensors")
+
+
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_documented_examples_are_answered_and_ctrl_c_ends_the_service(tmp_path):
-    port = free_port()
-    server = started(tmp_path / "log", "--port", port)
+    port, model = free_port(), tmp_path / "tiny"
+    shutil.copytree(TINY_REASONER, model)
+    server = started(tmp_path / "log", "--port", port, model=model)
     try:
         await_line(server, tmp_path / "log", "is told at")
         curls = documented("sh")
@@ -69,7 +84,7 @@ def test_documented_examples_are_answered_and_ctrl_c_ends_the_service(tmp_path):
             command = shlex.split(line.replace(":8000/", f":{port}/").replace("overlay.png", str(tmp_path / "o.png")))
             reply = subprocess.run([*command, "-sS"], cwd=ROOT, capture_output=True, check=True, timeout=120)
             if number == 0:
-                found = json.loads(reply.stdout)
+                first, found = command, json.loads(reply.stdout)
                 assert found["well_formed"] and found["mask"]["size"] == [found["height"], found["width"]]
             assert b'"detail"' not in reply.stdout, (line, reply.stdout)
         assert len(curls) >= 5 and decode_image((tmp_path / "o.png").read_bytes(), "it").ndim == 3
@@ -77,8 +92,11 @@ def test_documented_examples_are_answered_and_ctrl_c_ends_the_service(tmp_path):
             code = block.replace("127.0.0.1:8000", f"127.0.0.1:{port}")
             told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=120)
             assert told.returncode == 0 and told.stdout, told.stderr
+        write_other_weights(model)
         os.kill(server.pid, signal.SIGHUP)
-        await_line(server, tmp_path / "log", f"serving {TINY_REASONER}")
+        await_line(server, tmp_path / "log", f"serving {model}")
+        reply = subprocess.run([*first, "-sS"], cwd=ROOT, capture_output=True, check=True, timeout=120)
+        assert json.loads(reply.stdout)["completion"] != found["completion"]
     finally:
         os.killpg(server.pid, signal.SIGINT)
     assert server.wait(timeout=60) == 0
