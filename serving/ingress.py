@@ -1,5 +1,7 @@
 """The replicas that speak HTTP."""
 
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +49,9 @@ class Ingress:
         self._door = Doorkeeper(
             entrance.keys, sharers=replicas.autoscale.max if replicas.autoscale else replicas.actors
         )
+        if threads := config.ingress.threads:
+            # They hash, draw and encode pictures.
+            asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(threads))
         self._metrics = Metrics("Ingress")
         self._decoders = Decoders(config.ingress.decoders, config.limits)
         await self._decoders.start()

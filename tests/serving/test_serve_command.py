@@ -131,4 +131,4 @@ def test_a_wrong_expert_is_one_line_before_anything_starts(tmp_path, arguments, 
 
 def test_a_prompt_that_is_none_is_named_before_anything_starts():
     with pytest.raises(ValueError, match=r"^prompt: there is no file 'fulll'; did you mean 'full'\?$"):
-        load_config(ServeConfig, None, ["prompt=fulll"])
+        load_config(ServeConfig, None, ["prompt=fulll"], {"model": TINY_REASONER})
