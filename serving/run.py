@@ -22,6 +22,7 @@ from actors.experts.registry import check_expert
 from reasoner.prompter import load_prompter
 from serving.app import build_app, build_local_app, version
 from serving.config import ServeConfig
+from serving.keys import read_keys
 from serving.metrics import ROUTES
 from serving.privacy import CONTROLLER_OPTIONS, LOGGING
 from serving.reasoner import refuse_other_shape
@@ -169,7 +170,9 @@ def refuse_collision(running: dict[str, str | None]) -> None:
 
 
 def check(config: ServeConfig) -> None:
-    """Raise ValueError for a folder that holds no model, and for an expert that does not exist."""
+    """Raise ValueError for a folder that holds no model, an expert that does not exist, and a file that holds no keys."""
+    if config.keys_file:
+        read_keys(config.keys_file)
     load_prompter(config.model, config.spec())
     check_expert(config.expert, config.segmenter.checkpoint, config.segmenter.preprocess)
 

@@ -52,6 +52,9 @@ def serve(
     dry_run: DryRun = False,
 ) -> None:
     """Serve a reasoner and its expert over HTTP, until Ctrl-C; SIGHUP lets it take over newer weights."""
+    if model is not None and "=" in str(model) and not model.exists():
+        # No model was named, and what follows it stands in its place.
+        model, overrides = None, [str(model), *(overrides or ())]
     given: dict[str, object | None] = {
         "model": model,
         "expert": expert,

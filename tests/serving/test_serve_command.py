@@ -10,11 +10,13 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cluster.commands.answering import serve
 from cluster.config import load_config
 from serving.config import ServeConfig
 from tests.conftest import ROOT, TINY_REASONER
@@ -118,6 +120,8 @@ def test_ctrl_c_ends_the_start_too(tmp_path):
     ("arguments", "message"),
     [
         (("--expert", "tinny"), "the nearest expert is 'tiny'"),
+        (("--keys", "none.yaml"), "none.yaml cannot be read"),
+        (("--host", "0.0.0.0"), "give it keys with --keys FILE"),
         (("--expert", "sam_vit_b"), "sam_vit_b needs its weights"),
         (("--expert", "sam_vit_b", "--checkpoint", "none.safetensors"), "there is no checkpoint none.safetensors"),
     ],
@@ -127,6 +131,11 @@ def test_a_wrong_expert_is_one_line_before_anything_starts(tmp_path, arguments, 
     assert server.wait(timeout=120) == 2
     assert message in (tmp_path / "log").read_text()
     assert len((tmp_path / "log").read_text().strip().splitlines()) == 1
+
+
+def test_keys_of_the_configuration_may_follow_without_a_model(capsys):
+    with pytest.raises(ValueError, match=r"image_mb'.*image_mib"):
+        serve(Path("limits.image_mb=3"), dry_run=True)
 
 
 def test_a_prompt_that_is_none_is_named_before_anything_starts():
