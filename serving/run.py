@@ -170,7 +170,7 @@ def refuse_collision(running: dict[str, str | None]) -> None:
 
 
 def check(config: ServeConfig) -> None:
-    """Raise ValueError for a folder that holds no model, an expert that does not exist, and a file that holds no keys."""
+    """Raise ValueError for a folder without a model, an expert that does not exist, and a file without keys."""
     if config.keys_file:
         read_keys(config.keys_file)
     load_prompter(config.model, config.spec())
