@@ -128,7 +128,9 @@ def version(config: ServeConfig) -> str:
         **dict.fromkeys(("model", "keys", "keys_file", "reasoner_queue", "segmenter_queue", "ingress_queue"), True),
         **dict.fromkeys(("rollout", "segmenter", "ingress"), counts),
     }
-    return hashlib.sha256(config.model_dump_json(exclude=light).encode()).hexdigest()[:16]
+    # A service that is told to go on keeps the name that it began with, whether that was written or its folder's.
+    named = config.model_copy(update={"name": config.served_name})
+    return hashlib.sha256(named.model_dump_json(exclude=light).encode()).hexdigest()[:16]
 
 
 def _replicas(actors: PoolConfig, queue: Queue) -> dict[str, Any]:

@@ -79,7 +79,7 @@ class Service:
         # Clients know the service by the name that it began with.
         args = {**args, "name": before.served_name}
         after = ServeConfig.model_validate(args)
-        if version(before.model_copy(update={"name": before.served_name})) != version(after):
+        if version(before) != version(after):
             raise Mistake(
                 "more has changed than the model, the keys, queues and numbers of replicas; restart the service for it"
             )

@@ -57,11 +57,13 @@ def test_requests_about_an_image_go_to_one_replica(found):
         assert str(router).endswith("ConsistentHashRouter")
 
 
-def test_what_running_replicas_take_over_does_not_start_them_anew(tmp_path):
+def test_what_running_replicas_take_over_does_not_start_them_anew():
     first = deployments(build_app({**CONFIG, "auth": "off"}))
     more = {**CONFIG["rollout"], "actors": 3}
     second = deployments(build_app({**CONFIG, "auth": "off", "rollout": more}))
     other = deployments(build_app({**CONFIG, "auth": "off", "limits": {"request_seconds": 200}}))
+    kept = deployments(build_app({"auth": "off", "name": "tiny-reasoner", **CONFIG}))
+    assert first["Ingress"].version == kept["Ingress"].version, "a reload writes the name that the folder gave"
     for name in first:
         assert first[name].version == second[name].version != other[name].version
 
