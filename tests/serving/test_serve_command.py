@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -62,6 +63,11 @@ def documented(language):
     return [line for line in lines if line.startswith("curl") and "127.0.0.1:8000" in line]
 
 
+def engines(server):
+    """Process ids of the engines below a service."""
+    return {each.pid for each in psutil.Process(server.pid).children(recursive=True) if "EngineCore" in each.name()}
+
+
 def write_other_weights(folder):
     """In place of a model's, as a later step of training would."""
     torch.manual_seed(0)
@@ -94,11 +100,13 @@ def test_documented_examples_are_answered_and_ctrl_c_ends_the_service(tmp_path):
             code = block.replace("127.0.0.1:8000", f"127.0.0.1:{port}")
             told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=120)
             assert told.returncode == 0 and told.stdout, told.stderr
+        engine = engines(server)
         write_other_weights(model)
         os.kill(server.pid, signal.SIGHUP)
         await_line(server, tmp_path / "log", f"serving {model}")
         reply = subprocess.run([*first, "-sS"], cwd=ROOT, capture_output=True, check=True, timeout=120)
         assert json.loads(reply.stdout)["completion"] != found["completion"]
+        assert engines(server) == engine, "the engine was not started anew"
     finally:
         os.killpg(server.pid, signal.SIGINT)
     assert server.wait(timeout=60) == 0
