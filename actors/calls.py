@@ -121,12 +121,21 @@ class Calls:
             self.turn()
         return {name: found[name] for name in calls}
 
-    def gather(self, calls: Mapping[str, Ref], *, seconds: float, doing: str) -> list[Any]:
-        """The results of calls, in order, as `settle`. Raises ActorFailed or DeadlinePassed for the first fault."""
+    def gather(
+        self,
+        calls: Mapping[str, Ref],
+        *,
+        seconds: float,
+        doing: str,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> list[Any]:
+        """The results of calls, in order, as `settle`. Raises ActorFailed or DeadlinePassed for the first fault.
+        meanwhile: called before each turn; it may make calls, but not wait."""
         found: dict[str, Ended] = {}
         for name, ref in calls.items():
             self.add(ref, Call(actor=name, doing=doing, seconds=seconds, then=partial(_keep, found)))
         while len(found) < len(calls):
+            meanwhile()
             self.turn()
             for ended in found.values():
                 refuse(ended)

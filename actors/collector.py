@@ -32,6 +32,10 @@ class Post:
     """As in `Call`."""
     seconds: float
     """Deadline of a call."""
+    bound: int | None = None
+    """Calls that a member has at the same time; None for the pool's own bound."""
+    fit: Callable[[Member], bool] = lambda member: True
+    """Whether a member may be given work."""
     fault: Callable[[Entry, Any], str | None] = lambda entry, given: None
     """What is wrong with what the driver was given, in words; None if it is sound."""
 
@@ -48,7 +52,7 @@ class Collector:
         """Make the calls that there is room for."""
         for stage, post in self._posts.items():
             for entry in self.ledger.waiting(stage):
-                member = post.pool.pick(alone=entry.alone)
+                member = post.pool.pick(alone=entry.alone, bound=post.bound, fit=post.fit)
                 if member is not None:
                     self._make(post, member, entry)
                 elif not entry.alone:

@@ -1,6 +1,6 @@
 """An elastic pool: the actors of one role, of which any may come, go or die at any time.
 
-    starting ──► loaded ──► ready ──► draining ──► ended
+    starting ──► loaded ◄─► ready ──► draining ──► ended
         └───────────┴─────────┴──────────┴──► ended (died, or given up)
 
 Scaling and death are the same event: `reconcile` compares the members with how many are wanted, starts what is missing
@@ -56,6 +56,10 @@ class Member:
     """What its start returned."""
     errors: int = 0
     """Calls of it that ended in errors, since the last one that did not."""
+    holds: Any = None
+    """The weights that it works with; None for those of the model's folder."""
+    taking: Any = None
+    """The weights that it is being sent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,17 +153,28 @@ class Pool:
         if (member := self.members.get(name)) and member.state == "loaded":
             member.state = "ready"
 
-    def pick(self, *, alone: bool = False) -> Member | None:
+    def recall(self, name: str) -> None:
+        """A member that has nothing to do waits to be admitted again."""
+        self.worked()
+        if (member := self.members.get(name)) and member.state == "ready" and not member.flying:
+            member.state = "loaded"
+
+    def pick(
+        self, *, alone: bool = False, bound: int | None = None, fit: Callable[[Member], bool] = lambda member: True
+    ) -> Member | None:
         """The ready member with the least work that takes one more call; None if there is none now. alone: one that has
-        no other work and gets none; the least loaded one is kept free for it."""
+        no other work and gets none; the least loaded one is kept free for it. bound: in place of the pool's own. fit:
+        members that it returns False for get nothing."""
+        ready = [member for member in self.ready if fit(member)]
         if alone:
-            free = [member for member in self.ready if not member.reserved or not member.flying]
+            free = [member for member in ready if not member.reserved or not member.flying]
             if not free:
                 return None
             chosen = min(free, key=lambda member: (not member.reserved, len(member.flying)))
             chosen.reserved = True
             return None if chosen.flying else chosen
-        free = [member for member in self.ready if len(member.flying) < self.bound and not member.reserved]
+        most = self.bound if bound is None else bound
+        free = [member for member in ready if len(member.flying) < most and not member.reserved]
         # What failed at a member is tried elsewhere, if it can be.
         return min(free, key=lambda member: (member.errors > 0, len(member.flying)), default=None)
 

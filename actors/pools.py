@@ -4,7 +4,7 @@ Every wait has a deadline and a name. Rollouts and segmenters come and go (`acto
 they died is done again. The ranks of a learner live and die together.
 """
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -12,7 +12,7 @@ from typing import Any, Self
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from actors.calls import Calls, Ref
+from actors.calls import Call, Calls, Ended, Ref
 from actors.collector import Post
 from actors.config import DeadlineConfig
 from actors.engine_report import UpdateReceipt
@@ -44,6 +44,17 @@ class GroupRefs:
     @classmethod
     def put(cls, group: Group) -> Self:
         return cls(group=ray.put(group.without_masks()), masks=ray.put(group.sample.mask_bytes))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Weights:
+    """A version of the learner's weights in Ray's object store."""
+
+    version: int
+    checksum: str
+    """As `actors.weight_files.Checksum` has it."""
+    buckets: tuple[Ref, ...]
+    """Of each `Bucket`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,43 +107,71 @@ class RolloutPool(Pool):
         """sequences: completions that an engine samples at the same time."""
         super().__init__("rollout", starter, bound=1)
         self._calls, self._deadlines, self._sequences = calls, deadlines, sequences
+        self.weights: Weights | None = None
+        """Those that its members are to work with; None for the model folder's."""
 
     def sampling(self, groups: Mapping[str, GroupRefs], sampling: SamplingParams) -> Post:
         """Sampling as a stage of work: an engine has as many groups as it samples at once. groups: by id."""
-        self.bound = max(1, self._sequences // sampling.n)
 
         def make(member: Member, entry: Entry) -> tuple[Ref, Ref]:
             receipt, samples = member.handle.sampled.options(num_returns=2).remote(groups[entry.id].group, sampling)
             return receipt, samples
 
-        return Post(pool=self, make=make, doing="sampling", seconds=self._deadlines.step)
-
-    def update_weights(
-        self, version: int, buckets: Sequence[Ref], members: Iterable[Member] | None = None
-    ) -> dict[str, UpdateReceipt]:
-        """Send engines the weights of a version; None for all that work. Returns what each says of them, by actor; one
-        that dies meanwhile is left out, and replaced later. The references travel in a list, which Ray does not
-        resolve: the actors fetch one bucket at a time."""
-        return self._of_all(
-            lambda handle: handle.update_weights.remote(version, list(buckets)), "taking new weights", members
+        return Post(
+            pool=self,
+            make=make,
+            doing="sampling",
+            seconds=self._deadlines.step,
+            bound=max(1, self._sequences // sampling.n),
+            fit=self.renewed,
         )
 
-    def canary(self, group: Ref, sampling: SamplingParams) -> list[GroupSamples]:
-        """Each engine's own completions of one group."""
-        return list(self._of_all(lambda handle: handle.sample.remote(group, sampling), "answering the canary").values())
+    def renewed(self, member: Member) -> bool:
+        """Whether it works with the current weights; one that does not ends what it has, and gets nothing more before
+        it does."""
+        return member.holds is self.weights
 
-    def _of_all(
-        self, call: Callable[[Any], Ref], doing: str, members: Iterable[Member] | None = None
-    ) -> dict[str, Any]:
-        refs = {member.name: call(member.handle) for member in (self.ready if members is None else members)}
-        found = self._calls.settle(refs, seconds=self._deadlines.step, doing=doing)
-        for name, ended in found.items():
+    def renew(self, received: Callable[[str, Weights, UpdateReceipt], None]) -> None:
+        """Send the current weights to members that hold others, each once it has ended what it has, and admit those
+        that hold them. received: is given what each says of them, by its name."""
+        for member in self:
+            if not self.renewed(member):
+                self.recall(member.name)
+            if member.state == "loaded" and self.renewed(member):
+                self.admit(member.name)
+            elif member.state == "loaded" and member.taking is None and self.weights is not None:
+                self._give(member, self.weights, received)
+
+    def _give(self, member: Member, weights: Weights, received: Callable[[str, Weights, UpdateReceipt], None]) -> None:
+        """The references travel in a list, which Ray does not resolve: the actor fetches one bucket at a time."""
+
+        def taken(ended: Ended) -> None:
+            member.taking = None
             if ended.fault == "error":
                 raise ActorFailed(ended.cause) from ended.error
             if ended.fault:
                 # Also where the learner's weights were lost: an engine begins no update before it has ended the last.
+                self.died(member.name, ended.cause)
+            else:
+                received(member.name, weights, ended.result)
+                member.holds = weights
+
+        member.taking = weights
+        call = Call(actor=member.name, doing="taking new weights", seconds=self._deadlines.step, then=taken)
+        self._calls.add(member.handle.update_weights.remote(weights.version, list(weights.buckets)), call)
+
+    def canary(self, group: Ref, sampling: SamplingParams) -> list[GroupSamples]:
+        """The completions of one group by each engine that works with the current weights."""
+        refs = {
+            member.name: member.handle.sample.remote(group, sampling) for member in self.ready if self.renewed(member)
+        }
+        found = self._calls.settle(refs, seconds=self._deadlines.step, doing="answering the canary")
+        for name, ended in found.items():
+            if ended.fault == "error":
+                raise ActorFailed(ended.cause) from ended.error
+            if ended.fault:
                 self.died(name, ended.cause)
-        return {name: ended.result for name, ended in found.items() if not ended.fault}
+        return [ended.result for ended in found.values() if not ended.fault]
 
 
 class SegmenterPool(Pool):
@@ -171,6 +210,8 @@ class RankPool:
 
     def __init__(self, actors: Mapping[str, Any], deadlines: DeadlineConfig, calls: Calls | None = None) -> None:
         self._actors, self._deadlines, self._calls = dict(actors), deadlines, calls or Calls()
+        self.meanwhile: Callable[[], None] = lambda: None
+        """Called at least once a second while the ranks are waited for."""
         self._saved: dict[str, FileRecord] = {}
         self._saving: list[str] = []
 
@@ -222,7 +263,7 @@ class RankPool:
 
     def _gather(self, calls: Mapping[str, Ref], seconds: float, doing: str) -> list[Any]:
         try:
-            return self._calls.gather(calls, seconds=seconds, doing=doing)
+            return self._calls.gather(calls, seconds=seconds, doing=doing, meanwhile=self.meanwhile)
         except (ActorDied, DeadlinePassed, Lost) as error:
             raise LearnerDied(str(error)) from error
 
@@ -236,11 +277,10 @@ class LearnerPool(RankPool):
         report: UpdateReport = self._all("update", "updating", list(groups), list(work))[0]
         return report
 
-    def weights(self, *, everything: bool) -> tuple[str, list[Ref]]:
-        """The weights' checksum, and references to their buckets. everything: those of modules of which nothing learns
-        too."""
+    def weights(self, version: int, *, everything: bool) -> Weights:
+        """The weights, which are of this version. everything: those of modules of which nothing learns too."""
         checksum, buckets = self._all("weights", "exporting weights", everything)[0]
-        return checksum, buckets
+        return Weights(version=version, checksum=checksum, buckets=tuple(buckets))
 
     def logprobs(self, group: Ref, token_ids: Sequence[int]) -> list[float]:
         """Log-probs of a completion's tokens. group: reference of its `Group`."""

@@ -28,9 +28,9 @@ import ray
 
 from actors.calls import Calls
 from actors.config import DeadlineConfig, RolloutConfig
-from actors.engine_report import EngineReport
+from actors.engine_report import EngineReport, UpdateReceipt
 from actors.gpus import ALONE, Lodging
-from actors.pools import RolloutPool
+from actors.pools import RolloutPool, Weights
 from actors.rollout import Rollout
 from bench.machine import processor
 from bench.rewards import table
@@ -141,10 +141,15 @@ def compare(gib: int, rounds: int) -> dict[str, float]:
     config = RolloutConfig(max_tokens=layers)
     actor = ray.remote(Receiver).options(num_cpus=1, runtime_env={"env_vars": config.process_environment})
     starter: Any = None
-    pool = RolloutPool(starter, Calls(), DeadlineConfig(), sequences=1)
+    calls = Calls()
+    pool = RolloutPool(starter, calls, DeadlineConfig(), sequences=1)
     pool.adopt({"rollout 0": actor.remote(MODEL, config, PromptSpec.of_model(MODEL))})
     ray.get([member.handle.start.remote() for member in pool])
     found: dict[str, list[float]] = {"copy_s": [], "send_s": [], "update_s": []}
+
+    def check(name: str, sent: Weights, receipt: UpdateReceipt) -> None:
+        assert receipt.checksum == sent.checksum and receipt.compared == layers and not receipt.unlike
+
     for version in range(rounds):
         tensors = {f"layers.{i}.weight": torch.rand(SIDE, SIDE) for i in range(layers)}
         start = time.perf_counter()
@@ -154,9 +159,11 @@ def compare(gib: int, rounds: int) -> dict[str, float]:
         start = time.perf_counter()
         checksum, refs = sent(tensors)
         found["send_s"].append(time.perf_counter() - start)
-        (receipt,) = pool.update_weights(version, refs).values()
+        pool.weights = Weights(version=version, checksum=checksum, buckets=tuple(refs))
+        while not all(map(pool.renewed, pool.ready)) or not pool.ready:
+            pool.renew(check)
+            calls.turn()
         found["update_s"].append(time.perf_counter() - start)
-        assert receipt.checksum == checksum and receipt.compared == layers and not receipt.unlike
         del refs
     return {name: min(seconds) for name, seconds in found.items()}
 

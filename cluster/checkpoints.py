@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, Self
 
-from pydantic import NonNegativeInt, ValidationError
+from pydantic import Field, NonNegativeInt, ValidationError
 
 from cluster.config import Every
 from umrg.atomic import written_aside
@@ -56,6 +56,9 @@ class RunState(Config):
     """Of the evaluation at this step, greater is better; None where there was none."""
     rows: NonNegativeInt | None = None
     """Of the data that the cursor is a position in; None in checkpoints of earlier versions."""
+    ahead: list[list[NonNegativeInt]] = Field(default_factory=list)
+    """Numbers of the rows that were taken from before the cursor's position and not yet learnt from, of each later step
+    that was begun."""
 
 
 class Learner(Protocol):

@@ -15,7 +15,6 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
@@ -127,8 +126,9 @@ class TrainConfig(LearningConfig):
     segmenter: SegmenterConfig = SegmenterConfig()
     learner: LearnerConfig
     evaluation: EvaluationConfig = EvaluationConfig()
-    staleness: NonNegativeInt = 0
-    """Steps by which the rollouts' weights may lag behind; only 0 is supported (fully on-policy)."""
+    staleness: MayChange[NonNegativeInt] = 0
+    """Steps by which the weights that sample may be older than those that learn. 0: a step begins when the one before
+    is learnt (on-policy). 1: the next step is sampled while one is learnt; more for steps of uneven length."""
     batch: PositiveInt = 16
     """Groups per step."""
     dynamic_sampling_retries: NonNegativeInt = 0
@@ -174,12 +174,14 @@ class TrainConfig(LearningConfig):
             )
         return self
 
-    @field_validator("staleness")
-    @classmethod
-    def _on_policy(cls, value: int) -> int:
-        if value:
-            raise Mistake("only 0 is supported: every step's answers come from the newest weights")
-        return value
+    @model_validator(mode="after")
+    def _corrects_for_lag(self) -> Self:
+        if self.staleness and self.learner.objective.correction == "none":
+            raise Mistake(
+                f"with staleness={self.staleness} weights sample that are older than those that learn, and the loss "
+                "must correct for that; set learner.objective.correction to token or sequence, or staleness to 0"
+            )
+        return self
 
 
 class EvaluateConfig(RunConfig):

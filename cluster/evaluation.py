@@ -1,7 +1,6 @@
 """Collecting groups, which means sampling and scoring them: for a training step, and for an evaluation."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -36,6 +35,64 @@ class TooManyFailures(RuntimeError):
     """More groups were put aside than the configuration tolerates."""
 
 
+class Collecting:
+    """Groups on their way through rollouts and segmenters. Those that cannot be sampled and scored, because they kill
+    whatever works on them, or end in errors, are put aside."""
+
+    def __init__(
+        self,
+        workers: Workers,
+        groups: Sequence[Group],
+        sampling: SamplingParams,
+        depth: ScoringDepth,
+        *,
+        tolerated: float = 0.0,
+    ) -> None:
+        """tolerated: share of the groups that may be put aside."""
+        self._workers, self._tolerated = workers, tolerated
+        self._refs = {group.id: GroupRefs.put(group) for group in groups}
+        self._ledger = Ledger(self._refs)
+        self._collector = Collector(
+            self._ledger,
+            workers.rollouts.sampling(self._refs, sampling),
+            workers.segmenters.scoring(self._refs, depth),
+            workers.calls,
+        )
+
+    @property
+    def sampled(self) -> bool:
+        """No group is left to be sampled."""
+        return self._ledger.sampled
+
+    @property
+    def closed(self) -> bool:
+        """Every group is scored or put aside."""
+        return self._ledger.closed
+
+    @property
+    def aside(self) -> int:
+        """How many groups were put aside."""
+        return len(self._ledger.aside)
+
+    def dispatch(self) -> None:
+        """Make the calls that there is room for. Raises TooManyFailures if more groups were put aside than are
+        tolerated."""
+        self._collector.dispatch()
+        aside = self._ledger.aside
+        if len(aside) > self._tolerated * len(self._refs):
+            raise TooManyFailures(
+                f"{len(aside)} of {len(self._refs)} groups could not be sampled or scored; the last: {aside[-1].id}: "
+                f"{aside[-1].cause}"
+            )
+
+    def collected(self) -> list[Collected]:
+        """The scored groups, once all are closed; those that were put aside are listed in `workers.put_aside`."""
+        assert self.closed
+        self._workers.put_aside += [f"{entry.id}: {entry.cause}" for entry in self._ledger.aside]
+        scored = {id: entry.scored for id, entry in self._ledger.entries.items() if entry.stage == "scored"}
+        return [Collected(scored=value, refs=(self._refs[id].group, ref)) for id, (value, ref) in scored.items()]
+
+
 def collect(
     workers: Workers,
     groups: Sequence[Group],
@@ -43,40 +100,16 @@ def collect(
     depth: ScoringDepth,
     *,
     tolerated: float = 0.0,
-    phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
-    meanwhile: Callable[[], None] = lambda: None,
 ) -> list[Collected]:
-    """Sample and score groups; a group is scored while others are still being sampled. Those that cannot be, because
-    they kill whatever works on them, or end in errors, are put aside: they are missing from the result, and listed in
-    `workers.put_aside`.
-
-    tolerated: share of the groups that may be put aside; above it TooManyFailures is raised. phase: times the phases
-    "rollout" and "score". meanwhile: called at least once a second, when the learner is idle."""
-    refs = {group.id: GroupRefs.put(group) for group in groups}
-    ledger = Ledger(refs)
-    sampling_post, scoring_post = workers.rollouts.sampling(refs, sampling), workers.segmenters.scoring(refs, depth)
-    collector = Collector(ledger, sampling_post, scoring_post, workers.calls)
-
-    def turn() -> None:
+    """Sample and score groups; a group is scored while others are still being sampled. tolerated: as in
+    `Collecting`."""
+    collecting = Collecting(workers, groups, sampling, depth, tolerated=tolerated)
+    while not collecting.closed:
         tend(workers)
-        collector.dispatch()
+        collecting.dispatch()
         workers.calls.turn()
-        meanwhile()
-        if len(ledger.aside) > tolerated * len(refs):
-            raise TooManyFailures(
-                f"{len(ledger.aside)} of {len(refs)} groups could not be sampled or scored; the last: "
-                f"{ledger.aside[-1].id}: {ledger.aside[-1].cause}"
-            )
-
-    with phase("rollout"):
-        while not ledger.sampled:
-            turn()
-    with phase("score"):
-        while not ledger.closed:
-            turn()
-    workers.put_aside += [f"{entry.id}: {entry.cause}" for entry in ledger.aside]
-    scored = {id: entry.scored for id, entry in ledger.entries.items() if entry.stage == "scored"}
-    return [Collected(scored=value, refs=(refs[id].group, ref)) for id, (value, ref) in scored.items()]
+    collecting.dispatch()
+    return collecting.collected()
 
 
 @dataclass(frozen=True, kw_only=True)

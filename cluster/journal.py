@@ -58,17 +58,17 @@ class Journal:
         groups: Sequence[ScoredGroup],
         report: UpdateReport,
         *,
-        canary_gap: float,
+        canary_gap: float | None,
         resampled: int,
         roles: Mapping[str, float],
     ) -> dict[str, float]:
-        """Record a step. Returns its metrics by name. resampled: how many zero-variance groups were replaced by newly
-        sampled ones. roles: the metrics of `cluster.timesheet`."""
+        """Record a step. Returns its metrics by name. canary_gap: None where the canary was not asked. resampled: how
+        many zero-variance groups were replaced by newly sampled ones. roles: the metrics of `cluster.timesheet`."""
         self._steps = step
         metrics = {
             **sample_metrics(groups, step),
             **{f"learner/{name}": value for name, value in asdict(report).items()},
-            "learner/canary_gap": canary_gap,
+            **({} if canary_gap is None else {"learner/canary_gap": canary_gap}),
             "reward/resampled_groups": float(resampled),
             **roles,
             **{f"seconds/{name}": seconds for name, seconds in self.clock.lap().items()},

@@ -1,7 +1,7 @@
 """What training and supervised fine-tuning share: the step count, the position in the data, checkpoints."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from actors.pools import RankPool
 from cluster.checkpoints import Checkpoint, CheckpointFolder, Checkpoints, RunState, export
@@ -78,12 +78,19 @@ class Loop:
         self.step, self.cursor = checkpoint.state.step, checkpoint.state.cursor
         return checkpoint.state.metrics if self.checkpoints.holds(checkpoint) else 0
 
-    def save_if_due(self, score: float | None, *, at_once: bool = False) -> None:
+    def save_if_due(self, score: float | None, *, at_once: bool = False, ahead: Sequence[Sequence[int]] = ()) -> None:
         """Begin to write a checkpoint of everything that the next step depends on, if one is due; otherwise put the one
-        under way in its place if it is written. score: as `RunState.score`. at_once: even if none is due."""
+        under way in its place if it is written. score, ahead: as in `RunState`. at_once: even if none is due."""
         if at_once or self.at_end or self.checkpoints.due(self.step):
             position = self.run.metrics_position()
-            state = RunState(step=self.step, cursor=self.cursor, metrics=position, score=score, rows=self._row_count)
+            state = RunState(
+                step=self.step,
+                cursor=self.cursor,
+                metrics=position,
+                score=score,
+                rows=self._row_count,
+                ahead=[list(rows) for rows in ahead],
+            )
             self.checkpoints.save(state, (self.run.path / "config.yaml").read_text(encoding="utf-8"))
         else:
             self.checkpoints.saved()

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from actors.learner_rank import LearnerRank
@@ -20,7 +21,7 @@ from cluster.commands.doctor_demand import demand, parameters
 from cluster.config import TrainConfig, load_config
 from cluster.data import open_rows
 from cluster.display import Display
-from cluster.evaluation import Collected, collect, evaluate, evaluation_groups
+from cluster.evaluation import Collecting, evaluate, evaluation_groups
 from cluster.fetching import fetched
 from cluster.hiring import ActorSpec
 from cluster.journal import Journal
@@ -28,9 +29,10 @@ from cluster.loop import Loop, checkpoint_to_resume, refuse_other_rows
 from cluster.placement import alone
 from cluster.run_folder import RunFolder
 from cluster.scaling import Autoscaler, Scaling, Wishes
+from cluster.steps_ahead import StepsAhead
 from cluster.timesheet import Timesheet
 from cluster.trackers import Trackers
-from cluster.weight_sync import Canary, sync_weights
+from cluster.weight_sync import EVERY, Canary, publish, settle, sync_weights, tend
 from cluster.workers import Workers, ranks, ray_connection, rollouts, segmenters, started
 from learner.config import LearnerTask
 from umrg.dataset import Dataset
@@ -132,6 +134,21 @@ class Training(Loop):
             display.note,
         )
         self.sampling = config.rollout.sampling(seed=config.seed)
+        self.ahead = StepsAhead(
+            draw=self.draw,
+            begin=self.begin,
+            tend=partial(tend, workers),
+            turn=workers.calls.turn,
+            batch=config.batch,
+            retries=config.dynamic_sampling_retries,
+            staleness=config.staleness,
+            last=config.steps - 1,
+        )
+        workers.learner.meanwhile = self.ahead.attend
+        self.resumed = False
+        """Whether engines may hold other modules of which nothing learns than the learner."""
+        self.told = 0
+        """Groups that were put aside so far."""
         journal.facts["engines"] = [asdict(engine) for engine in workers.engines]
 
     def go(self, checkpoint: Checkpoint | None) -> None:
@@ -147,6 +164,7 @@ class Training(Loop):
                 if left == 0:
                     raise
                 self.display.warning(f"{error}; the learner starts again")
+                self.ahead.restore([])
                 checkpoint = self.checkpoints.newest() or checkpoint
         self.workers.check_expert()
         if self.workers.put_aside:
@@ -165,7 +183,7 @@ class Training(Loop):
             if self.due(self.config.evaluation.every) and not self.at_end:
                 self.evaluate_held_out(f"step-{self.step:06d}")
             with clock.phase("checkpoint"):
-                self.save_if_due(self.journal.score())
+                self.save_if_due(self.journal.score(), ahead=self.ahead.rows())
         self.evaluate_held_out("after")
         with clock.phase("save"):
             self.export_model(checkpoint)
@@ -173,14 +191,16 @@ class Training(Loop):
     def take_step(self) -> None:
         """Sample and score, learn, sync weights, record."""
         phase = self.timesheet.phase
-        groups, resampled = self.collect_groups()
+        groups, resampled = self.ahead.collect(self.step, phase=phase, meanwhile=self.meanwhile)
+        while self.told < len(self.workers.put_aside):
+            self.display.warning(f"put aside: {self.workers.put_aside[self.told]}")
+            self.told += 1
         with phase("learn"):
             work = [self.config.learner.work(group.scored) for group in groups]
             report = self.workers.learner.update([group.refs for group in groups], work)
         self.step += 1
         with phase("sync"):
-            sync_weights(self.workers, version=self.step)
-            gap = self.canary.check(self.workers)
+            gap = self.sync()
         scored = [group.scored for group in groups]
         roles = self.timesheet.lap()
         metrics = self.journal.step(self.step, scored, report, canary_gap=gap, resampled=resampled, roles=roles)
@@ -189,48 +209,36 @@ class Training(Loop):
         for alarm in self.journal.alarms:
             self.display.warning(alarm)
 
-    def collect_groups(self) -> tuple[list[Collected], int]:
-        """The groups of a step, sampled and scored, and how many zero-variance groups were resampled
-        (dynamic sampling: DAPO, Yu et al. 2025, arXiv:2503.14476)."""
-        kept: list[Collected] = []
-        sampled, aside = 0, len(self.workers.put_aside)
-        for _ in range(self.config.dynamic_sampling_retries + 1):
-            fresh = self.groups(self.config.batch - len(kept), first=sampled)
-            sampled += len(fresh)
-            collected = collect(
-                self.workers,
-                fresh,
-                self.sampling,
-                "reward",
-                tolerated=self.config.tolerated_failures,
-                phase=self.timesheet.phase,
-                meanwhile=self.meanwhile,
-            )
-            kept += [group for group in collected if not group.scored.zero_variance]
-            zero_variance = [group for group in collected if group.scored.zero_variance]
-            if not zero_variance:
-                break
-        # Zero-variance groups that no retry replaced are kept: every step has the same number of groups.
-        kept += zero_variance[: self.config.batch - len(kept)]
-        for text in self.workers.put_aside[aside:]:
-            self.display.warning(f"put aside: {text}")
-        return kept, sampled - len(kept) - (len(self.workers.put_aside) - aside)
+    def sync(self) -> float | None:
+        """Give the rollouts the new weights. Returns the canary's gap; None where it was not asked, because the learner
+        would have to wait for rollouts that are yet sampling with older weights."""
+        publish(self.workers, version=self.step, everything=self.resumed)
+        if self.config.staleness and self.step % EVERY != 1:
+            return None
+        settle(self.workers, one=self.config.staleness > 0)
+        return self.canary.check(self.workers)
 
     def meanwhile(self) -> None:
         """What is looked at every second while groups are sampled and scored."""
         self.checkpoints.saved()
         self.scaling.heed()
 
-    def groups(self, count: int, first: int) -> list[Group]:
-        """The next `count` rows of the data as groups of this step, with indices from `first` on."""
+    def draw(self, count: int) -> list[int]:
+        """Numbers of the next rows of the data."""
         rows, self.cursor = next(batches(self.rows, count, self.cursor))
-        return [
-            Group(run=self.config.name, step=self.step, index=first + i, sample=sample)
+        return rows
+
+    def begin(self, step: int, first: int, rows: Sequence[int]) -> Collecting:
+        """Rows as groups of a step, with indices from `first` on, on their way to be sampled and scored."""
+        groups = [
+            Group(run=self.config.name, step=step, index=first + i, sample=sample)
             for i, sample in enumerate(self.rows.samples(rows))
         ]
+        return Collecting(self.workers, groups, self.sampling, "reward", tolerated=self.config.tolerated_failures)
 
     def evaluate_held_out(self, name: str) -> None:
         """Evaluate on the held-out rows, and record it under a name."""
+        settle(self.workers)
         with self.display.waiting(f"evaluating {name}"), self.journal.clock.phase("evaluate"):
             evaluation = evaluate(
                 self.workers,
@@ -243,7 +251,9 @@ class Training(Loop):
     def resume(self, checkpoint: Checkpoint | None) -> int:
         """As `Loop.resume`; the rollouts get the checkpoint's weights, and the journal drops later records."""
         position = super().resume(checkpoint)
-        if checkpoint or self.workers.version:
+        self.ahead.restore(checkpoint.state.ahead if checkpoint else [])
+        self.resumed = checkpoint is not None
+        if checkpoint or self.workers.rollouts.weights:
             sync_weights(self.workers, version=self.step, everything=True)
             self.display.resumed(self.step)
         self.journal.rewind(self.step, position)

@@ -1,11 +1,16 @@
-"""Weights from the learner to every rollout, and the proof that they arrived and are used."""
+"""Weights from the learner to every rollout, and the proof that they arrived and are used.
 
-from collections.abc import Sequence
+    learner ──publish──► Weights ──tend──► each rollout, once it has ended what it has ──► works again
+
+`settle` waits until all work with them, as a synchronous step does. Where steps overlap nobody waits: the rollouts take
+them over one after another while the learner goes on.
+"""
 
 import numpy as np
 import ray
 
-from actors.pool import Member
+from actors.engine_report import UpdateReceipt
+from actors.pools import Weights
 from cluster.config import TrainConfig
 from cluster.workers import Workers
 from umrg.group import Group, SamplingParams
@@ -16,23 +21,42 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15}
 Stale weights or caches make 0.1 and more in float32."""
 
 TOKENS = 24
+EVERY = 10
+"""Where steps overlap, an engine is asked about the first version, and about each so many-th after it."""
 
 
 class WeightsDiffer(RuntimeError):
     """A rollout engine does not compute with the learner's weights."""
 
 
+def publish(workers: Workers, *, version: int, everything: bool = False) -> None:
+    """Make the learner's weights those that rollouts are to work with. everything: those of modules of which nothing
+    learns too, for engines that may hold others."""
+    workers.rollouts.weights = workers.learner.weights(version, everything=everything)
+
+
+def settle(workers: Workers, *, one: bool = False) -> None:
+    """Wait until all rollouts that work do so with the published weights; those that start get them before they begin.
+    one: until a single one does. Raises WeightsDiffer as `tend` does."""
+    while True:
+        tend(workers)
+        rollouts = workers.rollouts
+        behind = [each for each in rollouts if each.state in ("loaded", "ready") and not rollouts.renewed(each)]
+        if not behind or (one and any(map(rollouts.renewed, rollouts.ready))):
+            return
+        workers.calls.turn()
+
+
 def sync_weights(workers: Workers, *, version: int, everything: bool = False) -> None:
-    """Send the learner's weights to every rollout that works; others get them before they begin. everything: those of
-    modules of which nothing learns too, for engines that may hold others. Raises WeightsDiffer if other tensors arrive
-    than were sent, or if an engine's live parameters are others after the update."""
-    workers.version = version
-    _send(workers, workers.rollouts.ready, everything=everything)
+    """Publish the learner's weights, and wait until all rollouts work with them."""
+    publish(workers, version=version, everything=everything)
+    settle(workers)
 
 
 def tend(workers: Workers) -> None:
-    """Start the actors that are missing, drain those that are too many, and let those that are loaded work: a rollout
-    with the learner's weights, which it is sent here."""
+    """Start the actors that are missing, drain those that are too many, send the published weights to rollouts that
+    hold others and have nothing to do, and let those work that hold them. Raises WeightsDiffer, here or in the turn
+    that follows, if other tensors arrive than were sent, or if an engine's live parameters are others afterwards."""
     workers.rollouts.reconcile(workers.wanted["rollout"])
     workers.segmenters.reconcile(workers.wanted["segmenter"])
     if workers.hiring:
@@ -40,32 +64,26 @@ def tend(workers: Workers) -> None:
     for member in workers.segmenters.loaded:
         assert member.said == workers.expert_digest, f"{member.name} holds another expert than the others"
         workers.segmenters.admit(member.name)
-    if joining := workers.rollouts.loaded:
-        if workers.version > 0:
-            _send(workers, joining, everything=True)
-        for member in joining:
-            workers.rollouts.admit(member.name)
+    workers.rollouts.renew(check_receipt)
 
 
-def _send(workers: Workers, members: Sequence[Member], *, everything: bool) -> None:
-    version = workers.version
-    checksum, buckets = workers.learner.weights(everything=everything)
-    for name, receipt in workers.rollouts.update_weights(version, buckets, members).items():
-        if receipt.checksum != checksum:
-            raise WeightsDiffer(
-                f"weights of version {version} arrived at {name} with checksum {receipt.checksum[:12]}, not "
-                f"{checksum[:12]}"
-            )
-        if receipt.unlike:
-            raise WeightsDiffer(
-                f"after the update to version {version} {receipt.unlike[0]} of {name} holds other weights than were "
-                f"sent ({len(receipt.unlike)} of {receipt.compared} parameters compared)"
-            )
+def check_receipt(name: str, sent: Weights, receipt: UpdateReceipt) -> None:
+    """Raises WeightsDiffer if a rollout received other weights than were sent, or holds others."""
+    if receipt.checksum != sent.checksum:
+        raise WeightsDiffer(
+            f"weights of version {sent.version} arrived at {name} with checksum {receipt.checksum[:12]}, not "
+            f"{sent.checksum[:12]}"
+        )
+    if receipt.unlike:
+        raise WeightsDiffer(
+            f"after the update to version {sent.version} {receipt.unlike[0]} of {name} holds other weights than were "
+            f"sent ({len(receipt.unlike)} of {receipt.compared} parameters compared)"
+        )
 
 
 class Canary:
-    """One fixed prompt that every engine answers after each update; its log-probs must equal the learner's. Because
-    prompt and image were seen before, a cache that was not reset shows up."""
+    """One fixed prompt that engines answer after an update; its log-probs must equal the learner's. Because prompt and
+    image were seen before, a cache that was not reset shows up."""
 
     def __init__(self, sample: Sample, config: TrainConfig) -> None:
         self._group = ray.put(Group(run="canary", step=0, index=0, sample=sample).without_masks())
@@ -74,8 +92,8 @@ class Canary:
         self._tolerance = TOLERANCE["float32" if exact else "bfloat16"]
 
     def check(self, workers: Workers) -> float:
-        """Let every engine answer, and return the largest mean difference of log-probs from the learner's. Raises
-        WeightsDiffer above the tolerance."""
+        """Let every engine that works with the published weights answer, and return the largest mean difference of
+        log-probs from the learner's, which must not have moved since. Raises WeightsDiffer above the tolerance."""
         worst = 0.0
         for answer in workers.rollouts.canary(self._group, self._sampling):
             (completion,) = answer.completions

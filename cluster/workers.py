@@ -126,8 +126,6 @@ class Workers:
     """Of the frozen expert's weights."""
     engines: tuple[EngineReport, ...] = ()
     """What the engines of the start said of themselves; empty with an endpoint."""
-    version: int = 0
-    """Of the weights that rollouts work with; those of the model's folder are 0."""
     hiring: Hiring | None = None
     """Makes the actors; None where others do."""
     put_aside: list[str] = field(default_factory=list)

@@ -3,8 +3,9 @@
     groups of this rank ──encode──► packed sequences of micro_batch_tokens ──scores, token_losses, backward──► step
 
 A packed sequence is a micro-batch; gradients are accumulated over those of a mini-batch, and each mini-batch makes one
-update. At the first update the learning policy is the one that sampled, so its own log-probs, detached, are the old
-ones. Those of later mini-batches are computed before the first update moves the policy.
+update. The old log-probs are those of the policy before the step: at the first update that is the learning policy
+itself, so they are its own, detached; those of later mini-batches are computed before the first update moves it. Where
+steps overlap, an earlier version sampled; its log-probs are the engine's (`learner.objective`).
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +36,8 @@ class _MiniBatch:
     tokens: int
     """Of all completions, over all ranks."""
     old: list[torch.Tensor] | None = None
-    """Log-probs of each sequence's tokens under the policy that sampled; None if that is the learning policy itself."""
+    """Log-probs of each sequence's tokens under the policy before the step; None if that is the learning policy
+    itself."""
     reference: list[torch.Tensor] | None = None
     """The same under the reference model; None without a KL term."""
 

@@ -67,9 +67,9 @@ class Tokens:
     entropy: torch.Tensor
     """[T], of the learning policy's distributions, in nats; with a gradient if the objective has an entropy bonus."""
     old_logprobs: torch.Tensor
-    """[T], under the policy that sampled, computed by the learner."""
+    """[T], under the policy before the step, computed by the learner."""
     engine_logprobs: torch.Tensor
-    """[T], under the policy that sampled, computed by the rollout engine."""
+    """[T], under the policy that sampled, computed by the rollout engine: that before the step, or an earlier one."""
     advantages: torch.Tensor
     """[T], of the completion that each token belongs to."""
     answer: torch.Tensor
@@ -111,7 +111,7 @@ def token_losses(tokens: Tokens, objective: ObjectiveConfig) -> TokenLosses:
 
 
 def importance_ratio(log_ratio: torch.Tensor, answer: torch.Tensor, kind: str) -> torch.Tensor:
-    """Importance ratio of the learning policy to the one that sampled, [T], from the tokens' log-ratios.
+    """Importance ratio of the learning policy to the one before the step, [T], from the tokens' log-ratios.
 
     token: each token's own. sequence: the geometric mean over each completion's tokens, the same for all of them (GSPO,
     Zheng et al. 2025, arXiv:2507.18071, eq. 7).
@@ -136,9 +136,12 @@ def clipped_surrogate(
 
 
 def engine_correction(log_ratio: torch.Tensor, answer: torch.Tensor, kind: str) -> torch.Tensor:
-    """Importance weight of the learner's arithmetic over the engine's, [T], detached, from the tokens' log-ratios: of
-    each token, or of each completion as a whole. The caller truncates it at a cap (Yao et al. 2025, "Your efficient RL
-    framework secretly brings you off-policy RL training"; truncation as in Espeholt et al. 2018, arXiv:1802.01561)."""
+    """Importance weight of the policy before the step, in the learner's arithmetic, over the one that sampled, in the
+    engine's, [T], detached, from the tokens' log-ratios: of each token, or of each completion as a whole. The caller
+    truncates it at a cap (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training";
+    truncation as in Espeholt et al. 2018, arXiv:1802.01561). Where an earlier version sampled, it is the behaviour
+    weight of the decoupled objective, whose clip is centred on the policy before the step (Hilton et al. 2021,
+    arXiv:2110.00641, eq. 2; Fu et al. 2025, arXiv:2505.24298)."""
     log_ratio = log_ratio.detach()
     return (_sum_of_answer(log_ratio, answer) if kind == "sequence" else log_ratio).exp()
 

@@ -14,7 +14,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
+import ray
 
+from actors.pools import Weights
+from actors.weight_files import checksum_of, pack
+from cluster.weight_sync import settle
 from tests.conftest import ROOT, TIMED
 
 SMALL = (
@@ -107,3 +111,10 @@ def told(folder: Path) -> list[dict[str, object]]:
     """Metrics of each step of a run, timings left out."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [{name: value for name, value in line.items() if not name.startswith(TIMED)} for line in lines]
+
+
+def hand_out(workers, tensors):
+    """Let the rollouts work with other weights than the learner's. tensors: by name."""
+    buckets = (ray.put(pack(tensors)),)
+    workers.rollouts.weights = Weights(version=1, checksum=checksum_of([tensors]), buckets=buckets)
+    settle(workers)

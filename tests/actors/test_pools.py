@@ -141,8 +141,8 @@ def test_a_death_names_the_actor(worker):
 def test_an_engine_has_as_many_groups_as_it_samples_at_once(n, groups):
     starter: Any = None
     pool = RolloutPool(starter, Calls(), DeadlineConfig(), sequences=24)
-    pool.sampling({}, SamplingParams(n=n, temperature=1.0, max_tokens=8))
-    assert pool.bound == groups
+    post = pool.sampling({}, SamplingParams(n=n, temperature=1.0, max_tokens=8))
+    assert post.bound == groups
 
 
 def test_a_placement_gives_an_actor_its_share_of_a_gpu_and_its_environment(ray_cluster):

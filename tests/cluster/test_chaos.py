@@ -166,7 +166,7 @@ class Bereft(Training):
 
     def go(self, checkpoint):
         calls = [(self.workers.learner, name) for name in ("update", "weights", "logprobs", "save")]
-        for pool, method in [*calls, (self.workers.rollouts, "update_weights")]:
+        for pool, method in [*calls, (self.workers.rollouts, "_give")]:
             setattr(pool, method, self.guarded(method, getattr(pool, method)))
         super().go(checkpoint)
 
@@ -184,7 +184,7 @@ class Bereft(Training):
 def test_a_learner_that_dies_goes_on_from_its_newest_checkpoint(undisturbed, demo_config, tmp_path, monkeypatch):
     """Whatever it is asked for: an update before there is any checkpoint, weights, the canary, a checkpoint. With it go
     weights that were on their way to the rollouts."""
-    deaths = ["update 1", "weights 3", "logprobs 4", "save 6", "update_weights 8"]
+    deaths = ["update 1", "weights 3", "logprobs 4", "save 6", "_give 8"]
     monkeypatch.setattr(Bereft, "before", list(deaths), raising=False)
     monkeypatch.setattr(cluster.train, "Training", Bereft)
     settings = ("steps=12", "checkpoint_every=2", "restarts=5", f"runs={tmp_path}", "name=chaos")
@@ -216,17 +216,16 @@ def test_a_segmenter_that_hangs_is_replaced(undisturbed, demo_config, tmp_path, 
 @chaos
 def test_a_rollout_that_dies_in_a_weight_update_is_replaced(undisturbed, demo_config, tmp_path, monkeypatch):
     """The others are updated; the one that joins gets the same weights."""
-    update_weights = RolloutPool.update_weights
+    give = RolloutPool._give
     killed: list[str] = []
 
-    def interrupted(self, version, buckets, members=None):
-        if version == 2 and not killed:
-            victim = self.ready[0]
-            killed.append(victim.name)
-            threading.Timer(0.02, os.kill, (pid(victim.handle), signal.SIGKILL)).start()
-        return update_weights(self, version, buckets, members)
+    def interrupted(self, member, weights, received):
+        if weights.version == 2 and not killed:
+            killed.append(member.name)
+            threading.Timer(0.02, os.kill, (pid(member.handle), signal.SIGKILL)).start()
+        give(self, member, weights, received)
 
-    monkeypatch.setattr(RolloutPool, "update_weights", interrupted)
+    monkeypatch.setattr(RolloutPool, "_give", interrupted)
     run = train(demo_config(*SMALL, "steps=4", f"runs={tmp_path}", "name=chaos"))
     assert killed and answers(run) == undisturbed[1][:4]
 

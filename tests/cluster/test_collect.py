@@ -8,7 +8,7 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from actors.weight_files import pack, unpack
+from actors.weight_files import unpack
 from cluster.evaluation import collect
 from cluster.weight_sync import Canary, WeightsDiffer, sync_weights
 from phantoms import rows
@@ -16,6 +16,7 @@ from reasoner.model import load_reasoner
 from reasoner.prompter import load_prompter
 from tests.conftest import TINY_REASONER
 from tests.ranks import running
+from tests.runs import hand_out
 from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
 from umrg.group import Group, SamplingParams
@@ -72,7 +73,7 @@ def test_vision_tokens_are_never_sampled(workers, samples):
     direction = torch.randn(head.shape[1], generator=torch.Generator().manual_seed(0))
     head[vision[0]], head[vision[1]] = 1.5 * direction, -1.5 * direction
     try:
-        workers.rollouts.update_weights(1, [ray.put(pack({**weights, "lm_head.weight": head}))])
+        hand_out(workers, {**weights, "lm_head.weight": head})
         group = Group(run="t", step=0, index=0, sample=samples[0])
         (taken,) = scored(workers, [group], n=4, max_tokens=32)
         for completion in taken.samples.completions:
@@ -87,17 +88,18 @@ def test_a_frozen_vision_tower_is_left_out_of_updates(workers, samples, demo_con
     tower = dict(load_reasoner(TINY_REASONER).model.named_parameters())["model.visual.blocks.0.attn.qkv.bias"]
     assert tower.abs().min() > 0
     canary = Canary(samples[0], demo_config())
-    checksum, buckets = workers.learner.weights(everything=False)
-    sent = {entry.name for ref in buckets for entry in ray.get(ref).entries}
+    own = workers.learner.weights(2, everything=False)
+    sent = {entry.name for ref in own.buckets for entry in ray.get(ref).entries}
     assert sent and not any(name.startswith("model.visual.") for name in sent)
     # Other weights first, so that an update that changed nothing would show.
-    other = {name: tensor + 0.1 for ref in buckets for name, tensor in unpack(ray.get(ref)).items()}
+    other = {name: tensor + 0.1 for ref in own.buckets for name, tensor in unpack(ray.get(ref)).items()}
     try:
-        workers.rollouts.update_weights(1, [ray.put(pack(other))])
+        hand_out(workers, other)
         with pytest.raises(WeightsDiffer, match="stale weights or caches"):
             canary.check(workers)
-        (receipt,) = workers.rollouts.update_weights(2, buckets).values()
-        assert receipt.checksum == checksum and receipt.unlike == () and receipt.compared > 10
+        (member,) = workers.rollouts
+        receipt = ray.get(member.handle.update_weights.remote(2, list(own.buckets)), timeout=120)
+        assert receipt.checksum == own.checksum and receipt.unlike == () and receipt.compared > 10
         assert canary.check(workers) < 1e-3
     finally:
         sync_weights(workers, version=0, everything=True)

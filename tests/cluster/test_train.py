@@ -28,7 +28,6 @@ from actors.failures import DeadlinePassed
 from actors.pools import SegmenterPool
 from actors.rollout import Rollout
 from actors.segmenter import Segmenter
-from actors.weight_files import pack
 from cluster.checkpoints import export_run
 from cluster.commands.report import report
 from cluster.data import open_rows
@@ -45,6 +44,7 @@ from cluster.workers import rollouts, started
 from reasoner.model import load_reasoner
 from rewards.case import Case
 from tests.conftest import TINY_REASONER
+from tests.runs import hand_out
 from umrg.config import model_folder
 from umrg.dataset import Dataset
 from umrg.group import SamplingParams
@@ -158,7 +158,7 @@ def test_the_final_model_answers_alike_in_vllm(finished, workers):
     rows = list(Dataset.open(run.path / "data" / "eval.parquet"))
     evaluated = {record["sample_id"]: record for record in read_records(run.samples / "after-greedy.parquet")}
     try:
-        workers.rollouts.update_weights(3, [ray.put(pack(load_file(run.model / "model.safetensors")))])
+        hand_out(workers, load_file(run.model / "model.safetensors"))
         again = evaluate(workers, evaluation_groups(rows), SamplingParams(n=0, temperature=1.0, max_tokens=128))
     finally:
         sync_weights(workers, version=0, everything=True)
@@ -322,7 +322,7 @@ def test_zero_variance_groups_give_way_to_others(workers, demo_config, tmp_path)
         Journal(run, Trackers(run, config, pytest.fail)) as journal,
     ):
         training = Training(config, run, own, journal, Display(config), *open_rows(config, run)[:2])
-        kept, resampled = training.collect_groups()
+        kept, resampled = training.ahead.collect(0, phase=journal.clock.phase, meanwhile=lambda: None)
     assert len(kept) == 4 and not any(each.scored.zero_variance for each in kept) and resampled > 0
     indices = sorted(each.scored.group.index for each in kept)
     assert len(set(indices)) == 4 and indices[-1] > 3
