@@ -1,6 +1,6 @@
 """An elastic pool: the actors of one role, of which any may come, go or die at any time.
 
-    starting ──► loaded ◄─► ready ──► draining ──► ended
+    starting ──► loaded ──► ready ──► draining ──► ended
         └───────────┴─────────┴──────────┴──► ended (died, or given up)
 
 Scaling and death are the same event: `reconcile` compares the members with how many are wanted, starts what is missing
@@ -152,12 +152,6 @@ class Pool:
         self.worked()
         if (member := self.members.get(name)) and member.state == "loaded":
             member.state = "ready"
-
-    def recall(self, name: str) -> None:
-        """A member that has nothing to do waits to be admitted again."""
-        self.worked()
-        if (member := self.members.get(name)) and member.state == "ready" and not member.flying:
-            member.state = "loaded"
 
     def pick(
         self, *, alone: bool = False, bound: int | None = None, fit: Callable[[Member], bool] = lambda member: True

@@ -135,11 +135,10 @@ class RolloutPool(Pool):
         """Send the current weights to members that hold others, each once it has ended what it has, and admit those
         that hold them. received: is given what each says of them, by its name."""
         for member in self:
-            if not self.renewed(member):
-                self.recall(member.name)
-            if member.state == "loaded" and self.renewed(member):
+            if self.renewed(member):
                 self.admit(member.name)
-            elif member.state == "loaded" and member.taking is None and self.weights is not None:
+            elif member.state in ("loaded", "ready") and not member.flying and member.taking is None:
+                assert self.weights is not None, "weights are replaced by others, never by the folder's"
                 self._give(member, self.weights, received)
 
     def _give(self, member: Member, weights: Weights, received: Callable[[str, Weights, UpdateReceipt], None]) -> None:
