@@ -46,15 +46,15 @@ class GroupRefs:
         return cls(group=ray.put(group.without_masks()), masks=ray.put(group.sample.mask_bytes))
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class Weights:
-    """A version of the learner's weights in Ray's object store."""
+    """A version of the learner's weights."""
 
     version: int
     checksum: str
     """As `actors.weight_files.Checksum` has it."""
-    buckets: tuple[Ref, ...]
-    """Of each `Bucket`."""
+    buckets: tuple[Ref, ...] | None
+    """Of each `Bucket` in Ray's object store; None while it is not there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,14 +134,26 @@ class RolloutPool(Pool):
     def renew(self, received: Callable[[str, Weights, UpdateReceipt], None]) -> None:
         """Send the current weights to members that hold others, each once it has ended what it has, and admit those
         that hold them. received: is given what each says of them, by its name."""
-        for member in self:
+        for member in self.waiting:
+            if self.weights and self.weights.buckets is not None:
+                self._give(member, self.weights, self.weights.buckets, received)
+        for member in self.loaded:
             if self.renewed(member):
                 self.admit(member.name)
-            elif member.state in ("loaded", "ready") and not member.flying and member.taking is None:
-                assert self.weights is not None, "weights are replaced by others, never by the folder's"
-                self._give(member, self.weights, received)
 
-    def _give(self, member: Member, weights: Weights, received: Callable[[str, Weights, UpdateReceipt], None]) -> None:
+    @property
+    def waiting(self) -> list[Member]:
+        """Those that wait for the current weights, with nothing to do."""
+        idle = [member for member in (*self.loaded, *self.ready) if not member.flying and member.taking is None]
+        return [member for member in idle if not self.renewed(member)]
+
+    def _give(
+        self,
+        member: Member,
+        weights: Weights,
+        buckets: Sequence[Ref],
+        received: Callable[[str, Weights, UpdateReceipt], None],
+    ) -> None:
         """The references travel in a list, which Ray does not resolve: the actor fetches one bucket at a time."""
 
         def taken(ended: Ended) -> None:
@@ -157,7 +169,7 @@ class RolloutPool(Pool):
 
         member.taking = weights
         call = Call(actor=member.name, doing="taking new weights", seconds=self._deadlines.step, then=taken)
-        self._calls.add(member.handle.update_weights.remote(weights.version, list(weights.buckets)), call)
+        self._calls.add(member.handle.update_weights.remote(weights.version, list(buckets)), call)
 
     def canary(self, group: Ref, sampling: SamplingParams) -> list[GroupSamples]:
         """The completions of one group by each engine that works with the current weights."""
@@ -211,6 +223,8 @@ class RankPool:
         self._actors, self._deadlines, self._calls = dict(actors), deadlines, calls or Calls()
         self.meanwhile: Callable[[], None] = lambda: None
         """Called at least once a second while the ranks are waited for."""
+        self.busy = False
+        """Whether they are waited for."""
         self._saved: dict[str, FileRecord] = {}
         self._saving: list[str] = []
 
@@ -261,10 +275,13 @@ class RankPool:
         return self._gather(calls, self._deadlines.step, doing)
 
     def _gather(self, calls: Mapping[str, Ref], seconds: float, doing: str) -> list[Any]:
+        self.busy = True
         try:
             return self._calls.gather(calls, seconds=seconds, doing=doing, meanwhile=self.meanwhile)
         except (ActorDied, DeadlinePassed, Lost) as error:
             raise LearnerDied(str(error)) from error
+        finally:
+            self.busy = False
 
 
 class LearnerPool(RankPool):

@@ -212,10 +212,13 @@ class Training(Loop):
     def sync(self) -> float | None:
         """Give the rollouts the new weights. Returns the canary's gap; None where it was not asked, because the learner
         would have to wait for rollouts that are yet sampling with older weights."""
+        if self.config.staleness == 0:
+            sync_weights(self.workers, version=self.step)
+            return self.canary.check(self.workers)
         publish(self.workers, version=self.step, everything=self.resumed)
-        if self.config.staleness and self.step % EVERY != 1:
+        if self.step % EVERY != 1:
             return None
-        settle(self.workers, one=self.config.staleness > 0)
+        settle(self.workers, one=True)
         return self.canary.check(self.workers)
 
     def meanwhile(self) -> None:

@@ -32,6 +32,8 @@ class WeightsDiffer(RuntimeError):
 def publish(workers: Workers, *, version: int, everything: bool = False) -> None:
     """Make the learner's weights those that rollouts are to work with. everything: those of modules of which nothing
     learns too, for engines that may hold others."""
+    if before := workers.rollouts.weights:
+        before.buckets = None  # two versions may be more than the object store holds
     workers.rollouts.weights = workers.learner.weights(version, everything=everything)
 
 
@@ -48,9 +50,11 @@ def settle(workers: Workers, *, one: bool = False) -> None:
 
 
 def sync_weights(workers: Workers, *, version: int, everything: bool = False) -> None:
-    """Publish the learner's weights, and wait until all rollouts work with them."""
+    """Publish the learner's weights, wait until all rollouts work with them, and clear them from the object store."""
     publish(workers, version=version, everything=everything)
     settle(workers)
+    if weights := workers.rollouts.weights:
+        weights.buckets = None
 
 
 def tend(workers: Workers) -> None:
@@ -64,6 +68,11 @@ def tend(workers: Workers) -> None:
     for member in workers.segmenters.loaded:
         assert member.said == workers.expert_digest, f"{member.name} holds another expert than the others"
         workers.segmenters.admit(member.name)
+    weights = workers.rollouts.weights
+    if weights and weights.buckets is None and workers.rollouts.waiting and not workers.learner.busy:
+        # For those that join; they may hold other frozen modules than the learner, which a run that resumed got.
+        again = workers.learner.weights(weights.version, everything=True)
+        weights.checksum, weights.buckets = again.checksum, again.buckets
     workers.rollouts.renew(check_receipt)
 
 

@@ -219,11 +219,11 @@ def test_a_rollout_that_dies_in_a_weight_update_is_replaced(undisturbed, demo_co
     give = RolloutPool._give
     killed: list[str] = []
 
-    def interrupted(self, member, weights, received):
+    def interrupted(self, member, weights, buckets, received):
         if weights.version == 2 and not killed:
             killed.append(member.name)
             threading.Timer(0.02, os.kill, (pid(member.handle), signal.SIGKILL)).start()
-        give(self, member, weights, received)
+        give(self, member, weights, buckets, received)
 
     monkeypatch.setattr(RolloutPool, "_give", interrupted)
     run = train(demo_config(*SMALL, "steps=4", f"runs={tmp_path}", "name=chaos"))
