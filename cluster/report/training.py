@@ -20,6 +20,13 @@ from umrg.sample import Sample
 CARDS = 36
 """Held-out samples that the page shows."""
 
+LAG = {
+    "Lag of the weights that sampled (versions)": {"lag": "policy/lag"},
+    "Mean weight that corrects for the lag": {"weight": "learner/correction"},
+    "Share of these weights above their cap": {"share": "learner/truncated_fraction"},
+}
+"""Charts of a run whose steps overlapped."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:
@@ -98,8 +105,7 @@ def all_charts(metrics: Sequence[Mapping[str, float]]) -> list[str]:
         "Negative log-likelihood (nats/token), reward std": {"nll": "answers/nll", "reward std": "reward/std"},
         "Learner": {name: f"learner/{name}" for name in ("grad_norm", "kl", "clip_fraction")},
         "Engine against learner (nats)": {name: f"learner/{name}" for name in ("engine_gap", "canary_gap")},
-        "Lag (versions)": {"lag": "policy/lag"} if lagging else {},
-        "Correction for the lag": {name: f"learner/{name}" for name in ("correction", "truncated_fraction") if lagging},
+        **(LAG if lagging else {}),
         "Busy, share of a step": {role: f"busy/{role}" for role in AWAITED},
     }
     found = []

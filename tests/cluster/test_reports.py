@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from cluster.report.evaluation import chosen
 from cluster.report.pages import as_data_url, outline, shapes
-from cluster.report.training import all_charts
+from cluster.report.training import LAG, all_charts
 from umrg.metrics import mask_dice
 
 
@@ -72,5 +72,5 @@ def test_a_data_url_is_a_picture():
 def test_lag_and_its_correction_are_shown_where_steps_overlapped(lag, shown):
     line = {"reward/total": 0.5, "policy/lag": lag, "learner/correction": 0.99, "learner/truncated_fraction": 0.01}
     charts = "".join(all_charts([{"step": 1, **line, "policy/lag": 0.0}, {"step": 2, **line}]))
-    for title in ("Lag (versions)", "Correction for the lag", "truncated_fraction"):
+    for title in LAG:
         assert charts.count(f">{title}<") == shown, title
