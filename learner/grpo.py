@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from learner.collectives import Ranks
-from learner.config import LearnerConfig
+from learner.config import LearnerConfig, ObjectiveConfig
 from learner.encoding import EncodedGroup, encode_group, in_loss
 from learner.objective import TokenLosses, Tokens, Totals, token_losses
 from learner.reference import reference_of
@@ -25,6 +25,8 @@ from rewards.scored import ScoredGroup
 
 Fetch = Callable[[int], ScoredGroup]
 """Returns a group of the step, with its image, by its index."""
+Losses = Callable[[Tokens, ObjectiveConfig], TokenLosses]
+"""The per-token losses of a micro-batch."""
 
 
 @dataclass(kw_only=True)
@@ -45,8 +47,8 @@ class _MiniBatch:
 class GrpoRank:
     """A rank that learns by GRPO. All ranks call `update`, and each takes its own share of the step's groups."""
 
-    def __init__(self, zero: ZeroRank, config: LearnerConfig) -> None:
-        self._zero, self._config = zero, config
+    def __init__(self, zero: ZeroRank, config: LearnerConfig, losses: Losses = token_losses) -> None:
+        self._zero, self._config, self._losses = zero, config, losses
         self._reference = reference_of(zero, config) if config.objective.kl > 0 else None
 
     def update(self, work: Sequence[int], fetch: Fetch) -> UpdateReport:
@@ -117,7 +119,7 @@ class GrpoRank:
                 answer=packed.branch,
                 reference_logprobs=None if batch.reference is None else batch.reference[i],
             )
-            losses = token_losses(tokens, self._config.objective)
+            losses = self._losses(tokens, self._config.objective)
             weights = self._joined([group.weights for group in groups])
             self._zero.backward((losses.loss * weights).sum(), last=i == len(batch.sequences) - 1)
             sums.add(tokens, losses, weights)
@@ -134,7 +136,7 @@ class _Sums:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         # The loss, the number of tokens, and a sum for each diagnostic.
-        self._sums = torch.zeros(8, dtype=torch.float64, device=ranks.device)
+        self._sums = torch.zeros(9, dtype=torch.float64, device=ranks.device)
 
     def add(self, tokens: Tokens, losses: TokenLosses, weights: torch.Tensor) -> None:
         """Add a micro-batch of this rank."""
@@ -147,6 +149,7 @@ class _Sums:
             log_ratio.abs(),
             log_ratio.exp() - log_ratio - 1,  # the k3 estimator of KL(engine ‖ learner)
             losses.truncated,
+            losses.correction,
         )
         self._sums[0] += (losses.loss.detach() * weights).double().sum()
         self._sums[1:] += torch.stack(diagnostics).double() @ (weights > 0).double()
@@ -159,5 +162,5 @@ class _Sums:
     def means(self) -> dict[str, float]:
         """The loss, and the mean of each diagnostic, over all ranks; all ranks."""
         loss, count, *sums = self._ranks.total(self._sums).tolist()
-        names = ("kl", "clip_fraction", "entropy", "engine_gap", "engine_kl", "truncated_fraction")
+        names = ("kl", "clip_fraction", "entropy", "engine_gap", "engine_kl", "truncated_fraction", "correction")
         return {"loss": loss, **{name: value / max(1.0, count) for name, value in zip(names, sums, strict=True)}}

@@ -90,24 +90,26 @@ class TokenLosses:
     """[T], estimate of the divergence from the reference model; 0 without one."""
     truncated: torch.Tensor
     """[T], 1 where the engine correction is above its cap, whether or not it is applied."""
+    correction: torch.Tensor
+    """[T], the engine correction, at most its cap, whether or not it is applied."""
 
 
 def token_losses(tokens: Tokens, objective: ObjectiveConfig) -> TokenLosses:
     """Per-token loss: -min(r A, clip(r) A) · correction + kl · KL - entropy · H."""
     ratio = importance_ratio(tokens.logprobs - tokens.old_logprobs, tokens.answer, objective.ratio)
     surrogate, clipped = clipped_surrogate(ratio, tokens.advantages, objective)
-    correction = engine_correction(tokens.old_logprobs - tokens.engine_logprobs, tokens.answer, objective.correction)
+    weight = engine_correction(tokens.old_logprobs - tokens.engine_logprobs, tokens.answer, objective.correction)
+    correction, truncated = weight.clamp(max=objective.correction_cap), (weight > objective.correction_cap).float()
     loss = -surrogate
     if objective.correction != "none":
-        loss = loss * correction.clamp(max=objective.correction_cap)
+        loss = loss * correction
     kl = torch.zeros_like(tokens.logprobs)
     if tokens.reference_logprobs is not None:
         kl = divergence(tokens.logprobs, tokens.reference_logprobs, objective.kl_estimator)
         loss = loss + objective.kl * kl
     if objective.entropy > 0:
         loss = loss - objective.entropy * tokens.entropy
-    truncated = (correction > objective.correction_cap).float()
-    return TokenLosses(loss=loss, clipped=clipped.detach(), kl=kl.detach(), truncated=truncated)
+    return TokenLosses(loss=loss, clipped=clipped.detach(), kl=kl.detach(), truncated=truncated, correction=correction)
 
 
 def importance_ratio(log_ratio: torch.Tensor, answer: torch.Tensor, kind: str) -> torch.Tensor:

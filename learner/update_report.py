@@ -21,6 +21,9 @@ class UpdateReport:
     """The divergence that this difference implies, by the estimator k3."""
     truncated_fraction: float
     """Share of the tokens whose engine correction is above `correction_cap`, whether or not it is applied."""
+    correction: float
+    """Mean engine correction, each at most `correction_cap`, whether or not it is applied: the behaviour weight where
+    steps overlap."""
     grad_norm: float
     """Gradient norm of the last update, before clipping."""
     lr: float

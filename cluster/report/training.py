@@ -20,6 +20,13 @@ from umrg.sample import Sample
 CARDS = 36
 """Held-out samples that the page shows."""
 
+LAG = {
+    "Lag of the weights that sampled (versions)": {"lag": "policy/lag"},
+    "Mean weight that corrects for the lag": {"weight": "learner/correction"},
+    "Share of these weights above their cap": {"share": "learner/truncated_fraction"},
+}
+"""Charts of a run whose steps overlapped."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:
@@ -86,16 +93,19 @@ def total_seconds(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def all_charts(metrics: Sequence[Mapping[str, float]]) -> list[str]:
     """The curves over a run's steps. A curve whose metric some step lacks is left out, such as those of masks where the
-    reward needs none, and so is a chart without any curve."""
+    reward needs none, and so is a chart without any curve. How far the weights that sampled lag behind, and what
+    corrects for it, is shown where steps overlapped."""
     if not metrics:
         return []
     steps = [int(line["step"]) for line in metrics]
+    lagging = any(line.get("policy/lag") for line in metrics)
     groups: dict[str, dict[str, str]] = {
         "Sampled answers": {name: f"answers/{name}" for name in TRAINING_METRICS},
         "Reward and its parts": {name: f"reward/{name}" for name in reward_parts(metrics[0])},
         "Negative log-likelihood (nats/token), reward std": {"nll": "answers/nll", "reward std": "reward/std"},
         "Learner": {name: f"learner/{name}" for name in ("grad_norm", "kl", "clip_fraction")},
         "Engine against learner (nats)": {name: f"learner/{name}" for name in ("engine_gap", "canary_gap")},
+        **(LAG if lagging else {}),
         "Busy, share of a step": {role: f"busy/{role}" for role in AWAITED},
     }
     found = []

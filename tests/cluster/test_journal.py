@@ -71,6 +71,7 @@ def report(engine_kl):
         engine_gap=0.0,
         engine_kl=engine_kl,
         truncated_fraction=0.0,
+        correction=1.0,
         grad_norm=1.0,
         lr=1e-6,
         tokens=1,

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 
 from cluster.report.evaluation import chosen
 from cluster.report.pages import as_data_url, outline, shapes
+from cluster.report.training import LAG, all_charts
 from umrg.metrics import mask_dice
 
 
@@ -65,3 +66,11 @@ def test_a_gallery_has_the_worst_and_others_spread_evenly(count, limit, shown):
 def test_a_data_url_is_a_picture():
     url = as_data_url(np.zeros((600, 300, 3), dtype=np.uint8))
     assert Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).size == (150, 300)
+
+
+@pytest.mark.parametrize(("lag", "shown"), [(0.0, 0), (1.0, 1)])
+def test_lag_and_its_correction_are_shown_where_steps_overlapped(lag, shown):
+    line = {"reward/total": 0.5, "policy/lag": lag, "learner/correction": 0.99, "learner/truncated_fraction": 0.01}
+    charts = "".join(all_charts([{"step": 1, **line, "policy/lag": 0.0}, {"step": 2, **line}]))
+    for title in LAG:
+        assert charts.count(f">{title}<") == shown, title

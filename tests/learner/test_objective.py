@@ -176,7 +176,9 @@ GRPO = ObjectiveConfig()
 
 def test_a_mismatch_of_engine_and_learner_is_reported_even_if_it_is_not_corrected():
     tokens = tensors([(1.0, [(0.0, 0.0, -1.0, 0.0, 0.0), (0.0, 0.0, 0.1, 0.0, 0.0)])])
-    assert token_losses(tokens, GRPO).truncated.tolist() == [1, 0]
+    found = token_losses(tokens, GRPO)
+    assert found.truncated.tolist() == [1, 0] and found.loss.tolist() == [-1, -1]
+    assert found.correction.tolist() == pytest.approx([2, math.exp(-0.1)])
 
 
 @pytest.mark.parametrize(
