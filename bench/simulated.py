@@ -55,8 +55,8 @@ class Speeds:
 
 def lengths(group: Group, sampling: SamplingParams) -> list[int]:
     """Tokens of a group's answers, which depend on its step and index alone."""
-    drawn = np.random.default_rng([sampling.seed, group.step, group.index]).lognormal(np.log(MEDIAN), SIGMA, sampling.n)
-    return np.clip(drawn, 1, sampling.max_tokens).astype(int).tolist()
+    drawn = np.random.default_rng([group.step, group.index]).lognormal(np.log(MEDIAN), SIGMA, sampling.n)
+    return [int(each) for each in np.clip(drawn, 1, sampling.max_tokens)]
 
 
 class Decoding:
