@@ -173,9 +173,8 @@ class Run:
         pass
 
     def score(self, group, masks, samples, depth):
-        samples, group = samples.value, group
-        answers = [None] * len(samples.completions)
-        scored = SimpleNamespace(group=group, samples=samples, answers=answers, zero_variance=False)
+        answers = [None] * len(samples.value.completions)
+        scored = SimpleNamespace(group=group, samples=samples.value, answers=answers, zero_variance=False)
         return self.world.returning(self.speeds.score_s, scored)
 
     def rank(self):
@@ -191,7 +190,8 @@ class Run:
         phase: Any = lambda name: nullcontext()  # noqa: E731
         groups, _ = self.ahead.collect(number, phase=phase, meanwhile=lambda: None)
         self.workers.learner.update([each.refs for each in groups], [])
-        self.learnt.append([(each.scored.group.id, each.scored.samples.version) for each in groups])
+        scored: Any = [each.scored for each in groups]
+        self.learnt.append([(each.group.id, each.samples.version) for each in scored])
         publish(self.workers, version=number + 1)
         if not self.staleness:
             settle(self.workers)
