@@ -220,7 +220,7 @@ class RankPool:
     """The ranks of a learner. Every method is called on all of them."""
 
     def __init__(self, actors: Mapping[str, Any], deadlines: DeadlineConfig, calls: Calls | None = None) -> None:
-        self._actors, self._deadlines, self._calls = dict(actors), deadlines, calls or Calls()
+        self._actors, self._deadlines, self._calls = dict(actors), deadlines, Calls() if calls is None else calls
         self.meanwhile: Callable[[], None] = lambda: None
         """Called at least once a second while the ranks are waited for."""
         self.busy = False

@@ -1,13 +1,13 @@
 """What the pipeline adds to its engines, and what a sample costs the driver: `python -m bench.pipeline`.
 
-Two comparisons. The first trains with the demo's configuration and tiny models on a local Ray cluster. A step is taken
-as in training: groups are put into the object store, sampled, scored, and learnt from, through the pools, the collector
-and the driver's one wait. Then each engine does the same work once more, alone: vLLM answers the very requests that the
-rollout made of it, all at once; the expert embeds the same images and decodes the same prompts; the learner updates
-from the same groups, which lie in its process already. Both are repeated in turn, with the same groups; vLLM's caches
-are emptied before either, and its weights stay, so that it samples the same tokens each time. What is neither vLLM,
-expert nor learner, such as rewards and metrics, the decoding of images, and all transport, is overhead. The pipeline
-scores while it samples, which the sum of the bare times does not: a ratio below one is possible.
+Three comparisons. The first trains with the demo's configuration and tiny models on a local Ray cluster. A step is
+taken as in training: groups are put into the object store, sampled, scored, and learnt from, through the pools, the
+collector and the driver's one wait. Then each engine does the same work once more, alone: vLLM answers the very
+requests that the rollout made of it, all at once; the expert embeds the same images and decodes the same prompts; the
+learner updates from the same groups, which lie in its process already. Both are repeated in turn, with the same groups;
+vLLM's caches are emptied before either, and its weights stay, so that it samples the same tokens each time. What is
+neither vLLM, expert nor learner, such as rewards and metrics, the decoding of images, and all transport, is overhead.
+The pipeline scores while it samples, which the sum of the bare times does not: a ratio below one is possible.
 
 overhead_ratio: seconds of a step, from its groups to its update, over the sum of the bare seconds of vLLM, expert and
     learner. Without the weight sync, which has no bare counterpart here (`bench.weights`).
@@ -27,6 +27,8 @@ driver_ms_per_sample: CPU milliseconds of the driver's main thread for each samp
 driver_ms_per_group: the same for each group of 16.
 process_ms_per_sample: CPU milliseconds of all threads of the driver's process, those of Ray's core among them.
 simulated_wall_ratio: seconds that collecting took, over those of the slowest sampling and its score.
+
+The third is `bench.overlap`: what overlapping steps gain, with actors that take the time of a 7B on eight GPUs.
 """
 
 from __future__ import annotations  # the actors are sent to their processes by value, without the names in annotations
@@ -350,6 +352,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="steps that are compared with their engines")
     parser.add_argument("--groups", type=int, default=2048, help="groups that simulated actors are given")
     parser.add_argument("--rounds", type=int, default=2, help="how often they are given them")
+    parser.add_argument("--scale", type=float, default=0.2, help="of the time of steps that overlap; 0 for none")
     given = parser.parse_args()
     found: dict[str, float] = {}
     if given.rounds:
@@ -359,6 +362,12 @@ def main() -> None:
     if given.steps:
         ray.init(include_dashboard=False, logging_level="ERROR", log_to_driver=False)
         found |= compare(given.steps)
+        ray.shutdown()
+    if given.scale:
+        from bench.overlap import overlap
+
+        ray.init(include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+        found |= overlap(given.scale)
     print(table([(name, f"{value:.3f}") for name, value in found.items()]))
     figures = {"processor": processor(), **{name: round(value, 4) for name, value in found.items()}}
     print(figures["processor"])

@@ -11,7 +11,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from actors.calls import Call, Calls, Ended
 from actors.config import DeadlineConfig
 from actors.failures import ActorDied, ActorFailed, Broken, DeadlinePassed
-from actors.pools import Placement, RolloutPool
+from actors.pools import LearnerPool, Placement, RolloutPool
 from umrg.group import SamplingParams
 from umrg.mistake import Mistake
 
@@ -161,3 +161,9 @@ def test_a_placement_gives_an_actor_its_share_of_a_gpu_and_its_environment(ray_c
             ray.kill(actor)
     finally:
         remove_placement_group(group)
+
+
+def test_the_learner_waits_as_all_others_do():
+    """In the same wait, also where that is empty yet: what ends while the learner learns is dealt with at once."""
+    calls = Calls()
+    assert LearnerPool({}, DeadlineConfig(), calls)._calls is calls
