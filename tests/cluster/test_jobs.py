@@ -96,7 +96,7 @@ LEARNING = ("batch=16", "rollout.n=16", "learner.micro_batch_tokens=640")
         pytest.param(line("starting actors", 12), (), signal.SIGTERM, id="start", marks=pytest.mark.chaos),
         pytest.param(line("evaluating before"), (), signal.SIGTERM, id="evaluate", marks=pytest.mark.chaos),
         pytest.param(line("step 1/"), (AT_ONCE,), signal.SIGINT, id="sample"),
-        pytest.param(line("step 1/", 3.0), (AT_ONCE, *LEARNING), signal.SIGTERM, id="learn"),
+        pytest.param(line("step 1/", 3.0), (AT_ONCE, *LEARNING), signal.SIGTERM, id="learn", marks=pytest.mark.chaos),
         pytest.param(file("checkpoints/.step-*"), (AT_ONCE, "checkpoint_every=1"), signal.SIGTERM, id="checkpoint"),
         pytest.param(file("model/*"), (AT_ONCE, "steps=1"), signal.SIGTERM, id="save", marks=pytest.mark.chaos),
     ],
