@@ -32,8 +32,6 @@ for result in (a @ b, a.softmax(1), conv2d(image, kernel, stride=14)):
 
 pytestmark = [
     pytest.mark.slow,
-    # Some of the numeric tests use Ray.
-    pytest.mark.cluster,
     pytest.mark.skipif(platform.machine() != "x86_64", reason="these settings are those of x86 processors"),
 ]
 

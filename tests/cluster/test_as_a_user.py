@@ -1,5 +1,5 @@
 """A cluster as its users work with it, from outside and by the commands alone: a run is submitted, watched, scaled and
-ended, loses a node and gets another, and goes on; its model is evaluated and served."""
+ended, loses a node and gets another; a model is trained further, evaluated and served."""
 
 import json
 import os
@@ -104,10 +104,6 @@ def await_living(cluster, role, count, seconds=120):
         time.sleep(0.5)
 
 
-def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_a_run_from_outside(outside):
     cluster, runs = outside.cluster, outside.runs
     (learner,), (first, second) = cluster.of_kind("learner"), cluster.of_kind("engines")
@@ -133,17 +129,15 @@ def test_a_run_from_outside(outside):
     train.end(code=1)
     assert outside.summary("trial")["status"] == "interrupted"
 
-    step = metrics(runs / "trial")[-1]["step"]
-    outside.submitted("trial", "demo", *SMALL, f"steps={step + 1}").end()
-    assert [line["step"] for line in metrics(runs / "trial")] == list(range(1, step + 2))
-    assert outside.summary("trial")["status"] == "ended" and "put_aside" not in outside.summary("trial")
-
 
 @pytest.mark.chaos
 def test_a_model_from_outside(outside):
-    """Trained, evaluated and served on the same cluster."""
-    outside.submitted("trial", "demo", *SMALL, "rollout.actors=1", "steps=1").end()
+    """Trained, trained on, evaluated and served on the same cluster."""
     trial = outside.runs / "trial"
+    for steps in (1, 2):
+        outside.submitted("trial", "demo", *SMALL, f"steps={steps}").end()
+    assert [json.loads(line)["step"] for line in (trial / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    assert outside.summary("trial")["status"] == "ended" and "put_aside" not in outside.summary("trial")
     outside.submitted("after", "evaluate_demo", f"model={trial}", ROWS[1], "n=0", "limit=4").end()
     assert json.loads((outside.runs / "after" / "metrics.json").read_text())["overall"]
 
