@@ -77,9 +77,9 @@ lint-rest:
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
 
-# In two processes: what uses the cluster that tests share or starts another, one test after another, because two
-# clusters of actors at a time hardly fit into 24 GiB; and everything else. Of the slow tests the other process has what is
-# small besides: the rehearsal, with one engine at a time, and the numeric tests on other processors.
+# In two processes: what uses the cluster that tests share, or starts large ones, one test after another, because two of
+# these at a time do not fit into 24 GiB; and everything else. Of the slow tests the other process has small clusters too,
+# one at a time and with one engine at most.
 PYTEST := $(BIN)/pytest --durations 20 -m
 
 test: lint ## lint, then every test that is not slow
