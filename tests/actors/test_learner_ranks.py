@@ -85,7 +85,7 @@ def learn(pool, groups, steps):
 
 
 def weights_of(pool):
-    _, buckets = pool.weights(everything=True)
+    buckets = pool.weights(0, everything=True).buckets
     return {name: tensor for ref in buckets for name, tensor in unpack(ray.get(ref)).items()}
 
 
