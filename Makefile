@@ -77,8 +77,9 @@ lint-rest:
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
 
-# In two processes: what starts Ray or an engine, one test after another, because two clusters of actors at a time do not
-# fit into 24 GiB; and everything else.
+# In two processes: what uses the cluster that tests share, or starts large ones, one test after another, because two of
+# these at a time do not fit into 24 GiB; and everything else. Of the slow tests the other process has small clusters too,
+# one at a time and with one engine at most.
 PYTEST := $(BIN)/pytest --durations 20 -m
 
 test: lint ## lint, then every test that is not slow
@@ -95,13 +96,12 @@ test-slow: setup ## the slow tests: engines and training; the GPU tests as a reh
 
 slow-cluster:
 	$(PYTEST) "slow and not gpu and cluster and not chaos"
-	$(PYTEST) "gpu and cluster" tests/gpu
 
 slow-rest:
-	$(PYTEST) "slow and not gpu and not cluster"
-	$(PYTEST) "gpu and not cluster" tests/gpu
+	$(PYTEST) "slow and not gpu and not cluster and not chaos"
+	$(PYTEST) gpu tests/gpu
 
-chaos: setup ## what of the slow tests would not fit into half an hour
+chaos: setup ## what of the slow tests would not fit into half an hour: the same on a larger scale or in further cases
 	$(PYTEST) chaos
 
 fuzz: setup ## damaged files, texts and requests at random, and the property tests with examples of their own choice

@@ -1,6 +1,7 @@
 """Settings every test, and every process a test starts, runs under."""
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,27 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "ray_cluster" in item.fixturenames:
             item.add_marker(pytest.mark.cluster)
+
+
+ENDED = {"workers": pytest.StashKey[ExitStack](), "hosts": pytest.StashKey[ExitStack]()}
+"""Fixtures that hold processes of gigabytes, and what ends these."""
+LAST: dict[str, str] = {}
+"""The last test that needs each of these fixtures."""
+
+
+def pytest_collection_finish(session):
+    LAST.update((name, item.nodeid) for item in session.items for name in ENDED if name in item.fixturenames)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item):
+    """Ends what no later test needs, after all fixtures that are built on it: pytest itself would hold it to the end of
+    the session, beside the engines that later tests start."""
+    outcome = yield
+    for name, key in ENDED.items():
+        if LAST.get(name) == item.nodeid and key in item.config.stash:
+            item.config.stash[key].close()
+    return outcome
 
 
 @pytest.fixture(scope="session")
@@ -69,19 +91,21 @@ def ray_cluster():
 
 
 @pytest.fixture(scope="session")
-def workers(ray_cluster, demo_config):
-    """One rollout, one segmenter and one learner rank on the tiny models, for all tests that need them."""
+def workers(ray_cluster, demo_config, pytestconfig):
+    """One rollout, one segmenter and one learner rank on the tiny models, for all tests that need them; they end after
+    the last of these."""
     from cluster.train import actors
     from cluster.workers import started
 
     config = demo_config("rollout.environment={OF_A_USER: 7}", "learner.sha256=true")
-    with started(actors(config), config) as running:
-        yield running
+    with ExitStack() as ended:
+        pytestconfig.stash[ENDED["workers"]] = ended
+        yield ended.enter_context(started(actors(config), config))
 
 
 @pytest.fixture(scope="session")
-def hosts(ray_cluster):
-    """The hosts of so many ranks, made when they are first asked for."""
+def hosts(ray_cluster, pytestconfig):
+    """The hosts of so many ranks, made when they are first asked for; they end after the last test that needs any."""
     import ray
 
     from tests.ranks import Host
@@ -89,12 +113,16 @@ def hosts(ray_cluster):
     environment = {"env_vars": {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}}
     made: dict[int, list] = {}
 
-    def of(ranks):
-        if ranks not in made:
-            made[ranks] = [ray.remote(Host).options(num_cpus=0, runtime_env=environment).remote() for _ in range(ranks)]
-        return made[ranks]
+    with ExitStack() as ended:
+        pytestconfig.stash[ENDED["hosts"]] = ended
 
-    yield of
-    for ranks in made.values():
-        for host in ranks:
-            ray.kill(host)
+        def of(ranks):
+            if ranks not in made:
+                made[ranks] = [
+                    ray.remote(Host).options(num_cpus=0, runtime_env=environment).remote() for _ in range(ranks)
+                ]
+                for host in made[ranks]:
+                    ended.callback(ray.kill, host)
+            return made[ranks]
+
+        yield of

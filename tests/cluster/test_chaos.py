@@ -102,7 +102,9 @@ def answers(run):
 
 
 def undisturbed_run(demo_config, folder, steps):
-    run = train(demo_config(*SMALL, f"steps={steps}", f"runs={folder}", "name=chaos"))
+    """With one actor of each role: whichever works changes nothing, and one starts in half the time."""
+    alone = ("rollout.actors=1", "segmenter.actors=1")
+    run = train(demo_config(*SMALL, *alone, f"steps={steps}", f"runs={folder}", "name=chaos"))
     return told(run), answers(run)
 
 

@@ -302,6 +302,7 @@ def test_answers_read_leniently_are_said_and_counted_apart(replay, whole, data, 
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 def test_a_template_that_opens_the_thoughts_gives_the_plain_ones_figures(whole, data, tmp_path, ray_cluster):
     folder = shutil.copytree(TINY_REASONER, tmp_path / "opened")
     template = (folder / "chat_template.jinja").read_text()
@@ -322,6 +323,7 @@ def test_an_endpoint_that_is_not_there_is_named(data, tmp_path, ray_cluster):
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.skipif(not REAL_IMAGES.exists(), reason="the real images are not part of the project")
 def test_real_images_give_all_outputs(tmp_path, ray_cluster):
     asked = ("prompt=full", "think=true", "rollout.max_prompt_tokens=4096", "rollout.max_tokens=32", "limit=4", "n=1")

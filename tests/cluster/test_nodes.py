@@ -94,24 +94,29 @@ class Fake:
     def stop(self):
         pass
 
-listed = [
-    ActorSpec(
-        bundle=Bundle(role=role, index=i, cpus=0, gpus=gpus, labels=labels), actor_class=Fake, arguments={}
-    )
-    for role, gpus, count, labels in json.loads(sys.argv[1])
-    for i in range(count)
-]
-with ray_connection(), started(listed, load_config(TrainConfig, Path("configs/demo.yaml"))) as workers:
-    places = workers.hiring.places
-    print("places", json.dumps({name: [place.node, *map(int, place.given)] for name, place in places.items()}))
+config = load_config(TrainConfig, Path("configs/demo.yaml"))
+with ray_connection():
+    for shares in json.loads(sys.argv[1]):
+        listed = [
+            ActorSpec(
+                bundle=Bundle(role=role, index=i, cpus=0, gpus=gpus, labels=labels), actor_class=Fake, arguments={}
+            )
+            for role, gpus, count, labels in shares
+            for i in range(count)
+        ]
+        with started(listed, config) as workers:
+            places = workers.hiring.places
+            found = {name: [place.node, *map(int, place.given)] for name, place in places.items()}
+        print("places", json.dumps(found))
 """
-"""Starts actors that load nothing, and prints each one's node and the ids of its GPUs, which are logical."""
+"""Starts actors that load nothing, once for each list of shares, and prints each one's node and the ids of its GPUs,
+which are logical."""
 
 
-def placed(address, *shares):
-    """Places of actors, by name. shares: of GPUs; role, share, count and labels."""
+def placed(address, *runs):
+    """Places of each run's actors, by name. runs: of each the shares of GPUs; role, share, count and labels."""
     done = subprocess.run(
-        [sys.executable, "-c", PLACES, json.dumps(shares)],
+        [sys.executable, "-c", PLACES, json.dumps(runs)],
         cwd=ROOT,
         env={**os.environ, "RAY_ADDRESS": address},
         capture_output=True,
@@ -120,32 +125,30 @@ def placed(address, *shares):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("places ")]
-    return {name: tuple(place) for name, place in json.loads(line.removeprefix("places ")).items()}
+    lines = [line.removeprefix("places ") for line in done.stdout.splitlines() if line.startswith("places ")]
+    return [{name: tuple(place) for name, place in json.loads(line).items()} for line in lines]
 
 
 def test_roles_land_as_they_are_placed(environment):
     """On two nodes of three GPUs each, of different kinds."""
     with started_cluster() as cluster:
         new, old = (cluster.add(4, gpus=3, labels={"kind": kind}) for kind in ("new", "old"))
-        found = placed(
+        by_label, mixed, shared_out = placed(
             cluster.address,
-            ("segmenter", 0.25, 4, {}),
-            ("rollout", 1, 3, {"kind": "old"}),
-            ("learner", 1, 2, {"kind": "new"}),
+            [("segmenter", 0.25, 4, {}), ("rollout", 1, 3, {"kind": "old"}), ("learner", 1, 2, {"kind": "new"})],
+            [("segmenter", 0.1, 4, {}), ("rollout", 0.9, 4, {}), ("learner", 1, 2, {})],
+            [("rollout", 1, 1, {}), ("learner", 1, 1, {}), ("segmenter", 0.5, 8, {})],
         )
-        assert {found[f"learner {i}"][0] for i in range(2)} == {new.id}, "the ranks share a bundle"
-        assert {found[f"rollout {i}"] for i in range(3)} == {(old.id, i) for i in range(3)}
-        (shared,) = {found[f"segmenter {i}"] for i in range(4)}
-        assert shared[0] == new.id, "all four share the one GPU that nobody needs whole"
+    assert {by_label[f"learner {i}"][0] for i in range(2)} == {new.id}, "the ranks share a bundle"
+    assert {by_label[f"rollout {i}"] for i in range(3)} == {(old.id, i) for i in range(3)}
+    (shared,) = {by_label[f"segmenter {i}"] for i in range(4)}
+    assert shared[0] == new.id, "all four share the one GPU that nobody needs whole"
 
-        found = placed(cluster.address, ("segmenter", 0.1, 4, {}), ("rollout", 0.9, 4, {}), ("learner", 1, 2, {}))
-        engines = {found[f"rollout {i}"] for i in range(4)}
-        assert len(engines) == 4 and {found[f"segmenter {i}"] for i in range(4)} <= engines
-        assert len({found[f"learner {i}"] for i in range(2)} - engines) == 2
+    engines = {mixed[f"rollout {i}"] for i in range(4)}
+    assert len(engines) == 4 and {mixed[f"segmenter {i}"] for i in range(4)} <= engines
+    assert len({mixed[f"learner {i}"] for i in range(2)} - engines) == 2
 
-        found = placed(cluster.address, ("rollout", 1, 1, {}), ("learner", 1, 1, {}), ("segmenter", 0.5, 8, {}))
-        assert len({found[f"segmenter {i}"] for i in range(8)}) == 4, "those that find a node full lie on the other"
+    assert len({shared_out[f"segmenter {i}"] for i in range(8)}) == 4, "those that find a node full lie on the other"
 
 
 WHOLE_BEFORE = """

@@ -316,7 +316,7 @@ def test_a_submitted_training_learns_and_a_second_submission_goes_on(dashboard, 
     assert code == 0 and "last       step 2  " in said, said
 
 
-@pytest.fixture(params=["token", "disabled"])
+@pytest.fixture(params=["token", pytest.param("disabled", marks=pytest.mark.chaos)])
 def outside(request, tmp_path):
     """A head node and another that were started by hand, with or without a token: dashboard, Ray's address and the
     environment of whoever may use them."""

@@ -21,7 +21,8 @@ SMALL = (
     "evaluation.n=2",
     "learner.warmup=0",
 )
-ON_CPU = ("rollout.num_gpus=0", "segmenter.num_gpus=0", "learner.num_gpus=0")
+ON_CPU = tuple(f"{role}.{each}" for role in ("rollout", "segmenter", "learner") for each in ("num_gpus=0", "threads=1"))
+"""A thread each: several in several actors on the same few cores wait for each other."""
 
 
 def test_the_demo_runs_and_leaves_its_report(scale, tmp_path):

@@ -163,7 +163,13 @@ def test_vllm_keeps_its_bounds(folder, least, most):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bounds", [(), ("max_pixels=16384",)], ids=["as the folder says", "bounded"])
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        pytest.param((), id="as the folder says", marks=pytest.mark.chaos),
+        pytest.param(("max_pixels=16384",), id="bounded"),
+    ],
+)
 def test_the_engines_log_probs_are_the_learners(ray_cluster, demo_config, folder, samples, bounds):
     """Also where images are seen smaller than the folder says: both resize alike."""
     config = demo_config(f"model={folder}", "learner.freeze=[]", "rollout.max_prompt_tokens=2048", *bounds)

@@ -149,6 +149,7 @@ def test_openais_client_grounds_an_image(address, samples):
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 def test_an_evaluation_through_the_service_has_the_direct_engines_figures(address, tmp_path):
     asked = ("expert=tiny", "data.eval={phantoms: 6, seed: 3, modalities: [CT], queries_per_image: 1}", "n=2")
     small = ("rollout.max_tokens=128", "rollout.max_prompt_tokens=512", "rollout.num_cpus=0.1", "rollout.threads=1")

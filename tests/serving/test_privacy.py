@@ -354,7 +354,10 @@ def _state(dashboard: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("told", [False, True], ids=["proxies as they are", "proxies of ours"])
+@pytest.mark.parametrize(
+    "told",
+    [pytest.param(False, id="proxies as they are", marks=pytest.mark.chaos), pytest.param(True, id="proxies of ours")],
+)
 def test_nothing_of_a_request_is_kept_but_where_its_error_arose(outcome, told):
     """Whether Serve's proxies do not hear the headers, or only log no more than errors."""
     ours = outcome(build(True), logging_config=LOGGING, controller_options=CONTROLLER_OPTIONS if told else None)

@@ -80,7 +80,6 @@ def write_other_weights(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.cluster
 def test_documented_examples_are_answered_and_ctrl_c_ends_the_service(tmp_path):
     port, model = free_port(), tmp_path / "tiny"
     shutil.copytree(TINY_REASONER, model)
@@ -114,7 +113,6 @@ def test_documented_examples_are_answered_and_ctrl_c_ends_the_service(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.cluster
 def test_ctrl_c_ends_the_start_too(tmp_path):
     server = started(tmp_path / "log", "--port", free_port())
     time.sleep(12)

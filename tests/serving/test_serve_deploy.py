@@ -23,7 +23,7 @@ from tests.deploy.manifests import manifest
 from tests.nodes import free_port, started_cluster
 from tests.runs import cluster_folder
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+pytestmark = pytest.mark.slow
 
 SERVE = Path(sys.executable).parent / "serve"
 SECONDS = 240

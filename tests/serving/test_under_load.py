@@ -172,7 +172,9 @@ def test_when_an_ingress_replica_is_killed_its_requests_are_told_to_try_again(se
     assert_right(traffic, expected)
 
 
-@pytest.mark.parametrize("victim", ["engine core", pytest.param("Reasoner", marks=pytest.mark.chaos), "Segmenter"])
+@pytest.mark.parametrize(
+    "victim", ["engine core", *(pytest.param(role, marks=pytest.mark.chaos) for role in ("Reasoner", "Segmenter"))]
+)
 def test_what_is_killed_is_replaced_and_no_answer_is_wrong(service, questions, expected, victim):
     with Traffic(service.address(), questions) as traffic:
         traffic.await_answers(5, since=0.0)
