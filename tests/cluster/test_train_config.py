@@ -106,10 +106,10 @@ OF_AN_ACTOR = {"num_cpus", "num_gpus", "threads"}
 OF_A_POOL = {"actors", "autoscale"}
 OF_AN_ENGINE = {f"rollout.{key}" for key in ("max_num_seqs", "max_num_batched_tokens", "cuda_graphs")}
 OF_A_RANK = {*OF_AN_ACTOR, "zero_stage", "offload", "micro_batch_tokens", "gradient_checkpointing", "ranks", "nodes"}
-OF_A_RUN = {"runs", "cache", "placement", "deadlines.resources", "deadlines.start", "deadlines.step"}
+OF_A_RUN = {"runs", "cache", "spread", "deadlines.resources", "deadlines.start", "deadlines.step"}
 OF_TRACKING = {"trackers", *(f"tracking.{key}" for key in ("project", "offline", "mlflow_uri", "python"))}
 OF_LEARNING = {"steps", "resume", "checkpoint_every", "keep", *OF_TRACKING, *(f"learner.{key}" for key in OF_A_RANK)}
-OF_GRPO = {"keep_best", "learner.reference", "learner.sha256", "restarts", "tolerated_failures"}
+OF_GRPO = {"placement", "keep_best", "learner.reference", "learner.sha256", "restarts", "tolerated_failures"}
 OF_INFERENCE = OF_AN_ENGINE | {
     f"{role}.{key}" for role in ("rollout", "segmenter") for key in {*OF_AN_ACTOR, *OF_A_POOL}
 }
