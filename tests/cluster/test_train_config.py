@@ -1,6 +1,7 @@
 """A training run's configuration: what ships is valid, and what is wrong is said in one sentence."""
 
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -272,3 +273,53 @@ def test_make_demo_takes_the_configuration_of_the_installed_set(extra, config):
     outside = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     recipe = subprocess.run(command, cwd=ROOT, env=outside, capture_output=True, text=True, check=True).stdout
     assert recipe.rstrip().endswith(f"train configs/{config}")
+
+
+IN_TURN = (
+    "placement=colocated",
+    "learner.ranks=2",
+    "learner.num_gpus=0.6",
+    "rollout.actors=2",
+    "rollout.num_gpus=0.3",
+    "segmenter.num_gpus=0.1",
+)
+
+
+def test_engines_of_a_colocated_run_sleep_where_they_have_a_gpu(demo_config):
+    assert demo_config(*IN_TURN).engines.sleeps
+    assert pickle.loads(pickle.dumps(demo_config(*IN_TURN).engines)).sleeps, "it travels to the actor"
+    assert not demo_config().engines.sleeps
+    rehearsal = demo_config(*IN_TURN, *(f"{role}.num_gpus=0" for role in ("learner", "rollout", "segmenter")))
+    assert rehearsal.colocated and not rehearsal.engines.sleeps
+
+
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        ("rollout.actors=3", "2 ranks (learner.ranks) and 3 engines (rollout.actors); set both to the same number"),
+        ("rollout.autoscale={min: 1, max: 4}", "as many engines as ranks; take rollout.autoscale out"),
+        ("rollout={actors: 2, tensor_parallel: 2, num_gpus: 2}", "set rollout.tensor_parallel from 2 to 1"),
+        ("learner.num_gpus=2", "one rank on each GPU, and learner.num_gpus is 2; set it to a share"),
+        ("learner.nodes=2", "take learner.nodes out"),
+        ("learner.num_gpus=0.8", "0.8 and rollout.num_gpus 0.3, and 1 of segmenter.num_gpus 0.1, are 1.2 together"),
+        ("segmenter={actors: 4, num_gpus: 0.1}", "and 2 of segmenter.num_gpus 0.1, are 1.1 together; lower them"),
+        ("rollout.num_gpus=0", "give both a share of a GPU, or neither"),
+        ("staleness=1", "staleness"),
+    ],
+)
+def test_what_cannot_share_gpus_is_refused_by_name(demo_config, override, fault):
+    with pytest.raises(ValueError, match=re.escape(fault)):
+        demo_config(*IN_TURN, override)
+
+
+def test_segmenters_with_gpus_of_their_own_share_with_nobody(demo_config):
+    assert demo_config(*IN_TURN, "segmenter.num_gpus=1").colocated
+    assert demo_config(*IN_TURN, "segmenter={actors: 4, num_gpus: 0.05}").colocated
+
+
+@pytest.mark.parametrize(("older", "written"), [("pack", "false"), ("spread", "true")])
+def test_an_older_placement_is_answered_with_what_to_write(demo_config, older, written):
+    with pytest.raises(ValueError, match=f"in place of placement={older} write spread={written}"):
+        demo_config(f"placement={older}")
+    with pytest.raises(ValueError, match=f"write spread={written}"):
+        load_config(EvaluateConfig, ROOT / "configs" / "evaluate_demo.yaml", [f"placement={older}"])
