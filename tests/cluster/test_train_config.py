@@ -14,7 +14,7 @@ from cluster.commands.memory import tenants
 from cluster.config import EvaluateConfig, SftConfig, TrainConfig, load_config, save_config
 from cluster.config_keys import flat, may_change
 from cluster.memory import GIB, overfull
-from cluster.placement import Node, alone, bundles, shortage
+from cluster.placement import Node, alone, bundles, joined, shortage
 from tests.conftest import ROOT
 
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not re.search("sft|evaluate", path.name))
@@ -230,7 +230,16 @@ def test_tokens_of_a_pass():
 
 
 @pytest.mark.parametrize(
-    ("name", "gpus"), [("demo_gpu", 1), ("lingshu_7b_hard", 8), ("lingshu_7b_soft", 8), ("qwen2_5_vl_3b_mask", 4)]
+    ("name", "gpus"),
+    [
+        ("demo_gpu", 1),
+        ("lingshu_7b_hard", 8),
+        ("lingshu_7b_soft", 8),
+        ("qwen2_5_vl_3b_mask", 4),
+        ("colocated_1gpu_3b", 1),
+        ("colocated_4gpu_7b", 4),
+        ("colocated_8gpu_7b", 8),
+    ],
 )
 def test_the_configs_of_gpus_say_what_a_gpu_needs(name, gpus):
     config = load_config(TrainConfig, ROOT / "configs" / f"{name}.yaml")
@@ -241,9 +250,9 @@ def test_the_configs_of_gpus_say_what_a_gpu_needs(name, gpus):
         *bundles("rollout", config.rollout.actors, config.rollout),
         *bundles("learner", config.learner.ranks, config.learner),
     ]
-    assert alone("segmenter", listed) == 0, "segmenters lie beside the engines"
-    assert shortage(listed, [Node(cpus=128, gpus=gpus)]) is None
-    assert sum(bundle.gpus for bundle in listed) == gpus, "none is left over"
+    assert alone("segmenter", listed, colocated=config.colocated) == 0, "segmenters lie beside the engines"
+    assert shortage(joined(listed, colocated=config.colocated), [Node(cpus=128, gpus=gpus)]) is None
+    assert sum(bundle.gpus for bundle in listed) == pytest.approx(gpus), "none is left over"
 
 
 def test_the_demo_on_a_gpu_learns_what_the_demo_learns():
