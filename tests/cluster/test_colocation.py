@@ -1,7 +1,11 @@
 """Engines and ranks that share GPUs take turns: with hand-written pools, and in a run on the tiny models."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +23,7 @@ from cluster.records import read_records
 from cluster.train import train
 from tests.cluster.test_memory import need, place
 from tests.cluster.test_train import SMALL
-from tests.conftest import TIMED
+from tests.conftest import ROOT, TIMED
 
 
 class Engine:
@@ -29,7 +33,7 @@ class Engine:
         self._name, self._record = name, record
 
     def __getattr__(self, method: str) -> Any:
-        return SimpleNamespace(remote=lambda: self._record.append(f"{self._name}: {method}") or method)
+        return SimpleNamespace(remote=partial(self._record.append, f"{self._name}: {method}"))
 
 
 class Pool(list[Member]):
@@ -205,3 +209,55 @@ def test_a_colocated_run_learns_what_a_disaggregated_one_learns(ray_cluster, dem
 def steps(run: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if not name.startswith(TIMED)} for line in lines]
+
+
+GIVEN = """
+import json, sys
+import ray
+from ray.util.placement_group import placement_group
+from actors.pools import Placement
+from cluster.placement import Bundle, core
+
+ray.init(num_cpus=8, num_gpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+
+class Where:
+    def given(self):
+        return ray.get_gpu_ids()
+
+listed = [
+    Bundle(role=role, index=i, cpus=0.1, gpus=share)
+    for role, share in (("learner", 0.6), ("rollout", 0.3), ("segmenter", 0.1)) for i in range(4)
+]
+slots = core(listed, [], colocated=True)
+group = placement_group([slot.resources for slot in slots], strategy="PACK")
+ray.get(group.ready(), timeout=60)
+
+def made(bundle, slot):
+    place = Placement(
+        group=group, bundle=slot, num_cpus=bundle.cpus, num_gpus=bundle.gpus, environment={}, labels={}
+    )
+    return ray.remote(Where).options(**place.options()).remote()
+
+actors = {each.name: made(each, slot) for slot, shared in enumerate(slots) for each in shared.together}
+found = {name: ray.get(actor.given.remote(), timeout=60) for name, actor in actors.items()}
+for i in (1, 2):
+    ray.kill(actors[f"rollout {i}"])
+again = {i: made(listed[4 + i], i) for i in (2, 1)}
+found |= {f"again {i}": ray.get(actor.given.remote(), timeout=60) for i, actor in again.items()}
+ray.shutdown()
+json.dump(found, sys.stdout)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_ray_gives_both_of_a_pair_one_gpu_and_a_replacement_too():
+    """Of four GPUs that Ray counts and that are not there."""
+    outside = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run([sys.executable, "-c", GIVEN], cwd=ROOT, env=outside, capture_output=True, timeout=180)
+    assert done.returncode == 0, done.stderr.decode()
+    found = json.loads(done.stdout)
+    gpus = [found[f"learner {i}"] for i in range(4)]
+    assert sorted(gpus) == [[0], [1], [2], [3]]
+    assert [found[f"rollout {i}"] for i in range(4)] == gpus
+    assert [found["again 1"], found["again 2"]] == gpus[1:3]
