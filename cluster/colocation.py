@@ -37,6 +37,9 @@ class Colocation:
     def before_restart(self) -> None:
         """Engines sleep, whatever has become of the learner."""
         self._await_starting()
+        for member in self._workers.rollouts.loaded:
+            # It loses the weights of the model's folder, and gets the next ones with all others, before there is work.
+            self._workers.rollouts.admit(member.name)
         self._of_engines("sleep", "falling asleep")
 
     def after_learning(self, send: Callable[[], None]) -> None:
@@ -59,7 +62,7 @@ class Colocation:
             self._workers.calls.turn()
 
     def _of_engines(self, method: str, doing: str) -> None:
-        """Call a method of all engines, of those too that have not been admitted. One that dies is replaced later."""
+        """Call a method of all engines. One that dies is replaced later."""
         pool = self._workers.rollouts
         refs = {member.name: getattr(member.handle, method).remote() for member in pool}
         for name, ended in self._workers.calls.settle(refs, seconds=self._deadlines.step, doing=doing).items():

@@ -44,6 +44,14 @@ class Pool(list[Member]):
         )
         self.lost: list[str] = []
 
+    @property
+    def loaded(self) -> list[Member]:
+        return [member for member in self if member.state == "loaded"]
+
+    def admit(self, name: str) -> None:
+        for member in self:
+            member.state = "ready" if member.name == name else member.state
+
     def died(self, name: str, cause: str) -> None:
         self.lost.append(cause)
 
@@ -94,9 +102,12 @@ def test_the_turns_of_a_step():
 
 
 def test_engines_sleep_whatever_has_become_of_the_learner():
-    turns, record, _ = colocation("ready", "loaded", "draining")
+    turns, record, pool = colocation("ready", "loaded", "draining")
     turns.before_restart()
     assert record == ["rollout 0: sleep", "rollout 1: sleep", "rollout 2: sleep"]
+    assert [member.state for member in pool] == ["ready", "ready", "draining"], (
+        "one that has loaded is sent weights too"
+    )
 
 
 def test_the_learner_waits_for_an_engine_that_is_starting():
