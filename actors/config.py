@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, PrivateAttr, model_validator
 
 from actors.experts.protocol import Preprocess
 from umrg.config import ActorConfig, Config, Location, MayChange, located
@@ -71,6 +71,7 @@ class RolloutConfig(PoolConfig):
     with its completion if that is more."""
     cuda_graphs: MayChange[bool] = True
     """Whether a GPU's engine replays CUDA graphs, which start more slowly and sample faster."""
+    _sleeps: bool = PrivateAttr(default=False)
 
     @model_validator(mode="after")
     def _a_gpu_each(self) -> Self:
@@ -131,6 +132,18 @@ class RolloutConfig(PoolConfig):
             return self
         # At its start vLLM samples for as many at once, and the sampler holds several float32 copies of all logits.
         return self.model_copy(update={"max_num_seqs": min(most, 1024, self.pass_tokens)})
+
+    def sleeping(self) -> Self:
+        """The same for engines that give their GPU's memory away for a while (`Engine.sleep`)."""
+        found = self.model_copy()
+        found._sleeps = True
+        return found
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether an engine's memory is allocated so that it can be given away. No key: it follows from a run's
+        `placement`."""
+        return self._sleeps and self.num_gpus > 0
 
     def sampling(self, *, seed: int) -> SamplingParams:
         """How a run with this seed samples."""

@@ -3,7 +3,7 @@
 import asyncio
 import math
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -62,6 +62,7 @@ class Engine:
         self._requests = 0
         self._gate = _Gate()
         self._mixed = False
+        self._asleep: AsyncExitStack | None = None
 
     @classmethod
     async def start(cls, model: Path, prompter: Prompter, config: RolloutConfig, version: int = 0) -> "Engine":
@@ -87,6 +88,7 @@ class Engine:
                 # In a placement group vLLM would ask Ray for its workers, for which the run's group has no bundles.
                 distributed_executor_backend="mp" if config.tensor_parallel > 1 else None,
                 gpu_memory_utilization=config.gpu_memory,
+                enable_sleep_mode=config.sleeps,
                 limit_mm_per_prompt={"image": 1, "video": 0},
                 mm_processor_kwargs=prompter.vllm_arguments,
                 # Of the sampling distribution: temperature-scaled, the forbidden tokens left out.
@@ -281,6 +283,31 @@ class Engine:
             policy_version=min(versions),
             finished=output.finish_reason == "stop",
         )
+
+    async def sleep(self) -> None:
+        """Give the memory of weights and KV cache away, once the requests in flight have ended; later ones wait until
+        the engine has woken. May be called again, also after `wake_weights`.
+
+        At vLLM's level 2, at which weights are dropped: at level 1 it would copy them to page-locked memory, locked
+        anew each time, and back, only for most of them to be replaced. So all must be sent before `wake`."""
+        if self._asleep is None:
+            async with AsyncExitStack() as stack:
+                await stack.enter_async_context(self._gate.shut())
+                self._asleep = stack.pop_all()
+        await self._llm.sleep(level=2, mode="wait")
+
+    async def wake_weights(self) -> None:
+        """Take the memory of the weights back; what they are is undefined until all have been sent."""
+        assert self._asleep is not None, "the engine is awake"
+        await self._llm.wake_up(tags=["weights"])
+
+    async def wake(self) -> None:
+        """Take the memory of the KV cache back, which is empty, and let requests in."""
+        assert self._asleep is not None, "the engine is awake"
+        if not await self._llm.wake_up(tags=["kv_cache"]):
+            raise Broken("a part of the engine did not wake")
+        asleep, self._asleep = self._asleep, None
+        await asleep.aclose()
 
 
 class _Gate:

@@ -123,6 +123,14 @@ class LearnerRank(ZeroActor):
         values: list[float] = scores.logprobs.tolist()
         return values
 
+    def park(self, state: bool) -> None:
+        """Give the GPU to an engine, as `ZeroRank.park`."""
+        self.running().park(state=state)
+
+    def unpark(self) -> None:
+        """Take the GPU back."""
+        self.running().unpark()
+
 
 class SupervisedRank(ZeroActor):
     """A rank that learns from reference answers. Every method is a collective and is given all images, each as the list

@@ -58,6 +58,12 @@ def engine_need(source: Path | Any, config: RolloutConfig, gpu: int) -> Need:
     )
 
 
+def sleeping(config: RolloutConfig) -> Need:
+    """What an engine needs of each of its GPUs while it sleeps: vLLM gives weights and KV cache away and keeps the
+    process's own memory, with the CUDA graphs."""
+    return Need(certain={}, estimated={"runtime": RUNTIME if config.num_gpus > 0 else 0})
+
+
 def expert_need(expert: str, config: SegmenterConfig) -> Need:
     """What an expert needs of its GPU; nothing, as far as is known, if it is no Segment Anything model."""
     sizes = sam_config(expert)

@@ -303,6 +303,14 @@ class LearnerPool(RankPool):
         values: list[float] = self._all("logprobs", "scoring the canary", group, token_ids)[0]
         return values
 
+    def park(self, *, state: bool) -> None:
+        """Give the GPUs to engines. state: the optimizer's goes to host memory too."""
+        self._all("park", "giving its GPU away", state)
+
+    def unpark(self) -> None:
+        """Take the GPUs back from engines that sleep."""
+        self._all("unpark", "taking its GPU back")
+
 
 class SupervisedPool(RankPool):
     """The ranks that learn from reference answers. An image is given as the list of the samples that ask about it."""

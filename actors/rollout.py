@@ -76,6 +76,21 @@ class Rollout:
         assert self._engine is not None, "the rollout was not started"
         return self._engine
 
+    async def sleep(self) -> None:
+        """Give the GPU to a rank of the learner, as `Engine.sleep`."""
+        with _engine_alive():
+            await self._running().sleep()
+
+    async def wake_weights(self) -> None:
+        """Take the memory of the weights back, which must then all be sent."""
+        with _engine_alive():
+            await self._running().wake_weights()
+
+    async def wake(self) -> None:
+        """Go on sampling."""
+        with _engine_alive():
+            await self._running().wake()
+
 
 @contextmanager
 def _engine_alive() -> Iterator[None]:

@@ -90,9 +90,21 @@ class RunConfig(ReasonerConfig):
     cache: MayChange[Path | None] = None
     """Folder of each node for copies of what it has not: of the driver's files, and of URIs; null for `medreasoner` in
     the node's `$XDG_CACHE_HOME`, else in `~/.cache`."""
-    placement: MayChange[Literal["pack", "spread"]] = "pack"
-    """Whether actors are packed on few nodes or spread over many."""
+    spread: MayChange[bool] = False
+    """Whether actors are spread over many nodes, rather than packed on few."""
     deadlines: MayChange[DeadlineConfig] = DeadlineConfig()
+
+    @property
+    def colocated(self) -> bool:
+        """Whether each engine shares a GPU with a rank of the learner."""
+        return False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spread_has_a_key_of_its_own(cls, given: Any) -> Any:
+        if isinstance(given, dict) and (older := given.get("placement")) in ("pack", "spread"):
+            raise Mistake(f"in place of placement={older} write spread={str(older == 'spread').lower()}")
+        return given
 
 
 class LearningConfig(RunConfig):
@@ -126,6 +138,10 @@ class TrainConfig(LearningConfig):
     segmenter: SegmenterConfig = SegmenterConfig()
     learner: LearnerConfig
     evaluation: EvaluationConfig = EvaluationConfig()
+    placement: MayChange[Literal["disaggregated", "colocated"]] = "disaggregated"
+    """`disaggregated`: engines and learner have GPUs of their own, or shares of one that both fill at the same time.
+    `colocated`: each engine shares a GPU with a rank and sleeps while that learns, so that each has nearly all of its
+    memory in turn."""
     staleness: MayChange[NonNegativeInt] = 0
     """Steps by which the weights that sample may be older than those that learn. 0: a step begins when the one before
     is learnt (on-policy). 1: the next step is sampled while one is learnt; more for steps of uneven length."""
@@ -150,7 +166,12 @@ class TrainConfig(LearningConfig):
     def engines(self) -> RolloutConfig:
         """`rollout`, its engines as large as the work of a step and of an evaluation."""
         evaluation = self.evaluation
-        return self.rollout.holding((self.batch, self.rollout.n), (evaluation.limit, max(1, evaluation.n)))
+        engines = self.rollout.holding((self.batch, self.rollout.n), (evaluation.limit, max(1, evaluation.n)))
+        return engines.sleeping() if self.colocated else engines
+
+    @property
+    def colocated(self) -> bool:
+        return self.placement == "colocated"
 
     @property
     def image_tokens(self) -> int:
@@ -180,6 +201,59 @@ class TrainConfig(LearningConfig):
             raise Mistake(
                 f"with staleness={self.staleness} weights sample that are older than those that learn, and the loss "
                 "must correct for that; set learner.objective.correction to token or sequence, or staleness to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _colocated_in_pairs(self) -> Self:
+        ranks, engines = self.learner.ranks, self.rollout.actors
+        if self.colocated and ranks != engines:
+            raise Mistake(
+                f"placement=colocated gives each rank one engine, and there are {ranks} ranks (learner.ranks) and "
+                f"{engines} engines (rollout.actors); set both to the same number"
+            )
+        if self.colocated and self.rollout.autoscale:
+            raise Mistake("placement=colocated has as many engines as ranks; take rollout.autoscale out")
+        return self
+
+    @model_validator(mode="after")
+    def _colocated_one_gpu_each(self) -> Self:
+        if self.colocated and self.rollout.tensor_parallel > 1:
+            raise Mistake(
+                f"placement=colocated has one engine on each GPU; set rollout.tensor_parallel from "
+                f"{self.rollout.tensor_parallel} to 1, or placement to disaggregated"
+            )
+        if self.colocated and self.learner.num_gpus > 1:
+            raise Mistake(
+                f"placement=colocated has one rank on each GPU, and learner.num_gpus is {self.learner.num_gpus:g}; "
+                "set it to a share of one, such as 0.6"
+            )
+        if self.colocated and self.learner.nodes:
+            raise Mistake("placement=colocated packs pairs of a rank and an engine; take learner.nodes out")
+        return self
+
+    @model_validator(mode="after")
+    def _colocated_shares(self) -> Self:
+        learner, rollout, segmenter = self.learner.num_gpus, self.rollout.num_gpus, self.segmenter.num_gpus
+        if self.colocated and (learner > 0) is not (rollout > 0):
+            raise Mistake(
+                f"placement=colocated has rank and engine on one device, and learner.num_gpus is {learner:g} and "
+                f"rollout.num_gpus {rollout:g}; give both a share of a GPU, or neither"
+            )
+        beside = math.ceil(self.segmenter.actors / self.learner.ranks) if 0 < segmenter < 1 and learner > 0 else 0
+        if self.colocated and (sum_ := learner + rollout + beside * segmenter) > 1 + 1e-6:
+            others = f", and {beside} of segmenter.num_gpus {segmenter:g}," if beside else ""
+            raise Mistake(
+                f"placement=colocated lays a rank and an engine on one GPU; learner.num_gpus {learner:g} and "
+                f"rollout.num_gpus {rollout:g}{others} are {sum_:g} together; lower them to 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _colocated_on_policy(self) -> Self:
+        if self.colocated and self.staleness:
+            raise Mistake(
+                "placement=colocated samples and learns in turn; set staleness to 0, or placement to disaggregated"
             )
         return self
 

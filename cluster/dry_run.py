@@ -20,7 +20,7 @@ from cluster.fetching import uris
 from cluster.lease import refuse_held
 from cluster.lengths import RowLimit, fitting
 from cluster.loop import checkpoint_to_resume, refuse_other_rows
-from cluster.placement import Bundle, Node, bundles, core, shortage
+from cluster.placement import Bundle, Node, bundles, core, joined, shortage
 from cluster.run_folder import RunFolder, begins_anew, refuse_rays_cache
 from cluster.trackers import interpreter, refuse_missing
 from umrg.config import Config
@@ -87,7 +87,7 @@ def print_actors(wanted: Sequence[Bundle], console: Console) -> None:
 
 def print_memory(found: Roles, console: Console) -> None:
     """The estimate for GPUs of `GPU_GIB`, where any are asked for."""
-    if any(bundle.gpus for group, _ in found for bundle in group):
+    if any(bundle.gpus for role in found for bundle in role.bundles):
         print_estimate(found, GPU_GIB, console)
         _say(console, "", f"for GPUs of another size: medreasoner memory CONFIG --gpu GIB (here {GPU_GIB:g})")
 
@@ -107,11 +107,12 @@ def listed(config: JobConfig) -> list[Bundle]:
 def placement(config: JobConfig, wanted: Sequence[Bundle], nodes: Sequence[Node]) -> list[str]:
     """How the actors would be placed, a line each. nodes: of a local cluster; empty for any other, which is not asked.
     Raises ValueError where a local cluster is too small."""
-    if nodes and (missing := shortage(wanted, nodes)):
+    colocated = config.colocated
+    if nodes and (missing := shortage(joined(wanted, colocated=colocated), nodes)):
         raise Mistake(f"{missing}; ask for fewer actors or less of each")
-    spread = config.placement == "spread"
+    spread = config.spread
     asked = None if isinstance(config, EvaluateConfig) else config.learner.nodes
-    slots = core(wanted, nodes, asked=asked, spread=spread)
+    slots = core(wanted, nodes, asked=asked, spread=spread, colocated=colocated)
     placed = [name for slot in slots for name in slot.names]
     lines = [
         f"on a cluster that is started on this machine, of {nodes[0].cpus:g} CPUs and {nodes[0].gpus:g} GPUs"

@@ -24,7 +24,7 @@ from actors.failures import ActorDied, DeadlinePassed
 from actors.gpus import Lodging, Place
 from actors.pool import Pool
 from actors.pools import Placement
-from cluster.memory import GpuNeed, Tenant, overfull, summary, tenant
+from cluster.memory import GpuNeed, Idle, Tenant, overfull, parking, summary, tenant
 from cluster.nodes import cramped, object_stores, unfit
 from cluster.placement import Bundle, Node, Slot, beside, described, shortage, waves
 from umrg.mistake import Mistake
@@ -48,6 +48,8 @@ class ActorSpec:
     """Variables that its process has from the start."""
     need: GpuNeed | None = None
     """What it needs of its GPU; None if that is not known."""
+    idle: Idle | None = None
+    """What it needs of its GPU while the other actor works with which it takes turns; None for one that takes none."""
     weights: int = 0
     """Bytes of the versions of weights that it is sent during the run, each; 0 if it is sent none."""
     nodes: int | None = None
@@ -114,6 +116,12 @@ class Hiring:
         return Lodging(
             sharers=self._sharers[node, self._kind(name).bundle.role], copies=dict(self._deliveries.copies(node))
         )
+
+    def parks(self) -> bool:
+        """Whether ranks that take turns with engines must put their optimizer state away meanwhile; said in a line."""
+        parks, why = parking(list(self._tenants.values()))
+        print(f"learner: {why}", flush=True)
+        return parks
 
     def expect(self, pool: Pool, begun: Container[str]) -> None:
         """Let those that had no room when the run began join a pool when they have. begun: names of those that had."""
@@ -335,7 +343,7 @@ class Hiring:
         there = sum(other.node == place.node for each, other in self.places.items() if each.startswith(role))
         self._sharers[place.node, role] = max(there, self._sharers.get((place.node, role), 0))
         if need and place.gpus:
-            self._tenants[name] = tenant(name, need, place)
+            self._tenants[name] = tenant(name, need, place, self._kind(name).idle)
         weights = self._kind(name).weights
         if weights and place.node not in self._warned and (remark := cramped(name, place, weights, object_stores())):
             self._warned.add(place.node)

@@ -51,6 +51,45 @@ def rollout_need(model: Path | Any, config: RolloutConfig) -> GpuNeed:
     return need
 
 
+@dataclass(frozen=True, kw_only=True)
+class Idling:
+    """What an actor of a colocated run needs of its GPU while the other one of its pair works."""
+
+    least: "Need"
+    """What stays there in any case."""
+    most: "Need"
+    """With the optimizer state where it is, which may be put away."""
+
+
+Idle = Callable[[], Idling]
+"""Called only where there is a GPU, as a `GpuNeed`."""
+
+
+def resting_need(model: Path | Any, config: ZeroConfig, image_tokens: int) -> Idle:
+    """Of a rank while its engine samples; as for `learner_need`."""
+
+    @cache
+    def idle() -> Idling:
+        from learner.memory import resting
+
+        least, most = (resting(model, config, image_tokens, parked=parked) for parked in (True, False))
+        return Idling(least=least, most=most)
+
+    return idle
+
+
+def sleeping_need(config: RolloutConfig) -> Idle:
+    """Of an engine that sleeps."""
+
+    @cache
+    def idle() -> Idling:
+        from actors.memory import sleeping
+
+        return Idling(least=sleeping(config), most=sleeping(config))
+
+    return idle
+
+
 def segmenter_need(expert: str, config: SegmenterConfig) -> GpuNeed:
     """Of a segmenter's expert."""
 
@@ -70,20 +109,23 @@ class Tenant:
     name: str
     place: Place
     need: "Need"
+    idle: Idling | None = None
+    """What it needs while the other works with which it takes turns; None for one that takes none."""
 
     @property
     def gpu(self) -> Gpu:
         return self.place.gpus[0]
 
-    @property
-    def taken(self) -> float:
-        """Bytes of a GPU that it surely takes: what it reserves, or what it needs as far as that is trusted."""
-        return trusted(self.need) if self.need.reserved is None else self.need.reserved
 
-
-def tenant(name: str, need: GpuNeed, place: Place) -> Tenant:
+def tenant(name: str, need: GpuNeed, place: Place, idle: Idle | None = None) -> Tenant:
     """An actor that sees at least one GPU."""
-    return Tenant(name=name, place=place, need=need(min(gpu.memory for gpu in place.gpus)))
+    at_work = need(min(gpu.memory for gpu in place.gpus))
+    return Tenant(name=name, place=place, need=at_work, idle=idle and idle())
+
+
+def taken(need: "Need") -> float:
+    """Bytes of a GPU that surely go: what is reserved, or what is needed as far as that is trusted."""
+    return trusted(need) if need.reserved is None else need.reserved
 
 
 def trusted(need: "Need") -> float:
@@ -91,8 +133,9 @@ def trusted(need: "Need") -> float:
     return sum(need.certain.values()) + TRUST * sum(need.estimated.values())
 
 
-def overfull(tenants: Sequence[Tenant]) -> str | None:
-    """What cannot fit, in a sentence that says what each part needs and what to change; None if everything fits."""
+def overfull(tenants: Sequence[Tenant], *, parked: bool = True) -> str | None:
+    """What cannot fit, in a sentence that says what each part needs and what to change; None if everything fits.
+    parked: in a colocated run, whether optimizer state is put away while engines sample."""
     for each in tenants:
         if each.need.reserved is not None and trusted(each.need) > each.need.reserved:
             return (
@@ -104,9 +147,38 @@ def overfull(tenants: Sequence[Tenant]) -> str | None:
         for gpu in each.place.gpus:
             sharing[each.place.node, gpu.uuid].append(each)
     for together in sharing.values():
-        if sum(each.taken for each in together) > together[0].gpu.memory:
-            return _refusal(together)
-    return _overfull_node(tenants)
+        for moment in _moments(together, parked=parked):
+            if sum(taken(need) for _, need in moment) > together[0].gpu.memory:
+                return _refusal(together[0].gpu, moment)
+    return _overfull_node(tenants, parked=parked)
+
+
+def parking(tenants: Sequence[Tenant]) -> tuple[bool, str]:
+    """Whether ranks of a colocated run must put their optimizer state into host memory while engines sample, and why,
+    in words. Without GPUs they do, so that a rehearsal takes the same way."""
+    ranks = [each for each in tenants if each.idle and each.name.startswith("learner")]
+    if not ranks:
+        return True, "optimizer state waits in host memory while engines sample, as a rehearsal without GPUs"
+    idle = ranks[0].idle
+    assert idle is not None
+    size = in_gib(idle.most.total - idle.least.total)
+    if idle.most.total == idle.least.total:
+        return False, "no optimizer state lies on the GPU while engines sample"
+    if overfull(tenants, parked=False) is None:
+        return False, f"optimizer state of {size} stays on the GPU while engines sample, beside which it fits"
+    return True, f"optimizer state of {size} waits in host memory while engines sample, beside which it does not fit"
+
+
+def _moments(together: Sequence[Tenant], *, parked: bool) -> list[list[tuple[str, "Need"]]]:
+    """Who needs what of one GPU, by name: at any time or, where actors take turns, while each of them works."""
+    working: list[Tenant | None] = [each for each in together if each.idle]
+
+    def of(each: Tenant, worker: Tenant | None) -> tuple[str, "Need"]:
+        if each.idle is None or each is worker:
+            return each.name, each.need
+        return f"{each.name}, idle,", each.idle.least if parked else each.idle.most
+
+    return [[of(each, worker) for each in together] for worker in working or [None]]
 
 
 def summary(tenants: Sequence[Tenant]) -> list[str]:
@@ -136,33 +208,33 @@ def _described(gpu: Gpu) -> str:
     return f"{gpu.name} of {in_gib(gpu.memory)}"
 
 
-def _refusal(together: Sequence[Tenant]) -> str:
-    remedies = "; or ".join(dict.fromkeys(each.need.remedy for each in together))
-    gpu = _described(together[0].gpu)
-    if len(together) == 1:
-        return f"{together[0].name} needs {in_words(together[0].need)}, and its {gpu} has less; {remedies}"
+def _refusal(gpu: Gpu, moment: Sequence[tuple[str, "Need"]]) -> str:
+    remedies = "; or ".join(dict.fromkeys(need.remedy for _, need in moment if need.remedy))
+    if len(moment) == 1:
+        name, need = moment[0]
+        return f"{name} needs {in_words(need)}, and its {_described(gpu)} has less; {remedies}"
     needs = "; ".join(
-        f"{each.name} {in_words(each.need)}"
-        if each.need.reserved is None
-        else f"{each.name} reserves {in_gib(each.need.reserved)}"
-        for each in together
+        f"{name} {in_words(need)}" if need.reserved is None else f"{name} reserves {in_gib(need.reserved)}"
+        for name, need in moment
     )
-    return f"{len(together)} actors share one {gpu} and need more: {needs}; {remedies}"
+    return f"{len(moment)} actors share one {_described(gpu)} and need more: {needs}; {remedies}"
 
 
-def _overfull_node(tenants: Sequence[Tenant]) -> str | None:
+def _overfull_node(tenants: Sequence[Tenant], *, parked: bool) -> str | None:
     """What a node's own memory cannot hold, of what actors keep there."""
     nodes: dict[str, list[Tenant]] = defaultdict(list)
     for each in tenants:
         nodes[each.place.node].append(each)
     for together in nodes.values():
-        kept: Mapping[str, int] = {each.name: sum(each.need.host.values()) for each in together if each.need.host}
+        held = {each.name: _host(each, parked=parked) for each in together}
+        kept: Mapping[str, int] = {name: sum(host.values()) for name, host in held.items() if host}
         if sum(kept.values()) > together[0].place.memory:
             listed = ", ".join(f"{name} {in_gib(size)}" for name, size in kept.items())
-            parts = {part for each in together for part in each.need.host}
+            parts = {part for host in held.values() for part in host}
             remedies = [
                 *(["set learner.reference to partitioned"] if "reference" in parts else []),
-                *(["set learner.offload to none"] if parts - {"reference"} else []),
+                *(["set learner.offload to none"] if parts - {"reference", "parked"} else []),
+                *(["set placement to disaggregated"] if "parked" in parts else []),
                 "train adapters (learner.lora), or spread the ranks over more nodes",
             ]
             return (
@@ -170,3 +242,8 @@ def _overfull_node(tenants: Sequence[Tenant]) -> str | None:
                 f"{', '.join(remedies)}"
             )
     return None
+
+
+def _host(each: Tenant, *, parked: bool) -> dict[str, int]:
+    """What an actor keeps in its node's memory."""
+    return {**each.need.host, **(each.idle.least.host if each.idle and parked else {})}

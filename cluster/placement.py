@@ -52,7 +52,8 @@ class Slot:
         """As if it were one actor's."""
         first = self.together[0]
         cpus, gpus = sum(each.cpus for each in self.together), sum(each.gpus for each in self.together)
-        return Bundle(role=first.role, index=first.index, cpus=cpus, gpus=gpus, labels=first.labels)
+        labels = {name: value for each in self.together for name, value in each.labels.items()}
+        return Bundle(role=first.role, index=first.index, cpus=cpus, gpus=gpus, labels=labels)
 
     @property
     def resources(self) -> dict[str, float]:
@@ -77,18 +78,46 @@ def bundles(role: str, count: int, each: ActorConfig) -> list[Bundle]:
     ]
 
 
+def pairs(listed: Sequence[Bundle]) -> list[Slot]:
+    """Of a colocated run: a slot for each rank and the engine of the same index, in which Ray gives both one GPU. A
+    bundle of at most one GPU is of one GPU, and actors are given shares of the bundle's own."""
+    engines = {bundle.index: bundle for bundle in listed if bundle.role == "rollout"}
+    ranks = [bundle for bundle in listed if bundle.role == "learner"]
+    return [Slot(together=(rank, engines[rank.index])) for rank in ranks]
+
+
+def joined(listed: Sequence[Bundle], *, colocated: bool = False) -> list[Bundle]:
+    """Bundles that are placed one by one: of a colocated run, those of each pair are one."""
+    if not colocated:
+        return list(listed)
+    return [
+        *(pair.whole for pair in pairs(listed)),
+        *(bundle for bundle in listed if bundle.role not in ("learner", "rollout")),
+    ]
+
+
 def core(
-    listed: Sequence[Bundle], nodes: Sequence[Node], *, asked: int | None = None, spread: bool = False
+    listed: Sequence[Bundle],
+    nodes: Sequence[Node],
+    *,
+    asked: int | None = None,
+    spread: bool = False,
+    colocated: bool = False,
 ) -> list[Slot]:
     """What a run cannot begin without and must have together, the largest first: a slot for the ranks of each of the
     learner's nodes, and one each for the first rollout and the first segmenter; one that has a share of a GPU asks
-    later (`waves`) where others take whole ones. asked: nodes for the ranks; None for the fewest of those that
-    are there or, with `spread`, one each."""
-    ranks = [bundle for bundle in listed if bundle.role == "learner"]
-    each = len(ranks) // (asked or (len(ranks) if spread else _fewest(ranks, nodes))) if ranks else 1
-    slots = [Slot(together=tuple(ranks[i : i + each])) for i in range(0, len(ranks), each)]
-    first = [bundle for bundle in listed if bundle.role != "learner" and bundle.index == 0]
-    if any(bundle.gpus >= 1 for bundle in listed if bundle.role != "learner" and bundle.index > 0):
+    later (`waves`) where others take whole ones. Of a colocated run: its `pairs`, and the first segmenter. asked: nodes
+    for the ranks; None for the fewest of those that are there or, with `spread`, one each."""
+    if colocated:
+        slots, paired = pairs(listed), {"learner", "rollout"}
+    else:
+        ranks = [bundle for bundle in listed if bundle.role == "learner"]
+        each = len(ranks) // (asked or (len(ranks) if spread else _fewest(ranks, nodes))) if ranks else 1
+        slots = [Slot(together=tuple(ranks[i : i + each])) for i in range(0, len(ranks), each)]
+        paired = {"learner"}
+    others = [bundle for bundle in listed if bundle.role not in paired]
+    first = [bundle for bundle in others if bundle.index == 0]
+    if any(bundle.gpus >= 1 for bundle in others if bundle.index > 0):
         # Ray packs a group by itself, and a share in it may break a GPU that one outside needs whole.
         first = [bundle for bundle in first if not bundle.shares_a_gpu]
     slots += [Slot(together=(bundle,)) for bundle in first]
@@ -189,27 +218,30 @@ def described(bundle: Bundle) -> str:
     return f"{bundle.cpus:g} CPUs, {bundle.gpus:g} GPUs on one node{labels}"
 
 
-def gpus_taken(wanted: Sequence[Bundle]) -> dict[str, list[int]]:
+def gpus_taken(wanted: Sequence[Bundle], *, colocated: bool = False) -> dict[str, list[int]]:
     """Indices of each actor's GPUs, by its name, on one node that has as many as are needed."""
     room = _Room(cpus=math.inf, gpus=[1.0] * sum(math.ceil(bundle.gpus) for bundle in wanted))
-    return {bundle.name: room.take(bundle) for bundle in largest_first(wanted)}
+    taken = {bundle.name: room.take(bundle) for bundle in largest_first(joined(wanted, colocated=colocated))}
+    of_pairs = pairs(wanted) if colocated else []
+    return taken | {name: taken[pair.whole.name] for pair in of_pairs for name in pair.names}
 
 
-def alone(role: str, wanted: Sequence[Bundle]) -> int:
+def alone(role: str, wanted: Sequence[Bundle], *, colocated: bool = False) -> int:
     """How many GPUs hold actors of this role and no others."""
-    taken = gpus_taken(wanted)
+    taken = gpus_taken(wanted, colocated=colocated)
     ours, others = (
         {i for bundle in wanted if (bundle.role == role) is own for i in taken[bundle.name]} for own in (True, False)
     )
     return len(ours - others)
 
 
-def turns(wanted: Sequence[Bundle]) -> list[list[str]]:
+def turns(wanted: Sequence[Bundle], *, colocated: bool = False) -> list[list[str]]:
     """Names of the actors that start together, in the order of their turns. vLLM measures its GPU's memory while it
     starts, and another process that fills it meanwhile spoils that. So engines that have a part of a GPU start before
-    all others, and where two fit on one GPU, one after another."""
-    engines = [bundle.name for bundle in wanted if bundle.role == "rollout" and bundle.shares_a_gpu]
+    all others, and where two fit on one GPU, one after another. In a colocated run engines always start before ranks,
+    beside which they sleep then, and together, as each has a GPU of its own."""
+    engines = [bundle.name for bundle in wanted if bundle.role == "rollout" and (bundle.shares_a_gpu or colocated)]
     others = [bundle.name for bundle in wanted if bundle.name not in engines]
-    if any(bundle.gpus <= 0.5 for bundle in wanted if bundle.name in engines):
+    if not colocated and any(bundle.gpus <= 0.5 for bundle in wanted if bundle.name in engines):
         return [*([name] for name in engines), others]
     return [engines, others] if engines else [others]

@@ -292,4 +292,7 @@ def _kept(run: Path) -> Any:
 
 def _translated(kept: Mapping[str, Any]) -> dict[str, Any]:
     """A run's configuration by dotted key, in today's names."""
-    return {RENAMED.get(key, key): value for key, value in flat(kept).items() if key not in _REMOVED}
+    values = {RENAMED.get(key, key): value for key, value in flat(kept).items() if key not in _REMOVED}
+    if values.get("placement") in ("pack", "spread"):
+        values["spread"] = values.pop("placement") == "spread"
+    return values

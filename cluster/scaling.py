@@ -13,6 +13,7 @@ from pathlib import Path
 
 from actors.config import Autoscale
 from cluster.advice import AT_WORK, Load, loads, same
+from cluster.run_folder import kept_values
 from umrg.atomic import write_text
 from umrg.mistake import Mistake
 
@@ -40,6 +41,8 @@ def ask(run: Path, wishes: Sequence[str]) -> dict[str, int]:
     status = json.loads(summary.read_text()).get("status")
     if status != "running":
         raise Mistake(f"the run {run} is {status}; only one that is running can be scaled")
+    if "rollout" in wanted and (run / "config.yaml").exists() and kept_values(run).get("placement") == "colocated":
+        raise Mistake(f"the run {run} has one engine beside each rank of its learner; only its segmenters are scaled")
     write_text(run / _FILE, json.dumps({**_read(run / _FILE), **wanted}))
     return wanted
 

@@ -17,6 +17,7 @@ from actors.learner_rank import LearnerRank
 from actors.pools import LearnerDied
 from cluster.checkpoints import Checkpoint
 from cluster.cli import run_command
+from cluster.colocation import Colocation
 from cluster.commands.doctor_demand import demand, parameters
 from cluster.config import TrainConfig, load_config
 from cluster.data import open_rows
@@ -83,7 +84,7 @@ def actors(config: TrainConfig, run: Path | None = None) -> list[ActorSpec]:
         resume=config.resume if isinstance(config.resume, Path) else None,
     )
     return [
-        *ranks(LearnerRank, config.learner, task, image_tokens=config.image_tokens),
+        *ranks(LearnerRank, config.learner, task, image_tokens=config.image_tokens, colocated=config.colocated),
         *rollouts(config.model, config.engines, spec, demand(config, parameters(config.model)).weights),
         *segmenters(config.expert, config.segmenter, config.reward.scorer(think=spec.think), spec),
     ]
@@ -91,7 +92,7 @@ def actors(config: TrainConfig, run: Path | None = None) -> list[ActorSpec]:
 
 def idle_segmenters(config: TrainConfig, listed: Sequence[ActorSpec]) -> str | None:
     """A remark where segmenters have GPUs for themselves, and the reward looks at no mask; None otherwise."""
-    idle = alone("segmenter", [actor.bundle for actor in listed])
+    idle = alone("segmenter", [actor.bundle for actor in listed], colocated=config.colocated)
     if not idle or config.reward.scorer(think=config.spec().think).uses_mask:
         return None
     gpus = "a GPU" if idle == 1 else f"{idle} GPUs"
@@ -125,6 +126,7 @@ class Training(Loop):
         self.workers = workers
         self.journal, self.display, self.rows, self.held_out = journal, display, rows, held_out
         self.canary = Canary(rows[0], config)
+        self.colocation = Colocation(workers, config.deadlines) if config.colocated else None
         bounds = {"rollout": config.rollout.autoscale, "segmenter": config.segmenter.autoscale}
         self.timesheet = Timesheet(clock, (workers.rollouts, workers.segmenters), ranks=config.learner.ranks)
         self.scaling = Scaling(
@@ -157,6 +159,8 @@ class Training(Loop):
         for left in range(self.config.restarts, -1, -1):
             try:
                 if left < self.config.restarts:
+                    if self.colocation:
+                        self.colocation.before_restart()
                     self.workers.restart_learner(self.config.deadlines.start)
                 self.take_all_steps(checkpoint)
                 break
@@ -197,6 +201,8 @@ class Training(Loop):
             self.told += 1
         with phase("learn"):
             work = [self.config.learner.work(group.scored) for group in groups]
+            if self.colocation:
+                self.colocation.before_learning()
             report = self.workers.learner.update([group.refs for group in groups], work)
         self.step += 1
         with phase("sync"):
@@ -213,7 +219,7 @@ class Training(Loop):
         """Give the rollouts the new weights. Returns the canary's gap; None where it was not asked, because the learner
         would have to wait for rollouts that are yet sampling with older weights."""
         if self.config.staleness == 0:
-            sync_weights(self.workers, version=self.step)
+            self.send_weights()
             return self.canary.check(self.workers)
         publish(self.workers, version=self.step, everything=self.resumed)
         if self.step % EVERY != 1:
@@ -251,13 +257,23 @@ class Training(Loop):
         self.journal.evaluation(name, self.step, evaluation)
         self.display.evaluation(name, evaluation.summary())
 
+    def send_weights(self, *, everything: bool = False) -> None:
+        """Send engines the weights of this step; where they share the learner's GPUs, they wake for it. everything: as
+        for `sync_weights`."""
+        if self.colocation:
+            self.colocation.after_learning(lambda: sync_weights(self.workers, version=self.step, everything=True))
+        else:
+            sync_weights(self.workers, version=self.step, everything=everything)
+
     def resume(self, checkpoint: Checkpoint | None) -> int:
         """As `Loop.resume`; the rollouts get the checkpoint's weights, and the journal drops later records."""
         position = super().resume(checkpoint)
         self.ahead.restore(checkpoint.state.ahead if checkpoint else [])
         self.resumed = checkpoint is not None
-        if checkpoint or self.workers.rollouts.weights:
-            sync_weights(self.workers, version=self.step, everything=True)
+        begun = self.resumed or self.workers.rollouts.weights is not None
+        if begun or self.colocation:  # engines that slept while ranks loaded have no weights
+            self.send_weights(everything=True)
+        if begun:
             self.display.resumed(self.step)
         self.journal.rewind(self.step, position)
         self.checkpoints.rewind(self.step)

@@ -25,10 +25,11 @@ from actors.learner_rank import ZeroActor
 from actors.pools import LearnerDied, LearnerPool, RolloutPool, SegmenterPool, SupervisedPool
 from actors.rollout import Rollout
 from actors.segmenter import Segmenter
+from cluster.colocation import fall_asleep, refuse_apart
 from cluster.config import RunConfig
 from cluster.hiring import ActorSpec, Hiring, cluster_nodes
-from cluster.memory import learner_need, rollout_need, segmenter_need
-from cluster.placement import Slot, bundles, core, shortage, turns
+from cluster.memory import learner_need, resting_need, rollout_need, segmenter_need, sleeping_need
+from cluster.placement import Slot, bundles, core, joined, shortage, turns
 from learner.config import LearnerTask, ZeroConfig
 from rewards.scoring import Scorer
 from umrg.config import located
@@ -50,6 +51,7 @@ def rollouts(model: Path, config: RolloutConfig, spec: PromptSpec, weights: int 
             arguments=arguments,
             environment=config.process_environment,
             need=need,
+            idle=sleeping_need(config) if config.sleeps else None,
             weights=weights,
         )
         for bundle in bundles("rollout", config.actors, config)
@@ -92,9 +94,11 @@ def segmenters(
     ]
 
 
-def ranks(actor_class: type[ZeroActor], config: ZeroConfig, task: LearnerTask, *, image_tokens: int) -> list[ActorSpec]:
-    """The learner's ranks. image_tokens: of a packed sequence. Raises ValueError if the task's model cannot be
-    loaded."""
+def ranks(
+    actor_class: type[ZeroActor], config: ZeroConfig, task: LearnerTask, *, image_tokens: int, colocated: bool = False
+) -> list[ActorSpec]:
+    """The learner's ranks. image_tokens: of a packed sequence. colocated: each shares a GPU with an engine, in turn.
+    Raises ValueError if the task's model cannot be loaded."""
     check_reasoner_folder(task.model)
     here = task.located()
     need = learner_need(task.model, config, image_tokens)
@@ -105,6 +109,7 @@ def ranks(actor_class: type[ZeroActor], config: ZeroConfig, task: LearnerTask, *
             arguments={"config": config, "task": here, "rank": bundle.index},
             environment=config.process_environment,
             need=need,
+            idle=resting_need(task.model, config, image_tokens) if colocated else None,
             nodes=config.nodes,
         )
         for bundle in bundles("learner", config.ranks, config)
@@ -128,6 +133,8 @@ class Workers:
     """What the engines of the start said of themselves; empty with an endpoint."""
     hiring: Hiring | None = None
     """Makes the actors; None where others do."""
+    parks: bool = False
+    """Whether the learner's optimizer state waits in host memory while engines sample."""
     put_aside: list[str] = field(default_factory=list)
     """The groups that could not be sampled or scored, each with its cause."""
 
@@ -167,9 +174,12 @@ def started(actors: Sequence[ActorSpec], config: RunConfig) -> Iterator[Workers]
     calls = Calls()
     with _hired(actors, config, calls) as hiring:
         placed = hiring.begin()
+        if config.colocated:
+            refuse_apart(hiring.places)
         learner = LearnerPool(_by_role("learner", hiring.handles), config.deadlines, calls)
         results: dict[str, Any] = {}
-        for names in turns([actor.bundle for actor in actors if actor.bundle.name in placed]):
+        there = [actor.bundle for actor in actors if actor.bundle.name in placed]
+        for names in turns(there, colocated=config.colocated):
             refs = {
                 name: hiring.handles[name].start.remote(hiring.lodging(name))
                 for name in names
@@ -178,6 +188,10 @@ def started(actors: Sequence[ActorSpec], config: RunConfig) -> Iterator[Workers]
             refs |= learner.starting(names, hiring.lodging)
             found = calls.gather(refs, seconds=config.deadlines.start, doing="starting")
             results.update(zip(refs, found, strict=True))
+            if config.colocated:  # before ranks load on the same GPUs
+                fall_asleep(
+                    _by_role("rollout", {name: hiring.handles[name] for name in names}), calls, config.deadlines
+                )
         digests = {result for name, result in results.items() if name.startswith("segmenter")}
         assert len(digests) == 1, "the segmenters hold different experts"
         engines = tuple(result for result in results.values() if isinstance(result, EngineReport))
@@ -199,6 +213,7 @@ def started(actors: Sequence[ActorSpec], config: RunConfig) -> Iterator[Workers]
             expert_digest=digests.pop(),
             engines=engines,
             hiring=hiring,
+            parks=config.colocated and hiring.parks(),
         )
 
 
@@ -218,12 +233,12 @@ def _hired(actors: Sequence[ActorSpec], config: RunConfig, calls: Calls) -> Iter
     """What makes the actors, with their placement group; both end with the context."""
     listed, nodes = [actor.bundle for actor in actors], cluster_nodes()
     # Other clusters may start nodes for what is asked of them.
-    if is_local() and (missing := shortage(listed, nodes)):
+    if is_local() and (missing := shortage(joined(listed, colocated=config.colocated), nodes)):
         raise Mistake(f"{missing}; ask for fewer actors or less of each")
-    spread = config.placement == "spread"
+    spread = config.spread
     asked = next((actor.nodes for actor in actors if actor.nodes), None)
-    slots = core(listed, nodes, asked=asked, spread=spread)
-    group = _placement_group(slots, config.placement)
+    slots = core(listed, nodes, asked=asked, spread=spread, colocated=config.colocated)
+    group = _placement_group(slots, spread=spread)
     hiring = Hiring(actors, group, slots, calls, config.deadlines, spread=spread, cache=config.cache)
     try:
         yield hiring
@@ -232,12 +247,12 @@ def _hired(actors: Sequence[ActorSpec], config: RunConfig, calls: Calls) -> Iter
         remove_placement_group(group)
 
 
-def _placement_group(slots: Sequence[Slot], placement: str) -> Any:
+def _placement_group(slots: Sequence[Slot], *, spread: bool) -> Any:
     labels = [dict(slot.whole.labels) for slot in slots]
     try:
         return placement_group(
             [slot.resources for slot in slots],
-            strategy=placement.upper(),
+            strategy="SPREAD" if spread else "PACK",
             bundle_label_selector=labels if any(labels) else None,
         )
     except ValueError as error:

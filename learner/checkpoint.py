@@ -95,6 +95,7 @@ class RankCheckpoints:
         """Restore what `save` wrote, on any number of ranks and at any ZeRO stage. Raises ValueError if it belongs to
         another model or to other frozen parts."""
         zero, trained = self._zero, self._zero.trained()
+        assert not zero.parking.parked, "state is read before any of it is put away"
         with SavedPieces(folder / OPTIMIZER) as saved:
             saved.check({name: int(getattr(each, "ds_numel", each.numel())) for name, each in trained})
             for piece in pieces(zero.engine.optimizer, trained, zero.ranks):
@@ -109,7 +110,7 @@ class RankCheckpoints:
 
 def _state_parts(zero: ZeroRank) -> list[FilePart]:
     rank = zero.ranks.rank
-    own = own_pieces(zero.engine.optimizer, zero.trained(), zero.ranks)
+    own = own_pieces(zero.engine.optimizer, zero.trained(), zero.ranks, zero.parking.present)
     parts = [
         FilePart(name=f"{OPTIMIZER}/rank-{rank:05d}-{i:05d}.safetensors", data=_bytes(bucket))
         for i, bucket in enumerate(buckets(own, BUCKET_BYTES))

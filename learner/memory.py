@@ -83,6 +83,30 @@ def rank_need(source: Path | Any, config: ZeroConfig, image_tokens: int) -> Need
     return Need(certain=parts, estimated=estimated, host=host, remedy=_remedy(config))
 
 
+def resting(source: Path | Any, config: ZeroConfig, image_tokens: int, *, parked: bool) -> Need:
+    """What one rank needs between two steps, in which nothing passes through it. parked: its optimizer state is in host
+    memory (`learner.parking`)."""
+    at_work = rank_need(source, config, image_tokens)
+    state = {name: at_work.certain[name] for name in ("optimizer",) if name in at_work.certain}
+    # Stage 3 keeps the buffer of its gradients; the others let go of them.
+    buffer = at_work.certain.get("gradients", 0) if config.zero_stage == 3 else 0
+    certain = {name: size for name, size in at_work.certain.items() if name in ("weights", "reference")}
+    bucket = {"reduction": 4 * REDUCE_BUCKET} if config.zero_stage == 3 else {}
+    estimated = {"runtime": RUNTIME, **bucket}
+    if not parked:
+        return Need(certain={**certain, **state, **({"gradients": buffer} if buffer else {})}, estimated=estimated)
+    # torch gives page-locked memory in powers of two: master weights and two moments, each of which may be flat.
+    third = -(-sum(state.values()) // 3)
+    rounded = 3 * (1 << (third - 1).bit_length()) if state and config.num_gpus > 0 else sum(state.values())
+    return Need(
+        certain=certain,
+        estimated=estimated,
+        host={"parked": rounded} if state else {},
+        remedy="raise learner.ranks and rollout.actors, raise learner.zero_stage to 3, or set placement to "
+        "disaggregated",
+    )
+
+
 def reference_of(config: ZeroConfig) -> Reference:
     """Where the reference model is. Adapters need none: the model without them is the reference."""
     if not isinstance(config, LearnerConfig) or config.objective.kl == 0 or config.lora:

@@ -28,6 +28,7 @@ import torch
 from safetensors import safe_open
 
 from learner.collectives import Ranks
+from learner.parking import Present
 from umrg.mistake import Mistake
 
 MASTER = "fp32"
@@ -62,19 +63,40 @@ class Piece:
         return {f"{kind}/{self.name}/{self.start}": _copy(tensor) for kind, tensor in named.items()}
 
 
-def pieces(optimizer: Any, trained: Named, ranks: Ranks) -> list[Piece]:
+def pieces(optimizer: Any, trained: Named, ranks: Ranks, present: Present = lambda tensor: tensor) -> list[Piece]:
     """The pieces that this rank holds, in order of the parameters. optimizer: of a DeepSpeed engine, around torch's
-    AdamW."""
+    AdamW. present: of a rank whose state is parked."""
     found = ((name, _place(optimizer, parameter, ranks.rank)) for name, parameter in trained)
-    return [_piece(name, place) for name, place in found if place is not None]
+    return [_piece(name, place, present) for name, place in found if place is not None]
 
 
-def own_pieces(optimizer: Any, trained: Named, ranks: Ranks) -> list[Piece]:
-    """The pieces that this rank saves: those that it holds or, if every rank holds all of them, its share."""
-    held = pieces(optimizer, trained, ranks)
+def own_pieces(optimizer: Any, trained: Named, ranks: Ranks, present: Present = lambda tensor: tensor) -> list[Piece]:
+    """The pieces that this rank saves: those that it holds or, if every rank holds all of them, its share. present: as
+    for `pieces`."""
+    held = pieces(optimizer, trained, ranks, present)
     if _is_partitioned(optimizer):
         return held
     return held[ranks.rank :: ranks.count]
+
+
+def state_tensors(optimizer: Any, trained: Named, ranks: Ranks) -> list[torch.Tensor]:
+    """The buffers of masters and moments of this rank; not those of masters that are the model's own parameters."""
+    places = (_place(optimizer, parameter, ranks.rank) for _, parameter in trained)
+    found = {id(place.buffer): place for place in places if place is not None}
+    held = [getattr(parameter, "ds_tensor", parameter) for _, parameter in trained]
+    own = {tensor.untyped_storage()._cdata for tensor in [*held, *(parameter for _, parameter in trained)]}
+    tensors = []
+    for place in found.values():
+        state = place.adam.state.get(place.buffer, {})
+        tensors += [place.buffer.data, *(state[kind] for kind in MOMENTS if kind in state)]
+    return [tensor for tensor in tensors if tensor.untyped_storage()._cdata not in own]
+
+
+def gradient_buffers(optimizer: Any) -> list[torch.Tensor]:
+    """What is kept for gradients between two updates, whose numbers mean nothing then: at stage 3, a buffer for all of
+    this rank's."""
+    buffer = getattr(optimizer, "grad_partitions_flat_buffer", None)
+    return [] if buffer is None else [buffer]
 
 
 def publish(optimizer: Any) -> None:
@@ -202,7 +224,7 @@ def _is_partitioned(optimizer: Any) -> bool:
     return hasattr(optimizer, "fp16_partitioned_groups_flat") or hasattr(optimizer, "update_lp_params")
 
 
-def _piece(name: str, place: _Place) -> Piece:
+def _piece(name: str, place: _Place, present: Present) -> Piece:
     state = place.adam.state[place.buffer]
     if not state:
         # Before the first step AdamW has no state, and there would be nothing to save or to restore into. This is what
@@ -210,7 +232,7 @@ def _piece(name: str, place: _Place) -> Piece:
         device = place.buffer.device if place.adam.defaults["fused"] else "cpu"
         state[STEP] = torch.zeros((), dtype=torch.float32, device=device)
         state.update({kind: torch.zeros_like(place.buffer) for kind in MOMENTS})
-    held = {MASTER: place.buffer.data, **{kind: state[kind] for kind in MOMENTS}}
+    held = {MASTER: present(place.buffer.data), **{kind: present(state[kind]) for kind in MOMENTS}}
     views = {kind: tensor.view(-1).narrow(0, place.offset, place.numel) for kind, tensor in held.items()}
     return Piece(name=name, start=place.start, values=views, step=state[STEP])
 

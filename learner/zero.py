@@ -18,6 +18,8 @@ from learner.collectives import Ranks
 from learner.config import REDUCE_BUCKET, LearnerTask, ZeroConfig
 from learner.lora import Weight, adapter_weights, add_adapters, starts_without_gradient, weights
 from learner.optimizer import adamw, lr_factor, set_lr
+from learner.optimizer_state import gradient_buffers, state_tensors
+from learner.parking import Parking
 from learner.policy import Policy, freeze
 from learner.shared_prefix import Branches, PackedSequence, TokenScores, pack
 from reasoner.model import Reasoner, load_reasoner
@@ -38,6 +40,7 @@ class ZeroRank:
     def __init__(self, config: ZeroConfig, task: LearnerTask, *, device: str = "cpu") -> None:
         self.config, self.task, self.device = config, task, device
         self.ranks = Ranks(device)
+        self.parking = Parking(device)
         self.reasoner = self.loaded(device, partitioned=config.zero_stage == 3)
         self.updates_made = 0
         self.checked = False  # whether an update has shown that every parameter learns
@@ -176,6 +179,19 @@ class ZeroRank:
             parameters, enabled=self.config.zero_stage == 3
         )
         return gathered
+
+    def park(self, *, state: bool) -> None:
+        """Give the GPU's memory away that is not needed to score or to export weights. state: that of the optimizer
+        too, which then waits in host memory."""
+        if state and not self.parking.parked:
+            optimizer = self.engine.optimizer
+            self.parking.park(state_tensors(optimizer, self.trained(), self.ranks), gradient_buffers(optimizer))
+        if self.device == "cuda":
+            torch.cuda.empty_cache()  # what an update's activations took
+
+    def unpark(self) -> None:
+        """Take back what was given away, before anything is learnt or loaded."""
+        self.parking.unpark()
 
 
 def in_tower(name: str) -> bool:

@@ -57,7 +57,7 @@ class ActorConfig(Config):
         if not isinstance(value, dict):
             return value
         if own := sorted(name for name in map(str, value) if name.startswith("RAY_") or name == "CUDA_VISIBLE_DEVICES"):
-            raise Mistake(f"{own[0]} is set by Ray; take it out of environment, and see num_gpus and placement")
+            raise Mistake(f"{own[0]} is set by Ray; take it out of environment, and see num_gpus")
         for name, text in value.items():
             if not re.fullmatch(r"[A-Za-z_]\w*", str(name), re.ASCII):
                 raise Mistake(f"{name!r} is no name of a variable; give letters, digits and underscores")

@@ -87,6 +87,7 @@ def _service(file: Path | None, overrides: Sequence[str], options: Mapping[str, 
 def _print_service(config: "ServeConfig", host: str, port: int) -> None:
     """Print what would be served, as `cluster.dry_run.dry_run` does a job. Raises ValueError for what would be
     refused."""
+    from cluster.commands.memory import Role
     from cluster.dry_run import print_actors, print_config, print_memory
     from cluster.memory import rollout_need, segmenter_need
     from cluster.placement import bundles
@@ -99,8 +100,8 @@ def _print_service(config: "ServeConfig", host: str, port: int) -> None:
     print_config(config, shown)
     print_actors([*rollout, *segmenter], shown)
     needs = [
-        (rollout, rollout_need(config.model, config.rollout)),
-        (segmenter, segmenter_need(config.expert, config.segmenter)),
+        Role(rollout, rollout_need(config.model, config.rollout)),
+        Role(segmenter, segmenter_need(config.expert, config.segmenter)),
     ]
     print_memory(needs, shown)
     typer.echo(f"address    http://{host}:{port}/v1/ground")

@@ -71,6 +71,8 @@ def demand(config: JobConfig, count: int) -> Demand:
     if objective.kl > 0 and learner.lora is None and config.learner.reference_kind == "parked":
         # Page-locked memory is given in powers of two for each tensor, at the worst twice as much.
         host += learner.ranks * weights * (2 if learner.num_gpus > 0 else 1)
+    if config.colocated and learner.num_gpus > 0 and learner.offload == "none":
+        host += state  # where the GPU does not hold it beside an engine
     return Demand(
         weights=weights,
         shared=weights,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -12,17 +13,31 @@ from cluster.fetching import fetched
 from cluster.memory import (
     GIB,
     GpuNeed,
+    Idle,
     Tenant,
     learner_need,
     overfull,
+    parking,
+    resting_need,
     rollout_need,
     segmenter_need,
+    sleeping_need,
     summary,
     tenant,
 )
 from cluster.placement import Bundle, bundles, gpus_taken
 
-Roles = Sequence[tuple[list[Bundle], GpuNeed]]
+
+class Role(NamedTuple):
+    """The actors of a role, which are alike."""
+
+    bundles: list[Bundle]
+    need: GpuNeed
+    idle: Idle | None = None
+    """What each needs while the other of its pair works; None for one that takes no turns."""
+
+
+Roles = Sequence[Role]
 
 _UNBOUNDED = 1 << 62  # bytes: how much memory the nodes will have is not known
 
@@ -30,17 +45,21 @@ _UNBOUNDED = 1 << 62  # bytes: how much memory the nodes will have is not known
 def roles(config: TrainConfig | SftConfig | EvaluateConfig) -> Roles:
     """The actors of each role, and what they need, in the order in which a run starts them. Of the model's folder,
     config.json alone is read."""
-    found: list[tuple[list[Bundle], GpuNeed]] = []
+    found: list[Role] = []
     if isinstance(config, TrainConfig | SftConfig):
         learner = config.learner
         need = learner_need(config.model, learner, config.image_tokens)
-        found.append((bundles("learner", learner.ranks, learner), need))
+        resting = resting_need(config.model, learner, config.image_tokens) if config.colocated else None
+        found.append(Role(bundles("learner", learner.ranks, learner), need, resting))
     if isinstance(config, TrainConfig | EvaluateConfig):
         if config.model is not None:
             rollout = config.engines
-            found.append((bundles("rollout", rollout.actors, rollout), rollout_need(config.model, rollout)))
+            sleeping = sleeping_need(rollout) if rollout.sleeps else None
+            found.append(
+                Role(bundles("rollout", rollout.actors, rollout), rollout_need(config.model, rollout), sleeping)
+            )
         segmenter = config.segmenter
-        found.append((bundles("segmenter", segmenter.actors, segmenter), segmenter_need(config.expert, segmenter)))
+        found.append(Role(bundles("segmenter", segmenter.actors, segmenter), segmenter_need(config.expert, segmenter)))
     return found
 
 
@@ -51,15 +70,16 @@ def tenants(config: TrainConfig | SftConfig | EvaluateConfig, gpu: int) -> list[
 
 def tenants_of(found: Roles, gpu: int) -> list[Tenant]:
     """The actors that have GPUs, on as many GPUs of so many bytes as they ask for, placed as Ray places them."""
-    needs = [(bundle, need) for group, need in found for bundle in group]
-    taken = gpus_taken([bundle for bundle, _ in needs])
+    needs = [(bundle, role.need, role.idle) for role in found for bundle in role.bundles]
+    taken = gpus_taken([bundle for bundle, _, _ in needs], colocated=any(role.idle for role in found))
     return [
         tenant(
             bundle.name,
             need,
             Place(node="", memory=_UNBOUNDED, gpus=tuple(_gpu(i, gpu) for i in taken[bundle.name])),
+            idle,
         )
-        for bundle, need in needs
+        for bundle, need, idle in needs
         if bundle.gpus > 0
     ]
 
@@ -79,6 +99,8 @@ def print_estimate(of: Roles, gib: float, console: Console) -> int:
     console.print(_table(found, f"estimated GiB of each actor, on {count} GPUs of {gib:g} GiB"))
     for line in summary(found):
         console.print(line, soft_wrap=True)
+    if any(role.idle for role in of):
+        console.print(f"learner: {parking(found)[1]}", soft_wrap=True)
     fault = overfull(found)
     console.print(f"does not fit: {fault}" if fault else "fits, as far as can be estimated", soft_wrap=True)
     return int(fault is not None)

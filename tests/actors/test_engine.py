@@ -64,6 +64,13 @@ class Recorded:
     async def check_health(self) -> None:
         pass
 
+    async def sleep(self, *, level: int, mode: str) -> None:
+        self.record.append(f"sleep: {level}, {mode}")
+
+    async def wake_up(self, *, tags: list[str]) -> bool:
+        self.record.append(f"wake: {', '.join(tags)}")
+        return tags == ["kv_cache"]
+
 
 def output(token_ids: list[int], version: str, reason: str) -> Any:
     completion = SimpleNamespace(
@@ -191,3 +198,40 @@ def test_a_request_that_vllm_gives_up_is_asked_once_more():
     assert answer.completions[0].finished
     with pytest.raises(RuntimeError, match="vLLM has given a request up"):
         asyncio.run(run(2))
+
+
+def test_an_engine_that_sleeps_lets_nobody_in_until_it_has_all_its_memory_and_weights():
+    async def run():
+        llm = Recorded()
+        llm.answering.set()
+        tried = engine(llm)
+        await within_deadline(tried.sleep())
+        later = asyncio.create_task(tried.generate(IMAGE, "Where?", GREEDY))
+        await within_deadline(tried.wake_weights())
+        await within_deadline(tried.update_weights(buckets(1), 1))
+        assert "asked" not in llm.record
+        await within_deadline(tried.wake())
+        return llm.record, *await within_deadline(later)
+
+    record, answer = asyncio.run(run())
+    updated = ["pause: keep", "weights", "resume"]
+    assert record == ["sleep: 2, wait", "wake: weights", *updated, "wake: kv_cache", "asked", "answered"]
+    assert answer.completions[0].policy_version == 1
+
+
+def test_an_engine_sleeps_again_where_its_waking_was_broken_off():
+    """As when the learner dies before its weights were sent."""
+
+    async def run():
+        llm = Recorded()
+        llm.answering.set()
+        tried = engine(llm)
+        await within_deadline(tried.sleep())
+        await within_deadline(tried.wake_weights())
+        await within_deadline(tried.sleep())
+        await within_deadline(tried.wake_weights())
+        await within_deadline(tried.wake())
+        await within_deadline(tried.generate(IMAGE, "Where?", GREEDY))
+        return llm.record
+
+    assert asyncio.run(run())[-3:] == ["wake: kv_cache", "asked", "answered"]

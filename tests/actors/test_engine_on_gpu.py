@@ -1,16 +1,22 @@
 """What vLLM would take on a GPU for the bundled model and the published ones, asked of its classes without one."""
 
+import inspect
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig
+from vllm.config import CompilationConfig, CUDAGraphMode, ModelConfig, VllmConfig
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
+from vllm.device_allocator.sleep_mode_backend import CuMemBackend
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.executor.abstract import SLEEP_TAGS, Executor
 from vllm.v1.worker.gpu.sample.logit_bias import MAX_NUM_LOGIT_BIAS_TOKENS
+from vllm.v1.worker.gpu_worker import Worker
 
 from actors.config import RolloutConfig
 from actors.engine import check_cache, report
@@ -84,3 +90,31 @@ def test_an_engine_says_what_vllm_settled():
         "bfloat16, FLASH_ATTN, KV cache of 870,000 tokens (212.4 sequences of the longest), 688 completions at a time, "
         "16,384 tokens a pass, CUDA graphs"
     )
+
+
+def test_what_sleeping_does_in_vllm():
+    """Read in vLLM 0.32: `AsyncLLM.sleep` clears the cache of images on its own side and pauses the engine's core,
+    which lets requests in flight end in mode `wait`. At level 2 the worker keeps buffers, such as rotary tables, on the
+    host, and frees weights and KV cache, of which level 1 would copy the weights to page-locked memory. `wake_up` takes
+    tags, and says whether all have woken; only then does the core schedule again."""
+    assert list(inspect.signature(AsyncLLM.sleep).parameters) == ["self", "level", "mode"]
+    assert "clear_mm_cache_async" in inspect.getsource(AsyncLLM.sleep)
+    assert list(inspect.signature(AsyncLLM.wake_up).parameters) == ["self", "tags"]
+    assert "return fully_awake" in inspect.getsource(EngineCore.wake_up)
+    assert {"weights", "kv_cache"} == SLEEP_TAGS
+    worker = inspect.getsource(Worker.sleep)
+    assert "model.named_buffers()" in worker and "self.sleep_mode_backend.suspend(level)" in worker
+    assert 'offload_tags = ("weights", *offload_tags)' in inspect.getsource(CuMemBackend.suspend)
+
+
+def test_an_engine_may_fall_asleep_again_with_only_its_weights_awake():
+    """As after a learner that died before it sent them: the executor looks at the tag of the weights alone."""
+    source = inspect.getsource(Executor.sleep)
+    assert 'if "weights" in self.sleeping_tags:' in source and "self.sleeping_tags |= SLEEP_TAGS" in source
+
+
+def test_memory_that_is_given_away_is_asked_for_at_the_start():
+    """`enable_sleep_mode` has weights and KV cache allocated in a pool that can be unmapped; a CPU has none."""
+    assert RolloutConfig(num_gpus=0.3).sleeping().sleeps and not RolloutConfig(num_gpus=0.3).sleeps
+    assert not RolloutConfig().sleeping().sleeps
+    assert "enable_cumem_allocator = True" in inspect.getsource(ModelConfig.__post_init__)

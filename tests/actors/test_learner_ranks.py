@@ -12,6 +12,7 @@ from actors.learner_rank import LearnerRank
 from actors.weight_files import unpack
 from learner.attention import use_shared_prefix
 from learner.lora import Weight
+from learner.optimizer_state import state_tensors
 from learner.shared_prefix import Branches, branch_scores, pack
 from phantoms import rows
 from reasoner.model import load_reasoner
@@ -253,6 +254,69 @@ def test_other_ranks_and_stages_go_on(groups, hosts, tmp_path, plain, before, af
     saved(groups, hosts, tmp_path, **STEADY, zero_stage=before[0], ranks=before[1])
     weights = resumed(groups, hosts, tmp_path, **STEADY, zero_stage=after[0], ranks=after[1])
     assert_moved_alike(weights, plain[1])
+
+
+PARKED = [
+    pytest.param({"zero_stage": 0}, id="zero-0"),
+    pytest.param({"zero_stage": 2}, id="zero-2"),
+    pytest.param({"zero_stage": 3, "ranks": 2, "dtype": "bfloat16"}, id="zero-3-in-bfloat16"),
+    pytest.param({"zero_stage": 3}, id="zero-3", marks=pytest.mark.slow),
+    pytest.param({"zero_stage": 3, "ranks": 2}, id="zero-3-of-two", marks=pytest.mark.slow),
+    pytest.param({"zero_stage": 0, "ranks": 2}, id="zero-0-of-two", marks=pytest.mark.slow),
+    pytest.param({"zero_stage": 2, "ranks": 2, "dtype": "bfloat16"}, id="zero-2-in-bfloat16", marks=pytest.mark.slow),
+    pytest.param({"lora": {"rank": 4, "alpha": 8}, "zero_stage": 2}, id="adapters", marks=pytest.mark.slow),
+    pytest.param({"zero_stage": 2, "offload": "optimizer"}, id="zero-2-offloaded", marks=pytest.mark.slow),
+    pytest.param({"zero_stage": 3, "offload": "parameters"}, id="zero-3-offloaded", marks=pytest.mark.slow),
+]
+
+
+class Measured(LearnerRank):
+    """Which says how much of its optimizer's state is in its place."""
+
+    def in_place(self):
+        zero = self.running()
+        tensors = state_tensors(zero.engine.optimizer, zero.trained(), zero.ranks)
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def in_place(pool):
+    return sum(ray.get([rank.in_place.remote() for rank in pool._actors.values()]))
+
+
+@pytest.mark.parametrize("changes", PARKED)
+def test_a_learner_that_parks_between_steps_learns_bit_for_bit_the_same(groups, hosts, tmp_path, changes):
+    """And while it is parked its weights are exported, its log-probs asked for, and a checkpoint of it written."""
+    config = {"eps": 1e-6, "threads": 1, "kind": Measured, **changes}
+    plain = running(hosts, **config)
+    learn(plain, groups, 3)
+    expected = weights_of(plain)
+    plain.save(tmp_path / "plain")
+    plain.saved(wait=True)
+    pool = running(hosts, **config)
+    for _ in range(3):
+        pool.unpark()
+        learn(pool, groups, 1)
+        held = in_place(pool)
+        pool.park(state=True)
+        assert held > 0 and in_place(pool) == 0
+        group, samples = groups[0]
+        assert len(pool.logprobs(ray.put(group), samples.completions[0].token_ids)) > 0
+    weights = weights_of(pool)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+    pool.save(tmp_path / "parked")
+    pool.saved(wait=True)
+    files = [path.relative_to(tmp_path / "plain") for path in (tmp_path / "plain").rglob("*.safetensors")]
+    assert files and all((tmp_path / "parked" / f).read_bytes() == (tmp_path / "plain" / f).read_bytes() for f in files)
+
+
+def test_a_learner_with_room_keeps_its_state_in_place(groups, hosts):
+    pool = running(hosts, kind=Measured, zero_stage=2)
+    learn(pool, groups, 1)
+    held = in_place(pool)
+    pool.park(state=False)
+    assert in_place(pool) == held > 0
+    pool.unpark()
+    learn(pool, groups, 1)
 
 
 def test_a_checkpoint_of_other_frozen_parts_is_refused(groups, hosts, tmp_path):

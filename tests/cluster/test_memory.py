@@ -1,6 +1,7 @@
 """What cannot fit on its GPUs is refused in words, before anything is loaded."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -10,7 +11,7 @@ from bench.architectures import ARCHITECTURES
 from cluster.commands.memory import print_memory, tenants
 from cluster.config import TrainConfig, load_config
 from cluster.hiring import ActorSpec
-from cluster.memory import TRUST, overfull, summary, tenant
+from cluster.memory import TRUST, overfull, parking, summary, tenant
 from cluster.placement import Bundle
 from cluster.workers import started_supervised
 from docs import sizing
@@ -41,6 +42,23 @@ def published(folder):
 
 def test_the_published_set_up_fits_on_eight_gpus_of_80_gb(published):
     assert overfull(tenants(published("learner.gradient_checkpointing=true"), H100)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "parks"),
+    [
+        ("colocated_1gpu_3b", "Qwen2.5-VL-3B", True),
+        ("colocated_4gpu_7b", "Qwen2.5-VL-7B", True),
+        ("colocated_8gpu_7b", "Qwen2.5-VL-7B", False),
+    ],
+)
+def test_shared_gpus_of_80_gb_hold_engines_and_ranks_in_turn(tmp_path, name, model, parks):
+    ARCHITECTURES[model]().save_pretrained(tmp_path)
+    config = load_config(TrainConfig, ROOT / "configs" / f"{name}.yaml", [f"model={tmp_path}"])
+    found = tenants(config, H100)
+    assert overfull(found) is None and parking(found)[0] is parks
+    at_once = [replace(each, idle=None) for each in found]
+    assert overfull(at_once) is not None, "both at the same time would not fit"
 
 
 def test_without_gradient_checkpointing_it_is_refused(published):

@@ -2,7 +2,20 @@
 
 import pytest
 
-from cluster.placement import Bundle, Node, Slot, alone, beside, core, gpus_taken, largest_first, shortage, turns, waves
+from cluster.placement import (
+    Bundle,
+    Node,
+    Slot,
+    alone,
+    beside,
+    core,
+    gpus_taken,
+    joined,
+    largest_first,
+    shortage,
+    turns,
+    waves,
+)
 from cluster.train import actors
 
 
@@ -174,3 +187,42 @@ def test_a_share_goes_beside_others():
 def test_a_shortage_names_the_labels_of_a_node():
     wanted = Bundle(role="learner", index=0, cpus=1, gpus=9, labels={"ray.io/accelerator-type": "H100"})
     assert "ray.io/accelerator-type=H100" in str(shortage([wanted], [Node(cpus=8, gpus=8)]))
+
+
+COLOCATED = [*role("learner", 0.6, 4), *role("rollout", 0.3, 4), *role("segmenter", 0.1, 4)]
+
+
+def test_a_rank_and_the_engine_of_its_index_share_a_bundle():
+    slots = core(COLOCATED, [Node(cpus=8, gpus=4)], colocated=True)
+    assert parts(slots) == [*(([f"learner {i}", f"rollout {i}"]) for i in range(4)), ["segmenter 0"]]
+    assert [slot.resources for slot in slots[:4]] == [{"GPU": pytest.approx(0.9)}] * 4, "of one GPU each"
+    # As a rehearsal on CPUs, too.
+    rehearsal = [*role("learner", 0, 2), *role("rollout", 0, 2), *role("segmenter", 0, 1)]
+    assert parts(core(rehearsal, [], colocated=True))[:2] == [["learner 0", "rollout 0"], ["learner 1", "rollout 1"]]
+
+
+def test_a_pair_lies_where_both_may_lie():
+    rank = Bundle(role="learner", index=0, cpus=1, gpus=0.6, labels={"a": "1"})
+    engine = Bundle(role="rollout", index=0, cpus=2, gpus=0.4, labels={"b": "2"})
+    (slot,) = core([engine, rank], [], colocated=True)
+    assert slot.whole == Bundle(role="learner", index=0, cpus=3, gpus=1.0, labels={"a": "1", "b": "2"})
+
+
+def test_pairs_have_a_gpu_each_and_segmenters_lie_beside_them():
+    taken = gpus_taken(COLOCATED, colocated=True)
+    assert [taken[f"{name} {i}"] for name in ("learner", "rollout") for i in range(4)] == [[0], [1], [2], [3]] * 2
+    assert [taken[f"segmenter {i}"] for i in range(4)] == [[0], [1], [2], [3]]
+    assert alone("segmenter", COLOCATED, colocated=True) == 0
+
+
+def test_what_pairs_lack_is_said():
+    two = [*role("learner", 0.6, 2), *role("rollout", 0.4, 2)]
+    assert shortage(joined(two, colocated=True), [Node(cpus=8, gpus=2)]) is None
+    assert "no room for learner 1" in str(shortage(joined(two, colocated=True), [Node(cpus=8, gpus=1)]))
+
+
+def test_engines_of_pairs_start_before_ranks_and_together():
+    engines, others = turns(COLOCATED, colocated=True)
+    assert engines == [f"rollout {i}" for i in range(4)] and "learner 0" in others and "segmenter 3" in others
+    rehearsal = [*role("learner", 0, 2), *role("rollout", 0, 2)]
+    assert turns(rehearsal, colocated=True) == [["rollout 0", "rollout 1"], ["learner 0", "learner 1"]]

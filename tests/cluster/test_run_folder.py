@@ -75,6 +75,16 @@ def test_a_run_folder_of_an_earlier_version_resumes(tmp_path, demo_config):
     assert "reset_caches" not in (run.path / "config.yaml").read_text()
 
 
+@pytest.mark.parametrize(("older", "spread"), [("pack", False), ("spread", True)])
+def test_where_actors_lay_had_another_key(tmp_path, demo_config, older, spread):
+    config = demo_config(f"runs={tmp_path}", f"spread={spread}")
+    run = RunFolder.create(tmp_path / "demo", config)
+    kept = yaml.safe_load((run.path / "config.yaml").read_text())
+    del kept["spread"]
+    (run.path / "config.yaml").write_text(yaml.safe_dump({**kept, "placement": older}))
+    assert kept_config(type(config), run.path) == config
+
+
 def test_a_folder_that_was_there_is_never_removed(tmp_path):
     RunFolder.create(tmp_path / "run", Small()).log({"step": 1})
     with pytest.raises(ValueError, match="no rows"), RunFolder.begun(tmp_path / "run", Small(), resume=True):

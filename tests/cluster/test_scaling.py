@@ -41,6 +41,13 @@ def test_a_wish_that_is_none_is_refused(run, wish):
         ask(run, [wish])
 
 
+def test_engines_that_share_gpus_with_ranks_stay_as_many(run):
+    (run / "config.yaml").write_text("placement: colocated\n")
+    with pytest.raises(ValueError, match="one engine beside each rank of its learner; only its segmenters are scaled"):
+        ask(run, ["rollout=2", "segmenter=3"])
+    assert ask(run, ["segmenter=3"]) == {"segmenter": 3}
+
+
 def test_only_a_run_under_way_is_scaled(tmp_path):
     with pytest.raises(ValueError, match="is no run's folder"):
         ask(tmp_path, ["rollout=2"])

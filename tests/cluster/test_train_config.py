@@ -1,6 +1,7 @@
 """A training run's configuration: what ships is valid, and what is wrong is said in one sentence."""
 
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from cluster.commands.memory import tenants
 from cluster.config import EvaluateConfig, SftConfig, TrainConfig, load_config, save_config
 from cluster.config_keys import flat, may_change
 from cluster.memory import GIB, overfull
-from cluster.placement import Node, alone, bundles, shortage
+from cluster.placement import Node, alone, bundles, joined, shortage
 from tests.conftest import ROOT
 
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not re.search("sft|evaluate", path.name))
@@ -106,10 +107,18 @@ OF_AN_ACTOR = {"num_cpus", "num_gpus", "threads"}
 OF_A_POOL = {"actors", "autoscale"}
 OF_AN_ENGINE = {f"rollout.{key}" for key in ("max_num_seqs", "max_num_batched_tokens", "cuda_graphs")}
 OF_A_RANK = {*OF_AN_ACTOR, "zero_stage", "offload", "micro_batch_tokens", "gradient_checkpointing", "ranks", "nodes"}
-OF_A_RUN = {"runs", "cache", "placement", "deadlines.resources", "deadlines.start", "deadlines.step"}
+OF_A_RUN = {"runs", "cache", "spread", "deadlines.resources", "deadlines.start", "deadlines.step"}
 OF_TRACKING = {"trackers", *(f"tracking.{key}" for key in ("project", "offline", "mlflow_uri", "python"))}
 OF_LEARNING = {"steps", "resume", "checkpoint_every", "keep", *OF_TRACKING, *(f"learner.{key}" for key in OF_A_RANK)}
-OF_GRPO = {"keep_best", "learner.reference", "learner.sha256", "restarts", "staleness", "tolerated_failures"}
+OF_GRPO = {
+    "placement",
+    "keep_best",
+    "learner.reference",
+    "learner.sha256",
+    "restarts",
+    "staleness",
+    "tolerated_failures",
+}
 OF_INFERENCE = OF_AN_ENGINE | {
     f"{role}.{key}" for role in ("rollout", "segmenter") for key in {*OF_AN_ACTOR, *OF_A_POOL}
 }
@@ -229,7 +238,16 @@ def test_tokens_of_a_pass():
 
 
 @pytest.mark.parametrize(
-    ("name", "gpus"), [("demo_gpu", 1), ("lingshu_7b_hard", 8), ("lingshu_7b_soft", 8), ("qwen2_5_vl_3b_mask", 4)]
+    ("name", "gpus"),
+    [
+        ("demo_gpu", 1),
+        ("lingshu_7b_hard", 8),
+        ("lingshu_7b_soft", 8),
+        ("qwen2_5_vl_3b_mask", 4),
+        ("colocated_1gpu_3b", 1),
+        ("colocated_4gpu_7b", 4),
+        ("colocated_8gpu_7b", 8),
+    ],
 )
 def test_the_configs_of_gpus_say_what_a_gpu_needs(name, gpus):
     config = load_config(TrainConfig, ROOT / "configs" / f"{name}.yaml")
@@ -240,9 +258,9 @@ def test_the_configs_of_gpus_say_what_a_gpu_needs(name, gpus):
         *bundles("rollout", config.rollout.actors, config.rollout),
         *bundles("learner", config.learner.ranks, config.learner),
     ]
-    assert alone("segmenter", listed) == 0, "segmenters lie beside the engines"
-    assert shortage(listed, [Node(cpus=128, gpus=gpus)]) is None
-    assert sum(bundle.gpus for bundle in listed) == gpus, "none is left over"
+    assert alone("segmenter", listed, colocated=config.colocated) == 0, "segmenters lie beside the engines"
+    assert shortage(joined(listed, colocated=config.colocated), [Node(cpus=128, gpus=gpus)]) is None
+    assert sum(bundle.gpus for bundle in listed) == pytest.approx(gpus), "none is left over"
 
 
 def test_the_demo_on_a_gpu_learns_what_the_demo_learns():
@@ -272,3 +290,53 @@ def test_make_demo_takes_the_configuration_of_the_installed_set(extra, config):
     outside = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     recipe = subprocess.run(command, cwd=ROOT, env=outside, capture_output=True, text=True, check=True).stdout
     assert recipe.rstrip().endswith(f"train configs/{config}")
+
+
+IN_TURN = (
+    "placement=colocated",
+    "learner.ranks=2",
+    "learner.num_gpus=0.6",
+    "rollout.actors=2",
+    "rollout.num_gpus=0.3",
+    "segmenter.num_gpus=0.1",
+)
+
+
+def test_engines_of_a_colocated_run_sleep_where_they_have_a_gpu(demo_config):
+    assert demo_config(*IN_TURN).engines.sleeps
+    assert pickle.loads(pickle.dumps(demo_config(*IN_TURN).engines)).sleeps, "it travels to the actor"
+    assert not demo_config().engines.sleeps
+    rehearsal = demo_config(*IN_TURN, *(f"{role}.num_gpus=0" for role in ("learner", "rollout", "segmenter")))
+    assert rehearsal.colocated and not rehearsal.engines.sleeps
+
+
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        ("rollout.actors=3", "2 ranks (learner.ranks) and 3 engines (rollout.actors); set both to the same number"),
+        ("rollout.autoscale={min: 1, max: 4}", "as many engines as ranks; take rollout.autoscale out"),
+        ("rollout={actors: 2, tensor_parallel: 2, num_gpus: 2}", "set rollout.tensor_parallel from 2 to 1"),
+        ("learner.num_gpus=2", "one rank on each GPU, and learner.num_gpus is 2; set it to a share"),
+        ("learner.nodes=2", "take learner.nodes out"),
+        ("learner.num_gpus=0.8", "0.8 and rollout.num_gpus 0.3, and 1 of segmenter.num_gpus 0.1, are 1.2 together"),
+        ("segmenter={actors: 4, num_gpus: 0.1}", "and 2 of segmenter.num_gpus 0.1, are 1.1 together; lower them"),
+        ("rollout.num_gpus=0", "give both a share of a GPU, or neither"),
+        ("staleness=1", "staleness"),
+    ],
+)
+def test_what_cannot_share_gpus_is_refused_by_name(demo_config, override, fault):
+    with pytest.raises(ValueError, match=re.escape(fault)):
+        demo_config(*IN_TURN, override)
+
+
+def test_segmenters_with_gpus_of_their_own_share_with_nobody(demo_config):
+    assert demo_config(*IN_TURN, "segmenter.num_gpus=1").colocated
+    assert demo_config(*IN_TURN, "segmenter={actors: 4, num_gpus: 0.05}").colocated
+
+
+@pytest.mark.parametrize(("older", "written"), [("pack", "false"), ("spread", "true")])
+def test_an_older_placement_is_answered_with_what_to_write(demo_config, older, written):
+    with pytest.raises(ValueError, match=f"in place of placement={older} write spread={written}"):
+        demo_config(f"placement={older}")
+    with pytest.raises(ValueError, match=f"write spread={written}"):
+        load_config(EvaluateConfig, ROOT / "configs" / "evaluate_demo.yaml", [f"placement={older}"])

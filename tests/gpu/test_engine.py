@@ -50,7 +50,7 @@ def engine(folder, scale, loop):
             "gpu_memory": 0.4,
             "max_num_seqs": 4 * scale.work.n,
         }
-    )
+    ).sleeping()
     os.environ.update(config.process_environment)
     from actors.engine import Engine
 
@@ -127,6 +127,47 @@ def test_new_weights_arrive_are_live_and_leave_no_stale_cache(engine, loop, grou
     stale = gap(samples, group, reasoner, scale)
     print(f"mean difference of log-probs: {found:.4f} nats, with the tower of before {stale:.4f}")
     assert found < BOUND < stale
+
+
+def test_an_engine_that_slept_answers_as_before_with_its_weights_sent_again(engine, loop, folder, group, scale):
+    """And while it sleeps, nearly all of its memory is another's: the weights' and the KV cache's."""
+    reasoner = load_reasoner(folder, device=scale.device, dtype=torch.bfloat16)
+    weights = dict(reasoner.model.named_parameters())
+
+    async def buckets():
+        yield pack(weights)
+
+    loop.run_until_complete(engine.update_weights(buckets(), 2))
+    before, awake = sampled(engine, loop, group, scale), in_use()
+    loop.run_until_complete(engine.sleep())
+    asleep = in_use()
+    loop.run_until_complete(engine.wake_weights())
+    half = in_use()
+    receipt = loop.run_until_complete(engine.update_weights(buckets(), 3))
+    assert receipt.checksum == checksum_of([weights]) and receipt.unlike == ()
+    loop.run_until_complete(engine.wake())
+    after = sampled(engine, loop, group, scale)
+    print(f"GiB of the GPU in use: {awake:.1f} awake, {asleep:.1f} asleep, {half:.1f} with weights")
+    if scale.device == "cuda":
+        size = sum(each.nbytes for each in weights.values()) / 2**30
+        assert asleep < awake - 0.6 * 0.4 * total() and asleep + 0.8 * size < half < awake
+    assert {each.policy_version for each in after.completions} == {3}
+    if scale.device == "cpu":  # on a GPU batches may be cut otherwise
+        assert [each.token_ids for each in after.completions] == [each.token_ids for each in before.completions]
+    assert gap(after, group, reasoner, scale) < BOUND
+
+
+def in_use():
+    """GiB of the GPU that all processes have; 0 on a CPU."""
+    if not torch.cuda.is_available():
+        return 0.0
+    torch.cuda.empty_cache()
+    free, whole = torch.cuda.mem_get_info()
+    return (whole - free) / 2**30
+
+
+def total():
+    return torch.cuda.mem_get_info()[1] / 2**30
 
 
 def test_the_expert_in_bfloat16_draws_the_masks_of_float32(scale, tmp_path):

@@ -25,9 +25,12 @@ ON_CPU = tuple(f"{role}.{each}" for role in ("rollout", "segmenter", "learner") 
 """A thread each: several in several actors on the same few cores wait for each other."""
 
 
-def test_the_demo_runs_and_leaves_its_report(scale, tmp_path):
-    """With log-probs and live parameters compared after each update, as in any run."""
-    overrides = (*SMALL, f"runs={tmp_path}", *(() if scale.device == "cuda" else ON_CPU))
+@pytest.mark.parametrize("placement", ["disaggregated", "colocated"])
+def test_the_demo_runs_and_leaves_its_report(scale, tmp_path, placement):
+    """With log-probs and live parameters compared after each update, as in any run. Colocated, the engine sleeps while
+    the model learns and answers the canary with the weights that it was sent when it woke."""
+    here = () if scale.device == "cuda" else ON_CPU
+    overrides = (*SMALL, f"runs={tmp_path}", f"placement={placement}", *here)
     command = [sys.executable, "-m", "cluster.train", "configs/demo_gpu.yaml", *overrides]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MASTER_", "DS_"))}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=540)
@@ -40,3 +43,4 @@ def test_the_demo_runs_and_leaves_its_report(scale, tmp_path):
     lines = [json.loads(line) for line in (run.parent / "metrics.jsonl").read_text().splitlines()]
     assert all(line["learner/canary_gap"] < 0.15 and line["learner/grad_norm"] > 0 for line in lines)
     assert (run.parent / "report" / "index.html").exists()
+    assert ("learner: " in done.stdout and "while engines sample" in done.stdout) == (placement == "colocated")

@@ -28,6 +28,7 @@ ATTRIBUTES = [
     (STAGE_3, "fp16_partitioned_groups_flat"),
     (STAGE_3, "fp32_partitioned_groups_flat"),
     (STAGE_3, "grad_position"),
+    (STAGE_3, "grad_partitions_flat_buffer"),
     (STAGE_1_AND_2, "optimizer"),
 ]
 METHODS = [
@@ -37,7 +38,7 @@ METHODS = [
     (STAGE_1_AND_2, "update_lp_params", ["self"]),
 ]
 MARKERS = {
-    STAGE_3: {"fp16_partitioned_groups_flat"},
+    STAGE_3: {"fp16_partitioned_groups_flat", "grad_partitions_flat_buffer"},
     STAGE_1_AND_2: {"update_lp_params"},
 }
 """By which attribute `learner.optimizer_state` tells the optimizers apart; none may have another's."""
@@ -166,6 +167,23 @@ def test_pieces_are_the_parameters_and_are_published(one_rank, stage, dtype):
     publish(engine.optimizer)
     for name, values in weights().items():
         torch.testing.assert_close(values, torch.arange(len(values)).float(), atol=0, rtol=0, msg=name)
+
+
+def test_why_states_are_not_offloaded_by_deepspeed():
+    """`learner.parking` does without `DeepSpeedEngine.offload_states`: at stage 3 that takes DeepSpeed's own FusedAdam
+    alone, and at stages 1 and 2 it drops the fragments of `_hp_mapping` and builds them anew when states come back.
+    Without ZeRO, torch's optimizer has no such method."""
+    stage_3 = inspect.getsource(found(STAGE_3).offload_states)
+    assert "assert self.optimizer.__class__ == deepspeed.ops.adam.fused_adam.FusedAdam" in stage_3
+    assert "_hp_mapping" in inspect.getsource(found(STAGE_1_AND_2)._clear_hp_buffer_references)
+    assert "_link_all_hp_params" in inspect.getsource(found(STAGE_1_AND_2).reload_states)
+    assert not hasattr(torch.optim.AdamW, "offload_states")
+
+
+def test_the_buffer_of_gradients_of_stage_3_is_written_before_it_is_read():
+    """So that it may come back as zeros: the first micro-batch of an update replaces what is there."""
+    source = inspect.getsource(found(STAGE_3))
+    assert "if self.micro_step_id == 0:  # don't accumulate" in source, changed(f"deepspeed.{STAGE_3}.partition_grads")
 
 
 def test_the_tested_version_is_installed():
