@@ -141,6 +141,11 @@ class TrainConfig(LearningConfig):
     """Share of a step's groups that may be put aside because they kill or fail whatever samples or scores them; above
     it the run stops."""
 
+    transfer: MayChange[Literal["host", "nccl", "ipc"]] = "host"
+    """How weights go from the learner to the engines: through host memory and Ray's object store; by NCCL from GPU to
+    GPU; or, where a learner and an engine share GPUs, by CUDA's handles of the memory itself. A rollout that starts
+    during the run gets its first ones as the others do."""
+
     @property
     def updates(self) -> int:
         """Number of optimizer updates of the run: one per step and mini-batch."""
@@ -171,6 +176,20 @@ class TrainConfig(LearningConfig):
             raise Mistake(
                 f"learner.micro_batch_tokens is {self.learner.micro_batch_tokens}, and a prompt with one answer may "
                 f"have {longest} (rollout.max_prompt_tokens and max_tokens); raise it to that at least"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _transfers(self) -> Self:
+        if self.transfer == "nccl" and (self.rollout.num_gpus < 1 or self.learner.num_gpus < 1):
+            raise Mistake(
+                "transfer=nccl needs whole GPUs of engines and learner, because no GPU holds two members of a group; "
+                "set rollout.num_gpus and learner.num_gpus to 1 or more, or transfer to host"
+            )
+        if self.transfer == "ipc" and str(self.placement) != "colocated":
+            raise Mistake(
+                "transfer=ipc needs a learner and engines that share their GPUs; set placement to colocated, or "
+                "transfer to host or nccl"
             )
         return self
 

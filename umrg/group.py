@@ -81,9 +81,12 @@ class Completion:
     logprobs: tuple[float, ...] = field(repr=False)
     """Of each token, under the sampling distribution (temperature-scaled, image tokens excluded)."""
     policy_version: int
-    """Version of the weights that produced it."""
+    """Version of the weights that produced it; of several, the oldest."""
     finished: bool
     """It ended by itself, not at the limit of tokens."""
+    versions: tuple[tuple[int, int], ...] = field(default=(), repr=False)
+    """Where the weights changed while it was sampled: version and number of tokens of each stretch, in order; () where
+    one version sampled all of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
