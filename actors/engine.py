@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -18,6 +18,7 @@ from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from actors import orphan_guard
 from actors.config import RolloutConfig
@@ -53,23 +54,47 @@ class Question:
     for the hash."""
 
 
+class Announcing(AsyncLLM):
+    """vLLM's front end, which says when a request has been sent to the process that samples."""
+
+    sent: Callable[[str], None]
+    """Is given the request's id."""
+
+    async def add_request(self, request_id: str, *args: Any, **options: Any) -> RequestOutputCollector:
+        queue = await super().add_request(request_id, *args, **options)
+        self.sent(request_id)
+        return queue
+
+
+@dataclass(kw_only=True)
+class _Update:
+    """A weight update that has begun."""
+
+    ending: AsyncExitStack
+    """Lets requests go on."""
+    replaced: bool = False
+    """Whether weights may have been replaced."""
+
+
 class Engine:
     """Made by `Engine.start`, in a process that was started with `RolloutConfig.process_environment`."""
 
-    def __init__(self, llm: AsyncLLM, prompter: Prompter, config: RolloutConfig, report: EngineReport) -> None:
+    def __init__(self, llm: Announcing, prompter: Prompter, config: RolloutConfig, report: EngineReport) -> None:
         self.prompter, self.report = prompter, report
         self._llm, self._config = llm, config
         self._requests = 0
         self._gate = _Gate()
+        self._update: _Update | None = None
         self._mixed = False
         self._asleep: AsyncExitStack | None = None
+        llm.sent = self._gate.passed
 
     @classmethod
     async def start(cls, model: Path, prompter: Prompter, config: RolloutConfig, version: int = 0) -> "Engine":
         """Load a model folder, whose weights are of this version. Raises ValueError if a CPU's cache is too small."""
         check_cache(model, config)
         orphan_guard.own()
-        llm = AsyncLLM.from_engine_args(
+        llm = Announcing.from_engine_args(
             vllm.AsyncEngineArgs(
                 model=str(model),
                 dtype=config.dtype,
@@ -98,7 +123,6 @@ class Engine:
                 disable_log_stats=True,
             )
         )
-        await llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
         await llm.update_weight_version(str(version))
         attention: list[list[str]] = await llm.collective_rpc("attention")
         return cls(llm, prompter, config, report(llm.vllm_config, attention[0]))
@@ -150,29 +174,72 @@ class Engine:
     ) -> UpdateReceipt:
         """Replace the weights by those of some buckets, of which one at a time is in memory.
 
+        mode: as of `begin_update`. check: is called before any request goes on, and raises if it does not like the
+        receipt. If anything fails once weights were replaced, the engine answers no more (`check_health`)."""
+        await self.begin_update(mode)
+        try:
+            with HostFile() as file:
+                async for bucket in buckets:
+                    # In a thread, because whoever is answered from this event loop would wait for the copy.
+                    await asyncio.to_thread(file.write, bucket)
+                    entries = [asdict(entry) for entry in bucket.entries]
+                    await self.receive({"path": file.path, "entries": entries, "exact": bucket.exact})
+            return await self.end_update(version, check)
+        except BaseException:
+            await self.abandon_update()
+            raise
+
+    async def connect(self, direct: str | None, arguments: Mapping[str, Any]) -> None:
+        """Take weights through an engine of vLLM's too, or through files alone, until the next call. A collective with
+        whoever sends. direct, arguments: as `actors.weight_transfer.InitInfo` has them."""
+        info = {"direct": direct, "arguments": dict(arguments)}
+        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
+
+    async def begin_update(self, mode: Literal["keep", "wait"] = "keep") -> None:
+        """Begin to replace the weights, which `end_update` or `abandon_update` must follow; caches are emptied.
+
         mode: `keep` lets requests in flight pause between two tokens, so that two versions write their completions;
-        `wait` lets them end, and later ones wait until the new weights are there. check: is called before any request
-        goes on, and raises if it does not like the receipt. If anything fails once weights were replaced, the engine
-        answers no more (`check_health`)."""
-        async with self._paused(mode):
-            replaced = False
-            try:
-                await self._llm.start_weight_update()
-                with HostFile() as file:
-                    async for bucket in buckets:
-                        # In a thread, because whoever is answered from this event loop would wait for the copy.
-                        await asyncio.to_thread(file.write, bucket)
-                        entries = [asdict(entry) for entry in bucket.entries]
-                        info = {"path": file.path, "entries": entries, "exact": bucket.exact}
-                        replaced = True
-                        await self._llm.update_weights(WeightTransferUpdateRequest(update_info=info))
-                await self._llm.finish_weight_update(weight_version=str(version))
-                receipt = _receipt(await self._llm.collective_rpc("received"))
-                check(receipt)
-            except BaseException:
-                self._mixed = self._mixed or replaced
-                raise
+        `wait` lets them end, and later ones wait until the new weights are there."""
+        if self._update:
+            raise RuntimeError("a weight update begins while another is under way")
+        self._update = _Update(ending=AsyncExitStack())
+        try:
+            await self._update.ending.enter_async_context(self._paused(mode))
+            await self._llm.start_weight_update()
+        except BaseException:
+            await self._resume()
+            raise
+
+    async def receive(self, info: Mapping[str, Any]) -> None:
+        """Take some of the weights. info: the fields of an `actors.weight_transfer.UpdateInfo`."""
+        assert self._update, "no weight update has begun"
+        self._update.replaced = True
+        await self._llm.update_weights(WeightTransferUpdateRequest(update_info=dict(info)))
+
+    async def end_update(self, version: int, check: Callable[[UpdateReceipt], None] = lambda _: None) -> UpdateReceipt:
+        """All weights of a version are there. check: as of `update_weights`. If it raises, the update must be
+        abandoned."""
+        await self._llm.finish_weight_update(weight_version=str(version))
+        receipt = _receipt(await self._llm.collective_rpc("received"))
+        check(receipt)
+        await self._resume()
         return receipt
+
+    async def abandon_update(self) -> None:
+        """End an update that failed, if one has begun. If weights were replaced, the engine answers no more."""
+        if not self._update:
+            return
+        self._mixed = self._mixed or self._update.replaced
+        try:
+            if not self._update.replaced:
+                await self._llm.finish_weight_update()  # else vLLM would not begin another
+        finally:
+            await self._resume()
+
+    async def _resume(self) -> None:
+        update, self._update = self._update, None
+        if update:
+            await update.ending.aclose()
 
     async def set_version(self, version: int) -> None:
         """Give the weights another version, without a change of themselves."""
@@ -201,14 +268,13 @@ class Engine:
         prompt = self._prompt(question)
         for retried in (False, True):
             began = missed = False
-            async with self._gate.passing() as passed:
+            self._requests += 1
+            request = f"request-{self._requests}"
+            async with self._gate.passing(request):
                 await self.check_health()
-                self._requests += 1
-                request = f"request-{self._requests}"
                 parameters = self._parameters(sampling, kind)
                 async with aclosing(self._llm.generate(prompt, parameters, request_id=request)) as outputs:
                     async for output in outputs:
-                        passed()
                         # A request that was cancelled before it reached the engine leaves its image noted as sent, and
                         # so the next one about it misses the image there, whereupon vLLM forgets the note.
                         if missed := any(each.finish_reason == "error" for each in output.outputs):
@@ -258,9 +324,14 @@ class Engine:
 
     @asynccontextmanager
     async def _paused(self, mode: Literal["keep", "wait"]) -> AsyncIterator[None]:
-        async with self._gate.shut() if mode == "wait" else _nothing():
+        """Within it nothing is sampled. Requests come in again once vLLM's caches are empty or, with `wait`, at the
+        end."""
+        async with AsyncExitStack() as gate:
+            await gate.enter_async_context(self._gate.shut())
             try:
                 await self._llm.pause_generation(mode=mode, clear_cache=True)
+                if mode == "keep":
+                    await gate.aclose()
                 yield
             finally:
                 await self._llm.resume_generation()
@@ -274,13 +345,14 @@ class Engine:
         )
 
     def _completion(self, output: Any, token_ids: Sequence[int], logprobs: Sequence[float]) -> Completion:
-        versions = [int(span.version) for span in output.weight_versions or ()]
+        stretches = tuple((int(span.version), span.end - span.start) for span in output.weight_versions or ())
         return Completion(
             text=self.prompter.completion_text(token_ids),
             token_ids=tuple(token_ids),
             logprobs=tuple(logprobs),
             # A completion that an update interrupted counts as the oldest weights that sampled a part of it.
-            policy_version=min(versions),
+            policy_version=min(version for version, _ in stretches),
+            versions=stretches if len(stretches) > 1 else (),
             finished=output.finish_reason == "stop",
         )
 
@@ -311,53 +383,49 @@ class Engine:
 
 
 class _Gate:
-    """Requests pass it on their way into the engine, and wait before it while it is shut.
+    """Requests pass it on their way into the process that samples, and wait before it while it is shut.
 
-    vLLM itself would queue them while it waits for those in flight. But it would empty its cache of images on the
-    engine's side after it had noted on ours that theirs are there."""
+    vLLM notes on our side which images that process has. An update empties first the notes and then the images, so that
+    whoever was noted between the two would be missed by the next request about the same image. Once a request has been
+    sent it does no harm: it arrives before the call that empties the images."""
 
     def __init__(self) -> None:
         self._open, self._empty = asyncio.Event(), asyncio.Event()
         self._open.set()
         self._empty.set()
-        self._within = 0
+        self._within: set[str] = set()
+        self._shut = 0  # by how many: weights are taken over while an engine sleeps too
 
     @asynccontextmanager
-    async def passing(self) -> AsyncIterator[Callable[[], None]]:
-        """Until the function that is yielded is called, at the latest until the end, a request is on its way."""
+    async def passing(self, request: str) -> AsyncIterator[None]:
+        """Until `passed` is called, at the latest until the end, the request is on its way."""
         while not self._open.is_set():  # it may have been shut again before this task goes on
             await self._open.wait()
-        self._within += 1
+        self._within.add(request)
         self._empty.clear()
-        under_way = True
-
-        def passed() -> None:
-            nonlocal under_way
-            if under_way:
-                under_way = False
-                self._within -= 1
-                if not self._within:
-                    self._empty.set()
-
         try:
-            yield passed
+            yield
         finally:
-            passed()
+            self.passed(request)
+
+    def passed(self, request: str) -> None:
+        """A request has been sent."""
+        self._within.discard(request)
+        if not self._within:
+            self._empty.set()
 
     @asynccontextmanager
     async def shut(self) -> AsyncIterator[None]:
         """Shut, and nobody on the way."""
+        self._shut += 1
         self._open.clear()
         try:
             await self._empty.wait()
             yield
         finally:
-            self._open.set()
-
-
-@asynccontextmanager
-async def _nothing() -> AsyncIterator[None]:
-    yield
+            self._shut -= 1
+            if not self._shut:
+                self._open.set()
 
 
 def _size(image: NDArray[np.uint8]) -> Size:

@@ -1,7 +1,9 @@
 """What an engine says of itself: once it has started, and of each weight update. Imports no vLLM, so that the driver
 can read it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,3 +47,25 @@ class UpdateReceipt:
     are not."""
     unlike: tuple[str, ...]
     """Names of the compared ones that hold other weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receiver:
+    """An engine that takes weights directly from the learner's process."""
+
+    name: str
+    """Of its actor."""
+    handle: Any
+    """Ray's, of a `Rollout`."""
+    workers: int
+    """Its processes that hold weights: `tensor_parallel`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sent:
+    """Weights that were sent directly."""
+
+    checksum: str
+    """Of the tensors that were sent (`actors.weight_files.Checksum`)."""
+    receipts: Mapping[str, UpdateReceipt]
+    """What each engine says of them, by its actor's name."""

@@ -20,3 +20,8 @@ class DeadlinePassed(TimeoutError):
 class Broken(RuntimeError):
     """Raised by an actor that cannot work any more, because something that it depends on has died. It counts as dead
     itself."""
+
+
+class TransferFailed(RuntimeError):
+    """Weights that were sent from the learner's process to engines did not arrive at all of them. The group in which
+    they were sent is gone, and engines that had begun to receive are of no use; the learner goes on."""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import ray
 
+from actors.engine_report import Receiver, Sent
+from actors.failures import TransferFailed
 from actors.gpus import ALONE, Lodging, Place, this_place
 from actors.weight_files import Bucket, Checksum, pack
 from learner.config import LearnerConfig, LearnerTask, ZeroConfig
@@ -17,6 +19,7 @@ from umrg.group import Group
 from umrg.sample import Sample
 
 if TYPE_CHECKING:
+    from actors.weight_sender import WeightSender
     from learner.checkpoint import Records
     from learner.grpo import GrpoRank
     from learner.sft import SftRank
@@ -84,6 +87,7 @@ class LearnerRank(ZeroActor):
         super().__init__(config, task, rank=rank)
         self._grpo_config = config
         self._grpo: GrpoRank | None = None
+        self._sender: WeightSender | None = None
 
     def start(self, host: str, port: int, seconds: float, lodging: Lodging = ALONE) -> None:
         """As `ZeroActor.start`; the reference model is loaded too, if the objective needs it."""
@@ -109,6 +113,32 @@ class LearnerRank(ZeroActor):
                 checksum.add(tensors, exact=exact)
                 buckets.append(ray.put(pack(tensors, exact=exact)))
         return checksum.hexdigest(), buckets
+
+    def connect(self, direct: str, receivers: Sequence[Receiver], host: str, port: int, seconds: float) -> None:
+        """Form a group with engines, to which `send` sends directly, in the place of the one before; all ranks. host,
+        port: of the first rank. Raises TransferFailed if they do not join within so many seconds."""
+        from actors.weight_sender import WeightSender
+
+        self._disconnect()
+        exact = self._grpo_config.sha256
+        self._sender = WeightSender(
+            self.running(), receivers, direct, host=host, port=port, exact=exact, seconds=seconds
+        )
+
+    def send(self, version: int, everything: bool, seconds: float) -> Sent:
+        """Send weights of a version to the engines of the group; all ranks. Raises TransferFailed, on the first rank,
+        if they did not arrive within so many seconds; another group must then be formed."""
+        assert self._sender is not None, "the learner is not connected with engines"
+        try:
+            return self._sender.send(version, everything=everything, seconds=seconds)
+        except TransferFailed:
+            self._disconnect()
+            raise
+
+    def _disconnect(self) -> None:
+        before, self._sender = self._sender, None
+        if before is not None:
+            before.close()
 
     def logprobs(self, group: Group, token_ids: Sequence[int]) -> list[float]:
         """Log-probs of a completion's tokens to a group's prompt; all ranks."""

@@ -15,8 +15,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from actors.calls import Call, Calls, Ended, Ref
 from actors.collector import Post
 from actors.config import DeadlineConfig
-from actors.engine_report import UpdateReceipt
-from actors.failures import ActorDied, ActorFailed, DeadlinePassed, Lost
+from actors.engine_report import Receiver, Sent, UpdateReceipt
+from actors.failures import ActorDied, ActorFailed, DeadlinePassed, Lost, TransferFailed
 from actors.gpus import ALONE, Lodging
 from actors.ledger import Entry
 from actors.pool import Member, Pool, Starter
@@ -310,6 +310,29 @@ class LearnerPool(RankPool):
     def unpark(self) -> None:
         """Take the GPUs back from engines that sleep."""
         self._all("unpark", "taking its GPU back")
+
+    def connect(self, direct: str, receivers: Sequence[Receiver]) -> None:
+        """Form a group of the learner's first rank and engines, in the place of the one before. direct: name of a
+        sender in vLLM's `WeightTransferTrainerFactory`. Raises TransferFailed if the engines do not join."""
+        first = next(iter(self._actors))
+        host, port = self._gather({first: self._actors[first].address.remote()}, self._deadlines.step, "connecting")[0]
+        self._transfer("connect", "connecting with engines", direct, list(receivers), host, port)
+
+    def send(self, version: int, *, everything: bool) -> Sent:
+        """Send weights of a version to the engines of the group. everything: as in `weights`. Raises TransferFailed if
+        they did not arrive; another group must then be formed."""
+        sent: Sent = self._transfer("send", "sending weights to engines", version, everything)[0]
+        return sent
+
+    def _transfer(self, method: str, doing: str, *args: Any) -> list[Any]:
+        """As `_all`. The ranks give up, and end the group, before they are given up themselves; and before the others'
+        gathers time out, which DeepSpeed does after half an hour."""
+        try:
+            return self._all(method, doing, *args, min(0.8 * self._deadlines.step, 1500.0))
+        except ActorFailed as error:
+            if isinstance(failed := getattr(error.__cause__, "cause", None), TransferFailed):
+                raise TransferFailed(str(failed)) from error
+            raise
 
 
 class SupervisedPool(RankPool):

@@ -1,10 +1,10 @@
 """The rollout actor: a vLLM engine that turns groups into sampled answers."""
 
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from actors.config import RolloutConfig
 from actors.engine_report import EngineReport, UpdateReceipt
@@ -65,6 +65,33 @@ class Rollout:
         """Take over weights of a version. buckets: references, of which one at a time is fetched and released."""
         with _engine_alive():
             return await self._running().update_weights(_fetched(buckets), version)
+
+    async def connect(self, direct: str | None, arguments: Mapping[str, Any]) -> None:
+        """Take weights directly from the learner's process too; a collective with it. Of this call and those of an
+        update (`actors.weight_sender`) more is said in `Engine`."""
+        with _engine_alive():
+            await self._running().connect(direct, arguments)
+
+    async def begin_update(self, mode: Literal["keep", "wait"]) -> None:
+        """Begin to take weights that are sent directly."""
+        with _engine_alive():
+            await self._running().begin_update(mode)
+
+    async def receive(self, info: Mapping[str, Any]) -> None:
+        """Take some of them."""
+        with _engine_alive():
+            await self._running().receive(info)
+
+    async def end_update(self, version: int) -> UpdateReceipt:
+        """They are all there, and of this version."""
+        with _engine_alive():
+            return await self._running().end_update(version)
+
+    async def abandon_update(self) -> None:
+        """End an update that failed, if one has begun. Raises Broken if weights were replaced."""
+        with _engine_alive():
+            await self._running().abandon_update()
+            await self._running().check_health()
 
     async def stop(self) -> None:
         """End the engine's processes."""

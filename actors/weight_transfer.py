@@ -1,4 +1,11 @@
-"""vLLM's side of a weight update: an engine for its weight-transfer API that reads weights from files in memory.
+"""vLLM's side of a weight update: one engine for its weight-transfer API, whichever way weights come.
+
+    bucket in a file ─────────────────────────────┐
+                                                  ├──► checksum, Live, vLLM's reload of whole modules
+    learner's GPU ──vLLM's engine, nccl or ipc────┘
+
+An engine of vLLM has one backend for its whole life. Ours always takes buckets from files in host memory, which a CPU
+and a rollout that joins need, and holds one of vLLM's own engines beside them where weights come from GPU to GPU.
 
 The engine must be registered in vLLM's worker process, which knows nothing of ours. vLLM imports the class named by
 `worker_extension_cls` there; importing this module registers the engine. That works from a plain working directory,
@@ -8,11 +15,12 @@ A bucket of weights reaches the worker as a file in host memory: tensors of giga
 queues, and the same path serves CPU and GPU workers.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -23,26 +31,46 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from actors import orphan_guard
-from actors.weight_files import Checksum, Entry, mapped, word_sum
+from actors.weight_files import Checksum, Entry, mapped, read_direct, word_sum
 
 BACKEND = "medreasoner-host"
 
-
-@dataclass
-class HostInitInfo(WeightTransferInitInfo):
-    """Host transfer needs no rendezvous."""
+Pairs = Iterable[tuple[str, torch.Tensor]]
 
 
 @dataclass
-class HostUpdateInfo(WeightTransferUpdateInfo):
-    """One bucket of weights."""
+class InitInfo(WeightTransferInitInfo):
+    """What weights come through besides files."""
 
-    path: str
-    """Of an `actors.weight_files.HostFile`, which the next bucket overwrites."""
-    entries: list[dict[str, Any]]
-    """The fields of each `Entry`."""
-    exact: bool
+    direct: str | None = None
+    """Name of an engine in vLLM's `WeightTransferEngineFactory`, such as `nccl` or `ipc`; None for files alone."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """The fields of that engine's own init info."""
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    """A bucket in a file, or what the engine beside them receives."""
+
+    exact: bool = False
     """As in `Bucket`."""
+    path: str = ""
+    """Of an `actors.weight_files.HostFile`, which the next bucket overwrites."""
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    """The fields of each `Entry`."""
+    direct: str | None = None
+    """The update info of the engine beside files, as `actors.weight_files.write_direct` has it; None for a bucket."""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Stands where an engine of vLLM expects a model, of which it calls this one method."""
+
+    load: Callable[[Pairs], set[str] | None]
+
+    def load_weights(self, weights: Pairs) -> set[str] | None:
+        """Load tensors that have arrived; the engine may overwrite them afterwards."""
+        return self.load(weights)
 
 
 class Live:
@@ -85,47 +113,76 @@ class Live:
         return len(same), [name for name, equal in same.items() if not equal]
 
 
-class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
-    """Loads buckets of weights from files on this host. `checksum` and `live` cover the current or last update.
+class AnyWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """Loads weights from files on this host, and from an engine of vLLM's beside them. `checksum` and `live` cover the
+    current or last update.
 
     Only those of the model's top-level modules of which a weight arrives are reloaded, such as the language model where
-    the vision tower is frozen: a module that is reloaded without weights would have to be put back as it was."""
+    the vision tower is frozen: a module that is reloaded without weights would have to be put back as it was. So of the
+    engine beside files neither start nor finish is called, which reload the whole model."""
 
-    init_info_cls = HostInitInfo
-    update_info_cls = HostUpdateInfo
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
     supports_draft_weight_update = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._direct: WeightTransferEngine[Any, Any] | None = None
         self._begin()
 
     def _begin(self) -> None:
         self.checksum, self.live = Checksum(), Live(self.model, self.model_config.dtype)
         self._reloading: dict[str, torch.nn.Module] = {}
+        self._exact = False
 
-    def init_transfer_engine(self, init_info: HostInitInfo) -> None:
-        pass
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        """Make the engine beside files, in the place of the one before. A collective with whoever sends."""
+        self.shutdown()
+        if init_info.direct is None:
+            return
+        model: Any = Loading(self._load)
+        made = WeightTransferEngineFactory.create_engine(
+            WeightTransferConfig(backend=init_info.direct), self.vllm_config, self.device, model
+        )
+        self._direct = made
+        made.init_transfer_engine(made.parse_init_info(init_info.arguments))
 
     def start_weight_update(self) -> None:
         self._begin()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """As the base class, without its synchronization of an accelerator, which fails on CPU."""
+        """As the base class, whose synchronization of an accelerator fails on a CPU."""
         self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
 
-    def receive_weights(self, update_info: HostUpdateInfo) -> None:
-        tensors = mapped(update_info.path, [Entry(**entry) for entry in update_info.entries])
-        self.live.add(tensors, self.checksum.add(tensors, exact=update_info.exact))
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        self._exact = update_info.exact
+        if update_info.direct is None:
+            self._load(mapped(update_info.path, [Entry(**entry) for entry in update_info.entries]).items())
+            return
+        if self._direct is None:
+            raise RuntimeError("weights are sent directly to an engine that was not told through what")
+        self._direct.receive_weights(self._direct.parse_update_info(read_direct(update_info.direct)))
+
+    def _load(self, weights: Pairs) -> set[str] | None:
+        """Load tensors; their memory is in use no more when this returns."""
+        tensors = dict(weights)
+        self.live.add(tensors, self.checksum.add(tensors, exact=self._exact))
         for name in top_level(map(self.live.name, tensors)):
             if name not in self._reloading:
                 self._reloading[name] = self.model.get_submodule(name)
                 initialize_layerwise_reload(self._reloading[name])
-        self.model.load_weights(tensors.items())
+        loaded: set[str] | None = self.model.load_weights(tensors.items())
         self._release(tensors)
+        if self.device.type != "cpu":
+            # vLLM receives packed tensors on two streams in turn, and what this one kept may be read on the other.
+            torch.accelerator.current_stream().synchronize()
+        return loaded
 
     def _release(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Let go of the file that these are views of: vLLM keeps tensors of a module until its others have come, which
-        may be in the next bucket, and those of a padded one until the end."""
+        """Let go of the file, or the sender's buffer, that these are views of: vLLM keeps tensors of a module until its
+        others have come, which may be in the next bucket, and those of a padded one until the end."""
         storages = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
         for module in self.model.modules():
             for _, call in get_layerwise_info(module).loaded_weights:
@@ -138,7 +195,10 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
             finalize_layerwise_reload(module, self.model_config)
 
     def shutdown(self) -> None:
-        pass
+        """End the engine beside files; files are taken as before."""
+        before, self._direct = self._direct, None
+        if before is not None:
+            before.shutdown()
 
 
 def top_level(names: Iterable[str]) -> list[str]:
@@ -162,6 +222,6 @@ class WorkerExtension:
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:
-    WeightTransferEngineFactory.register_engine(BACKEND, HostWeightTransferEngine)
+    WeightTransferEngineFactory.register_engine(BACKEND, AnyWeightTransferEngine)
 
 orphan_guard.follow()

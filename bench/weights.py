@@ -99,12 +99,12 @@ class Receiver(Rollout):
         import torch
 
         from actors.engine import Engine
-        from actors.weight_transfer import HostWeightTransferEngine
+        from actors.weight_transfer import AnyWeightTransferEngine
 
         torch.set_num_threads(os.cpu_count() or 1)
         config: Any = SimpleNamespace(model_config=SimpleNamespace(dtype=torch.float32), parallel_config=None)
         model = random_model(self._config.max_tokens)
-        llm: Any = WorkerInProcess(HostWeightTransferEngine(None, config, torch.device("cpu"), model))
+        llm: Any = WorkerInProcess(AnyWeightTransferEngine(None, config, torch.device("cpu"), model))
         prompter: Any = None
         report = EngineReport(
             dtype="float32",

@@ -142,6 +142,10 @@ class TrainConfig(LearningConfig):
     """`disaggregated`: engines and learner have GPUs of their own, or shares of one that both fill at the same time.
     `colocated`: each engine shares a GPU with a rank and sleeps while that learns, so that each has nearly all of its
     memory in turn."""
+    transfer: MayChange[Literal["host", "nccl", "ipc"]] = "host"
+    """How weights go from the learner to the engines: through host memory and Ray's object store; by NCCL from GPU to
+    GPU; or, where a learner and an engine share GPUs, by CUDA's handles of the memory itself. A rollout that starts
+    during the run gets its first ones as the others do."""
     staleness: MayChange[NonNegativeInt] = 0
     """Steps by which the weights that sample may be older than those that learn. 0: a step begins when the one before
     is learnt (on-policy). 1: the next step is sampled while one is learnt; more for steps of uneven length."""
@@ -254,6 +258,20 @@ class TrainConfig(LearningConfig):
         if self.colocated and self.staleness:
             raise Mistake(
                 "placement=colocated samples and learns in turn; set staleness to 0, or placement to disaggregated"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _transfers(self) -> Self:
+        if self.transfer == "nccl" and (self.rollout.num_gpus < 1 or self.learner.num_gpus < 1):
+            raise Mistake(
+                "transfer=nccl needs whole GPUs of engines and learner, because no GPU holds two members of a group; "
+                "set rollout.num_gpus and learner.num_gpus to 1 or more, or transfer to host"
+            )
+        if self.transfer == "ipc" and not self.colocated:
+            raise Mistake(
+                "transfer=ipc needs a learner and engines that share their GPUs; set placement to colocated, or "
+                "transfer to host or nccl"
             )
         return self
 

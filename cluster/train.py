@@ -21,6 +21,7 @@ from cluster.colocation import Colocation
 from cluster.commands.doctor_demand import demand, parameters
 from cluster.config import TrainConfig, load_config
 from cluster.data import open_rows
+from cluster.direct_transfer import DirectTransfer
 from cluster.display import Display
 from cluster.evaluation import Collecting, evaluate, evaluation_groups
 from cluster.fetching import fetched
@@ -147,6 +148,7 @@ class Training(Loop):
             last=config.steps - 1,
         )
         workers.learner.meanwhile = self.ahead.attend
+        workers.direct = DirectTransfer(workers.learner, config) if config.transfer != "host" else None
         self.resumed = False
         """Whether engines may hold other modules of which nothing learns than the learner."""
         self.told = 0
@@ -169,6 +171,8 @@ class Training(Loop):
                     raise
                 self.display.warning(f"{error}; the learner starts again")
                 self.ahead.restore([])
+                if self.workers.direct:
+                    self.workers.direct.forget()
                 checkpoint = self.checkpoints.newest() or checkpoint
         self.workers.check_expert()
         if self.workers.put_aside:

@@ -10,8 +10,10 @@ import numpy as np
 import ray
 
 from actors.engine_report import UpdateReceipt
+from actors.failures import ActorFailed, TransferFailed
 from actors.pools import Weights
 from cluster.config import TrainConfig
+from cluster.direct_transfer import DirectTransfer
 from cluster.workers import Workers
 from umrg.group import Group, SamplingParams
 from umrg.sample import Sample
@@ -30,11 +32,36 @@ class WeightsDiffer(RuntimeError):
 
 
 def publish(workers: Workers, *, version: int, everything: bool = False) -> None:
-    """Make the learner's weights those that rollouts are to work with. everything: those of modules of which nothing
-    learns too, for engines that may hold others."""
-    if before := workers.rollouts.weights:
+    """Make the learner's weights those that rollouts are to work with. Where weights go from GPU to GPU, those that
+    work have them when it returns; whatever goes wrong with that, they go through host memory. everything: those of
+    modules of which nothing learns too, for engines that may hold others. Raises WeightsDiffer as `tend` does."""
+    rollouts = workers.rollouts
+    if before := rollouts.weights:
         before.buckets = None  # two versions may be more than the object store holds
-    workers.rollouts.weights = workers.learner.weights(version, everything=everything)
+    if workers.direct is None or not _sent_directly(workers, workers.direct, version, everything=everything):
+        rollouts.weights = workers.learner.weights(version, everything=everything)
+
+
+def _sent_directly(workers: Workers, direct: DirectTransfer, version: int, *, everything: bool) -> bool:
+    """Send weights to the rollouts that work, all at once, whatever they are at. Those that can do nothing more after a
+    transfer that failed are given up."""
+    rollouts, members = workers.rollouts, workers.rollouts.ready
+    if not members or any(member.taking for member in members):
+        return False
+    try:
+        sent = direct.send(version, members, everything=everything)
+    except (TransferFailed, ActorFailed) as error:
+        print(f"{error}; the weights go through host memory", flush=True)
+        for name, cause in direct.abandon(members).items():
+            workers.calls.gone(name, cause)
+            rollouts.died(name, cause)
+        return False
+    weights = Weights(version=version, checksum=sent.checksum, buckets=None)
+    for member in members:
+        check_receipt(member.name, weights, sent.receipts[member.name])
+        member.holds = weights
+    rollouts.weights = weights
+    return True
 
 
 def settle(workers: Workers, *, one: bool = False) -> None:

@@ -27,6 +27,7 @@ from actors.rollout import Rollout
 from actors.segmenter import Segmenter
 from cluster.colocation import fall_asleep, refuse_apart
 from cluster.config import RunConfig
+from cluster.direct_transfer import DirectTransfer
 from cluster.hiring import ActorSpec, Hiring, cluster_nodes
 from cluster.memory import learner_need, resting_need, rollout_need, segmenter_need, sleeping_need
 from cluster.placement import Slot, bundles, core, joined, shortage, turns
@@ -131,6 +132,8 @@ class Workers:
     """Of the frozen expert's weights."""
     engines: tuple[EngineReport, ...] = ()
     """What the engines of the start said of themselves; empty with an endpoint."""
+    direct: DirectTransfer | None = None
+    """Sends weights from GPU to GPU; None where they go through host memory."""
     hiring: Hiring | None = None
     """Makes the actors; None where others do."""
     parks: bool = False

@@ -135,6 +135,15 @@ class ZeroRank:
         """Of each bucket of `named_weights`, the size of each weight in bytes, by name."""
         return [{weight.name: weight.nbytes for weight in bucket} for bucket in _buckets(self._weights(True))]
 
+    def weight_shapes(self, *, everything: bool = True) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Name, precision and shape of each tensor of `named_weights`, in its order, with nothing gathered."""
+        found = []
+        for weight in self._weights(everything):
+            base = weight.parameters[0]
+            # A partitioned parameter is empty; DeepSpeed keeps its shape in `ds_shape`.
+            found.append((weight.name, base.dtype, tuple(getattr(base, "ds_shape", base.shape))))
+        return found
+
     def adapter(self) -> dict[str, torch.Tensor]:
         """The adapters' weights as copies on the CPU, on the first rank; empty on the others, and without adapters; all
         ranks."""

@@ -2,7 +2,7 @@
 hand-written vLLM, which keeps a record; the real one is in tests/serving/test_reasoner.py."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,16 +25,21 @@ SECONDS = 30
 
 
 class Recorded:
-    """vLLM's part. Each request is answered once `answering` is set. gives_up: how many requests it gives up first."""
+    """vLLM's part. A request is sent once `sending` is set, and answered once `answering` is. gives_up: how many
+    requests it gives up first."""
 
     def __init__(self, gives_up: int = 0) -> None:
         self.record: list[str] = []
-        self.answering = asyncio.Event()
+        self.sending, self.answering = asyncio.Event(), asyncio.Event()
+        self.sending.set()
+        self.sent: Callable[[str], None] = lambda request: None
         self.version = "0"
         self._gives_up = gives_up
 
     async def generate(self, prompt: Any, parameters: Any, request_id: str) -> Any:
         self.record.append("asked")
+        await self.sending.wait()
+        self.sent(request_id)
         await self.answering.wait()
         if self._gives_up:
             self._gives_up -= 1
@@ -44,6 +49,8 @@ class Recorded:
         yield output([16, 1012], self.version, "stop")
 
     async def pause_generation(self, *, mode: str, clear_cache: bool) -> None:
+        if mode == "wait" and "asked" in self.record:
+            await self.answering.wait()
         self.record.append(f"pause: {mode}")
 
     async def resume_generation(self) -> None:
@@ -55,8 +62,8 @@ class Recorded:
     async def update_weights(self, request: Any) -> None:
         self.record.append("weights")
 
-    async def finish_weight_update(self, *, weight_version: str) -> None:
-        self.version = weight_version
+    async def finish_weight_update(self, *, weight_version: str | None = None) -> None:
+        self.version = weight_version or self.version
 
     async def collective_rpc(self, method: str) -> list[tuple[str, int, list[str]]]:
         return [("checksum", 1, [])]
@@ -77,7 +84,7 @@ def output(token_ids: list[int], version: str, reason: str) -> Any:
         index=0,
         token_ids=token_ids,
         logprobs=SimpleNamespace(logprobs=[0.0] * len(token_ids)),
-        weight_versions=[SimpleNamespace(version=version)],
+        weight_versions=[SimpleNamespace(version=version, start=0, end=len(token_ids))],
         finish_reason=reason,
     )
     return SimpleNamespace(outputs=[completion], prompt_token_ids=[1, 2], num_cached_tokens=0, finished=True)
@@ -136,6 +143,65 @@ def test_training_s_update_waits_for_nobody():
         return llm.record
 
     assert asyncio.run(run()) == ["asked", "pause: keep", "weights", "weights", "resume", "answered"]
+
+
+def test_whoever_is_on_the_way_when_an_update_begins_is_sent_before_caches_are_emptied_and_later_ones_after_it():
+    """vLLM's notes of images would else name some that are gone. Neither waits for the end of the update."""
+
+    async def run():
+        llm = Recorded()
+        llm.sending.clear()
+        tried = engine(llm)
+        first = asyncio.create_task(tried.generate(IMAGE, "Where?", GREEDY))
+        await asyncio.wait_for(seen(llm, "asked"), SECONDS)
+        update = asyncio.create_task(tried.begin_update("keep"))
+        await asyncio.sleep(0)
+        later = asyncio.create_task(tried.generate(IMAGE, "Where?", GREEDY))
+        await asyncio.sleep(0.1)
+        assert llm.record == ["asked"], "neither paused nor asked again"
+        llm.sending.set()
+        await within_deadline(update)
+        await asyncio.wait_for(asked_twice(llm), SECONDS)
+        await within_deadline(tried.receive({"path": "", "entries": [], "exact": False}), tried.end_update(1))
+        llm.answering.set()
+        await within_deadline(first, later)
+        return llm.record
+
+    assert asyncio.run(run()) == ["asked", "pause: keep", "asked", "weights", "resume", "answered", "answered"]
+
+
+async def asked_twice(llm: Recorded) -> None:
+    while llm.record.count("asked") < 2:
+        await asyncio.sleep(0.01)
+
+
+def test_a_completion_says_which_weights_wrote_which_of_its_tokens():
+    spans = [SimpleNamespace(version="3", start=0, end=2), SimpleNamespace(version="4", start=2, end=7)]
+    written: Any = output([16] * 7, "", "stop").outputs[0]
+    tried = engine(Recorded())
+    interrupted = tried._completion(SimpleNamespace(**{**vars(written), "weight_versions": spans}), [16] * 7, [0.0] * 7)
+    assert interrupted.versions == ((3, 2), (4, 5)) and interrupted.policy_version == 3
+    whole = tried._completion(SimpleNamespace(**{**vars(written), "weight_versions": spans[1:]}), [16] * 5, [0.0] * 5)
+    assert whole.versions == () and whole.policy_version == 4
+
+
+def test_an_update_that_is_given_up_leaves_an_engine_whole_or_mixed():
+    async def run(*infos):
+        llm = Recorded()
+        llm.answering.set()
+        tried = engine(llm)
+        await tried.begin_update("keep")
+        with pytest.raises(RuntimeError, match="while another is under way"):
+            await tried.begin_update("keep")
+        for info in infos:
+            await tried.receive(info)
+        await tried.abandon_update()
+        await tried.abandon_update()  # as whoever does not know whether one has begun
+        return await within_deadline(tried.generate(IMAGE, "Where?", GREEDY))
+
+    asyncio.run(run())
+    with pytest.raises(Broken, match="weights of two versions"):
+        asyncio.run(run({"direct": ""}))
 
 
 @pytest.mark.parametrize("mode", ["keep", "wait"])

@@ -14,7 +14,7 @@ from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
 from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 
 from actors.weight_files import Checksum, HostFile, pack
-from actors.weight_transfer import HostUpdateInfo, HostWeightTransferEngine, Live, top_level
+from actors.weight_transfer import AnyWeightTransferEngine, Live, UpdateInfo, top_level
 
 
 class Fused(torch.nn.Module):
@@ -153,7 +153,7 @@ def updated(engine, sent, *, in_buckets_of):
         for i in range(0, len(names), in_buckets_of):
             file.write(bucket := pack({name: sent[name] for name in names[i : i + in_buckets_of]}))
             entries = [asdict(entry) for entry in bucket.entries]
-            engine.receive_weights(HostUpdateInfo(path=file.path, entries=entries, exact=False))
+            engine.receive_weights(UpdateInfo(path=file.path, entries=entries, exact=False))
             assert "medreasoner-weights" not in Path("/proc/self/maps").read_text(), "the engine keeps a bucket's file"
     engine.finish_weight_update()
     return engine.live.compared()
@@ -165,7 +165,7 @@ def test_no_bucket_outlives_the_next_one_however_buckets_cut_modules(size):
     weights and biases."""
     model = Loading(torch.float32)
     config = SimpleNamespace(model_config=SimpleNamespace(dtype=torch.float32), parallel_config=None)
-    engine = HostWeightTransferEngine(None, config, torch.device("cpu"), model)
+    engine = AnyWeightTransferEngine(None, config, torch.device("cpu"), model)
     tower = {name: parameter.clone() for name, parameter in model.visual.named_parameters()}
     assert all(parameter.all() for parameter in tower.values())
     for sent in (with_biases(), {name: tensor + 1 for name, tensor in with_biases().items()}):
