@@ -208,7 +208,7 @@ def test_with_default_settings_a_killed_run_of_long_steps_goes_on_from_the_step_
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, learner):
     """Parameters, optimizer, metrics and sampled tokens are those of the run that was not killed, bit for bit. Until it
     is dead no other takes it up, and then it leaves no process."""
-    settings = ("steps=3", "checkpoint_every=2", "evaluation.every=1", "learner.num_cpus=0.3", *learner)
+    settings = ("steps=4", "checkpoint_every=2", "evaluation.every=1", "learner.num_cpus=0.3", *learner)
     whole = Run(tmp_path / "whole", *settings)
     assert whole.process.wait(timeout=600) == 0, whole.output.read_text()
     killed = Run(tmp_path / "killed", *settings)
@@ -222,7 +222,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, learner):
     assert again.process.wait(timeout=600) == 0, again.output.read_text()
     assert "step 2/" not in again.output.read_text() and "step 3/" in again.output.read_text()
     assert learnt(again.folder) == learnt(whole.folder) and len(learnt(whole.folder)) > 5
-    assert told(again.folder) == told(whole.folder) and len(told(whole.folder)) == 3
+    assert told(again.folder) == told(whole.folder) and len(told(whole.folder)) == 4
     for path in sorted((whole.folder / "samples").iterdir()):
         assert read_records(again.folder / "samples" / path.name) == read_records(path), path.name
     assert again.summary()["after"] == whole.summary()["after"]
@@ -230,7 +230,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, learner):
 
 def learnt(folder):
     """Digests of the last checkpoint's files, but of what the driver adds, which holds paths and timings' digits."""
-    files = json.loads((folder / "checkpoints" / "step-000003" / "manifest.json").read_text())["files"]
+    files = json.loads((folder / "checkpoints" / "step-000004" / "manifest.json").read_text())["files"]
     return {name: each["sha256"] for name, each in files.items() if name not in ("state.json", "config.yaml")}
 
 
