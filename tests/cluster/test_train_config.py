@@ -112,6 +112,7 @@ OF_TRACKING = {"trackers", *(f"tracking.{key}" for key in ("project", "offline",
 OF_LEARNING = {"steps", "resume", "checkpoint_every", "keep", *OF_TRACKING, *(f"learner.{key}" for key in OF_A_RANK)}
 OF_GRPO = {
     "placement",
+    "transfer",
     "keep_best",
     "learner.reference",
     "learner.sha256",
