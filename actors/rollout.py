@@ -1,10 +1,11 @@
 """The rollout actor: a vLLM engine that turns groups into sampled answers."""
 
+import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from actors.config import RolloutConfig
 from actors.engine_report import EngineReport, UpdateReceipt
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
     import ray
 
     from actors.engine import Engine
+
+
+T = TypeVar("T")
+LOOKED_AT_S = 1.0
+"""Seconds between two looks at whether the engine's processes live, while one of its own calls is awaited."""
 
 
 class Rollout:
@@ -64,7 +70,8 @@ class Rollout:
     async def update_weights(self, version: int, buckets: "Sequence[ray.ObjectRef[Bucket]]") -> UpdateReceipt:
         """Take over weights of a version. buckets: references, of which one at a time is fetched and released."""
         with _engine_alive():
-            return await self._running().update_weights(_fetched(buckets), version)
+            engine = self._running()
+            return await while_alive(engine.update_weights(_fetched(buckets), version), engine.check_health)
 
     async def stop(self) -> None:
         """End the engine's processes."""
@@ -86,6 +93,22 @@ def _engine_alive() -> Iterator[None]:
         yield
     except EngineDeadError as error:
         raise Broken(f"its engine has died: {error}") from None
+
+
+async def while_alive(
+    call: Coroutine[None, None, T], check: Callable[[], Awaitable[None]], *, every: float = LOOKED_AT_S
+) -> T:
+    """What a call of the engine returns. vLLM fails the requests of an engine that dies, and leaves its other calls, of
+    which an update of weights consists, without an answer for ever. check: raises if the engine has died."""
+    task = asyncio.ensure_future(call)
+    try:
+        while not task.done():
+            await asyncio.wait({task}, timeout=every)
+            if not task.done():
+                await check()
+    finally:
+        task.cancel()
+    return task.result()
 
 
 async def _fetched(buckets: "Sequence[ray.ObjectRef[Bucket]]") -> AsyncIterator[Bucket]:
