@@ -1,10 +1,11 @@
 """The rollout actor: a vLLM engine that turns groups into sampled answers."""
 
+import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from actors.config import RolloutConfig
 from actors.engine_report import EngineReport, UpdateReceipt
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
     import ray
 
     from actors.engine import Engine
+
+
+T = TypeVar("T")
+LOOKED_AT_S = 1.0
+"""Seconds between two looks at whether the engine's processes live, while one of its own calls is awaited."""
 
 
 class Rollout:
@@ -63,34 +69,29 @@ class Rollout:
 
     async def update_weights(self, version: int, buckets: "Sequence[ray.ObjectRef[Bucket]]") -> UpdateReceipt:
         """Take over weights of a version. buckets: references, of which one at a time is fetched and released."""
-        with _engine_alive():
-            return await self._running().update_weights(_fetched(buckets), version)
+        return await self._awaited(lambda engine: engine.update_weights(_fetched(buckets), version))
 
     async def connect(self, direct: str | None, arguments: Mapping[str, Any]) -> None:
         """Take weights directly from the learner's process too; a collective with it. Of this call and those of an
         update (`actors.weight_sender`) more is said in `Engine`."""
-        with _engine_alive():
-            await self._running().connect(direct, arguments)
+        await self._awaited(lambda engine: engine.connect(direct, arguments))
 
     async def begin_update(self, mode: Literal["keep", "wait"]) -> None:
         """Begin to take weights that are sent directly."""
-        with _engine_alive():
-            await self._running().begin_update(mode)
+        await self._awaited(lambda engine: engine.begin_update(mode))
 
     async def receive(self, info: Mapping[str, Any]) -> None:
         """Take some of them."""
-        with _engine_alive():
-            await self._running().receive(info)
+        await self._awaited(lambda engine: engine.receive(info))
 
     async def end_update(self, version: int) -> UpdateReceipt:
         """They are all there, and of this version."""
-        with _engine_alive():
-            return await self._running().end_update(version)
+        return await self._awaited(lambda engine: engine.end_update(version))
 
     async def abandon_update(self) -> None:
         """End an update that failed, if one has begun. Raises Broken if weights were replaced."""
+        await self._awaited(lambda engine: engine.abandon_update())
         with _engine_alive():
-            await self._running().abandon_update()
             await self._running().check_health()
 
     async def stop(self) -> None:
@@ -99,24 +100,27 @@ class Rollout:
             self._engine.stop()
             self._engine = None
 
+    async def _awaited(self, call: "Callable[[Engine], Coroutine[None, None, T]]") -> T:
+        """What a call of the engine returns. Raises Broken if the engine dies meanwhile."""
+        engine = self._running()
+        with _engine_alive():
+            return await while_alive(call(engine), engine.check_health)
+
     def _running(self) -> "Engine":
         assert self._engine is not None, "the rollout was not started"
         return self._engine
 
     async def sleep(self) -> None:
         """Give the GPU to a rank of the learner, as `Engine.sleep`."""
-        with _engine_alive():
-            await self._running().sleep()
+        await self._awaited(lambda engine: engine.sleep())
 
     async def wake_weights(self) -> None:
         """Take the memory of the weights back, which must then all be sent."""
-        with _engine_alive():
-            await self._running().wake_weights()
+        await self._awaited(lambda engine: engine.wake_weights())
 
     async def wake(self) -> None:
         """Go on sampling."""
-        with _engine_alive():
-            await self._running().wake()
+        await self._awaited(lambda engine: engine.wake())
 
 
 @contextmanager
@@ -128,6 +132,22 @@ def _engine_alive() -> Iterator[None]:
         yield
     except EngineDeadError as error:
         raise Broken(f"its engine has died: {error}") from None
+
+
+async def while_alive(
+    call: Coroutine[None, None, T], check: Callable[[], Awaitable[None]], *, every: float = LOOKED_AT_S
+) -> T:
+    """What a call of the engine returns. vLLM fails the requests of an engine that dies, and leaves its other calls, of
+    which an update of weights consists, without an answer for ever. check: raises if the engine has died."""
+    task = asyncio.ensure_future(call)
+    try:
+        while not task.done():
+            await asyncio.wait({task}, timeout=every)
+            if not task.done():
+                await check()
+    finally:
+        task.cancel()
+    return task.result()
 
 
 async def _fetched(buckets: "Sequence[ray.ObjectRef[Bucket]]") -> AsyncIterator[Bucket]:
