@@ -213,7 +213,9 @@ class SimulatedRank:
         time.sleep(max(0.0, began + self._speeds.learn_s * self._speeds.scale - time.monotonic()))
         tokens = sum(each.tokens for each in found)
         nothing = dict.fromkeys(("loss", "kl", "clip_fraction", "entropy", "engine_gap", "engine_kl"), 0.0)
-        return UpdateReport(**nothing, truncated_fraction=0.0, grad_norm=0.0, lr=0.0, tokens=tokens, updates=1)
+        return UpdateReport(
+            **nothing, truncated_fraction=0.0, correction=1.0, grad_norm=0.0, lr=0.0, tokens=tokens, updates=1
+        )
 
     def weights(self, everything: bool) -> tuple[str, list[Ref]]:
         time.sleep(self._speeds.export_s * self._speeds.scale)
