@@ -11,11 +11,12 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
-from torch.distributed import TCPStore
+from torch import distributed
 from vllm.distributed.weight_transfer.base import (
     TrainerInitInfo,
     TrainerWeightTransferEngine,
@@ -73,8 +74,10 @@ class Receiving(WeightTransferEngine[InitInfo, UpdateInfo]):
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         self.rank = self.parallel_config.rank + init_info.rank_offset
         assert 0 < self.rank < init_info.world_size
-        self.store = TCPStore(init_info.master_address, init_info.master_port, is_master=False, timeout=SECONDS)
-        self.store.set(f"joined {self.rank}", b"")
+        self.store = distributed.TCPStore(
+            init_info.master_address, init_info.master_port, is_master=False, timeout=SECONDS
+        )
+        self.store.set(f"joined {self.rank}", "")
         self.round = 0
 
     def start_weight_update(self) -> None:
@@ -97,7 +100,7 @@ class Receiving(WeightTransferEngine[InitInfo, UpdateInfo]):
             names, shapes, sizes = update_info.names[part], update_info.shapes[part], list(update_info.sizes[part])
             self.model.load_weights(unpack_tensor(buffer[: len(data)], names, shapes, dtypes[part], sizes))
             buffer.fill_(255)
-            self.store.set(f"taken {self.round} {chunk} {self.rank}", b"")
+            self.store.set(f"taken {self.round} {chunk} {self.rank}", "")
             begin, chunk = end, chunk + 1
         self.round += 1
 
@@ -116,7 +119,7 @@ class Sending(TrainerWeightTransferEngine[TrainerInfo]):
         made.info, made.ended, made.round = init_info, threading.Event(), 0
         if made.is_sender:
             address = (init_info.master_address, init_info.master_port)
-            made.store = TCPStore(*address, is_master=True, wait_for_workers=False, timeout=SECONDS)
+            made.store = distributed.TCPStore(*address, is_master=True, wait_for_workers=False, timeout=SECONDS)
             workers = InitInfo(*address, rank_offset=1, world_size=init_info.world_size)
             with ThreadPoolExecutor(max_workers=1) as threads:
                 future = threads.submit(client.init_weight_transfer_engine, asdict(workers))
@@ -127,7 +130,7 @@ class Sending(TrainerWeightTransferEngine[TrainerInfo]):
     info: TrainerInfo
     ended: threading.Event
     round: int
-    store: TCPStore
+    store: distributed.TCPStore
 
     def send_weights(self) -> None:
         meta = self.source.metadata()
@@ -190,10 +193,8 @@ class StandInRank(LearnerRank):
 
     def pieces(self) -> None:
         """Send in chunks that cut modules, and from buckets of the learner that cut chunks."""
-        import actors.weight_sender
-        import learner.zero
-
-        learner.zero.BUCKET_BYTES = actors.weight_sender.BUCKET_BYTES = 100_000
+        for module in ("learner.zero", "actors.weight_sender"):
+            setattr(import_module(module), "BUCKET_BYTES", 100_000)  # noqa: B010  # of a module that is not named here
 
 
 class Keeping(torch.nn.Module):

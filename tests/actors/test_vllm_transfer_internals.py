@@ -28,7 +28,7 @@ OFFERED = {
 
 def in_order(function, *parts):
     """Whether parts of the source of a function follow one another."""
-    text, places = inspect.getsource(function), []
+    text, places = inspect.getsource(function), list[int]()
     for part in parts:
         places.append(text.find(part, places[-1] if places else 0))
     return -1 not in places
