@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
-from torch import distributed
+from torch._C._distributed_c10d import TCPStore
 from vllm.distributed.weight_transfer.base import (
     TrainerInitInfo,
     TrainerWeightTransferEngine,
@@ -74,9 +74,7 @@ class Receiving(WeightTransferEngine[InitInfo, UpdateInfo]):
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         self.rank = self.parallel_config.rank + init_info.rank_offset
         assert 0 < self.rank < init_info.world_size
-        self.store = distributed.TCPStore(
-            init_info.master_address, init_info.master_port, is_master=False, timeout=SECONDS
-        )
+        self.store = TCPStore(init_info.master_address, init_info.master_port, is_master=False, timeout=SECONDS)
         self.store.set(f"joined {self.rank}", "")
         self.round = 0
 
@@ -119,7 +117,7 @@ class Sending(TrainerWeightTransferEngine[TrainerInfo]):
         made.info, made.ended, made.round = init_info, threading.Event(), 0
         if made.is_sender:
             address = (init_info.master_address, init_info.master_port)
-            made.store = distributed.TCPStore(*address, is_master=True, wait_for_workers=False, timeout=SECONDS)
+            made.store = TCPStore(*address, is_master=True, wait_for_workers=False, timeout=SECONDS)
             workers = InitInfo(*address, rank_offset=1, world_size=init_info.world_size)
             with ThreadPoolExecutor(max_workers=1) as threads:
                 future = threads.submit(client.init_weight_transfer_engine, asdict(workers))
@@ -130,7 +128,7 @@ class Sending(TrainerWeightTransferEngine[TrainerInfo]):
     info: TrainerInfo
     ended: threading.Event
     round: int
-    store: distributed.TCPStore
+    store: TCPStore
 
     def send_weights(self) -> None:
         meta = self.source.metadata()
@@ -273,7 +271,8 @@ class StandInRollout(Rollout):
     def __init__(self, workers: int = 1, fails: str = "") -> None:
         nothing: Any = None
         self._llm: Any = Workers(workers, fails)
-        self._engine = Engine(self._llm, nothing, RolloutConfig(), nothing)
+        llm: Any = self._llm
+        self._engine = Engine(llm, nothing, RolloutConfig(), nothing)
 
     async def record(self) -> tuple[list[str], list[int], str]:
         """The calls, the workers' numbers and the version."""

@@ -3,8 +3,6 @@
 import asyncio
 import os
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +10,11 @@ import torch
 
 from actors.config import RolloutConfig
 from actors.engine import Engine
-from actors.weight_files import checksum_of, pack, write_direct
+from actors.weight_files import checksum_of, pack
 from reasoner.model import load_reasoner
 from reasoner.prompter import load_prompter
 from tests.conftest import TINY_REASONER
+from tests.direct_sender import as_plugin, sent_directly
 from umrg.group import SamplingParams
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -40,15 +39,9 @@ def run():
 @pytest.fixture(scope="module")
 def engine(run, tmp_path_factory):
     """One in whose processes the stand-in is registered, as one of vLLM's plugins."""
-    plugins = tmp_path_factory.mktemp("plugins")
-    about = plugins / "stand_in-0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: stand-in\nVersion: 0\n")
-    (about / "entry_points.txt").write_text("[vllm.general_plugins]\nstand_in = tests.stand_in_transfer:register\n")
     config = RolloutConfig(max_tokens=256, threads=1, max_num_seqs=16)
     before = dict(os.environ)
-    root = str(Path(__file__).parents[2])
-    os.environ.update(config.process_environment, PYTHONPATH=f"{root}:{plugins}", OMP_NUM_THREADS="1")
+    os.environ.update(config.process_environment, PYTHONPATH=as_plugin(tmp_path_factory.mktemp("plugins")))
     made = run(Engine.start(TINY_REASONER, load_prompter(TINY_REASONER), config))
     yield made
     made.stop()
@@ -64,55 +57,6 @@ def changed(seed):
         for parameter in model.parameters():
             parameter.add_(0.02 * parameter.abs().mean() * torch.randn_like(parameter))
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-
-class Client:
-    """vLLM's calls, from a sender in a thread to the engine in the event loop."""
-
-    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
-        self._engine, self._loop = engine, loop
-        self.receipt: Any = None
-
-    def init_weight_transfer_engine(self, init_info):
-        self._wait(self._engine.connect("stand-in", init_info))
-
-    def start_weight_update(self):
-        self._wait(self._engine.begin_update("keep"))
-
-    def update_weights(self, update_info):
-        self._wait(self._engine.receive({"direct": write_direct(update_info), "exact": False}))
-
-    def finish_weight_update(self, weight_version=None):
-        self.receipt = self._wait(self._engine.end_update(int(weight_version or 1)))
-
-    def _wait(self, coroutine):
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(SECONDS)
-
-
-async def sent(engine, weights):
-    """The receipt of weights that are sent directly, in chunks that cut modules."""
-    import vllm.distributed.weight_transfer.base as base
-
-    from tests.gpu.conftest import free_port
-    from tests.stand_in_transfer import Sending, TrainerInfo
-
-    class Source(base.WeightSource):
-        def metadata(self):
-            return [base.ParamMeta(name, each.dtype, tuple(each.shape)) for name, each in weights.items()]
-
-        def __iter__(self):
-            return iter(weights.items())
-
-    client: Any = Client(engine, asyncio.get_running_loop())
-    info = TrainerInfo("127.0.0.1", free_port(), 2, 200_000, rank=0)
-
-    def send():
-        sender = Sending.trainer_init(info, client=client, source=Source())
-        sender.send_weights()
-        sender.shutdown()
-
-    await asyncio.to_thread(send)
-    return client.receipt
 
 
 async def put(engine, weights, version):
@@ -142,12 +86,12 @@ def test_an_engine_takes_weights_directly_and_by_host_memory_as_it_comes(engine,
     expected = run(said(engine))
     run(put(engine, other, 2))
     assert run(said(engine)) != expected
-    directly = run(sent(engine, weights))
+    directly = run(sent_directly(engine, weights, "stand-in", 3))
     assert asdict(directly) == asdict(first) and directly.checksum == checksum_of([weights])
     assert directly.compared > 0 and directly.unlike == ()
     assert run(said(engine)) == expected
-    assert asdict(run(put(engine, other, 3))).keys() == asdict(first).keys()
-    assert asdict(run(put(engine, weights, 4))) == asdict(first)
+    assert asdict(run(put(engine, other, 4))).keys() == asdict(first).keys()
+    assert asdict(run(put(engine, weights, 5))) == asdict(first)
     assert run(said(engine)) == expected
 
 

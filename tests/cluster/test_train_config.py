@@ -64,6 +64,8 @@ def test_the_configuration_imports_no_torch():
         ("learner={lr: 1, zero_stage: 2, offload: parameters}", "offload=parameters needs zero_stage 3 or more"),
         ("learner.freeze=[vision_tower, merger, language_model]", "every part of the model is frozen"),
         ("staleness=2", "only 0 is supported"),
+        ("transfer=nccl", "transfer=nccl needs whole GPUs of engines and learner, because no GPU holds two members"),
+        ("transfer=ipc", "transfer=ipc needs a learner and engines that share their GPUs; set placement to colocated"),
         ("reward.preset=sotf", "did you mean 'soft'"),
         ("reward.terms=[{name: mask_dice}]", "give either reward.preset or reward.terms"),
         ("reward={terms: [{name: bbox_iou, smoth: 0}]}", "did you mean 'smooth'"),
@@ -109,7 +111,7 @@ OF_A_RANK = {*OF_AN_ACTOR, "zero_stage", "offload", "micro_batch_tokens", "gradi
 OF_A_RUN = {"runs", "cache", "placement", "deadlines.resources", "deadlines.start", "deadlines.step"}
 OF_TRACKING = {"trackers", *(f"tracking.{key}" for key in ("project", "offline", "mlflow_uri", "python"))}
 OF_LEARNING = {"steps", "resume", "checkpoint_every", "keep", *OF_TRACKING, *(f"learner.{key}" for key in OF_A_RANK)}
-OF_GRPO = {"keep_best", "learner.reference", "learner.sha256", "restarts", "tolerated_failures"}
+OF_GRPO = {"keep_best", "transfer", "learner.reference", "learner.sha256", "restarts", "tolerated_failures"}
 OF_INFERENCE = OF_AN_ENGINE | {
     f"{role}.{key}" for role in ("rollout", "segmenter") for key in {*OF_AN_ACTOR, *OF_A_POOL}
 }
