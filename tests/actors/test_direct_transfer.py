@@ -64,6 +64,7 @@ def same(found, expected):
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
+@pytest.mark.slow
 def test_engines_get_the_learner_s_exact_tensors_phase_by_phase(pool, engines):
     """From two ranks that each hold half of every tensor, to four workers of three engines."""
     sizes = {"rollout 0": 1, "rollout 1": 2, "rollout 2": 1}
@@ -94,6 +95,7 @@ def transfer(pool, demo_config):
     return DirectTransfer(pool, demo_config().model_copy(update={"transfer": NAME}))
 
 
+@pytest.mark.slow
 def test_a_sender_that_is_blocked_is_freed_at_its_deadline_and_the_next_group_works(pool, engines, transfer):
     """The other rank, which waits for the first one's gathers, returns too."""
     handles = {"rollout 0": engines(), "rollout 1": engines(fails="blocks")}
@@ -110,6 +112,7 @@ def test_a_sender_that_is_blocked_is_freed_at_its_deadline_and_the_next_group_wo
     assert {receipt.checksum for receipt in sent.receipts.values()} == {learner_s(pool)[0]}
 
 
+@pytest.mark.slow
 def test_an_engine_that_dies_while_it_receives_is_named_at_once(pool, engines, transfer):
     handles = {"rollout 0": engines(), "rollout 1": engines(fails="dies")}
     with pytest.raises(TransferFailed, match="did not arrive: rollout 1 failed while receiving weights"):
@@ -117,6 +120,7 @@ def test_an_engine_that_dies_while_it_receives_is_named_at_once(pool, engines, t
     assert "died while giving an update of weights up" in transfer.abandon(members(handles))["rollout 1"]
 
 
+@pytest.mark.slow
 def test_an_engine_that_cannot_be_connected_is_named(pool, engines, transfer):
     """It has gone before the group forms; the engine that waits in it is whole, and joins the next one."""
     handles = {"rollout 0": engines(), "rollout 1": engines()}
@@ -128,6 +132,7 @@ def test_an_engine_that_cannot_be_connected_is_named(pool, engines, transfer):
     assert transfer.send(1, members(handles), everything=True).receipts.keys() == {"rollout 0"}
 
 
+@pytest.mark.slow
 def test_a_group_stays_while_its_members_do(engines, transfer):
     handles = {"rollout 0": engines(), "rollout 1": engines()}
     for version, names in [(1, ("rollout 0",)), (2, ("rollout 0",)), (3, ("rollout 0", "rollout 1"))]:
