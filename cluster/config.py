@@ -167,19 +167,6 @@ class TrainConfig(LearningConfig):
         return min(images * min(most, self.rollout.max_prompt_tokens), self.learner.micro_batch_tokens)
 
     @model_validator(mode="after")
-    def _can_learn(self) -> Self:
-        kind, n = self.learner.objective.advantage, self.rollout.n
-        if n < 2:
-            raise Mistake(f"learner.objective.advantage={kind} compares a group's answers; set rollout.n to 2 or more")
-        longest = self.rollout.max_prompt_tokens + self.rollout.max_tokens
-        if self.learner.micro_batch_tokens < longest:
-            raise Mistake(
-                f"learner.micro_batch_tokens is {self.learner.micro_batch_tokens}, and a prompt with one answer may "
-                f"have {longest} (rollout.max_prompt_tokens and max_tokens); raise it to that at least"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _transfers(self) -> Self:
         if self.transfer == "nccl" and (self.rollout.num_gpus < 1 or self.learner.num_gpus < 1):
             raise Mistake(
@@ -190,6 +177,19 @@ class TrainConfig(LearningConfig):
             raise Mistake(
                 "transfer=ipc needs a learner and engines that share their GPUs; set placement to colocated, or "
                 "transfer to host or nccl"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_learn(self) -> Self:
+        kind, n = self.learner.objective.advantage, self.rollout.n
+        if n < 2:
+            raise Mistake(f"learner.objective.advantage={kind} compares a group's answers; set rollout.n to 2 or more")
+        longest = self.rollout.max_prompt_tokens + self.rollout.max_tokens
+        if self.learner.micro_batch_tokens < longest:
+            raise Mistake(
+                f"learner.micro_batch_tokens is {self.learner.micro_batch_tokens}, and a prompt with one answer may "
+                f"have {longest} (rollout.max_prompt_tokens and max_tokens); raise it to that at least"
             )
         return self
 
