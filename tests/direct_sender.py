@@ -5,6 +5,7 @@ Besides, how vLLM's processes come to know the stand-in. Imports no vLLM before 
 
 import asyncio
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ SECONDS = 300
 
 
 def as_plugin(folder: Path) -> str:
-    """PYTHONPATH with which vLLM's processes register the stand-in, as a plugin. folder: for what says so."""
+    """PYTHONPATH with which vLLM's processes register the stand-in, as a plugin; those that are started from this one
+    take its `sys.path` instead, which is extended too. folder: for what says so."""
     about = folder / "stand_in-0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: stand-in\nVersion: 0\n")
     (about / "entry_points.txt").write_text("[vllm.general_plugins]\nstand_in = tests.stand_in_transfer:register\n")
+    sys.path.append(str(folder))
     return f"{Path(__file__).parents[1]}:{folder}"
 
 
