@@ -74,7 +74,9 @@ class Receiving(WeightTransferEngine[InitInfo, UpdateInfo]):
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         self.rank = self.parallel_config.rank + init_info.rank_offset
         assert 0 < self.rank < init_info.world_size
-        self.store = TCPStore(init_info.master_address, init_info.master_port, is_master=False, timeout=SECONDS)
+        self.store = TCPStore(
+            init_info.master_address, init_info.master_port, is_master=False, timeout=SECONDS, use_libuv=False
+        )
         self.store.set(f"joined {self.rank}", "")
         self.round = 0
 
@@ -117,7 +119,7 @@ class Sending(TrainerWeightTransferEngine[TrainerInfo]):
         made.info, made.ended, made.round = init_info, threading.Event(), 0
         if made.is_sender:
             address = (init_info.master_address, init_info.master_port)
-            made.store = TCPStore(*address, is_master=True, wait_for_workers=False, timeout=SECONDS)
+            made.store = TCPStore(*address, is_master=True, wait_for_workers=False, timeout=SECONDS, use_libuv=False)
             workers = InitInfo(*address, rank_offset=1, world_size=init_info.world_size)
             with ThreadPoolExecutor(max_workers=1) as threads:
                 future = threads.submit(client.init_weight_transfer_engine, asdict(workers))
@@ -154,7 +156,7 @@ class Sending(TrainerWeightTransferEngine[TrainerInfo]):
         self.client.finish_weight_update()
 
     def broadcast(self) -> None:
-        pairs, most, chunk = iter(self.source), self.info.packed_buffer_size_bytes, 0
+        pairs, most, chunk = iter(self.source), min(self.info.packed_buffer_size_bytes, 1 << 20), 0
         while packed := pack_tensors(pairs, lambda pair: pair[1], most):
             self.store.set(f"{self.round} {chunk}", packed.packed_tensor.numpy().tobytes())
             taken = [f"taken {self.round} {chunk} {rank}" for rank in range(1, self.info.world_size)]
