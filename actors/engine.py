@@ -87,7 +87,7 @@ class Engine:
         self._update: _Update | None = None
         self._mixed = False
         self._asleep: AsyncExitStack | None = None
-        llm.sent = self._gate.passed
+        llm.sent = self._gate.sent
 
     @classmethod
     async def start(cls, model: Path, prompter: Prompter, config: RolloutConfig, version: int = 0) -> "Engine":
@@ -270,11 +270,12 @@ class Engine:
             began = missed = False
             self._requests += 1
             request = f"request-{self._requests}"
-            async with self._gate.passing(request):
+            async with self._gate.passing(request) as answered:
                 await self.check_health()
                 parameters = self._parameters(sampling, kind)
                 async with aclosing(self._llm.generate(prompt, parameters, request_id=request)) as outputs:
                     async for output in outputs:
+                        answered()
                         # A request that was cancelled before it reached the engine leaves its image noted as sent, and
                         # so the next one about it misses the image there, whereupon vLLM forgets the note.
                         if missed := any(each.finish_reason == "error" for each in output.outputs):
@@ -327,7 +328,7 @@ class Engine:
         """Within it nothing is sampled. Requests come in again once vLLM's caches are empty or, with `wait`, at the
         end."""
         async with AsyncExitStack() as gate:
-            await gate.enter_async_context(self._gate.shut())
+            await gate.enter_async_context(self._gate.shut(mode))
             try:
                 await self._llm.pause_generation(mode=mode, clear_cache=True)
                 if mode == "keep":
@@ -364,7 +365,7 @@ class Engine:
         anew each time, and back, only for most of them to be replaced. So all must be sent before `wake`."""
         if self._asleep is None:
             async with AsyncExitStack() as stack:
-                await stack.enter_async_context(self._gate.shut())
+                await stack.enter_async_context(self._gate.shut("wait"))
                 self._asleep = stack.pop_all()
         await self._llm.sleep(level=2, mode="wait")
 
@@ -387,45 +388,63 @@ class _Gate:
 
     vLLM notes on our side which images that process has. An update empties first the notes and then the images, so that
     whoever was noted between the two would be missed by the next request about the same image. Once a request has been
-    sent it does no harm: it arrives before the call that empties the images."""
+    sent it does no harm: it arrives before the call that empties the images. Once it has begun to be answered, vLLM
+    lets it end before an update that waits; it may leave one that was only sent for later."""
 
     def __init__(self) -> None:
-        self._open, self._empty = asyncio.Event(), asyncio.Event()
+        self._open = asyncio.Event()
         self._open.set()
-        self._empty.set()
-        self._within: set[str] = set()
+        self._unsent, self._unanswered = _Requests(), _Requests()
         self._shut = 0  # by how many: weights are taken over while an engine sleeps too
 
     @asynccontextmanager
-    async def passing(self, request: str) -> AsyncIterator[None]:
-        """Until `passed` is called, at the latest until the end, the request is on its way."""
+    async def passing(self, request: str) -> AsyncIterator[Callable[[], None]]:
+        """Until `sent` is called a request is on its way, and until the function that is yielded is, at the latest
+        until the end, it is not answered."""
         while not self._open.is_set():  # it may have been shut again before this task goes on
             await self._open.wait()
-        self._within.add(request)
-        self._empty.clear()
+        self._unsent.add(request)
+        self._unanswered.add(request)
         try:
-            yield
+            yield lambda: self._unanswered.remove(request)
         finally:
-            self.passed(request)
+            self.sent(request)
+            self._unanswered.remove(request)
 
-    def passed(self, request: str) -> None:
+    def sent(self, request: str) -> None:
         """A request has been sent."""
-        self._within.discard(request)
-        if not self._within:
-            self._empty.set()
+        self._unsent.remove(request)
 
     @asynccontextmanager
-    async def shut(self) -> AsyncIterator[None]:
-        """Shut, and nobody on the way."""
+    async def shut(self, mode: Literal["keep", "wait"]) -> AsyncIterator[None]:
+        """Shut, and nobody on the way or, with `wait`, not answered."""
         self._shut += 1
         self._open.clear()
         try:
-            await self._empty.wait()
+            await (self._unsent if mode == "keep" else self._unanswered).none.wait()
             yield
         finally:
             self._shut -= 1
             if not self._shut:
                 self._open.set()
+
+
+class _Requests:
+    """A set of requests, of which one can wait that it is empty."""
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+        self.none = asyncio.Event()
+        self.none.set()
+
+    def add(self, name: str) -> None:
+        self._names.add(name)
+        self.none.clear()
+
+    def remove(self, name: str) -> None:
+        self._names.discard(name)
+        if not self._names:
+            self.none.set()
 
 
 def _size(image: NDArray[np.uint8]) -> Size:

@@ -176,10 +176,14 @@ class WeightSender:
         try:
             with self._guarded(due, seconds):
                 self._engine.send_weights()
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, AssertionError) as error:
-            if self._client.failure is None:
+            # Of a member that has gone, or of a group that was ended while or, which vLLM asserts, before it sent.
+            if isinstance(error, AssertionError) and self._client.failure is None:
                 raise
-            cause = error  # vLLM's, about a group that was ended while, or before, it sent
+            cause = error
+            self._client.fail(f"{type(error).__name__}: {error}")
         finally:
             self._source.drain()
         if self._client.failure:

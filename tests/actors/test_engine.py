@@ -49,8 +49,6 @@ class Recorded:
         yield output([16, 1012], self.version, "stop")
 
     async def pause_generation(self, *, mode: str, clear_cache: bool) -> None:
-        if mode == "wait" and "asked" in self.record:
-            await self.answering.wait()
         self.record.append(f"pause: {mode}")
 
     async def resume_generation(self) -> None:

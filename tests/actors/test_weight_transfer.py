@@ -1,20 +1,27 @@
-"""Whether an engine's live parameters are what it was sent: the comparison, on models small enough to read."""
+"""What an engine does with weights, whichever way they come, and whether its live parameters are what it was sent: on
+models small enough to read."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
 from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 
-from actors.weight_files import Checksum, HostFile, pack
-from actors.weight_transfer import AnyWeightTransferEngine, Live, UpdateInfo, top_level
+from actors.weight_files import Checksum, HostFile, pack, write_direct
+from actors.weight_transfer import AnyWeightTransferEngine, InitInfo, Live, UpdateInfo, top_level
 
 
 class Fused(torch.nn.Module):
@@ -171,3 +178,75 @@ def test_no_bucket_outlives_the_next_one_however_buckets_cut_modules(size):
     for sent in (with_biases(), {name: tensor + 1 for name, tensor in with_biases().items()}):
         assert updated(engine, sent, in_buckets_of=size) == (3, [])
     assert all(torch.equal(parameter, tower[name]) for name, parameter in model.visual.named_parameters())
+
+
+@dataclass
+class WithWeights(WeightTransferUpdateInfo):
+    """The weights themselves, and how many come at a time."""
+
+    weights: dict[str, torch.Tensor]
+    size: int
+
+
+@dataclass
+class Nothing(WeightTransferInitInfo):
+    """No rendezvous."""
+
+
+class Overwriting(WeightTransferEngine[Nothing, WithWeights]):
+    """In the place of one of vLLM's: weights come in one buffer, which is overwritten."""
+
+    init_info_cls, update_info_cls = Nothing, WithWeights
+    record: ClassVar[list[str]] = []
+
+    def init_transfer_engine(self, init_info: Nothing) -> None:
+        self.record.append("init")
+
+    def start_weight_update(self) -> None:
+        self.record.append("start")
+
+    def receive_weights(self, update_info: WithWeights) -> None:
+        names, buffer = list(update_info.weights), torch.empty(1000)
+        for i in range(0, len(names), update_info.size):
+            part = {name: update_info.weights[name] for name in names[i : i + update_info.size]}
+            flat = buffer[: sum(each.numel() for each in part.values())]
+            flat.copy_(torch.cat([each.flatten() for each in part.values()]))
+            views = flat.split([each.numel() for each in part.values()])
+            self.model.load_weights(
+                [(name, view.view(part[name].shape)) for name, view in zip(part, views, strict=True)]
+            )
+            buffer.fill_(torch.nan)
+
+    def finish_weight_update(self) -> None:
+        self.record.append("finish")
+
+    def shutdown(self) -> None:
+        self.record.append("shutdown")
+
+
+@pytest.mark.parametrize("size", [100, 3, 1])
+def test_an_engine_of_vllm_s_beside_files_loads_through_ours_and_may_overwrite_what_it_gave(monkeypatch, size):
+    """The module of which nothing arrives stays as it was, the checksum is that of a bucket with the same weights, and
+    files are taken as before, also once the other engine has gone."""
+    monkeypatch.setitem(WeightTransferEngineFactory._registry, "overwriting", lambda: Overwriting)
+    Overwriting.record.clear()
+    model = Loading(torch.float32)
+    config = SimpleNamespace(model_config=SimpleNamespace(dtype=torch.float32), parallel_config=None)
+    engine = AnyWeightTransferEngine(None, config, torch.device("cpu"), model)
+    tower = {name: parameter.clone() for name, parameter in model.visual.named_parameters()}
+    assert updated(engine, with_biases(), in_buckets_of=3) == (3, [])
+    expected = engine.checksum.hexdigest()
+    for _ in range(2):
+        engine.init_transfer_engine(InitInfo(direct="overwriting"))
+        engine.start_weight_update()
+        assert engine.checksum.hexdigest() != expected
+        engine.update_weights({"direct": write_direct({"weights": with_biases(), "size": size}), "exact": False})
+        engine.finish_weight_update()
+        assert engine.live.compared() == (3, []) and engine.checksum.hexdigest() == expected
+    assert updated(engine, {name: tensor + 1 for name, tensor in with_biases().items()}, in_buckets_of=3) == (3, [])
+    engine.init_transfer_engine(InitInfo())
+    assert Overwriting.record == ["init", "shutdown", "init", "shutdown"], "neither start nor finish"
+    assert updated(engine, with_biases(), in_buckets_of=3) == (3, [])
+    assert all(torch.equal(parameter, tower[name]) for name, parameter in model.visual.named_parameters())
+    with pytest.raises(RuntimeError, match="was not told through what"):
+        engine.update_weights({"direct": write_direct({"weights": {}, "size": 1})})

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import time
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from learner.shared_prefix import pack as packed
 from phantoms import rows
 from reasoner.model import load_reasoner
 from reasoner.prompter import load_prompter
+from tests.direct_sender import as_plugin, sent_directly
 from umrg.answers import format_answer, parse_answer
 from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
@@ -37,7 +39,7 @@ def loop():
 
 
 @pytest.fixture(scope="module")
-def engine(folder, scale, loop):
+def engine(folder, scale, loop, tmp_path_factory):
     """An engine in bfloat16, which leaves room for a learner."""
     prompter = load_prompter(folder)
     longest = len(scored_groups(prompter, scale.work)[0].samples.prompt_ids)
@@ -52,6 +54,8 @@ def engine(folder, scale, loop):
         }
     ).sleeping()
     os.environ.update(config.process_environment)
+    if scale.device == "cpu":
+        os.environ["PYTHONPATH"] = as_plugin(tmp_path_factory.mktemp("plugins"))
     from actors.engine import Engine
 
     started = loop.run_until_complete(Engine.start(folder, prompter, config))
@@ -129,6 +133,32 @@ def test_new_weights_arrive_are_live_and_leave_no_stale_cache(engine, loop, grou
     assert found < BOUND < stale
 
 
+def test_weights_of_this_process_s_gpu_arrive_in_the_engine_s_by_handles_of_their_memory(
+    engine, loop, group, folder, scale
+):
+    """By vLLM's `ipc`, and then by host memory again; on a CPU by the stand-in."""
+    reasoner = load_reasoner(folder, device=scale.device, dtype=torch.bfloat16)
+    weights = dict(reasoner.model.named_parameters())
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in weights.values():
+            parameter.add_(0.05 * parameter.abs().mean() * torch.randn_like(parameter))
+    way = "ipc" if scale.device == "cuda" else "stand-in"
+    for version in (2, 3):
+        began = time.monotonic()
+        receipt = loop.run_until_complete(sent_directly(engine, weights, way, version))
+        print(f"{sum(each.nbytes for each in weights.values()) / 1e9:.1f} GB in {time.monotonic() - began:.2f} s")
+        assert receipt.checksum == checksum_of([weights]) and receipt.unlike == () and receipt.compared > 0
+    samples = sampled(engine, loop, group, scale)
+    assert {each.policy_version for each in samples.completions} == {3}
+    assert gap(samples, group, reasoner, scale) < BOUND
+
+    async def buckets():
+        yield pack(weights)
+
+    assert loop.run_until_complete(engine.update_weights(buckets(), 4)) == receipt
+
+
 def test_an_engine_that_slept_answers_as_before_with_its_weights_sent_again(engine, loop, folder, group, scale):
     """And while it sleeps, nearly all of its memory is another's: the weights' and the KV cache's."""
     reasoner = load_reasoner(folder, device=scale.device, dtype=torch.bfloat16)
@@ -137,13 +167,13 @@ def test_an_engine_that_slept_answers_as_before_with_its_weights_sent_again(engi
     async def buckets():
         yield pack(weights)
 
-    loop.run_until_complete(engine.update_weights(buckets(), 2))
+    loop.run_until_complete(engine.update_weights(buckets(), 5))
     before, awake = sampled(engine, loop, group, scale), in_use()
     loop.run_until_complete(engine.sleep())
     asleep = in_use()
     loop.run_until_complete(engine.wake_weights())
     half = in_use()
-    receipt = loop.run_until_complete(engine.update_weights(buckets(), 3))
+    receipt = loop.run_until_complete(engine.update_weights(buckets(), 6))
     assert receipt.checksum == checksum_of([weights]) and receipt.unlike == ()
     loop.run_until_complete(engine.wake())
     after = sampled(engine, loop, group, scale)
@@ -151,7 +181,7 @@ def test_an_engine_that_slept_answers_as_before_with_its_weights_sent_again(engi
     if scale.device == "cuda":
         size = sum(each.nbytes for each in weights.values()) / 2**30
         assert asleep < awake - 0.6 * 0.4 * total() and asleep + 0.8 * size < half < awake
-    assert {each.policy_version for each in after.completions} == {3}
+    assert {each.policy_version for each in after.completions} == {6}
     if scale.device == "cpu":  # on a GPU batches may be cut otherwise
         assert [each.token_ids for each in after.completions] == [each.token_ids for each in before.completions]
     assert gap(after, group, reasoner, scale) < BOUND
