@@ -56,8 +56,8 @@ def engines(ray_cluster, stand_in):
 
 def learner_s(pool):
     """Checksum and tensors, by the way through host memory."""
-    checksum, buckets = pool.weights(everything=True)
-    return checksum, {name: tensor for ref in buckets for name, tensor in unpack(ray.get(ref)).items()}
+    weights = pool.weights(0, everything=True)
+    return weights.checksum, {name: tensor for ref in weights.buckets for name, tensor in unpack(ray.get(ref)).items()}
 
 
 def same(found, expected):
