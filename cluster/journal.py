@@ -77,7 +77,8 @@ class Journal:
         self._run.log({"step": step, **line})
         self._trackers.log(step, line)
         write_records(self._run.samples / f"step-{step:06d}.parquet", groups)
-        self._engine_kl.append(report.engine_kl)
+        if metrics["policy/lag"] == 0:  # else it measures how far the policy has moved as well
+            self._engine_kl.append(report.engine_kl)
         if not self.alarms and drifted(self._engine_kl):
             self.alarms.append(f"step {step}: {alarm(self._engine_kl)}")
         return metrics
@@ -105,7 +106,11 @@ class Journal:
         self._steps = step
         self._run.rewind(step, position)
         self._trackers.rewind(step)
-        self._engine_kl = [line[name] for line in self._run.metrics() if (name := "learner/engine_kl") in line]
+        self._engine_kl = [
+            line[name]
+            for line in self._run.metrics()
+            if (name := "learner/engine_kl") in line and line.get("policy/lag", 0) == 0
+        ]
         self._evaluations = {name: each for name, each in self._evaluations.items() if each["step"] <= step}
 
     def finish(self, held_out: list[Sample]) -> dict[str, Any]:

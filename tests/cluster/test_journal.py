@@ -20,7 +20,7 @@ def recorded(demo_config, tmp_path):
     """Records steps of one group each, by the divergence of engine and learner, in a run's folder."""
     folder = RunFolder(tmp_path / "run")
 
-    def record(values, resumed_after=None):
+    def record(values, resumed_after=None, lag=0):
         config = demo_config()
         run = folder if folder.path.exists() else RunFolder.create(folder.path, config)
         with Trackers(run, config, pytest.fail) as trackers, Journal(run, trackers) as journal:
@@ -30,13 +30,13 @@ def recorded(demo_config, tmp_path):
                 journal.rewind(resumed_after, sum(map(len, lines[:resumed_after])))
                 first = resumed_after + 1
             for step, value in enumerate(values, first):
-                journal.step(step, [group(step)], report(value), canary_gap=0.0, resampled=0, roles={})
+                journal.step(step, [group(step, lag)], report(value), canary_gap=0.0, resampled=0, roles={})
             return journal.summary().get("alarms", [])
 
     return record
 
 
-def group(step):
+def group(step, lag=0):
     extent = Size(28, 28)
     sample = Sample(
         id="a",
@@ -49,7 +49,7 @@ def group(step):
         category="y",
         modality="CT",
     )
-    completion = Completion(text="", token_ids=(1,), logprobs=(-0.5,), policy_version=step - 1, finished=True)
+    completion = Completion(text="", token_ids=(1,), logprobs=(-0.5,), policy_version=step - 1 - lag, finished=True)
     answer = ScoredAnswer(
         reward=Reward(total=1.0, parts={"format": 1.0}), answer=parse_answer(""), failure=None, metrics={"iou": 0.5}
     )
@@ -88,3 +88,7 @@ def test_a_resumed_run_is_compared_with_its_own_beginning(recorded):
     """Not with the first steps after it went on."""
     assert recorded([0.002] * FIRST) == []
     assert len(recorded([0.1] * 5, resumed_after=FIRST)) == 1
+
+
+def test_where_steps_overlap_a_rise_is_the_policys_own(recorded):
+    assert recorded([0.002] * FIRST + [0.1] * 10, lag=1) == []
