@@ -35,6 +35,12 @@ BOUND = 0.15
 def loop():
     running = asyncio.new_event_loop()
     yield running
+    # What vLLM leaves running in it keeps a socket open, for which the process would wait at its end.
+    left = asyncio.all_tasks(running)
+    for task in left:
+        task.cancel()
+    if left:
+        running.run_until_complete(asyncio.wait(left))
     running.close()
 
 
