@@ -85,6 +85,7 @@ class Engine:
         self._requests = 0
         self._gate = _Gate()
         self._update: _Update | None = None
+        self._turns = asyncio.Lock()  # of beginning and abandoning an update
         self._mixed = False
         self._asleep: AsyncExitStack | None = None
         llm.sent = self._gate.sent
@@ -200,15 +201,16 @@ class Engine:
 
         mode: `keep` lets requests in flight pause between two tokens, so that two versions write their completions;
         `wait` lets them end, and later ones wait until the new weights are there."""
-        if self._update:
-            raise RuntimeError("a weight update begins while another is under way")
-        self._update = _Update(ending=AsyncExitStack())
-        try:
-            await self._update.ending.enter_async_context(self._paused(mode))
-            await self._llm.start_weight_update()
-        except BaseException:
-            await self._resume()
-            raise
+        async with self._turns:
+            if self._update:
+                raise RuntimeError("a weight update begins while another is under way")
+            self._update = _Update(ending=AsyncExitStack())
+            try:
+                await self._update.ending.enter_async_context(self._paused(mode))
+                await self._llm.start_weight_update()
+            except BaseException:
+                await self._resume()
+                raise
 
     async def receive(self, info: Mapping[str, Any]) -> None:
         """Take some of the weights. info: the fields of an `actors.weight_transfer.UpdateInfo`."""
@@ -226,15 +228,18 @@ class Engine:
         return receipt
 
     async def abandon_update(self) -> None:
-        """End an update that failed, if one has begun. If weights were replaced, the engine answers no more."""
-        if not self._update:
-            return
-        self._mixed = self._mixed or self._update.replaced
-        try:
-            if not self._update.replaced:
-                await self._llm.finish_weight_update()  # else vLLM would not begin another
-        finally:
-            await self._resume()
+        """End an update that failed, if one has begun. If weights were replaced, the engine answers no more. Returns
+        once its workers answer: one that waits for the others of a group does not."""
+        async with self._turns:
+            if not self._update:
+                await self._llm.collective_rpc("received")
+                return
+            self._mixed = self._mixed or self._update.replaced
+            try:
+                if not self._update.replaced:
+                    await self._llm.finish_weight_update()  # else vLLM would not begin another
+            finally:
+                await self._resume()
 
     async def _resume(self) -> None:
         update, self._update = self._update, None

@@ -131,7 +131,7 @@ class Pool:
             for member in leaving[:surplus]:
                 member.state = "draining"
         for member in self:
-            if member.state == "draining" and not member.flying:
+            if member.state == "draining" and not member.flying and member.taking is None:
                 self._remove(member)
 
     def adopt(self, handles: Mapping[str, Any], *, state: State = "ready") -> None:

@@ -158,6 +158,8 @@ class RolloutPool(Pool):
 
         def taken(ended: Ended) -> None:
             member.taking = None
+            if member.name not in self.members:
+                return  # it was given up meanwhile
             if ended.fault == "error":
                 raise ActorFailed(ended.cause) from ended.error
             if ended.fault:

@@ -193,6 +193,8 @@ class AnyWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def finish_weight_update(self) -> None:
         for module in self._reloading.values():
             finalize_layerwise_reload(module, self.model_config)
+        if importer := getattr(self._direct, "_packed_importer", None):
+            importer.close()  # the sender's buffer, which `ipc` maps; vLLM lets go of it in its own finish
 
     def shutdown(self) -> None:
         """End the engine beside files; files are taken as before."""

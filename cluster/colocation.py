@@ -27,6 +27,8 @@ class Colocation:
         self, workers: "Workers", deadlines: DeadlineConfig, now: Callable[[], float] = time.monotonic
     ) -> None:
         self._workers, self._deadlines, self._now = workers, deadlines, now
+        # Those of the start fell asleep before the ranks loaded (`fall_asleep`).
+        self._asleep = {member.name for member in workers.rollouts if member.state == "ready"}
 
     def before_learning(self) -> None:
         """Engines sleep, and the learner takes its state back. May be called again before `after_learning`. Raises
@@ -40,6 +42,7 @@ class Colocation:
         for member in self._workers.rollouts.loaded:
             # It loses the weights of the model's folder, and gets the next ones with all others, before there is work.
             self._workers.rollouts.admit(member.name)
+        self._asleep = {member.name for member in self._workers.rollouts}
         self._of_engines("sleep", "falling asleep")
 
     def after_learning(self, send: Callable[[], None]) -> None:
@@ -51,9 +54,10 @@ class Colocation:
         self._of_engines("wake", "waking")
 
     def _await_starting(self) -> None:
-        """An engine that started beside a learner at work would find its GPU full."""
+        """An engine that started beside a learner at work would find its GPU full, and one that is being sent weights
+        must not fall asleep before it has them all."""
         until = self._now() + self._deadlines.start
-        while starting := [member.name for member in self._workers.rollouts if member.state == "starting"]:
+        while starting := [each.name for each in self._workers.rollouts if each.state == "starting" or each.taking]:
             if self._now() > until:
                 raise DeadlinePassed(
                     f"{', '.join(starting)} did not start within {self._deadlines.start:g} s, for which the learner "
@@ -62,9 +66,10 @@ class Colocation:
             self._workers.calls.turn()
 
     def _of_engines(self, method: str, doing: str) -> None:
-        """Call a method of all engines. One that dies is replaced later."""
+        """Call a method of the engines that were put to sleep, and not of those that have come since. One that dies is
+        replaced later."""
         pool = self._workers.rollouts
-        refs = {member.name: getattr(member.handle, method).remote() for member in pool}
+        refs = {each.name: getattr(each.handle, method).remote() for each in pool if each.name in self._asleep}
         for name, ended in self._workers.calls.settle(refs, seconds=self._deadlines.step, doing=doing).items():
             if ended.fault == "error":
                 raise ActorFailed(ended.cause) from ended.error

@@ -263,15 +263,19 @@ class TrainConfig(LearningConfig):
 
     @model_validator(mode="after")
     def _transfers(self) -> Self:
+        if self.transfer == "nccl" and self.colocated:
+            raise Mistake(
+                "placement=colocated has sender and receiver on one GPU, which NCCL refuses; set transfer to ipc"
+            )
         if self.transfer == "nccl" and (self.rollout.num_gpus < 1 or self.learner.num_gpus < 1):
             raise Mistake(
                 "transfer=nccl needs whole GPUs of engines and learner, because no GPU holds two members of a group; "
                 "set rollout.num_gpus and learner.num_gpus to 1 or more, or transfer to host"
             )
-        if self.transfer == "ipc" and not self.colocated:
+        if self.transfer == "ipc" and not (self.colocated and self.rollout.num_gpus > 0):
             raise Mistake(
-                "transfer=ipc needs a learner and engines that share their GPUs; set placement to colocated, or "
-                "transfer to host or nccl"
+                "transfer=ipc needs a learner and engines that share GPUs; set placement to colocated with shares of "
+                "one as num_gpus of both, or transfer to host"
             )
         return self
 

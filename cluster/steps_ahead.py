@@ -76,10 +76,12 @@ class StepsAhead:
         self._batch, self._retries, self._staleness, self._last = batch, retries, staleness, last
         self._steps: list[_Step] = []
         self._listed: list[list[int]] = []
+        self._awaited: _Step | None = None
+        """The one that `collect` waits for, and takes further itself."""
 
     def restore(self, rows: Sequence[Sequence[int]]) -> None:
         """Forget the open steps. rows: those that the next steps begin with, as `rows` told them."""
-        self._steps, self._listed = [], [list(each) for each in rows]
+        self._steps, self._listed, self._awaited = [], [list(each) for each in rows], None
 
     def rows(self) -> list[list[int]]:
         """Of each step that was begun, the rows that are not yet learnt from."""
@@ -96,7 +98,7 @@ class StepsAhead:
         "score". meanwhile: called at least once a second. Raises TooManyFailures."""
         for open in range(number + len(self._steps), min(number + self._staleness, self._last) + 1):
             self._open(open)
-        step = self._steps[0]
+        step = self._awaited = self._steps[0]
         assert step.number == number
         if step.collecting is None:
             for name in ("rollout", "score"):  # nothing was waited for
@@ -110,6 +112,7 @@ class StepsAhead:
                 while not collecting.closed:
                     self._turn(meanwhile)
             self._advance(step)
+        self._awaited = None
         del self._steps[0]
         return step.kept, step.sampled - len(step.kept) - step.put_aside
 
@@ -118,18 +121,20 @@ class StepsAhead:
         none."""
         if self._steps:
             self._tend()
-            for step in self._steps:
-                self._advance(step)
+            self._dispatch()
 
     def _turn(self, meanwhile: Callable[[], None]) -> None:
         self._tend()
-        first, *later = self._steps
-        assert first.collecting is not None
-        first.collecting.dispatch()
-        for step in later:
-            self._advance(step)
+        self._dispatch()
         self._wait()
         meanwhile()
+
+    def _dispatch(self) -> None:
+        for step in self._steps:
+            if step is not self._awaited:
+                self._advance(step)
+            elif step.collecting is not None:
+                step.collecting.dispatch()
 
     def _open(self, number: int) -> None:
         listed = self._listed.pop(0) if self._listed else []

@@ -272,7 +272,9 @@ class Training(Loop):
     def resume(self, checkpoint: Checkpoint | None) -> int:
         """As `Loop.resume`; the rollouts get the checkpoint's weights, and the journal drops later records."""
         position = super().resume(checkpoint)
-        self.ahead.restore(checkpoint.state.ahead if checkpoint else [])
+        # Those of another run's checkpoint are rows of other data.
+        own = checkpoint is not None and self.checkpoints.holds(checkpoint)
+        self.ahead.restore(checkpoint.state.ahead if checkpoint and own else [])
         self.resumed = checkpoint is not None
         begun = self.resumed or self.workers.rollouts.weights is not None
         if begun or self.colocation:  # engines that slept while ranks loaded have no weights

@@ -11,7 +11,7 @@ import ray
 
 from actors.engine_report import UpdateReceipt
 from actors.failures import ActorFailed, TransferFailed
-from actors.pools import Weights
+from actors.pools import LearnerDied, Weights
 from cluster.config import TrainConfig
 from cluster.direct_transfer import DirectTransfer
 from cluster.workers import Workers
@@ -51,10 +51,12 @@ def _sent_directly(workers: Workers, direct: DirectTransfer, version: int, *, ev
     try:
         sent = direct.send(version, members, everything=everything)
     except (TransferFailed, ActorFailed) as error:
-        print(f"{error}; the weights go through host memory", flush=True)
         for name, cause in direct.abandon(members).items():
             workers.calls.gone(name, cause)
             rollouts.died(name, cause)
+        if isinstance(error, LearnerDied):
+            raise
+        print(f"{error}; the weights go through host memory", flush=True)
         return False
     weights = Weights(version=version, checksum=sent.checksum, buckets=None)
     for member in members:
@@ -127,15 +129,16 @@ class Canary:
         exact = config.rollout.dtype == config.learner.dtype == "float32"
         self._tolerance = TOLERANCE["float32" if exact else "bfloat16"]
 
-    def check(self, workers: Workers) -> float:
+    def check(self, workers: Workers) -> float | None:
         """Let every engine that works with the published weights answer, and return the largest mean difference of
-        log-probs from the learner's, which must not have moved since. Raises WeightsDiffer above the tolerance."""
-        worst = 0.0
+        log-probs from the learner's, which must not have moved since; None where none works. Raises WeightsDiffer above
+        the tolerance."""
+        worst = None
         for answer in workers.rollouts.canary(self._group, self._sampling):
             (completion,) = answer.completions
             expected = workers.learner.logprobs(self._group, completion.token_ids)
             gap = float(np.abs(np.subtract(completion.logprobs, expected)).mean())
-            worst = max(worst, gap)
+            worst = max(worst or 0.0, gap)
             if not gap <= self._tolerance:
                 raise WeightsDiffer(
                     f"after weights of version {completion.policy_version} an engine's log-probs are {gap:.3g} nats "

@@ -129,6 +129,12 @@ def test_a_group_is_ended_from_another_thread():
     )
 
 
+def test_ipc_lets_go_of_the_sender_s_buffer_in_its_own_finish_which_ours_does_in_its_place():
+    finish = ipc_engine.IPCWeightTransferEngine.finish_weight_update
+    assert in_order(finish, "finalize_layerwise_reload(", "self._packed_importer.close()")
+    assert callable(packed_tensor.PackedBufferImporter().close)
+
+
 def test_ipc_refuses_a_tensor_that_is_larger_than_its_buffer():
     assert in_order(
         packed_tensor.packed_ipc_producer, "torch.empty(buffer_size_bytes", "> buffer_size_bytes", "raise ValueError"

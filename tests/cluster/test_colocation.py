@@ -119,6 +119,28 @@ def test_the_learner_waits_for_an_engine_that_is_starting():
     assert record == ["rollout 0: sleep", "rollout 1: sleep", "learner: unpark"]
 
 
+def test_an_engine_that_is_being_sent_weights_falls_asleep_when_it_has_them():
+    def turned():
+        pool[0].taking = None
+
+    turns, record, pool = colocation("loaded", turned=turned)
+    pool[0].taking = "weights"
+    turns.before_learning()
+    assert record == ["rollout 0: sleep", "learner: unpark"] and pool[0].taking is None
+
+
+def test_one_that_comes_while_the_others_wake_is_not_woken():
+    """It takes the place of one that died asleep."""
+    turns, record, pool = colocation("ready", "ready")
+    turns.before_learning()
+
+    def send():
+        pool[1] = Member(name="rollout 2", handle=Engine("rollout 2", record), state="starting")
+
+    turns.after_learning(send)
+    assert [each for each in record if each.startswith("rollout 2")] == [] and record[-1] == "rollout 0: wake"
+
+
 def test_it_does_not_wait_for_ever():
     times = iter([0.0, *([DeadlineConfig().start + 1] * 5)])
     turns, record, _ = colocation("ready", "starting", now=lambda: next(times))

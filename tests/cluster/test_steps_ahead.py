@@ -27,13 +27,14 @@ class Driver:
         self.learnt: list[list[int]] = []
         self.given_up: list[int] = []
         self.lags: Counter[int] = Counter()
+        self.tend: Any = lambda: None
         self.ahead = self.stream()
 
     def stream(self):
         return StepsAhead(
             draw=self.draw,
             begin=lambda step, first, rows: Groups(self, step, first, rows),
-            tend=lambda: None,
+            tend=lambda: self.tend(),
             turn=lambda: None,
             batch=BATCH,
             retries=self.retries,
@@ -118,6 +119,15 @@ def test_the_next_step_is_sampled_and_its_flat_groups_are_replaced_while_the_lea
         driver.ahead.attend()
     assert driver.ahead._steps[0].collecting is None, "nothing is left to be waited for"
     assert driver.take_step() > 0
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_the_learner_may_be_waited_for_while_a_step_is_collected(staleness):
+    """For weights that a rollout needs which joins: what is called meanwhile does not take the step away."""
+    driver = Driver(staleness=staleness, flat=0.3, retries=2)
+    driver.tend = lambda: driver.ahead.attend() if driver.chance.random() < 0.5 else None
+    driver.run()
+    assert [len(rows) for rows in driver.learnt] == [BATCH] * driver.steps
 
 
 def test_no_step_after_the_last_is_begun():

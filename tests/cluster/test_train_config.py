@@ -51,7 +51,7 @@ def test_the_configuration_imports_no_torch():
         ("rollout.num_gpu=1", "did you mean 'num_gpus'"),
         ("learner.zero_stage=4", "learner.zero_stage: "),
         ("transfer=nccl", "transfer=nccl needs whole GPUs of engines and learner, because no GPU holds two members"),
-        ("transfer=ipc", "transfer=ipc needs a learner and engines that share their GPUs; set placement to colocated"),
+        ("transfer=ipc", "transfer=ipc needs a learner and engines that share GPUs; set placement to colocated"),
         ("learner.objective.aggregation=tokens", "learner.objective.aggregation: Input should be 'token'"),
         ("learner.objective.clip_high=0.1", "clip_high 0.1 is below clip 0.2; give at least that"),
         ("learner.objective.dual_clip=0.5", "learner.objective.dual_clip: Input should be greater than 1"),

@@ -9,7 +9,7 @@ from actors.calls import Ended
 from actors.config import DeadlineConfig
 from actors.engine_report import Sent, UpdateReceipt
 from actors.failures import TransferFailed
-from actors.pools import RolloutPool, SegmenterPool, Weights
+from actors.pools import LearnerDied, RolloutPool, SegmenterPool, Weights
 from cluster.weight_sync import WeightsDiffer, publish, settle, sync_weights, tend
 from cluster.workers import Workers
 
@@ -68,13 +68,16 @@ class Learner:
 
 
 class Direct:
-    """As `DirectTransfer`. fails: versions that do not arrive; useless: engines that can then do nothing more."""
+    """As `DirectTransfer`. fails: versions that do not arrive; kills: those that the learner dies of;
+    useless: engines that can then do nothing more."""
 
-    def __init__(self, engines, *, fails=(), useless=()):
-        self.engines, self.fails, self.useless = engines, fails, useless
+    def __init__(self, engines, *, fails=(), kills=(), useless=()):
+        self.engines, self.fails, self.kills, self.useless = engines, fails, kills, useless
         self.sent: list[tuple[int, tuple[str, ...]]] = []
 
     def send(self, version, members, *, everything):
+        if version in self.kills:
+            raise LearnerDied(f"learner 0 did not finish sending weights to engines within {version} s")
         if version in self.fails:
             raise TransferFailed(f"weights of version {version} did not arrive")
         names = tuple(member.name for member in members)
@@ -209,3 +212,22 @@ def test_where_a_direct_transfer_fails_the_weights_go_through_host_memory(capsys
     assert engines.held["rollout 2"] == ["host 1 learning-1 frozen"]
     sync_weights(workers, version=2)
     assert direct.sent == [(2, ("rollout 0", "rollout 2"))]
+
+
+def test_a_learner_that_dies_of_a_direct_transfer_is_not_asked_for_weights_again():
+    workers, _, learner, _ = driver(kills=[1], useless=["rollout 0"])
+    with pytest.raises(LearnerDied):
+        publish(workers, version=1)
+    assert learner.exports == [] and [member.name for member in workers.rollouts] == ["rollout 1"]
+
+
+def test_one_that_is_too_many_ends_the_update_that_it_is_at_first():
+    workers, engines, _, _ = driver()
+    publish(workers, version=1)
+    tend(workers)
+    workers.wanted["rollout"] = 1
+    tend(workers)
+    assert len(workers.rollouts.members) == 2 and not engines.dead
+    workers.calls.turn()
+    tend(workers)
+    assert len(workers.rollouts.ready) == len(workers.rollouts.members) == 1

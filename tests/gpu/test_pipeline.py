@@ -28,8 +28,8 @@ ON_CPU = tuple(f"{role}.{each}" for role in ("rollout", "segmenter", "learner") 
 @pytest.mark.parametrize("placement", ["disaggregated", "colocated"])
 def test_the_demo_runs_and_leaves_its_report(scale, tmp_path, placement):
     """With log-probs and live parameters compared after each update, as in any run. Colocated, the engine sleeps while
-    the model learns and answers the canary with the weights that it was sent when it woke."""
-    here = () if scale.device == "cuda" else ON_CPU
+    the model learns and answers the canary with the weights that it was sent when it woke: on a GPU by `ipc`."""
+    here = ON_CPU if scale.device == "cpu" else ("transfer=ipc",) if placement == "colocated" else ()
     overrides = (*SMALL, f"runs={tmp_path}", f"placement={placement}", *here)
     command = [sys.executable, "-m", "cluster.train", "configs/demo_gpu.yaml", *overrides]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MASTER_", "DS_"))}
@@ -43,4 +43,5 @@ def test_the_demo_runs_and_leaves_its_report(scale, tmp_path, placement):
     lines = [json.loads(line) for line in (run.parent / "metrics.jsonl").read_text().splitlines()]
     assert all(line["learner/canary_gap"] < 0.15 and line["learner/grad_norm"] > 0 for line in lines)
     assert (run.parent / "report" / "index.html").exists()
+    assert "the weights go through host memory" not in done.stdout
     assert ("learner: " in done.stdout and "while engines sample" in done.stdout) == (placement == "colocated")
