@@ -116,7 +116,7 @@ class LearnerRank(ZeroActor):
 
     def connect(self, direct: str, receivers: Sequence[Receiver], host: str, port: int, seconds: float) -> None:
         """Form a group with engines, to which `send` sends directly, in the place of the one before; all ranks. host,
-        port: of the first rank. Raises TransferFailed if they do not join within so many seconds."""
+        port: of the first rank. seconds, errors: as of `WeightSender`."""
         from actors.weight_sender import WeightSender
 
         self._disconnect()

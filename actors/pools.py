@@ -27,6 +27,10 @@ from umrg.group import Group, GroupSamples, SamplingParams
 from umrg.sample import Sample
 
 
+FORMING_S = 400.0
+"""Seconds within which a group of learner and engines is formed."""
+
+
 class LearnerDied(ActorDied):
     """A rank of the learner died, hung, or lost what it was to learn from; the others wait for it in a collective, and
     are of no use."""
@@ -272,9 +276,9 @@ class RankPool:
         """Restore what was saved."""
         self._all("load", "reading a checkpoint", folder)
 
-    def _all(self, method: str, doing: str, *args: Any) -> list[Any]:
+    def _all(self, method: str, doing: str, *args: Any, seconds: float | None = None) -> list[Any]:
         calls = {name: getattr(actor, method).remote(*args) for name, actor in self._actors.items()}
-        return self._gather(calls, self._deadlines.step, doing)
+        return self._gather(calls, self._deadlines.step if seconds is None else seconds, doing)
 
     def _gather(self, calls: Mapping[str, Ref], seconds: float, doing: str) -> list[Any]:
         self.busy = True
@@ -315,10 +319,13 @@ class LearnerPool(RankPool):
 
     def connect(self, direct: str, receivers: Sequence[Receiver]) -> None:
         """Form a group of the learner's first rank and engines, in the place of the one before. direct: name of a
-        sender in vLLM's `WeightTransferTrainerFactory`. Raises TransferFailed if the engines do not join."""
+        sender in vLLM's `WeightTransferTrainerFactory`. Raises TransferFailed if the engines do not meet the learner,
+        which vLLM waits for 300 s at most, and LearnerDied if the group hangs after that, which only the end of the
+        process frees."""
         first = next(iter(self._actors))
         host, port = self._gather({first: self._actors[first].address.remote()}, self._deadlines.step, "connecting")[0]
-        self._transfer("connect", "connecting with engines", direct, list(receivers), host, port)
+        seconds = min(FORMING_S, float(self._deadlines.step))
+        self._transfer("connect", "connecting with engines", direct, list(receivers), host, port, seconds=seconds)
 
     def send(self, version: int, *, everything: bool) -> Sent:
         """Send weights of a version to the engines of the group. everything: as in `weights`. Raises TransferFailed if
@@ -326,11 +333,12 @@ class LearnerPool(RankPool):
         sent: Sent = self._transfer("send", "sending weights to engines", version, everything)[0]
         return sent
 
-    def _transfer(self, method: str, doing: str, *args: Any) -> list[Any]:
+    def _transfer(self, method: str, doing: str, *args: Any, seconds: float | None = None) -> list[Any]:
         """As `_all`. The ranks give up, and end the group, before they are given up themselves; and before the others'
         gathers time out, which DeepSpeed does after half an hour."""
+        given = self._deadlines.step if seconds is None else seconds
         try:
-            return self._all(method, doing, *args, min(0.8 * self._deadlines.step, 1500.0))
+            return self._all(method, doing, *args, min(0.8 * given, 1500.0), seconds=given)
         except ActorFailed as error:
             if isinstance(failed := getattr(error.__cause__, "cause", None), TransferFailed):
                 raise TransferFailed(str(failed)) from error
