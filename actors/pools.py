@@ -26,7 +26,6 @@ from umrg.durable import FileRecord
 from umrg.group import Group, GroupSamples, SamplingParams
 from umrg.sample import Sample
 
-
 FORMING_S = 400.0
 """Seconds within which a group of learner and engines is formed."""
 
