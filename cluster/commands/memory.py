@@ -26,6 +26,7 @@ from cluster.memory import (
     tenant,
 )
 from cluster.placement import Bundle, bundles, gpus_taken
+from umrg.mistake import Mistake
 
 
 class Role(NamedTuple):
@@ -85,8 +86,15 @@ def tenants_of(found: Roles, gpu: int) -> list[Tenant]:
 
 
 def print_memory(path: Path, overrides: Sequence[str], gib: float, console: Console) -> int:
-    """Print the estimate for a configuration file, as `print_estimate`."""
-    return print_estimate(roles(fetched(load_config(schema_of(path), path, overrides))), gib, console)
+    """Print the estimate for a configuration file, as `print_estimate`. Raises ValueError if its model has no
+    config.json."""
+    config = fetched(load_config(schema_of(path), path, overrides))
+    if config.model is not None and not (config.model / "config.json").is_file():
+        raise Mistake(
+            f"{config.model / 'config.json'} is not there, from which the estimate is made; download that file, "
+            "without any weights, or give model=…"
+        )
+    return print_estimate(roles(config), gib, console)
 
 
 def print_estimate(of: Roles, gib: float, console: Console) -> int:

@@ -187,3 +187,9 @@ def test_without_gpus_there_is_nothing_to_fit():
 def test_the_sizing_table_is_the_one_that_is_documented():
     """A row of it; the whole takes a minute."""
     assert sizing.row("Qwen2.5-VL-7B", 8, lora=False) in (ROOT / "docs" / "gpu.md").read_text()
+
+
+def test_a_model_that_is_not_there_yet_is_asked_for_by_its_file(tmp_path):
+    config = ROOT / "configs" / "lingshu_7b_hard.yaml"
+    with pytest.raises(ValueError, match=r"config\.json is not there, from which the estimate is made; download"):
+        print_memory(config, [f"model={tmp_path / 'nowhere'}"], 79.1, Console(quiet=True))
