@@ -239,10 +239,10 @@ def _outcome(kind: str, data: bytes, folder: Path) -> str:
     return "read"
 
 
-async def fuzz_decoders(count: int, seed: int) -> Counter[str]:
+async def fuzz_decoders(count: int, seed: int, seconds: float = ANSWER_SECONDS) -> Counter[str]:
     """Send so many mutated images to real decoders; how many came back as pixels, as mistakes, and how. Raises
     AssertionError for what is neither, for memory that grows and for a pool that is not whole, and TimeoutError for an
-    image that is not answered in time."""
+    image that is not answered within so many seconds."""
     chance, outcomes, corpus = random.Random(seed), Counter[str](), image_bodies()
     bodies = ((mutated(chance.choice(corpus), chance), _way(chance)) for _ in range(count))
     limits = Limits(image_megapixels=25, decode_mib=512, decode_seconds=DECODE_SECONDS)
@@ -251,7 +251,7 @@ async def fuzz_decoders(count: int, seed: int) -> Counter[str]:
 
     async def client() -> None:
         for data, (window, frame) in bodies:
-            outcomes[f"body {await _decoded(decoders, data, window, frame)}"] += 1
+            outcomes[f"body {await _decoded(decoders, data, window, frame, seconds)}"] += 1
 
     async def clients() -> None:
         # One fewer than decoders: none waits for a decoder that starts.
@@ -271,10 +271,10 @@ async def fuzz_decoders(count: int, seed: int) -> Counter[str]:
     return outcomes
 
 
-async def fuzz_requests(count: int, seed: int) -> Counter[str]:
+async def fuzz_requests(count: int, seed: int, seconds: float = ANSWER_SECONDS) -> Counter[str]:
     """Send so many mutated requests to the application; how many were answered with which status. Raises what escapes
     it, AssertionError for a reply that is neither an answer nor a problem of the client's, and for memory that grows,
-    and TimeoutError for a request that is not answered in time."""
+    and TimeoutError for a request that is not answered within so many seconds."""
     chance, outcomes, models = random.Random(seed), Counter[str](), FakeModels()
     secret, digest = new_key()
     good, files = requests(image_files()[0], secret), image_bodies()
@@ -286,7 +286,7 @@ async def fuzz_requests(count: int, seed: int) -> Counter[str]:
 
     async def ask(sent: Sent) -> Reply:
         try:
-            async with asyncio.timeout(ANSWER_SECONDS):
+            async with asyncio.timeout(seconds):
                 reply = await replied(app, sent, chance)
             check_reply(sent, reply)
         except BaseException:
@@ -324,9 +324,9 @@ def _way(chance: random.Random) -> tuple[str | None, int | None]:
     return chance.choice((None, None, "p1,p99", "30000,20000")), chance.choice((None, None, 0, 1))
 
 
-async def _decoded(decoders: Decoders, data: bytes, window: str | None, frame: int | None) -> str:
+async def _decoded(decoders: Decoders, data: bytes, window: str | None, frame: int | None, seconds: float) -> str:
     try:
-        async with asyncio.timeout(ANSWER_SECONDS):
+        async with asyncio.timeout(seconds):
             pixels = await decoders.decode(data, window=window, frame=frame)
     except Mistake as error:
         assert str(error).isprintable(), f"more than a line: {error!r}"
