@@ -6,7 +6,6 @@ import pytest
 
 from tests.fuzz import fuzz, fuzz_decoders, fuzz_requests
 
-
 PATIENCE = 120.0
 """Seconds after which something hangs, however busy the machine is; `make fuzz` allows what clients would."""
 
