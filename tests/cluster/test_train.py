@@ -170,7 +170,8 @@ def test_the_actors_had_what_was_asked_for(finished):
     """Ray's own records of the run's actors; a share of a GPU was taken for the segmenters alone."""
     found = {}
     for kind in ("Rollout", "Segmenter", "LearnerRank"):
-        actors = list_actors(filters=[("class_name", "=", kind)], detail=True, limit=1000)
+        here = ray.get_runtime_context().gcs_address
+        actors = list_actors(address=here, filters=[("class_name", "=", kind)], detail=True, limit=1000)
         # Their names end with the placement group's.
         taken = [{name.split("_group")[0]: share for name, share in a.required_resources.items()} for a in actors]
         found[kind] = [(resources.get("CPU"), resources.get("GPU")) for resources in taken]

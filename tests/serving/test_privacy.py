@@ -347,7 +347,7 @@ def _state(dashboard: str) -> str:
     listed = [
         repr(each)
         for list_all in (list_tasks, list_actors, list_workers, list_objects, list_jobs)
-        for each in list_all(detail=True, limit=10_000, raise_on_missing_output=False)
+        for each in list_all(address=f"http://{dashboard}", detail=True, limit=10_000, raise_on_missing_output=False)
     ]
     details = httpx.get(f"http://{dashboard}/api/serve/applications/", trust_env=False).text
     return "\n".join([*listed, details])
