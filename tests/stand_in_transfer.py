@@ -35,7 +35,7 @@ from actors.rollout import Rollout
 from actors.weight_transfer import AnyWeightTransferEngine
 
 NAME = "stand-in"
-SECONDS = timedelta(seconds=20)
+SECONDS = timedelta(seconds=60)
 """Within which a group must form, and a chunk arrive."""
 
 
