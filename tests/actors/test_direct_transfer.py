@@ -47,7 +47,7 @@ def engines(ray_cluster, stand_in):
     def start(**options):
         environment = {"env_vars": {"OMP_NUM_THREADS": "1"}}
         made.append(ray.remote(stand_in.StandInRollout).options(num_cpus=0, runtime_env=environment).remote(**options))
-        ray.get(made[-1].record.remote(), timeout=300)  # it is there, and has imported vLLM
+        ray.get(made[-1].__ray_ready__.remote(), timeout=300)  # it is there, and has imported vLLM
         return made[-1]
 
     yield start
