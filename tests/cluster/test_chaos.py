@@ -121,22 +121,28 @@ def disturb(monkeypatch, kills, chance):
     monkeypatch.setattr(cluster.train, "Training", Disturbed)
 
 
+def kill_learner(monkeypatch, *, update):
+    """Kill a rank when its pool is asked for so many-th an update. Returns a function that says how many were left when
+    it was last asked; below 0 once another followed."""
+    original, left = LearnerPool.update, [update]
+
+    def dying_once(self, *work):
+        left[0] -= 1
+        if left[0] == 0:
+            ray.kill(next(iter(self._actors.values())))
+        return original(self, *work)
+
+    monkeypatch.setattr(LearnerPool, "update", dying_once)
+    return lambda: left[0]
+
+
 def test_a_short_run_learns_the_same_whoever_dies(ray_cluster, demo_config, tmp_path, monkeypatch):
     """A segmenter, an engine's core, and the learner in the middle of an update."""
     metrics, expected = undisturbed_run(demo_config, tmp_path / "undisturbed", 3)
     disturb(monkeypatch, ["segmenter", "core"], random.Random(0))
-    update = LearnerPool.update
-    deaths = [2]
-
-    def dying_once(self, *work):
-        deaths[0] -= 1
-        if deaths[0] == 0:
-            ray.kill(next(iter(self._actors.values())))
-        return update(self, *work)
-
-    monkeypatch.setattr(LearnerPool, "update", dying_once)
+    left = kill_learner(monkeypatch, update=2)
     run = train(demo_config(*SMALL, "steps=3", "checkpoint_every=1", f"runs={tmp_path}", "name=chaos"))
-    assert Disturbed.killed == ["segmenter", "core"] and deaths[0] < 0
+    assert Disturbed.killed == ["segmenter", "core"] and left() < 0
     assert answers(run) == expected and told(run) == metrics
 
 

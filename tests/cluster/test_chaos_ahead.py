@@ -9,11 +9,9 @@ from collections import Counter
 from itertools import islice
 
 import pytest
-import ray
 
 import cluster.train
 import cluster.workers
-from actors.pools import LearnerPool
 from actors.segmenter import Segmenter
 from cluster.checkpoints import CheckpointFolder
 from cluster.evaluation import Collected
@@ -21,7 +19,7 @@ from cluster.records import read_records
 from cluster.steps_ahead import StepsAhead
 from cluster.train import train
 from rewards.case import Case
-from tests.cluster.test_chaos import SMALL, Disturbed, disturb
+from tests.cluster.test_chaos import SMALL, Disturbed, disturb, kill_learner
 from tests.cluster.test_nodes import LIGHT
 from tests.light_rollout import LightRollout
 from tests.runs import Run
@@ -83,18 +81,10 @@ def test_a_short_run_whose_steps_overlap_learns_from_each_row_once_whoever_dies(
     """A segmenter, a rollout, and the learner while the next step is sampled."""
     monkeypatch.setattr(cluster.workers, "Rollout", LightRollout)
     disturb(monkeypatch, ["segmenter", "rollout"], random.Random(3))
-    update, deaths = LearnerPool.update, [3]
-
-    def dying_once(self, *work):
-        deaths[0] -= 1
-        if deaths[0] == 0:
-            ray.kill(next(iter(self._actors.values())))
-        return update(self, *work)
-
-    monkeypatch.setattr(LearnerPool, "update", dying_once)
+    left = kill_learner(monkeypatch, update=3)
     config = demo_config(*SMALL, *OVERLAPPING, "steps=4", "checkpoint_every=1", f"runs={tmp_path}", "name=ahead")
     run = train(config)
-    assert Disturbed.killed == ["segmenter", "rollout"] and deaths[0] < 0
+    assert Disturbed.killed == ["segmenter", "rollout"] and left() < 0
     assert_in_order(run, config, kept)
 
 
