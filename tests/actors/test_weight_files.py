@@ -149,6 +149,9 @@ def test_a_receiving_actor_holds_two_buckets_at_most(ray_cluster):
                     assert os.path.getsize(file.path) == size, "one bucket is in the file"
             return total, tracemalloc.get_traced_memory()[1]
 
+        async def check_health(self):
+            pass
+
     class Receiver(Rollout):
         def __init__(self):
             self._engine: Any = Measuring()
