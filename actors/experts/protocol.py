@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
@@ -21,24 +22,53 @@ code."""
 class Embedding:
     """An embedded image, as input of `decode`."""
 
-    features: "Tensor"
-    """float [1, C, h, w], on the expert's device when it was made."""
+    features: "tuple[Tensor, ...]"
+    """float [1, C, h, w] each: one for SAM; for SAM 2 also the finer ones. On the expert's device when they were made,
+    in float32; as a cache returns them, on any device and in float32 or float16."""
     original: Size
     """Size of the original image."""
     content: Size
     """Size of the scaled image within the expert's input (the expert frame), without padding."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the features."""
+        return sum(each.nbytes for each in self.features)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """n prompts about one embedded image, which are all of the same kinds: a box, k points, a mask, or several of
+    them."""
+
+    embedding: Embedding
+    """Of this expert, on any device."""
+    boxes: NDArray[np.floating] | None = None
+    """[n, 4] XYXY with inclusive maximum, in original pixels."""
+    points: NDArray[np.floating] | None = None
+    """[n, k, 2] XY, in original pixels."""
+    labels: NDArray[np.integer] | None = None
+    """[n, k], 1 for a point of the foreground and 0 for one of the background; None for points of the foreground."""
+    masks: NDArray[np.floating] | None = None
+    """[n, h, w], logits of an earlier mask as `Decoded.logits` has them, to be refined."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoded:
     """The masks of n prompts. If an expert predicts several masks for a prompt, it is the one of highest score."""
 
-    masks: NDArray[np.bool_]
-    """bool [n, H, W], in original pixels."""
+    drawn: "Tensor"
+    """bool [n, H, W], in original pixels, on the expert's device."""
     scores: NDArray[np.float32]
     """float32 [n], the expert's own prediction of each mask's IoU."""
     logits: NDArray[np.float32]
     """float32 [n, h, w], low-resolution logits on the expert's own grid, padding included."""
+
+    @cached_property
+    def masks(self) -> NDArray[np.bool_]:
+        """`drawn` in the main memory."""
+        masks: NDArray[np.bool_] = self.drawn.cpu().numpy()
+        return masks
 
 
 class Expert(Protocol):
@@ -61,6 +91,11 @@ class Expert(Protocol):
     @property
     def takes_points(self) -> bool:
         """Whether `decode` takes points, or boxes only."""
+        ...
+
+    @property
+    def takes_masks(self) -> bool:
+        """Whether `decode` takes a mask as a prompt."""
         ...
 
     @property
@@ -88,16 +123,27 @@ class Expert(Protocol):
         boxes: NDArray[np.floating] | None = None,
         points: NDArray[np.floating] | None = None,
         labels: NDArray[np.integer] | None = None,
+        masks: NDArray[np.floating] | None = None,
     ) -> Decoded:
-        """Decode masks for n prompts, each of which is a box, k points, or both.
+        """`decode_all` of one `Prompts` with these fields."""
+        ...
 
-        embedding: of this expert, on any device. boxes: [n, 4] XYXY with inclusive maximum, in original pixels.
-        points: [n, k, 2] XY, in original pixels. labels: [n, k], 1 for a point of the foreground and 0 for one of the
-        background; None for points of the foreground. Raises ValueError if boxes and points are missing, a shape is
-        wrong, a number is not finite, a label is neither 0 nor 1, or the expert does not take such prompts.
+    def decode_all(self, requests: Sequence[Prompts]) -> list[Decoded]:
+        """Decode masks for prompts about several images together.
+
+        The masks of a request are the same bits whatever is decoded beside it: passes of the decoder have few, padded
+        shapes, which depend on nothing but the expert and the request. Raises ValueError if a prompt has neither a box
+        nor points, a shape is wrong, a number is not finite, a label is neither 0 nor 1, or the expert does not take
+        such prompts.
         """
         ...
 
     def digest(self) -> str:
         """sha256 over names, dtypes, shapes and bytes of the weights in memory."""
+        ...
+
+    def fingerprint(self) -> str:
+        """sha256 over all that an embedding depends on beside the image: the digest of the weights, preprocessing,
+        precision and kind of device, and the version of the code that prepares images. Embeddings of two experts with
+        the same fingerprint may stand for each other."""
         ...
