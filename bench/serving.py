@@ -117,7 +117,7 @@ def large_expert(folder: Path) -> Path:
     from safetensors.torch import save_file
 
     from actors.experts.sam import build_sam
-    from actors.experts.sam_config import PUBLISHED_EXPERTS
+    from actors.experts.published import PUBLISHED_EXPERTS
 
     torch.manual_seed(0)
     config = PUBLISHED_EXPERTS["sam_vit_b"].config

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from actors.experts.sam_config import PUBLISHED_EXPERTS
+from actors.experts.published import PUBLISHED_EXPERTS
 from cluster.commands.options import examples
 
 expert_app = typer.Typer(help="Segmentation experts.", no_args_is_help=True)

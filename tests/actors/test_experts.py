@@ -14,7 +14,8 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from actors.experts.protocol import Decoded, Embedding
 from actors.experts.registry import licence, load_expert
 from actors.experts.sam import SamExpert, build_sam, content_size
-from actors.experts.sam_config import PUBLISHED_EXPERTS, VIT_B, SamConfig, config_json
+from actors.experts.published import PUBLISHED_EXPERTS
+from actors.experts.sam_config import VIT_B, SamConfig, config_json
 from actors.experts.weights import save_weights, shapes_of
 from umrg.frames import Size, rescale
 
