@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from actors.config import RolloutConfig, SegmenterConfig
-from actors.experts.promptable import DTYPES, Promptable, Rows
+from actors.experts.promptable import DTYPES, ROWS_ON_GPU, Promptable, Rows
 from actors.experts.registry import find_sizes
 from reasoner.footprint import (
     LiveBytes,
@@ -25,7 +25,6 @@ RUNTIME = 3 << 29
 # Blocks of logits alive at once in a sampler that returns log-probs: computed, float32, scaled, and log-softmax.
 _LOGITS = 4
 _IMAGE_TOKENS = 16384  # the largest image that the processors of Qwen's folders let through; vLLM profiles with it
-_DECODED = 32  # prompts of a pass of the decoder
 _IMAGE_SIDE = 2048  # assumed of an original image, to which masks are scaled
 
 
@@ -87,8 +86,8 @@ def _activations(expert: Promptable, side: int, dtype: torch.dtype) -> int:
     pass of boxes, each in an image of its own."""
     with LiveBytes() as embedding:
         levels = expert._features(torch.empty(1, 3, side, side, dtype=dtype))
-    rows = Rows(boxes=torch.empty(_DECODED, 4), points=None, labels=None, masks=None)
+    rows = Rows(boxes=torch.empty(ROWS_ON_GPU, 4), points=None, labels=None, masks=None)
     with LiveBytes() as decoding:
-        logits, _ = expert._logits([torch.empty(_DECODED, *level.shape[1:]) for level in levels], rows)
+        logits, _ = expert._logits([torch.empty(ROWS_ON_GPU, *level.shape[1:]) for level in levels], rows)
         interpolate(logits[:, None], (_IMAGE_SIDE, _IMAGE_SIDE), mode="bilinear")
     return max(embedding.peak, decoding.peak)

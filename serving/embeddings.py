@@ -47,14 +47,14 @@ class EmbeddingCache:
     def put(self, key: str, embedding: "Embedding") -> None:
         """Keep an embedding in place of those that were used longest ago, as far as there is no room for it."""
         if key in self._kept:
-            self.bytes -= self._kept.pop(key).features.nbytes
-        if embedding.features.nbytes > self._limit:
+            self.bytes -= self._kept.pop(key).nbytes
+        if embedding.nbytes > self._limit:
             return
         self._kept[key] = embedding
-        self.bytes += embedding.features.nbytes
+        self.bytes += embedding.nbytes
         while self.bytes > self._limit:
             _, oldest = self._kept.popitem(last=False)
-            self.bytes -= oldest.features.nbytes
+            self.bytes -= oldest.nbytes
 
 
 class Embeddings:

@@ -160,7 +160,10 @@ class Segmenter:
 
     def _embedded(self, images: Sequence[NDArray[np.uint8]]) -> "Sequence[Embedding]":
         """In the main memory, whose use a GPU's other tenants do not feel; `decode` takes it back in a millisecond."""
-        return [replace(each, features=each.features.cpu()) for each in self._expert.embed_all(images)]
+        return [
+            replace(each, features=tuple(level.cpu() for level in each.features))
+            for each in self._expert.embed_all(images)
+        ]
 
     def _answered(self, embedding: "Embedding", answers: Sequence[Answer]) -> Drawn | None:
         from actors.experts.drawing import draw_masks
