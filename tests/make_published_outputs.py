@@ -16,23 +16,40 @@ import sys
 import numpy as np
 import torch
 
-from tests.published_experts import IMAGE, LOGITS, OUTPUTS, PROMPTS, SAM2, SAM_MED2D, STRIDE, Case, checkpoint_digest, weight
+from tests.published_experts import (
+    IMAGE,
+    LOGITS,
+    OUTPUTS,
+    PROMPTS,
+    SAM2,
+    SAM_MED2D,
+    STRIDE,
+    checkpoint_digest,
+    weight,
+)
 
-
-OF_IMAGE = ("image_encoder.", "prompt_encoder.", "mask_decoder.", "sam_prompt_encoder.", "sam_mask_decoder.", "no_mem_embed")
+OF_IMAGE = (
+    "image_encoder.",
+    "prompt_encoder.",
+    "mask_decoder.",
+    "sam_prompt_encoder.",
+    "sam_mask_decoder.",
+    "no_mem_embed",
+)
 """What the names of the weights that an image alone needs begin with."""
 
 
-def original_sam2(case: Case):
+def original_sam2(name: str):
     """sam2's image predictor. Its sizes come from sam2's own configurations, but for those of the small ones."""
     import sam2  # noqa: F401 - initialises hydra
     from hydra import compose
     from hydra.utils import instantiate
     from sam2.sam2_image_predictor import SAM2ImagePredictor
 
-    config, trunk = case.config, "++model.image_encoder.trunk"
+    config, trunk = SAM2[name], "++model.image_encoder.trunk"
+    letter, _, side = name.partition("-")
     chosen = [f"++model.image_size={config.image_side}"]
-    if case.file is None:
+    if not side:
         dims = [config.encoder_dim << stage for stage in (3, 2, 1, 0)]
         chosen += [
             f"{trunk}.embed_dim={config.encoder_dim}",
@@ -43,14 +60,14 @@ def original_sam2(case: Case):
             f"{trunk}.window_pos_embed_bkg_spatial_size={[config.background] * 2}",
             f"++model.image_encoder.neck.backbone_channel_list={dims}",
         ]
-    composed = compose(case.file or "configs/sam2.1/sam2.1_hiera_t.yaml", overrides=chosen)
+    composed = compose(f"configs/sam2.1/sam2.1_hiera_{letter if side else 't'}.yaml", overrides=chosen)
     predictor = SAM2ImagePredictor(named(instantiate(composed.model, _recursive_=True)))
     # The predictor has the sizes of levels at 1024 px written into it.
     predictor._bb_feat_sizes = [(config.image_side // level,) * 2 for level in (4, 8, 16)]
     return predictor
 
 
-def original_sam_med2d(case: Case):
+def original_sam_med2d(name: str):
     """SAM-Med2D's predictor, of modules with the sizes of `build_sam_vit_b`."""
     from functools import partial
 
@@ -58,7 +75,7 @@ def original_sam_med2d(case: Case):
     from segment_anything.modeling.sam_model import Sam
     from segment_anything.predictor_sammed import SammedPredictor
 
-    config = case.config
+    config = SAM_MED2D[name]
     encoder = ImageEncoderViT(
         depth=config.encoder_depth,
         embed_dim=config.encoder_dim,
@@ -140,8 +157,8 @@ def predicted(predictor, given, i: int, mask):
 def main(package: str) -> None:
     cases, original = {"sam2": (SAM2, original_sam2), "sam_med2d": (SAM_MED2D, original_sam_med2d)}[package]
     OUTPUTS.mkdir(exist_ok=True)
-    for name, case in cases.items():
-        predictor = original(case)
+    for name in cases:
+        predictor = original(name)
         np.savez_compressed(OUTPUTS / f"{package}-{name}.npz", **answers(predictor, predictor.model))
 
 

@@ -5,7 +5,6 @@ given alike, so that their outputs can be compared. The outputs of the original 
 import hashlib
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,37 +45,25 @@ SMALL_MED2D = SamConfig(
     image_side=64, patch=8, window=5, encoder_dim=64, encoder_depth=2, encoder_heads=2, global_layers=(1,),
     decoder_mlp_dim=256,
 )  # fmt: skip
-MED2D = VIT_B.model_copy(update={"image_side": 256})
 
 
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """A model that both sides build."""
-
-    config: Sam2Config | SamConfig
-    file: str | None = None
-    """sam2's own configuration of it."""
-
-
-def _hiera(config: Sam2Config, letter: str, side: int) -> Case:
-    return Case(config=config.model_copy(update={"image_side": side}), file=f"configs/sam2.1/sam2.1_hiera_{letter}.yaml")
-
-
-SAM2 = {
-    "small": Case(config=SMALL_HIERA),
-    "other": Case(config=OTHER_HIERA),
-    "t-1024": _hiera(HIERA_T, "t", 1024),
-    "t-512": _hiera(HIERA_T, "t", 512),
-    "s-256": _hiera(HIERA_S, "s", 256),
-    "b+-256": _hiera(HIERA_B, "b+", 256),
-    "l-256": _hiera(HIERA_L, "l", 256),
+SAM2: Mapping[str, Sam2Config] = {
+    "small": SMALL_HIERA,
+    "other": OTHER_HIERA,
+    "t-1024": HIERA_T,
+    "t-512": HIERA_T.model_copy(update={"image_side": 512}),
+    "s-256": HIERA_S.model_copy(update={"image_side": 256}),
+    "b+-256": HIERA_B.model_copy(update={"image_side": 256}),
+    "l-256": HIERA_L.model_copy(update={"image_side": 256}),
 }
-SAM_MED2D = {"small": Case(config=SMALL_MED2D), "vit_b": Case(config=MED2D)}
+SAM_MED2D: Mapping[str, SamConfig] = {"small": SMALL_MED2D, "vit_b": VIT_B.model_copy(update={"image_side": 256})}
 
 
 def weight(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
     """Random numbers that depend on nothing but the name and the shape, of a size that lets no layer explode."""
-    numbers = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, dtype=np.float32) * np.float32(0.04)
+    numbers = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, dtype=np.float32) * np.float32(
+        0.04
+    )
     if len(shape) == 1 and name.endswith(".weight"):
         return 1 + numbers
     return 25 * numbers if "positional_encoding_gaussian_matrix" in name else numbers

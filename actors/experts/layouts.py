@@ -40,8 +40,8 @@ class Layout:
         return {name: tensor for name, tensor in weights.items() if not name.startswith(self.left_out)}
 
     def translated(self, weights: Mapping[str, Tensor], model: Shapes) -> dict[str, Tensor]:
-        """Copies of the weights of a file, which has all of `shapes`, by the model's names. None shares its storage with
-        another, as safetensors requires."""
+        """Copies of the weights of a file, which has all of `shapes`, by the model's names, each with a storage of its
+        own, as safetensors requires."""
         return {name: torch.cat([weights[source] for source in self.sources(name)]) for name in model}
 
 

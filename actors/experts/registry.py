@@ -117,6 +117,11 @@ def licence(name: str, checkpoint: Path | None = None) -> str:
     return (read_config(given / "config.json").licence if stated else None) or NOT_STATED
 
 
+def licence_line(name: str, checkpoint: Path | None = None) -> str:
+    """What is said of an expert where it is loaded, once in a command. Raises ValueError as `licence` does."""
+    return f"expert: {name}, licence of the weights: {licence(name, checkpoint)}"
+
+
 def _published_licence(expert: PublishedExpert, checkpoint: Path | None) -> str:
     source = None if checkpoint is None else read_header(checkpoint).metadata.get("source_sha256", "")
     official = source is None or expert.sha256 is None or source.startswith(expert.sha256)
@@ -127,9 +132,7 @@ def _load(name: str, checkpoint: Path | None, device: str, dtype: str, preproces
     found, weights = _find_with_weights(name, checkpoint, preprocess)
     model = found.family.build(found.config)
     load_into(model, weights, name=found.name)
-    return found.family.expert(
-        model, found.config, name=found.name, preprocess=preprocess, device=device, dtype=dtype
-    )
+    return found.family.expert(model, found.config, name=found.name, preprocess=preprocess, device=device, dtype=dtype)
 
 
 LOADERS: Mapping[str, Callable[[str, Path | None, str, str, Preprocess], Expert]] = {

@@ -28,6 +28,7 @@ _LARGEST_LOGIT = 32.0
 _TOP_LEFT, _BOTTOM_RIGHT = 2, 3
 """Labels of points that are a box's corners."""
 
+
 def build_sam2(config: Sam2Config) -> Sam2Model:
     """The image part of a SAM 2.1 model of these sizes, in float32 with random weights."""
     import transformers  # takes longer to import than torch, and other experts need none of it
@@ -181,10 +182,8 @@ def mask_decoder(decoder: Any, positions: Tensor) -> MaskDecoder:
         layers=layers,
         last=attention(transformer.final_attn_token_to_image),
         last_norm=transformer.layer_norm_final_attn,
-        upscaling=Upscaling(
-            first=decoder.upscale_conv1, norm=decoder.upscale_layer_norm, second=decoder.upscale_conv2
-        ),
-        outputs=torch.cat([decoder.obj_score_token.weight, decoder.iou_token.weight, decoder.mask_tokens.weight]),
+        upscaling=Upscaling(first=decoder.upscale_conv1, norm=decoder.upscale_layer_norm, second=decoder.upscale_conv2),
+        outputs=(decoder.obj_score_token.weight, decoder.iou_token.weight, decoder.mask_tokens.weight),
         hypernetworks=list(decoder.output_hypernetworks_mlps),
         scores=decoder.iou_prediction_head,
         alternatives=True,

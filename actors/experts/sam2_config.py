@@ -39,9 +39,7 @@ class Sam2Config(BaseModel):
 # The sizes are those of sam2's configs/sam2.1/*.yaml.
 HIERA_T = Sam2Config(encoder_dim=96, encoder_heads=1, blocks=(1, 2, 7, 2), global_layers=(5, 7, 9))
 HIERA_S = Sam2Config(encoder_dim=96, encoder_heads=1, blocks=(1, 2, 11, 2), global_layers=(7, 10, 13))
-HIERA_B = Sam2Config(
-    encoder_dim=112, encoder_heads=2, blocks=(2, 3, 16, 3), global_layers=(12, 16, 20), background=14
-)
+HIERA_B = Sam2Config(encoder_dim=112, encoder_heads=2, blocks=(2, 3, 16, 3), global_layers=(12, 16, 20), background=14)
 HIERA_L = Sam2Config(
     encoder_dim=144, encoder_heads=2, blocks=(2, 6, 36, 4), global_layers=(23, 33, 43), windows=(8, 4, 16, 8)
 )

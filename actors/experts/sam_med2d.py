@@ -40,7 +40,7 @@ class Adapter(nn.Module):
         return adapted
 
 
-class AdaptedMlp(MLPBlock):  # type: ignore[misc]
+class AdaptedMlp(MLPBlock):
     """A block's MLP with an adapter beside it: both see the same normalised tokens, and the block adds their sum."""
 
     def __init__(self, dim: int, mlp_dim: int) -> None:
@@ -84,5 +84,5 @@ class SamMed2dExpert(SamExpert):
 
 def _nearest(length: int, side: int) -> NDArray[np.intp]:
     """[side], the source of each pixel when `length` pixels are scaled to `side` as by OpenCV's INTER_NEAREST."""
-    sources = np.floor(np.arange(side) * (1 / (side / length))).astype(np.intp)
-    return np.minimum(sources, length - 1)
+    sources: NDArray[np.intp] = np.floor(np.arange(side) * (1 / (side / length))).astype(np.intp)
+    return sources.clip(max=length - 1)

@@ -28,6 +28,8 @@ def convert(
     """Convert a checkpoint to safetensors, which is needed once."""
     # torch takes seconds to import, and `--help` should be quick.
     from actors.experts.convert import convert_checkpoint
+    from actors.experts.registry import licence_line
 
     digest = convert_checkpoint(source, out, name=name, key=key, say=typer.echo)
     typer.echo(f"{out}: {name}, weights sha256 {digest}")
+    typer.echo(licence_line(name, out))

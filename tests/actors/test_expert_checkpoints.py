@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 
 from actors.experts.convert import convert_checkpoint
 from actors.experts.layouts import Layout
-from actors.experts.sam import build_sam
-from actors.experts.published import PUBLISHED_EXPERTS, PublishedExpert
+from actors.experts.published import PUBLISHED_EXPERTS, Config, PublishedExpert
 from actors.experts.registry import FAMILIES, load_expert
+from actors.experts.sam import build_sam
 from actors.experts.sam_config import SamConfig
 from actors.experts.weights import check_shapes, shapes_of
 from cluster.commands.expert import expert_app
@@ -37,7 +37,9 @@ Weights = dict[str, Tensor]
 @pytest.fixture
 def small_official(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A .pth of a published expert, shrunk to a size that takes no time."""
-    small = PublishedExpert(family="sam", config=SMALL, checkpoint="small.pth", source="https://example.org", licence="MIT")
+    small = PublishedExpert(
+        family="sam", config=SMALL, checkpoint="small.pth", source="https://example.org", licence="MIT"
+    )
     monkeypatch.setitem(PUBLISHED_EXPERTS, "sam_vit_b", small)
     torch.manual_seed(0)
     torch.save(build_sam(SMALL).state_dict(), tmp_path / "small.pth")
@@ -300,7 +302,12 @@ def test_an_expert_that_is_given_such_a_file_says_so(said: str, tmp_path: Path) 
         load_expert("sam_vit_b", checkpoint=path)
 
 
-STAND_INS = {"sam_vit_b": SMALL, "sam_med2d": SMALL_MED2D, "sam2.1_t": OTHER_HIERA, "sam2.1_s": SMALL_HIERA}
+STAND_INS: dict[str, Config] = {
+    "sam_vit_b": SMALL,
+    "sam_med2d": SMALL_MED2D,
+    "sam2.1_t": OTHER_HIERA,
+    "sam2.1_s": SMALL_HIERA,
+}
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from actors.config import RolloutConfig, SegmenterConfig
 from actors.experts.registry import find_sizes
 from actors.experts.sam import build_sam
-from actors.experts.sam_config import VIT_B, VIT_H
+from actors.experts.sam_config import VIT_B, VIT_H, SamConfig
 from actors.gpus import visible_gpus
 from actors.learner_rank import LearnerRank
 from actors.memory import engine_need, expert_need
@@ -37,10 +37,10 @@ def test_an_expert_materialises_its_attention_scores():
 def test_an_embedding_needs_what_is_counted():
     """The bundled expert's encoder, on the CPU."""
     found = find_sizes("tiny")
-    assert found is not None
+    assert found is not None and isinstance(found.config, SamConfig)
     side = found.config.image_side
     with torch.inference_mode():
-        encoder = found.family.build(found.config).image_encoder
+        encoder = build_sam(found.config).image_encoder
         with LiveBytes() as live:
             encoder(torch.zeros(1, 3, side, side))
     assert 0 < live.peak <= expert_need("tiny", SegmenterConfig()).estimated["activations"]

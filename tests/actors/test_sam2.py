@@ -11,7 +11,7 @@ from actors.experts.layouts import SAM2 as LAYOUT
 from actors.experts.layouts import SAM2_IN_TRANSFORMERS
 from actors.experts.published import PUBLISHED_EXPERTS
 from actors.experts.sam2 import Sam2Expert, build_sam2
-from actors.experts.sam2_config import HIERA_T, Sam2Config
+from actors.experts.sam2_config import HIERA_T
 from actors.experts.weights import shapes_of
 from tests.published_experts import (
     BOXES,
@@ -31,19 +31,19 @@ pytestmark = pytest.mark.numeric
 FAST = ("small", "other")
 
 
-def expert_of(case: str, **settings: str) -> Sam2Expert:
-    config = SAM2[case].config
-    assert isinstance(config, Sam2Config)
-    model = build_sam2(config)
+def expert_of(case: str, *, dtype: str = "float32") -> Sam2Expert:
+    model = build_sam2(SAM2[case])
     model.load_state_dict(model_weights(shapes_of(model.state_dict()), LAYOUT))
-    return Sam2Expert(model, config, name="sam2", **settings)
+    return Sam2Expert(model, SAM2[case], name="sam2", dtype=dtype)
 
 
 def upscaled(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return interpolate(logits[:, None], size, mode="bilinear")[:, 0]
 
 
-@pytest.mark.parametrize("case", [*FAST, *(pytest.param(each, marks=pytest.mark.slow) for each in SAM2 if each not in FAST)])
+@pytest.mark.parametrize(
+    "case", [*FAST, *(pytest.param(each, marks=pytest.mark.slow) for each in SAM2 if each not in FAST)]
+)
 def test_its_answers_are_those_of_its_own_predictor(case: str) -> None:
     assert_answers_are(expert_of(case), f"sam2-{case}.npz", upscaled)
 
@@ -51,7 +51,7 @@ def test_its_answers_are_those_of_its_own_predictor(case: str) -> None:
 @pytest.mark.parametrize("case", SAM2)
 def test_its_checkpoint_has_the_names_and_shapes_of_the_original_but_for_what_is_left_out(case: str) -> None:
     with torch.device("meta"):
-        model = shapes_of(build_sam2(SAM2[case].config).state_dict())
+        model = shapes_of(build_sam2(SAM2[case]).state_dict())
     original = np.load(OUTPUTS / f"sam2-{case}.npz")
     assert checkpoint_digest(LAYOUT.shapes(model)) == original["shapes"]
     assert len(original["beside"]) > 100
@@ -69,7 +69,7 @@ def test_what_transformers_saves_of_a_video_model_is_known_or_left_out() -> None
 def test_medsam2_is_published_at_1024_pixels_and_native_at_512() -> None:
     medsam2 = PUBLISHED_EXPERTS["medsam2"]
     assert medsam2.native is not None
-    assert (medsam2.config, medsam2.native) == (SAM2["t-1024"].config, SAM2["t-512"].config)
+    assert (medsam2.config, medsam2.native) == (SAM2["t-1024"], SAM2["t-512"])
     assert [name for name, each in PUBLISHED_EXPERTS.items() if each.native] == ["medsam_vit_b", "medsam2"]
 
 

@@ -26,11 +26,10 @@ from umrg.frames import Size
 pytestmark = pytest.mark.numeric
 
 
-def expert_of(case: str, **settings: str) -> SamMed2dExpert:
-    config = SAM_MED2D[case].config
-    sam = build_sam_med2d(config)
+def expert_of(case: str, *, dtype: str = "float32") -> SamMed2dExpert:
+    sam = build_sam_med2d(SAM_MED2D[case])
     sam.load_state_dict(model_weights(shapes_of(sam.state_dict()), LAYOUT))
-    return SamMed2dExpert(sam, config, name="sam_med2d", **settings)
+    return SamMed2dExpert(sam, SAM_MED2D[case], name="sam_med2d", dtype=dtype)
 
 
 @pytest.mark.parametrize("case", ["small", pytest.param("vit_b", marks=pytest.mark.slow)])
@@ -48,7 +47,7 @@ def test_its_answers_are_those_of_its_own_predictor(case: str) -> None:
 @pytest.mark.parametrize("case", SAM_MED2D)
 def test_its_checkpoint_has_the_names_and_shapes_of_the_original(case: str) -> None:
     with torch.device("meta"):
-        model = shapes_of(build_sam_med2d(SAM_MED2D[case].config).state_dict())
+        model = shapes_of(build_sam_med2d(SAM_MED2D[case]).state_dict())
     assert checkpoint_digest(LAYOUT.shapes(model)) == np.load(OUTPUTS / f"sam_med2d-{case}.npz")["shapes"]
 
 
