@@ -4,13 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from segment_anything.modeling import Sam
+from torch.nn.functional import interpolate
 
 from actors.config import RolloutConfig, SegmenterConfig
-from actors.experts.promptable import DTYPES, ROWS_ON_GPU
-from actors.experts.registry import sam_config
-from actors.experts.sam import build_sam, mask_decoder
-from actors.experts.sam_config import SamConfig
+from actors.experts.promptable import DTYPES, ROWS_ON_GPU, Promptable, Rows
+from actors.experts.registry import find_sizes
 from reasoner.footprint import (
     LiveBytes,
     Need,
@@ -65,46 +63,31 @@ def sleeping(config: RolloutConfig) -> Need:
 
 
 def expert_need(expert: str, config: SegmenterConfig) -> Need:
-    """What an expert needs of its GPU; nothing, as far as is known, if it is no Segment Anything model."""
-    sizes = sam_config(expert)
-    return Need(certain={}) if sizes is None else sam_need(sizes, config.dtype)
-
-
-def sam_need(sizes: SamConfig, dtype: str) -> Need:
-    """What a Segment Anything model of these sizes needs. dtype: of its image encoder."""
+    """What an expert needs of its GPU; nothing, as far as is known, if its sizes are not known."""
+    found = find_sizes(expert, config.preprocess)
+    if found is None:
+        return Need(certain={})
     with torch.device("meta"):
-        sam = build_sam(sizes)
-    encoder = parameters(sam.image_encoder)
-    weights = encoder * DTYPES[dtype].itemsize + (parameters(sam) - encoder) * 4
+        model = found.family.build(found.config)
+        built = found.family.expert(
+            model, found.config, name=found.name, preprocess=config.preprocess, device="meta", dtype=config.dtype
+        )
+        activations = _activations(built, found.config.image_side, DTYPES[config.dtype])
     return Need(
-        certain={"weights": weights},
-        estimated={
-            "activations": max(_embedding(sam, sizes, DTYPES[dtype]), _decoding(sam, sizes)),
-            "runtime": 1 << 29,
-        },
+        certain={"weights": sum(parameter.nbytes for parameter in model.parameters())},
+        estimated={"activations": activations, "runtime": 1 << 29},
         remedy="set segmenter.dtype to bfloat16, give segmenter.num_gpus a larger share, or choose a smaller expert",
     )
 
 
-@torch.no_grad()
-def _embedding(sam: Sam, sizes: SamConfig, dtype: torch.dtype) -> int:
-    """Bytes at the peak of embedding an image. The encoder materialises its attention scores."""
-    side = sizes.image_side
-    with torch.device("meta"), LiveBytes() as live:
-        sam.image_encoder.to(dtype)(torch.empty(1, 3, side, side, dtype=dtype))
-    return live.peak
-
-
-@torch.no_grad()
-def _decoding(sam: Sam, sizes: SamConfig) -> int:
-    """Bytes at the peak of decoding a pass of prompts about as many images, each of a box and two points."""
-    channels, grid = sizes.prompt_dim, sizes.grid
-    original = (_IMAGE_SIDE, _IMAGE_SIDE)
-    with torch.device("meta"), LiveBytes() as live:
-        decoder = mask_decoder(
-            sam.mask_decoder, torch.empty(grid * grid, channels), alternatives=sizes.multimask_outputs > 0
-        )
-        images = torch.empty(ROWS_ON_GPU, channels, grid, grid)
-        logits, _ = decoder(images, (), torch.empty(ROWS_ON_GPU, 4, channels))
-        sam.postprocess_masks(logits[:, None], original, original)
-    return live.peak
+@torch.inference_mode()
+def _activations(expert: Promptable, side: int, dtype: torch.dtype) -> int:
+    """Bytes at the peak of embedding an image, where SAM's encoder materialises its attention scores, or of decoding a
+    pass of boxes, each in an image of its own."""
+    with LiveBytes() as embedding:
+        levels = expert._features(torch.empty(1, 3, side, side, dtype=dtype))
+    rows = Rows(boxes=torch.empty(ROWS_ON_GPU, 4), points=None, labels=None, masks=None)
+    with LiveBytes() as decoding:
+        logits, _ = expert._logits([torch.empty(ROWS_ON_GPU, *level.shape[1:]) for level in levels], rows)
+        interpolate(logits[:, None], (_IMAGE_SIDE, _IMAGE_SIDE), mode="bilinear")
+    return max(embedding.peak, decoding.peak)

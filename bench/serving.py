@@ -117,12 +117,11 @@ def large_expert(folder: Path) -> Path:
     from safetensors.torch import save_file
 
     from actors.experts.sam import build_sam
-    from actors.experts.sam_config import PUBLISHED_EXPERTS
+    from actors.experts.sam_config import VIT_B
 
     torch.manual_seed(0)
-    config = PUBLISHED_EXPERTS["sam_vit_b"].config
     path = folder / "expert.safetensors"
-    save_file(build_sam(config).state_dict(), path, metadata={"name": "sam_vit_b"})
+    save_file(build_sam(VIT_B).state_dict(), path, metadata={"name": "sam_vit_b"})
     return path
 
 

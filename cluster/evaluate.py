@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from actors.experts.registry import licence_line
 from cluster.cli import run_command
 from cluster.config import EvaluateConfig, load_config
 from cluster.data import open_held_out
@@ -42,6 +43,7 @@ def run_evaluation(config: EvaluateConfig) -> RunFolder:
         coverage = TrainingCoverage.of_files(config.data.seen)
         results = Results(run.path / "results.jsonl", n=config.n, hold=run.hold)
         if any(row.id not in results.rows for row in rows):
+            print(licence_line(config.expert, config.segmenter.checkpoint), flush=True)
             with ray_connection(), started(actors(config), config) as workers, run.telling():
                 run.tell(engines=[asdict(engine) for engine in workers.engines])
                 answer(workers, rows, config, results)

@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+from actors.experts.registry import licence_line
 from actors.learner_rank import LearnerRank
 from actors.pools import LearnerDied
 from cluster.checkpoints import Checkpoint
@@ -61,6 +62,7 @@ def train(config: TrainConfig) -> RunFolder:
         journal.facts["prompts"] = {name: asdict(each) for name, each in lengths.items()}
         stack.enter_context(ray_connection())
         listed = actors(config, run.path)
+        display.note(licence_line(config.expert, config.segmenter.checkpoint))
         if remark := idle_segmenters(config, listed):
             display.warning(remark)
         with display.waiting("starting actors"), journal.clock.phase("start"):

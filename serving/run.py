@@ -18,7 +18,7 @@ from ray.serve.schema import ServeInstanceDetails
 from rich.console import Console
 
 from actors.connection import connect
-from actors.experts.registry import check_expert
+from actors.experts.registry import check_expert, licence_line
 from reasoner.prompter import load_prompter
 from serving.app import build_app, build_local_app, version
 from serving.config import ServeConfig
@@ -204,6 +204,7 @@ def run(read: Callable[[], ServeConfig], *, host: str, port: int) -> None:
 
 
 def _announce(config: ServeConfig, address: str) -> None:
+    print(licence_line(config.expert, config.segmenter.checkpoint))
     print(f"serving {config.served_name} at {address}; try\n")
     key = "" if not (config.keys or config.keys_file) else '-H "Authorization: Bearer $MEDREASONER_KEY" '
     print(f'    curl {key}-F image=@IMAGE -F query="QUERY" {address}/v1/ground\n')

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from actors.experts.checkpoint_file import read_checkpoint
-from actors.experts.sam import build_sam
-from actors.experts.sam_config import PUBLISHED_EXPERTS
+from actors.experts.published import PUBLISHED_EXPERTS
+from actors.experts.registry import FAMILIES
 from actors.experts.unwrapping import unwrapped
 from actors.experts.weights import check_shapes, save_weights, shapes_of, weights_digest
 from umrg.mistake import Mistake
@@ -27,12 +27,20 @@ def convert_checkpoint(
     """
     if name not in PUBLISHED_EXPERTS:
         raise Mistake(f"no official checkpoint is called {name!r}; name one of {', '.join(PUBLISHED_EXPERTS)}")
+    family = FAMILIES[PUBLISHED_EXPERTS[name].family]
     with torch.device("meta"):  # only the shapes are needed, so no memory is allocated
-        expected = shapes_of(build_sam(PUBLISHED_EXPERTS[name].config).state_dict())
-    found = unwrapped(read_checkpoint(source), expected.keys(), source=source, key=key)
-    check_shapes(shapes_of(found.weights), expected, source=source, name=name)
-    weights = {tensor: _float32(found.weights[tensor], f"{source}: {tensor}") for tensor in expected}
-    for sentence in (*found.said, *_cast(found.weights.values())):
+        model = shapes_of(family.build(PUBLISHED_EXPERTS[name].config).state_dict())
+    expected = [layout.shapes(model) for layout in family.layouts]
+    found = unwrapped(read_checkpoint(source), set().union(*expected), source=source, key=key)
+    # The layout with most of the names; the first, if the file has none of any.
+    layout, shapes = max(
+        zip(family.layouts, expected, strict=True), key=lambda each: len(each[1].keys() & found.weights.keys())
+    )
+    used = layout.used(found.weights)
+    check_shapes(shapes_of(used), shapes, source=source, name=name)
+    plain = {tensor: _float32(used[tensor], f"{source}: {tensor}") for tensor in shapes}
+    weights = layout.translated(plain, model)
+    for sentence in (*found.said, *_left_out(len(found.weights) - len(used)), *_cast(used.values())):
         say(sentence)
     digest = weights_digest(weights)
     with source.open("rb") as file:
@@ -42,11 +50,15 @@ def convert_checkpoint(
 
 
 def _float32(tensor: Tensor, what: str) -> Tensor:
-    """A copy in float32 that shares no storage with other tensors, as safetensors requires. Raises ValueError if the
-    tensor is not of a plain floating-point type."""
+    """The tensor in float32. Raises ValueError if it is not of a plain floating-point type."""
     if tensor.layout is not torch.strided or tensor.is_quantized or not tensor.is_floating_point():
         raise Mistake(f"{what} is {str(tensor.dtype).removeprefix('torch.')}; give weights that are plain floats")
-    return tensor.detach().to(torch.float32, copy=True)
+    return tensor.detach().to(torch.float32)
+
+
+def _left_out(count: int) -> list[str]:
+    """A phrase about the tensors that the expert has no use for, if there are any."""
+    return [f"left out {count} tensors that an image alone has no use for"] if count else []
 
 
 def _cast(weights: Iterable[Tensor]) -> list[str]:

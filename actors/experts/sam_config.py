@@ -1,7 +1,6 @@
-"""Sizes of the experts that are built from segment-anything's modules, and the sources of published weights."""
+"""Sizes of the experts that are built from segment-anything's modules."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
@@ -43,45 +42,6 @@ class SamConfig(BaseModel):
 VIT_B = SamConfig(encoder_dim=768, encoder_depth=12, encoder_heads=12, global_layers=(2, 5, 8, 11))
 VIT_L = SamConfig(encoder_dim=1024, encoder_depth=24, encoder_heads=16, global_layers=(5, 11, 17, 23))
 VIT_H = SamConfig(encoder_dim=1280, encoder_depth=32, encoder_heads=16, global_layers=(7, 15, 23, 31))
-
-
-@dataclass(frozen=True, kw_only=True)
-class PublishedExpert:
-    """An expert whose weights are published elsewhere."""
-
-    config: SamConfig
-    """Sizes of the model."""
-    checkpoint: str
-    """Name of the official file."""
-    source: str
-    """Where to get that file."""
-    licence: str
-    """Licence of its weights."""
-    sha256: str | None = None
-    """What the digest of that file begins with; None where it is not known."""
-
-
-_SAM_SOURCE = "https://dl.fbaipublicfiles.com/segment_anything/"
-_SAM_LICENCE = "Apache-2.0 (Meta AI)"
-
-PUBLISHED_EXPERTS = {
-    **{
-        f"sam_{size}": PublishedExpert(
-            config=config,
-            checkpoint=f"sam_{size}_{sha256}.pth",
-            source=_SAM_SOURCE,
-            licence=_SAM_LICENCE,
-            sha256=sha256,
-        )
-        for size, config, sha256 in (("vit_b", VIT_B, "01ec64"), ("vit_l", VIT_L, "0b3195"), ("vit_h", VIT_H, "4b8939"))
-    },
-    "medsam_vit_b": PublishedExpert(
-        config=VIT_B,
-        checkpoint="medsam_vit_b.pth",
-        source="https://github.com/bowang-lab/MedSAM",
-        licence="Apache-2.0 (bowang-lab MedSAM)",
-    ),
-}
 
 
 def read_config(path: Path) -> SamConfig:

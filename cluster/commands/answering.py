@@ -155,6 +155,9 @@ def ground(
         confidence = None
         if server is None:
             grounder = Grounder.load(model, expert, checkpoint=checkpoint, prompt=prompt)
+            from actors.experts.registry import licence_line
+
+            typer.echo(licence_line(str(expert), checkpoint), err=True)
             grounding = grounder.ground(pixels, query)
         else:
             options: Options = {"samples": samples, "window": window, "frame": frame}

@@ -114,6 +114,9 @@ def check(
         from cluster.commands.data_model_checks import load_oracle
 
         extra_checks.append(oracle := load_oracle(expert))
+        from actors.experts.registry import licence_line
+
+        typer.echo(licence_line(expert), err=True)
     with progress("checking", sum(source.rows for source in sources)) as show:
         table = None if out is None else out / "check.csv"
         report = check_files(sources, extra_checks=extra_checks, table=table, clean=clean, progress=show)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from actors.config import EmbeddingsConfig
-from actors.experts.sam_config import PUBLISHED_EXPERTS
+from actors.experts.published import PUBLISHED_EXPERTS
 from cluster.commands.data import Files
 from cluster.commands.options import Checkpoint, Expert, examples
 from umrg.dataset import Dataset
@@ -44,9 +44,11 @@ def convert(
     """Convert a checkpoint to safetensors, which is needed once."""
     # torch takes seconds to import, and `--help` should be quick.
     from actors.experts.convert import convert_checkpoint
+    from actors.experts.registry import licence_line
 
     digest = convert_checkpoint(source, out, name=name, key=key, say=typer.echo)
     typer.echo(f"{out}: {name}, weights sha256 {digest}")
+    typer.echo(licence_line(name, out))
 
 
 @expert_app.command(

@@ -3,8 +3,10 @@
 import argparse
 import hashlib
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,14 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from actors.experts.convert import convert_checkpoint
-from actors.experts.registry import load_expert
+from actors.experts.layouts import Layout
+from actors.experts.published import PUBLISHED_EXPERTS, Config, PublishedExpert
+from actors.experts.registry import FAMILIES, load_expert
 from actors.experts.sam import build_sam
-from actors.experts.sam_config import PUBLISHED_EXPERTS, PublishedExpert, SamConfig
+from actors.experts.sam_config import SamConfig
+from actors.experts.weights import check_shapes, shapes_of
 from cluster.commands.expert import expert_app
+from tests.published_experts import OTHER_HIERA, SMALL_HIERA, SMALL_MED2D
 
 SMALL = SamConfig(
     image_side=64, patch=8, window=4, encoder_dim=16, encoder_depth=2, encoder_heads=2, global_layers=(1,),
@@ -31,7 +37,9 @@ Weights = dict[str, Tensor]
 @pytest.fixture
 def small_official(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A .pth of a published expert, shrunk to a size that takes no time."""
-    small = PublishedExpert(config=SMALL, checkpoint="small.pth", source="https://example.org", licence="MIT")
+    small = PublishedExpert(
+        family="sam", config=SMALL, checkpoint="small.pth", source="https://example.org", licence="MIT"
+    )
     monkeypatch.setitem(PUBLISHED_EXPERTS, "sam_vit_b", small)
     torch.manual_seed(0)
     torch.save(build_sam(SMALL).state_dict(), tmp_path / "small.pth")
@@ -292,3 +300,109 @@ def test_an_expert_that_is_given_such_a_file_says_so(said: str, tmp_path: Path) 
     next(make for key, make in THINGS.items() if key.startswith(said.split("(")[0]))(path, b"")
     with pytest.raises(ValueError, match=f"{said}.*medreasoner expert convert"):
         load_expert("sam_vit_b", checkpoint=path)
+
+
+STAND_INS: dict[str, Config] = {
+    "sam_vit_b": SMALL,
+    "sam_med2d": SMALL_MED2D,
+    "sam2.1_t": OTHER_HIERA,
+    "sam2.1_s": SMALL_HIERA,
+}
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts of every architecture, shrunk to sizes that take no time."""
+    for name, config in STAND_INS.items():
+        monkeypatch.setitem(PUBLISHED_EXPERTS, name, replace(PUBLISHED_EXPERTS[name], config=config))
+
+
+def as_others_save(name: str, layout: Layout) -> tuple[Weights, Weights]:
+    """Random weights of a stand-in by the names of a layout, with what that leaves out, and by the model's own."""
+    family = FAMILIES[PUBLISHED_EXPERTS[name].family]
+    with torch.device("meta"):
+        model = shapes_of(family.build(STAND_INS[name]).state_dict())
+    saved = {tensor: torch.rand(shape) for tensor, shape in layout.shapes(model).items()}
+    left_out = {f"{start}weight" if start.endswith(".") else start: torch.rand(2) for start in layout.left_out}
+    return {**saved, **left_out}, layout.translated(saved, model)
+
+
+EVERY_LAYOUT = [
+    pytest.param(name, layout, id=f"{name}-{i}")
+    for name in STAND_INS
+    for i, layout in enumerate(FAMILIES[PUBLISHED_EXPERTS[name].family].layouts)
+]
+
+
+@pytest.mark.parametrize(("name", "layout"), EVERY_LAYOUT)
+@pytest.mark.usefixtures("stand_ins")
+def test_every_expert_is_converted_from_every_layout(name: str, layout: Layout, tmp_path: Path) -> None:
+    saved, own = as_others_save(name, layout)
+    torch.save({"model": prefixed(saved, "module"), "epoch": 3}, tmp_path / "nested.pt")
+    save_file(saved, tmp_path / "plain.safetensors")
+    for source in ("nested.pt", "plain.safetensors"):
+        target, said = tmp_path / "out.safetensors", list[str]()
+        digest = convert_checkpoint(tmp_path / source, target, name=name, say=said.append)
+        assert all(torch.equal(tensor, own[tensor_name]) for tensor_name, tensor in load_file(target).items())
+        left_out = len(layout.left_out)
+        assert any(f"left out {left_out} tensors" in each for each in said) == (left_out > 0)
+        expert = load_expert(str(target))
+        assert (expert.name, expert.digest()) == (name, digest)
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+@pytest.mark.usefixtures("stand_ins")
+def test_a_tensor_that_is_neither_used_nor_left_out_is_refused(name: str, tmp_path: Path) -> None:
+    saved, _ = as_others_save(name, FAMILIES[PUBLISHED_EXPERTS[name].family].layouts[0])
+    torch.save({**saved, "detector.weight": torch.zeros(1)}, tmp_path / "own.pt")
+    with pytest.raises(ValueError, match=rf"own\.pt is not {re.escape(name)}: it has a tensor detector\.weight"):
+        convert_checkpoint(tmp_path / "own.pt", tmp_path / "out.safetensors", name=name)
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "message"),
+    [
+        ("sam2.1_s", "sam2.1_t", r"pos_embed is \[1, 16, 7, 7\] there, \[1, 16, 14, 14\] in sam2\.1_t"),
+        ("sam_vit_b", "sam_med2d", r"pos_embed is \[1, 8, 8, 16\] there, \[1, 8, 8, 64\] in sam_med2d"),
+        ("sam_med2d", "sam_vit_b", r"pos_embed is \[1, 8, 8, 64\] there, \[1, 8, 8, 16\] in sam_vit_b"),
+        ("sam_vit_b", "sam2.1_t", r"has no tensor no_memory_embedding"),
+        ("sam2.1_t", "sam_vit_b", r"has no tensor image_encoder\.pos_embed"),
+    ],
+)
+@pytest.mark.usefixtures("stand_ins")
+def test_a_checkpoint_of_another_expert_names_the_first_differing_tensor(
+    given: str, name: str, message: str, tmp_path: Path
+) -> None:
+    saved, _ = as_others_save(given, FAMILIES[PUBLISHED_EXPERTS[given].family].layouts[0])
+    torch.save(saved, tmp_path / "given.pt")
+    with pytest.raises(ValueError, match=rf"given\.pt is not {re.escape(name)}: .*{message}"):
+        convert_checkpoint(tmp_path / "given.pt", tmp_path / "out.safetensors", name=name)
+    convert_checkpoint(tmp_path / "given.pt", tmp_path / "given.safetensors", name=given)
+    with pytest.raises(ValueError, match=rf"given\.safetensors is not {re.escape(name)}"):
+        load_expert(name, checkpoint=tmp_path / "given.safetensors")
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+@pytest.mark.usefixtures("stand_ins")
+def test_of_every_expert_a_file_that_is_cut_short_or_holds_code_is_named(name: str, tmp_path: Path) -> None:
+    saved, _ = as_others_save(name, FAMILIES[PUBLISHED_EXPERTS[name].family].layouts[0])
+    torch.save({"model": saved, "args": argparse.Namespace(lr=1e-4)}, tmp_path / "code.pt")
+    torch.save(saved, tmp_path / "whole.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:-50])
+    for file, message in (("code.pt", "holds Python objects"), ("cut.pt", "cut short")):
+        with pytest.raises(ValueError, match=rf"{re.escape(file)} .*{message}"):
+            convert_checkpoint(tmp_path / file, tmp_path / "out.safetensors", name=name)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_real_small_model_is_not_taken_for_the_tiny_one() -> None:
+    """The official sizes differ first in the eleventh block, of which only the tiny model's begins a stage."""
+    shapes = {}
+    for name in ("sam2.1_t", "sam2.1_s"):
+        family = FAMILIES["sam2"]
+        with torch.device("meta"):
+            model = shapes_of(family.build(PUBLISHED_EXPERTS[name].config).state_dict())
+        shapes[name] = family.layouts[0].shapes(model)
+    message = r"trunk\.blocks\.10\.attn\.qkv\.weight is \[1152, 384\] there, \[2304, 384\] in sam2\.1_t"
+    with pytest.raises(ValueError, match=message):
+        check_shapes(shapes["sam2.1_s"], shapes["sam2.1_t"], source=Path("given.pt"), name="sam2.1_t")

@@ -12,9 +12,10 @@ from segment_anything import SamPredictor
 from segment_anything.utils.transforms import ResizeLongestSide
 
 from actors.experts.protocol import Decoded, Embedding, Prompts
-from actors.experts.registry import licence, load_expert
+from actors.experts.published import PUBLISHED_EXPERTS
+from actors.experts.registry import FAMILIES, licence, licence_line, load_expert
 from actors.experts.sam import SamExpert, build_sam, content_size
-from actors.experts.sam_config import PUBLISHED_EXPERTS, VIT_B, SamConfig, config_json
+from actors.experts.sam_config import VIT_B, SamConfig, config_json
 from actors.experts.weights import save_weights, shapes_of
 from umrg.frames import Size, rescale
 
@@ -167,7 +168,7 @@ def test_sizes_are_those_of_the_official_builders() -> None:
     for name in ("vit_b", "vit_l", "vit_h"):
         with torch.device("meta"):
             official = sam_model_registry[name]().state_dict()
-            ours = build_sam(PUBLISHED_EXPERTS[f"sam_{name}"].config).state_dict()
+            ours = FAMILIES["sam"].build(PUBLISHED_EXPERTS[f"sam_{name}"].config).state_dict()
         assert shapes_of(ours) == shapes_of(official)
 
 
@@ -302,6 +303,9 @@ def test_the_licence_of_an_experts_weights_is_stated_or_said_not_to_be(tmp_path:
     assert licence("tiny") == "Apache-2.0 (MedReasoner)"
     assert licence("sam_vit_h") == "Apache-2.0 (Meta AI)"
     assert licence("medsam_vit_b") == "Apache-2.0 (bowang-lab MedSAM)"
+    assert licence("medsam2") == "CC-BY-SA-4.0 (bowang-lab MedSAM2)"
+    assert all(licence(name).startswith("Apache-2.0 (") for name in PUBLISHED_EXPERTS if name != "medsam2")
+    assert licence_line("sam2.1_t") == "expert: sam2.1_t, licence of the weights: Apache-2.0 (Meta AI)"
     config = tmp_path / "config.json"
     config.write_text(config_json(SMALL))
     assert licence(str(tmp_path)) == "not stated"

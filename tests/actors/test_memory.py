@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from actors.config import RolloutConfig, SegmenterConfig
-from actors.experts.registry import sam_config
+from actors.experts.registry import find_sizes
 from actors.experts.sam import build_sam
-from actors.experts.sam_config import VIT_B, VIT_H
+from actors.experts.sam_config import VIT_B, VIT_H, SamConfig
 from actors.gpus import visible_gpus
 from actors.learner_rank import LearnerRank
 from actors.memory import engine_need, expert_need
@@ -36,14 +36,34 @@ def test_an_expert_materialises_its_attention_scores():
 
 def test_an_embedding_needs_what_is_counted():
     """The bundled expert's encoder, on the CPU."""
-    sizes = sam_config("tiny")
-    assert sizes is not None
-    side = sizes.image_side
+    found = find_sizes("tiny")
+    assert found is not None and isinstance(found.config, SamConfig)
+    side = found.config.image_side
     with torch.inference_mode():
-        encoder = build_sam(sizes).image_encoder
+        encoder = build_sam(found.config).image_encoder
         with LiveBytes() as live:
             encoder(torch.zeros(1, 3, side, side))
     assert 0 < live.peak <= expert_need("tiny", SegmenterConfig()).estimated["activations"]
+
+
+@pytest.mark.parametrize(
+    ("name", "preprocess", "millions", "mib"),
+    [
+        ("sam_med2d", "published", 271, 1),
+        ("medsam2", "published", 31.4, 16),
+        ("medsam2", "native", 31.4, 4),
+        ("sam2.1_l", "published", 217, 16),
+    ],
+)
+def test_other_experts_are_estimated_alike(name, preprocess, millions, mib):
+    """Of 32 prompts, each in an image of its own, at least the features are there: `mib` each."""
+    need = expert_need(name, SegmenterConfig(preprocess=preprocess))
+    assert need.certain["weights"] == pytest.approx(4e6 * millions, rel=0.01)
+    assert 32 * mib < need.estimated["activations"] / (1 << 20) < 600 + 200 * mib
+
+
+def test_of_an_expert_of_unknown_sizes_nothing_is_known():
+    assert not expert_need("somebody's own", SegmenterConfig()).certain
 
 
 def engine(gpu, **changes):
