@@ -1,58 +1,74 @@
-"""Experts of the published sizes without a download, and what they are asked.
+"""Experts of the published sizes without a download, and what they are asked. Weights are random."""
 
-Weights are random, but for the bundled tiny expert, which is trained. Its own size is `tiny`; `tiny_vit` has the
-architecture of the ViTs with alternative masks at a size that a CPU computes in milliseconds.
-"""
-
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from segment_anything.modeling import Sam
+from torch.nn import Module
 
 from actors.experts.promptable import Promptable
 from actors.experts.protocol import Embedding, Prompts
-from actors.experts.registry import TINY_FOLDER
-from actors.experts.sam import SamExpert, build_sam
-from actors.experts.sam_config import VIT_B, VIT_H, SamConfig, read_config
-from actors.experts.weights import load_into
+from actors.experts.published import Config, FamilyName
+from actors.experts.registry import FAMILIES
+from actors.experts.sam2_config import HIERA_T, Sam2Config
+from actors.experts.sam_config import VIT_B, VIT_H, SamConfig
 
-TINY_VIT = SamConfig(
-    encoder_dim=32, encoder_depth=4, encoder_heads=2, global_layers=(1, 3), image_side=256, window=8, prompt_dim=32,
-    decoder_heads=2, decoder_mlp_dim=64,
-)  # fmt: skip
 SIDE = 840
 """Of the released images, in pixels."""
 
-
-def random_sam(config: SamConfig, *, seed: int = 0) -> Sam:
-    torch.manual_seed(seed)
-    return build_sam(config)
-
-
-def tiny_sam() -> tuple[Sam, SamConfig]:
-    """The bundled expert's model and its sizes."""
-    config = read_config(TINY_FOLDER / "config.json")
-    sam = build_sam(config)
-    load_into(sam, TINY_FOLDER / "model.safetensors", name="tiny")
-    return sam, config
-
-
-def _sam_expert(config: SamConfig, name: str, **settings: Any) -> Promptable:
-    return SamExpert(random_sam(config), config, name=name, **settings)
-
-
-EXPERTS: Mapping[str, Callable[..., Promptable]] = {
-    "vit_b": partial(_sam_expert, VIT_B, "vit_b"),
-    "vit_h": partial(_sam_expert, VIT_H, "vit_h"),
-    "tiny_vit": partial(_sam_expert, TINY_VIT, "tiny_vit"),
+SHAPES: Mapping[str, tuple[FamilyName, Config]] = {
+    "vit_b": ("sam", VIT_B),
+    "vit_h": ("sam", VIT_H),
+    "hiera_t": ("sam2", HIERA_T),
 }
-"""By shape; called with device, dtype and whatever else the expert's class takes. The weights are always the same."""
+
+SMALL: Mapping[str, tuple[FamilyName, Config]] = {
+    "small_vit": (
+        "sam",
+        SamConfig(
+            encoder_dim=32,
+            encoder_depth=4,
+            encoder_heads=2,
+            global_layers=(1, 3),
+            image_side=256,
+            window=8,
+            prompt_dim=32,
+            decoder_heads=2,
+            decoder_mlp_dim=64,
+        ),
+    ),
+    "small_hiera": (
+        "sam2",
+        Sam2Config(
+            encoder_dim=16,
+            encoder_heads=1,
+            blocks=(1, 1, 2, 1),
+            global_layers=(3,),
+            image_side=256,
+            prompt_dim=32,
+            decoder_heads=2,
+            decoder_mlp_dim=64,
+        ),
+    ),
+}
+"""Of the same architectures; a CPU embeds an image in a tenth of a second."""
+
+
+def random_model(shape: str) -> Module:
+    """A model in float32, always of the same weights. shape: of `SHAPES` or `SMALL`."""
+    family, config = {**SHAPES, **SMALL}[shape]
+    torch.manual_seed(0)
+    return FAMILIES[family].build(config)
+
+
+def random_expert(shape: str, **settings: Any) -> Promptable:
+    """The expert of `random_model`. settings: device, dtype and what else its class takes."""
+    family, config = {**SHAPES, **SMALL}[shape]
+    return FAMILIES[family].expert(random_model(shape), config, name=shape, **settings)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,10 +38,12 @@ from segment_anything.modeling import Sam
 
 from actors.experts.cache import EmbeddingCache
 from actors.experts.protocol import Embedding
-from actors.experts.sam import SamExpert, mask_decoder
-from actors.experts.sam_config import VIT_B
+from actors.experts.registry import TINY_FOLDER
+from actors.experts.sam import SamExpert, build_sam, mask_decoder
+from actors.experts.sam_config import VIT_B, read_config
 from actors.experts.store import EmbeddingStore
-from bench.expert_shapes import SIDE, Asked, asked, random_sam, tiny_sam
+from actors.experts.weights import load_into
+from bench.expert_shapes import SIDE, Asked, asked, random_model
 from bench.machine import processor
 from bench.rewards import table
 from umrg.frames import rescale
@@ -120,7 +122,13 @@ class Decoders:
 
 def load(shape: str) -> tuple[Sam, SamExpert]:
     """A model, and the expert made of it."""
-    sam, config = tiny_sam() if shape == "tiny" else (random_sam(VIT_B), VIT_B)
+    if shape == "vit_b":
+        sam, config = random_model("vit_b"), VIT_B
+    else:
+        config = read_config(TINY_FOLDER / "config.json")
+        sam = build_sam(config)
+        load_into(sam, TINY_FOLDER / "model.safetensors", name=shape)
+    assert isinstance(sam, Sam)
     return sam, SamExpert(sam, config, name=shape)
 
 
