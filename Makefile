@@ -17,7 +17,7 @@ endif
 TORCH_INDEX ?=
 # of `make fuzz`
 SEED ?= 0
-# of `make test-gpu`: learner, engine, pipeline or two_gpus; nothing for all
+# of `make test-gpu`: learner, engine, segmenter, pipeline or two_gpus; nothing for all
 PART ?=
 # overrides of the demo's configuration, such as "name=demo2 seed=1"
 DEMO ?=
@@ -109,7 +109,7 @@ fuzz: setup ## damaged files, texts and requests at random, and the property tes
 	MEDREASONER_HYPOTHESIS=fuzz $(PYTEST) "not slow and not gpu" tests/umrg tests/rewards tests/serving/test_consensus.py \
 		tests/serving/test_schema.py
 
-test-gpu: setup ## what only a GPU can show, or, without one, a rehearsal; PART=learner (engine, pipeline, two_gpus) runs one part
+test-gpu: setup ## what only a GPU can show, or, without one, a rehearsal; PART=learner (engine, segmenter, pipeline, two_gpus) runs one part
 	$(PYTEST) gpu tests/gpu$(if $(PART),/test_$(PART).py)
 
 # It stays if a step fails, and the next call begins where this one ended.

@@ -26,6 +26,10 @@ from torch.nn.functional import gelu, layer_norm, linear
 
 Map = Callable[[Tensor], Tensor]
 
+_FINEST_ON_CPU = 2**21
+"""Numbers of the finest level, 8 MiB, that are made at a time on a CPU, one prompt at least. Larger blocks leave the
+processor's caches, and are new pages of the system's each time instead of memory that was used before."""
+
 
 class Attention:
     """Attention between tokens and positions, or among tokens. positions: [N, C], what is added to those of the
@@ -130,15 +134,15 @@ class Upscaling:
     second: ConvTranspose2d
 
     def __call__(self, image: Tensor, finer: Sequence[Tensor]) -> Tensor:
-        """finer: what is added after the first and before it is normalised, [B, C / 4, 2h, 2w], and after the second,
-        [B, C / 8, 4h, 4w], if the model has such."""
+        """finer: what is added after the first and before it is normalised, [B, N, 4, C / 4], and after the second,
+        [B, N, 4, 4, C / 8], if the model has such; or [1, …] of all."""
         doubled = quartered(image, self.first)
         if finer:
-            doubled = doubled + _by_quarters(finer[0])
+            doubled += finer[0]
         normal = layer_norm(doubled, doubled.shape[-1:], self.norm.weight, self.norm.bias, self.norm.eps)
         again = quartered(gelu(normal), self.second)
         if finer:
-            again = again + _by_quarters(finer[1], 2)
+            again += finer[1]
         return gelu(again)
 
 
@@ -149,7 +153,7 @@ def quartered(image: Tensor, convolution: ConvTranspose2d) -> Tensor:
     return linear(image, weight, convolution.bias.repeat(4)).view(*image.shape[:-1], 4, -1)
 
 
-def _by_quarters(pixels: Tensor, times: int = 1) -> Tensor:
+def _by_quarters(pixels: Tensor, times: int) -> Tensor:
     """[B, C, h, w] in the order of positions, which have four quarters, which have, where `times` is 2, four again."""
     batch, channels, height, width = pixels.shape
     side = 1 << times
@@ -181,8 +185,8 @@ class MaskDecoder:
     def __call__(self, image: Tensor, finer: Sequence[Tensor], prompts: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, 4h, 4w] of each prompt's mask, and its score [B].
 
-        image: [B, C, h, w], or [1, C, h, w] if all prompts are about one image. finer: as in `Upscaling`, as many.
-        prompts: [B, T, C].
+        image: [B, C, h, w], or [1, C, h, w] if all prompts are about one image. finer: none, or of the same images at
+        twice and four times the resolution, [B, C / 4, 2h, 2w] and [B, C / 8, 4h, 4w]. prompts: [B, T, C].
         """
         height, width = image.shape[2:]
         outputs = torch.cat(list(self.outputs))
@@ -197,8 +201,17 @@ class MaskDecoder:
         scores = self.scores(tokens[:, start - 1])[:, kept]
         best, rows = scores.argmax(1), torch.arange(len(scores), device=scores.device)
         weights = torch.stack([made(tokens[:, start + i]) for i, made in enumerate(self.hypernetworks)], dim=1)
-        chosen = weights[:, kept][rows, best]
-        finest = self.upscaling(positions, finer)  # [B, N, 4, 4, c]
-        logits = finest.flatten(1, 3) @ chosen[:, :, None]
+        logits = self._drawn(positions, finer, weights[:, kept][rows, best])
         logits = logits.view(-1, height, width, 2, 2, 2, 2).permute(0, 1, 3, 5, 2, 4, 6)
         return logits.reshape(-1, 4 * height, 4 * width), scores[rows, best]
+
+    def _drawn(self, positions: Tensor, finer: Sequence[Tensor], weights: Tensor) -> Tensor:
+        """Logits [B, 16 N, 1] by position, quarter and quarter of that. weights: [B, c], of the channels."""
+        levels = [_by_quarters(level, times) for times, level in enumerate(finer, 1)]
+        finest = 16 * positions.shape[1] * weights.shape[1]  # numbers of a prompt
+        step = max(1, _FINEST_ON_CPU // finest) if positions.device.type == "cpu" else len(positions)
+        parts = []
+        for part in (slice(start, start + step) for start in range(0, len(positions), step)):
+            own = [level if len(level) == 1 else level[part] for level in levels]
+            parts.append(self.upscaling(positions[part], own).flatten(1, 3) @ weights[part, :, None])
+        return torch.cat(parts)
