@@ -11,7 +11,7 @@ for positions x and attention weights A. What remains at the positions are produ
 the positions of all prompts about one image are the same: there they are projected, once. Transposed convolutions whose
 stride is their size are products too, and of the alternative masks only the one of highest score is made.
 
-The results are those of the original modules up to rounding; on two cores it takes less than half of their time
+The results are those of the original modules up to rounding; a core takes a third of their time for SAM's sizes
 (`python -m bench.segmenter`).
 """
 

@@ -11,12 +11,15 @@ from numpy.typing import NDArray
 from segment_anything import SamPredictor
 from segment_anything.utils.transforms import ResizeLongestSide
 
+from actors.experts import two_way
 from actors.experts.protocol import Decoded, Embedding, Prompts
 from actors.experts.published import PUBLISHED_EXPERTS
 from actors.experts.registry import FAMILIES, licence, licence_line, load_expert
 from actors.experts.sam import SamExpert, build_sam, content_size
 from actors.experts.sam_config import VIT_B, SamConfig, config_json
 from actors.experts.weights import save_weights, shapes_of
+from bench.expert_shapes import SMALL as EXPERT_SHAPES
+from bench.expert_shapes import random_expert
 from umrg.frames import Size, rescale
 
 pytestmark = pytest.mark.numeric
@@ -337,3 +340,17 @@ def test_what_is_asked_for_wrongly_is_answered_with_what_to_do(tmp_path: Path) -
         load_expert("sam_vit_b", checkpoint=tmp_path / "none.safetensors", preprocess="native")
     with pytest.raises(ValueError, match="dtype is one of float32"):
         small_expert(dtype="int8")
+
+
+@pytest.mark.parametrize("rows", [None, 4])
+@pytest.mark.parametrize("shape", EXPERT_SHAPES)
+def test_masks_are_the_same_in_whatever_blocks_they_are_made(
+    shape: str, rows: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expert = random_expert(shape, rows=rows)
+    embedding = expert.embed(IMAGE)
+    whole = expert.decode(embedding, boxes=BOXES, points=POINTS)
+    monkeypatch.setattr(two_way, "_FINEST_ON_CPU", 1)
+    split = expert.decode(embedding, boxes=BOXES, points=POINTS)
+    np.testing.assert_allclose(split.logits, whole.logits, atol=1e-5)
+    assert np.array_equal(split.scores, whole.scores) and np.ptp(whole.logits) > 1e-3
