@@ -11,7 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from actors.config import SegmenterConfig
+from actors.config import EmbeddingsConfig, SegmenterConfig
 from actors.experts.drawing import draw_masks
 from actors.experts.protocol import Decoded, Embedding, Expert, Preprocess
 from actors.experts.registry import load_expert
@@ -19,17 +19,18 @@ from actors.experts.sam import SamExpert, build_sam
 from actors.experts.sam_config import SamConfig
 from serving.config import ServeConfig
 from serving.consensus import vote
-from serving.embeddings import EmbeddingCache
 from serving.messages import Drawn, Prompt, UnknownImage
 from serving.segmenter import Segmenter
 from tests.conftest import TINY_REASONER
 from umrg.answers import Answer, Form, parse_answer
-from umrg.frames import Box, Size
+from umrg.frames import Box
 from umrg.masks import decode_rle
 
 T = TypeVar("T")
 
-CONFIG = ServeConfig(model=TINY_REASONER, embeddings_mib=1, segmenter=SegmenterConfig(threads=1))
+CONFIG = ServeConfig(
+    model=TINY_REASONER, segmenter=SegmenterConfig(threads=1, embeddings=EmbeddingsConfig(memory_mib=1))
+)
 """With room for eight of the tiny expert's embeddings, of 128 KiB each."""
 SMALL = SamConfig(
     image_side=64, patch=8, window=4, encoder_dim=16, encoder_depth=2, encoder_heads=2, global_layers=(1,),
@@ -295,32 +296,6 @@ def test_an_embedding_for_which_there_is_no_room_is_asked_for_again() -> None:
         run(nine(segmenter))
         stats = segmenter.stats()
     assert (stats.embedded, stats.kept, stats.kept_bytes) == (10, 8, 1 << 20)
-
-
-def embedding_of(features: int) -> Embedding:
-    return Embedding(features=torch.zeros(1, features, 1, 1), original=Size(1, 1), content=Size(1, 1))
-
-
-def test_the_cache_forgets_what_was_used_longest_ago() -> None:
-    cache = EmbeddingCache(limit=100)
-    cache.put("a", embedding_of(10))
-    cache.put("b", embedding_of(10))
-    assert cache.get("a") is not None
-    cache.put("c", embedding_of(10))
-    assert cache.get("b") is None
-    assert cache.get("a") is not None and cache.get("c") is not None
-    assert (cache.bytes, len(cache), cache.hits, cache.misses) == (80, 2, 3, 1)
-
-
-def test_the_cache_keeps_nothing_larger_than_itself_and_counts_what_is_replaced() -> None:
-    cache = EmbeddingCache(limit=100)
-    cache.put("a", embedding_of(10))
-    cache.put("large", embedding_of(26))
-    assert cache.get("large") is None and cache.get("a") is not None
-    cache.put("a", embedding_of(25))
-    assert (cache.bytes, len(cache)) == (100, 1)
-    cache.put("a", embedding_of(26))
-    assert (cache.bytes, len(cache)) == (0, 0)
 
 
 NAN = float("nan")
