@@ -196,6 +196,22 @@ class EndpointConfig(Config):
         return key
 
 
+class EmbeddingsConfig(Config):
+    """Where a segmenter keeps the embeddings of images, so that each image is embedded once."""
+
+    memory_mib: MayChange[PositiveInt] = 1024
+    """Main memory of each actor for the embeddings that it used last, in MiB; one of SAM takes 4 MiB."""
+    folder: Path | None = None
+    """Folder on each node's own disk, where embeddings outlive a run and all actors of the node share them; null for
+    memory alone. Embeddings are then rounded to float16, whether they come from the disk or from the expert."""
+    disk_gib: MayChange[PositiveInt] = 64
+    """Most bytes of that folder, in GiB, all experts that share it included; what was unused for longest gives way."""
+
+    def located(self) -> Self:
+        """The same for an actor, which has another working directory. The folder need not be there."""
+        return self if self.folder is None else self.model_copy(update={"folder": self.folder.absolute()})
+
+
 class SegmenterConfig(PoolConfig):
     """Segmenter actors, each with a frozen expert."""
 
@@ -208,6 +224,8 @@ class SegmenterConfig(PoolConfig):
     """Precision of the expert's image encoder."""
     preprocess: Preprocess = "published"
     """`published`: as the published evaluation runs every expert. `native`: as the expert's own code does."""
+    embeddings: EmbeddingsConfig = EmbeddingsConfig()
+    """Where embeddings of images are kept."""
 
     def at(self, place: Callable[[Path], Path]) -> Self:
         """The same with its file where `place` says that it is."""
@@ -215,7 +233,7 @@ class SegmenterConfig(PoolConfig):
 
     def located(self) -> Self:
         """The same for an actor, which has another working directory."""
-        return self.at(located)
+        return self.at(located).model_copy(update={"embeddings": self.embeddings.located()})
 
     @property
     def where(self) -> str:

@@ -34,6 +34,7 @@ _AGENT_S = 120.0
 _OF_NODES = {
     "runs": "/a/folder/that/all/nodes/share",
     "cache": "/a/folder/of/each/node",
+    "segmenter.embeddings.folder": "/a/folder/of/each/node",
     "tracking.python": "/an/interpreter/of/the/head/node",
 }
 """Keys of paths that are the cluster's own, which are neither sent nor looked for here; and what to give them."""

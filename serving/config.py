@@ -84,8 +84,6 @@ class ServeConfig(ReasonerConfig):
     """Of each replica of the segmenter."""
     ingress_queue: Queue = Queue(ongoing=256, queued=256)
     """Of each replica that speaks HTTP."""
-    embeddings_mib: PositiveInt = 1024
-    """Memory of a segmenter's replica for embeddings of images that were asked about lately, in MiB."""
     limits: Limits = Limits()
     """What a request may be."""
     auth: Literal["off"] | None = None

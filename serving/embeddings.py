@@ -5,56 +5,19 @@ Nothing here imports torch, and all of it is called from one event loop.
 """
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from actors.experts.cache import EmbeddingCache
+
 if TYPE_CHECKING:
     from actors.experts.protocol import Embedding
 
 EmbedAll = Callable[[Sequence[NDArray[np.uint8]]], "asyncio.Future[Sequence[Embedding]]"]
 """Begins to embed images, each uint8 [H, W, 3]; their embeddings, in the same order."""
-
-
-class EmbeddingCache:
-    """The embeddings that were used last, bounded by the bytes of their features. One that is larger than the bound is
-    not kept."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._kept: OrderedDict[str, Embedding] = OrderedDict()
-        self.bytes = 0
-        """Of all that are kept."""
-        self.hits = 0
-        self.misses = 0
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def get(self, key: str) -> "Embedding | None":
-        """What is kept by that key; counts as its use, and as a hit or a miss."""
-        embedding = self._kept.get(key)
-        if embedding is None:
-            self.misses += 1
-            return None
-        self.hits += 1
-        self._kept.move_to_end(key)
-        return embedding
-
-    def put(self, key: str, embedding: "Embedding") -> None:
-        """Keep an embedding in place of those that were used longest ago, as far as there is no room for it."""
-        if key in self._kept:
-            self.bytes -= self._kept.pop(key).features.nbytes
-        if embedding.features.nbytes > self._limit:
-            return
-        self._kept[key] = embedding
-        self.bytes += embedding.features.nbytes
-        while self.bytes > self._limit:
-            _, oldest = self._kept.popitem(last=False)
-            self.bytes -= oldest.features.nbytes
 
 
 class Embeddings:
@@ -111,5 +74,4 @@ class Embeddings:
         else:
             self.embedded += len(flights)
             for image_id, flight, embedding in zip(image_ids, flights, work.result(), strict=True):
-                self._cache.put(image_id, embedding)
-                flight.set_result(embedding)
+                flight.set_result(self._cache.put(image_id, embedding))

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from actors.experts.cache import EmbeddingCache
 from serving.config import ServeConfig
 from serving.consensus import vote
-from serving.embeddings import EmbeddingCache, Embeddings
+from serving.embeddings import Embeddings
 from serving.messages import Drawn, Prompt, UnknownImage
 from umrg.answers import Answer
 from umrg.frames import Size
@@ -82,7 +83,7 @@ class Segmenter:
         self._expert = load(config)
         self._patience = patience
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="expert")
-        self._cache = EmbeddingCache(config.embeddings_mib << 20)
+        self._cache = EmbeddingCache(limit=config.segmenter.embeddings.memory_mib << 20)
         self._embeddings = Embeddings(self._embed_all, self._cache, at_once=self._expert.images_at_once)
         self._finished = self._decoded = 0
         # In the thread of all later work, since torch keeps its helper threads and buffers for each.

@@ -1,5 +1,6 @@
 """A sample: one row of a dataset in the released schema, with images that are decoded on demand."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -48,6 +49,11 @@ class Sample:
     def size(self) -> Size:
         """Size of the upright image, read from the header of the encoded file."""
         return image_size(self.image_bytes, f"the image of {self.name}")
+
+    @cached_property
+    def image_key(self) -> str:
+        """sha256 of the encoded image file, by which its embedding is kept: rows that share a file share it."""
+        return hashlib.sha256(self.image_bytes).hexdigest()
 
     def image(self) -> NDArray[np.uint8]:
         """The decoded image, uint8 [H, W, 3] RGB. Raises ValueError if it cannot be decoded."""
