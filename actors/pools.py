@@ -16,6 +16,7 @@ from actors.calls import Call, Calls, Ended, Ref
 from actors.collector import Post
 from actors.config import DeadlineConfig
 from actors.engine_report import Receiver, Sent, UpdateReceipt
+from actors.experts.desk import CacheUse
 from actors.failures import ActorDied, ActorFailed, DeadlinePassed, Lost, TransferFailed
 from actors.gpus import ALONE, Lodging
 from actors.ledger import Entry
