@@ -70,20 +70,24 @@ class CacheUse:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Work:
-    """Work to be done in the expert's thread."""
-
-    do: Callable[[], Any]
+class _Asked:
     given: Future[Any] = field(default_factory=Future)
+    """What the caller waits for."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Request:
+class _Work(_Asked):
+    """Work to be done in the expert's thread."""
+
+    do: Callable[[], Any]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Request(_Asked):
     """Prompts to be decoded."""
 
     prompts: Prompts
     read: Callable[[Decoded], Any]
-    given: Future[Any] = field(default_factory=Future)
 
     @property
     def pixels(self) -> int:
@@ -91,6 +95,9 @@ class _Request:
         given, size = self.prompts, self.prompts.embedding.original
         n = max(len(each) for each in (given.boxes, given.points, given.masks, ()) if each is not None)
         return n * size.width * size.height
+
+
+A = TypeVar("A", bound=_Asked)
 
 
 class Desk:
@@ -132,17 +139,21 @@ class Desk:
             if len(waiting) > 1:
                 return mine
         found = _attempt(partial(self._found, key, image))
-        if found.exception() or isinstance(found.result(), Embedding):
+        pixels = None if found.exception() else found.result()
+        if pixels is None or isinstance(pixels, Embedding):
             self._land(key, found)
         else:
-            self._enqueue(self._images, (key, found.result()))
+            with self._changed:
+                self._images.append((key, pixels))
+                self._changed.notify()
         return mine
 
     def kept(self, key: str) -> Future[Embedding] | None:
         """The embedding of an image that is kept or on its way; None if there is none."""
         with self._changed:
             if (waiting := self._flights.get(key)) is not None:
-                waiting.append(mine := Future())
+                mine: Future[Embedding] = Future()
+                waiting.append(mine)
                 return mine
         embedding = self._cache.get(key)
         return None if embedding is None else _attempt(lambda: embedding)
@@ -150,15 +161,11 @@ class Desk:
     def decode(self, prompts: Prompts, read: Callable[[Decoded], T]) -> Future[T]:
         """What `read` makes of the decoded prompts. It runs in the expert's thread, and what it does not keep of the
         masks is gone when the next prompts are decoded. All prompts that wait are decoded together."""
-        request = _Request(prompts=prompts, read=read)
-        self._enqueue(self._requests, request)
-        return request.given
+        return self._enqueue(self._requests, _Request(prompts=prompts, read=read))
 
     def do(self, work: Callable[[], T]) -> Future[T]:
         """Have the expert's thread do some work, before all else that waits."""
-        asked = _Work(do=work)
-        self._enqueue(self._work, asked)
-        return asked.given
+        return self._enqueue(self._work, _Work(do=work))
 
     def use(self) -> CacheUse:
         """Since the beginning."""
@@ -177,13 +184,13 @@ class Desk:
         for each in waiting:
             each.cancel()
 
-    def _enqueue(self, queue: deque[T], asked: T) -> None:
+    def _enqueue(self, queue: deque[A], asked: A) -> Future[Any]:
         with self._changed:
             queue.append(asked)
             self._changed.notify()
-            closed = self._closed
-        if closed and isinstance(asked, (_Work, _Request)):
-            asked.given.cancel()
+            if self._closed:
+                asked.given.cancel()
+        return asked.given
 
     def _found(self, key: str, image: Pixels | Callable[[], Pixels]) -> Embedding | Pixels:
         embedding = self._cache.get(key)
