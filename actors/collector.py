@@ -6,8 +6,8 @@
 A group is scored while others are sampled. Whatever becomes of the actors, each group is scored once, or put aside with
 its cause.
 
-Segmenters that have nothing to do prepare for groups that are yet to come to them, each once. Nothing depends on how
-that ends: what failed ahead fails again when the group is scored, where it counts.
+Segmenters that have nothing to do prepare for groups that are yet to come to them, once for each. Nothing depends on
+how that ends: what failed ahead fails again when the group is scored, where it counts.
 """
 
 from collections.abc import Callable
@@ -69,22 +69,15 @@ class Collector:
         self._look_ahead()
 
     def _look_ahead(self) -> None:
-        """Give segmenters that have nothing to do one group each that is yet to be sampled. One that a busy member
-        should prepare waits for it."""
+        """Give segmenters that have nothing to do one group each that is yet to be sampled, unless one of them is
+        prepared for it by an earlier one."""
         post = self._posts["sampled"]
         idle = post.pool.idle if self._unprepared else []
-        for entry in list(self._unprepared.values()) if idle else ():
-            if entry.stage not in ("queued", "sampling"):
-                del self._unprepared[entry.id]
-                continue
-            best = [member for member in post.pool.ready if post.best(entry, member)]
-            member = next((member for member in idle if member in best or not best), None)
-            if member is not None:
-                idle.remove(member)
-                del self._unprepared[entry.id]
-                self._prepare(post, member, entry)
-            if not idle:
-                break
+        while idle and self._unprepared:
+            entry = self._unprepared.pop(next(iter(self._unprepared)))
+            coming = entry.stage in ("queued", "sampling")
+            if coming and not any(post.best(entry, member) for member in post.pool.ready):
+                self._prepare(post, idle.pop(0), entry)
 
     def _prepare(self, post: Post, member: Member, entry: Entry) -> None:
         assert post.ahead is not None

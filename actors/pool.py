@@ -62,8 +62,18 @@ class Member:
     """The weights that it works with; None for those of the model's folder."""
     taking: Any = None
     """The weights that it is being sent."""
-    images: set[str] = field(default_factory=set)
-    """Keys of the images that it was given, which it may have kept."""
+    images: dict[str, None] = field(default_factory=dict)
+    """Keys of the images that it was given and may have kept, that of longest disuse first."""
+
+    def remember(self, image: str) -> None:
+        """It was given an image."""
+        self.images.pop(image, None)
+        self.images[image] = None
+
+    def forget(self, kept: int) -> None:
+        """It has kept no more images than these, of which it was given the last."""
+        for image in list(self.images)[: max(0, len(self.images) - kept)]:
+            del self.images[image]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -211,13 +211,15 @@ class SegmenterPool(Pool):
         return self._calls.gather(refs, seconds=self._deadlines.step, doing="hashing its expert")
 
     def cache_use(self) -> CacheUse:
-        """Of all members together, since each was asked last."""
+        """Of all members together, since each was asked last. Who has which image is put right by it."""
         refs = {member.name: member.handle.cache_use.remote() for member in self.ready}
         found = self._calls.settle(refs, seconds=self._deadlines.step, doing="counting its embeddings")
         for name, ended in found.items():
             if ended.fault in ("died", "late"):
                 self.died(name, ended.cause)
                 self._calls.gone(name, ended.cause)
+            elif name in self.members and not ended.fault:
+                self.members[name].forget(ended.result.kept)
         return sum((ended.result for ended in found.values() if not ended.fault), CacheUse())
 
     def scoring(self, groups: Mapping[str, GroupRefs], depth: ScoringDepth) -> Post:
@@ -225,13 +227,13 @@ class SegmenterPool(Pool):
 
         def make(member: Member, entry: Entry) -> tuple[Ref, Ref]:
             refs, (_, samples) = groups[entry.id], entry.samples
-            member.images.add(refs.image)
+            member.remember(refs.image)
             scored = member.handle.score.remote(refs.group, refs.masks, samples, depth)
             return scored, scored
 
         def ahead(member: Member, entry: Entry) -> Ref:
             refs = groups[entry.id]
-            member.images.add(refs.image)
+            member.remember(refs.image)
             return member.handle.embed.remote(refs.group, depth)
 
         return Post(

@@ -14,7 +14,7 @@ from actors.experts.cache import open_cache
 from actors.experts.desk import CacheUse, Desk
 from actors.experts.drawing import load_frozen, prompts_of, reference_prompts
 from actors.experts.measuring import encoded, overlaps
-from actors.experts.protocol import Decoded, Embedding
+from actors.experts.protocol import Decoded, Embedding, Expert
 from actors.gpus import ALONE, Lodging, Place, this_place
 from actors.threads import share_cores
 from rewards.answer_metrics import answer_metrics
@@ -66,9 +66,12 @@ class Segmenter:
         """Load the expert; `digest`. Raises ValueError where there is no expert by that name, or its weights do not
         fit."""
         share_cores(self._config.threads, lodging.sharers)
-        self._expert = load_frozen(lodging.local(self._name), self._config.at(lodging.local))
+        self._expert = self._load(lodging)
         self._desk = Desk(self._expert, open_cache(self._config.embeddings, self._expert))
         return self.digest()
+
+    def _load(self, lodging: Lodging) -> Expert:
+        return load_frozen(lodging.local(self._name), self._config.at(lodging.local))
 
     def digest(self) -> str:
         """Digest of the expert's weights, which never change."""

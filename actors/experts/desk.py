@@ -46,8 +46,10 @@ class CacheUse:
     """Of the hits, those that were found on disk."""
     embedded: int = 0
     """Images that the expert embedded."""
+    kept: int = 0
+    """Embeddings that are in memory now."""
     bytes: int = 0
-    """Of the embeddings that are in memory now."""
+    """Of these."""
 
     def __add__(self, other: "CacheUse") -> "CacheUse":
         return CacheUse(
@@ -55,6 +57,7 @@ class CacheUse:
             misses=self.misses + other.misses,
             read=self.read + other.read,
             embedded=self.embedded + other.embedded,
+            kept=self.kept + other.kept,
             bytes=self.bytes + other.bytes,
         )
 
@@ -65,6 +68,7 @@ class CacheUse:
             misses=self.misses - before.misses,
             read=self.read - before.read,
             embedded=self.embedded - before.embedded,
+            kept=self.kept,
             bytes=self.bytes,
         )
 
@@ -171,7 +175,12 @@ class Desk:
         """Since the beginning."""
         cache = self._cache
         return CacheUse(
-            hits=cache.hits, misses=cache.misses, read=cache.read, embedded=self.embedded, bytes=cache.bytes
+            hits=cache.hits,
+            misses=cache.misses,
+            read=cache.read,
+            embedded=self.embedded,
+            kept=len(cache),
+            bytes=cache.bytes,
         )
 
     def close(self) -> None:
@@ -207,10 +216,10 @@ class Desk:
 
     def _run(self) -> None:
         while self._awaited():
-            for work in self._taken(self._work):
+            for work in _wanted(self._taken(self._work)):
                 _give(work.given, _attempt(work.do))
                 self.finished += 1
-            self._decode([each for each in self._some_requests() if not each.given.cancelled()])
+            self._decode(_wanted(self._some_requests()))
             self._embed(self._taken(self._images, self._at_once))
 
     def _awaited(self) -> bool:
@@ -251,6 +260,11 @@ class Desk:
                 embedding = _attempt(partial(self._cache.put, key, embedding.result()))
             self._land(key, embedding)
         self.finished += len(images)
+
+
+def _wanted(asked: Sequence[A]) -> list[A]:
+    """Those that somebody still waits for."""
+    return [each for each in asked if not each.given.cancelled()]
 
 
 def _attempt(work: Callable[[], T]) -> Future[T]:

@@ -13,7 +13,7 @@ from actors.calls import Call, Ended
 from actors.collector import Collector, Post
 from actors.failures import ActorFailed
 from actors.ledger import Ledger
-from actors.pool import APART_S, Pool
+from actors.pool import APART_S, Member, Pool
 
 
 class World:
@@ -54,7 +54,7 @@ class World:
     def make(self, member, entry):
         assert member.state == "ready" and len(member.flying) <= self.pools[self.role(member.name)].bound
         assert not entry.alone or len(member.flying) == 1, "a suspect has company"
-        member.images.add(self.image(entry))
+        member.remember(self.image(entry))
         self.refs += 1
         self.group[self.refs] = entry.id
         return self.refs, self.refs
@@ -299,13 +299,18 @@ def answer_all(world, role):
 
 
 def test_segmenters_with_nothing_to_do_prepare_for_groups_that_are_being_sampled():
-    """One group each at a time; and a member that was given the image before, in place of another."""
+    """One image each at a time, which none was given before."""
     world = world_of_many(8, segmenters=2)
     assert world.prepared == [("g0", "segmenter 0"), ("g2", "segmenter 1")]
-    answer_all(world, "segmenter")
     world.turn({"rollout": 2, "segmenter": 2})
-    assert world.prepared[2:] == [("g1", "segmenter 0"), ("g3", "segmenter 1")]
-    assert sum(pool.worked().there for pool in world.pools.values()) == 0
+    assert len(world.prepared) == 2, "both are busy"
+    world.now += 3.0
+    answer_all(world, "segmenter")
+    assert world.pools["segmenter"].worked().busy == 6.0
+    world.turn({"rollout": 2, "segmenter": 2})
+    assert world.prepared[2:] == [("g4", "segmenter 0"), ("g6", "segmenter 1")]
+    world.settle({"rollout": 2, "segmenter": 2})
+    assert len(world.prepared) == 4
 
 
 def test_a_group_is_scored_where_its_image_is_as_long_as_there_is_room():
@@ -313,7 +318,7 @@ def test_a_group_is_scored_where_its_image_is_as_long_as_there_is_room():
     (first, second) = [world.pools["segmenter"]._starter.start(None, f"segmenter {i}") for i in range(2)]
     pool = world.pools["segmenter"]
     pool.adopt({first: first, second: second})
-    pool.members[second].images.add("liver")
+    pool.members[second].remember("liver")
     found = []
     for i in range(3):
         member = pool.pick(best=lambda member: "liver" in member.images)
@@ -325,16 +330,26 @@ def test_a_group_is_scored_where_its_image_is_as_long_as_there_is_room():
 
 
 def test_what_fails_ahead_puts_no_group_aside_and_is_not_tried_ahead_again():
-    """One group's image kills a segmenter, another's cannot be embedded: both are met again when the group is scored."""
+    """One image kills a segmenter, another cannot be embedded: both are met again when their groups are scored."""
     world = world_of_many(6, segmenters=1, poison=["g0"], broken=["g2"])
     answer_all(world, "segmenter")
     assert not world.pools["segmenter"].ready and world.ledger.entries["g0"].deaths == 0
     for _ in range(20):
         world.turn({"rollout": 0, "segmenter": 1})
         answer_all(world, "segmenter")
-    assert sorted(id for id, _ in world.prepared) == [f"g{i}" for i in range(6)]
+    assert [id for id, _ in world.prepared] == ["g0", "g1", "g2", "g4"], "the other that is about the image too"
     assert all(not entry.deaths and not entry.errors for entry in world.ledger.entries.values())
     assert world.pools["segmenter"].ready[0].errors == 0
+
+
+def test_a_member_is_known_to_have_the_images_that_it_was_given_last():
+    member = Member(name="segmenter 0", handle=None)
+    for image in ("liver", "lung", "liver", "heart"):
+        member.remember(image)
+    member.forget(kept=5)
+    assert list(member.images) == ["lung", "liver", "heart"]
+    member.forget(kept=2)
+    assert list(member.images) == ["liver", "heart"]
 
 
 def test_nothing_is_prepared_at_a_segmenter_that_drains():

@@ -131,7 +131,7 @@ def test_requests_for_one_image_share_one_embedding_and_one_decoding_of_its_file
         assert [value(each.result(SECONDS)) for each in shared] == [7] * 3
         assert desk.embed("seven", decoded).result(SECONDS) is shared[0].result()
         assert expert.did == ["embed 0", "embed 7"] and read == [threading.get_ident()]
-        assert desk.use() == CacheUse(hits=1, misses=2, embedded=2, bytes=32)
+        assert desk.use() == CacheUse(hits=1, misses=2, embedded=2, kept=2, bytes=32)
 
 
 def test_all_prompts_that_wait_are_decoded_together_and_before_images() -> None:

@@ -360,7 +360,9 @@ def test_a_full_disk_is_told_once_and_the_cache_goes_on_in_memory(
             assert cache.get(f"{i}") is not None
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert len(warned(caplog)) == 1 and "kept in memory alone" in warned(caplog)[0] and str(tmp_path) in warned(caplog)[0]
+    assert (
+        len(warned(caplog)) == 1 and "kept in memory alone" in warned(caplog)[0] and str(tmp_path) in warned(caplog)[0]
+    )
     assert [path.name for path in embeddings_in(tmp_path)] == [store_in(tmp_path).path("before").name]
     assert {path.name for path in tmp_path.iterdir()} == {".lock", store_in(tmp_path).path("before").name}
     monkeypatch.setattr(cache, "_write_again", 0.0)

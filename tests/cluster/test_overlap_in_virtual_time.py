@@ -152,7 +152,8 @@ class Run:
             expert_digest="",
         )
         self.workers.rollouts.adopt({f"rollout {i}": Engine(world, speeds) for i in range(ENGINES)})
-        self.workers.segmenters.adopt({"segmenter 0": SimpleNamespace(score=Method(self.score), embed=Method(self.embed))})
+        segmenter = SimpleNamespace(score=Method(self.score), embed=Method(self.embed))
+        self.workers.segmenters.adopt({"segmenter 0": segmenter})
         self.ahead = StepsAhead(
             draw=lambda count: list(range(count)),
             begin=lambda step, first, rows: Groups(self.workers, step, first, rows),

@@ -11,25 +11,26 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from actors.config import SegmenterConfig
+from actors.config import EmbeddingsConfig, SegmenterConfig
 from actors.experts.drawing import draw_masks
-from actors.experts.protocol import Decoded, Embedding, Expert, Preprocess
+from actors.experts.protocol import Decoded, Embedding, Expert, Preprocess, Prompts
 from actors.experts.registry import load_expert
 from actors.experts.sam import SamExpert, build_sam
 from actors.experts.sam_config import SamConfig
 from serving.config import ServeConfig
 from serving.consensus import vote
-from serving.embeddings import EmbeddingCache
 from serving.messages import Drawn, Prompt, UnknownImage
 from serving.segmenter import Segmenter
 from tests.conftest import TINY_REASONER
 from umrg.answers import Answer, Form, parse_answer
-from umrg.frames import Box, Size
+from umrg.frames import Box
 from umrg.masks import decode_rle
 
 T = TypeVar("T")
 
-CONFIG = ServeConfig(model=TINY_REASONER, embeddings_mib=1, segmenter=SegmenterConfig(threads=1))
+CONFIG = ServeConfig(
+    model=TINY_REASONER, segmenter=SegmenterConfig(threads=1, embeddings=EmbeddingsConfig(memory_mib=1))
+)
 """With room for eight of the tiny expert's embeddings, of 128 KiB each."""
 SMALL = SamConfig(
     image_side=64, patch=8, window=4, encoder_dim=16, encoder_depth=2, encoder_heads=2, global_layers=(1,),
@@ -89,6 +90,10 @@ class Watched:
         return self._expert.takes_points
 
     @property
+    def takes_masks(self) -> bool:
+        return self._expert.takes_masks
+
+    @property
     def images_at_once(self) -> int:
         return self._images_at_once
 
@@ -102,19 +107,18 @@ class Watched:
             raise RuntimeError("out of memory")
         return self._expert.embed_all(images)
 
-    def decode(
-        self,
-        embedding: Embedding,
-        *,
-        boxes: NDArray[np.floating] | None = None,
-        points: NDArray[np.floating] | None = None,
-        labels: NDArray[np.integer] | None = None,
-    ) -> Decoded:
+    def decode(self, embedding: Embedding, **prompts: Any) -> Decoded:
+        return self.decode_all([Prompts(embedding=embedding, **prompts)])[0]
+
+    def decode_all(self, requests: Sequence[Prompts]) -> list[Decoded]:
         self._take_turn()
-        return self._expert.decode(embedding, boxes=boxes, points=points, labels=labels)
+        return self._expert.decode_all(requests)
 
     def digest(self) -> str:
         return self._expert.digest()
+
+    def fingerprint(self) -> str:
+        return self._expert.fingerprint()
 
     def _take_turn(self) -> None:
         self.asked += 1
@@ -282,6 +286,34 @@ def test_what_the_expert_raises_reaches_all_who_wait_and_the_next_request_is_ser
         assert segmenter.stats().kept == 1
 
 
+def test_prompts_that_wait_together_are_drawn_as_each_alone() -> None:
+    expert = Watched(load_expert("tiny"))
+    boxes = [(30.0 - i, 20.0, 90.0, 80.0 + i) for i in range(3)]
+
+    async def busy(segmenter: Segmenter) -> list[Drawn]:
+        for seed in range(2):
+            await segmenter.embed(str(seed), picture(seed))
+        expert.turns = threading.Semaphore(0)
+        asked = expert.asked
+        first = asyncio.create_task(segmenter.embed("busy", picture(99)))
+        await until(lambda: expert.asked > asked)
+        work = [
+            asyncio.create_task(segmenter.segment(str(i % 2), None, Prompt(box=box))) for i, box in enumerate(boxes)
+        ]
+        for _ in range(10):
+            await asyncio.sleep(0)
+        expert.turns.release(100)
+        await first
+        drawn = list(await asyncio.gather(*work))
+        expert.turns = None
+        return drawn
+
+    with opened(expert=expert) as segmenter:
+        together = run(busy(segmenter))
+        alone = [run(segmenter.segment(str(i % 2), None, Prompt(box=box))) for i, box in enumerate(boxes)]
+    assert together == alone
+
+
 def test_an_embedding_for_which_there_is_no_room_is_asked_for_again() -> None:
     async def nine(segmenter: Segmenter) -> None:
         for i in range(9):
@@ -295,32 +327,6 @@ def test_an_embedding_for_which_there_is_no_room_is_asked_for_again() -> None:
         run(nine(segmenter))
         stats = segmenter.stats()
     assert (stats.embedded, stats.kept, stats.kept_bytes) == (10, 8, 1 << 20)
-
-
-def embedding_of(features: int) -> Embedding:
-    return Embedding(features=torch.zeros(1, features, 1, 1), original=Size(1, 1), content=Size(1, 1))
-
-
-def test_the_cache_forgets_what_was_used_longest_ago() -> None:
-    cache = EmbeddingCache(limit=100)
-    cache.put("a", embedding_of(10))
-    cache.put("b", embedding_of(10))
-    assert cache.get("a") is not None
-    cache.put("c", embedding_of(10))
-    assert cache.get("b") is None
-    assert cache.get("a") is not None and cache.get("c") is not None
-    assert (cache.bytes, len(cache), cache.hits, cache.misses) == (80, 2, 3, 1)
-
-
-def test_the_cache_keeps_nothing_larger_than_itself_and_counts_what_is_replaced() -> None:
-    cache = EmbeddingCache(limit=100)
-    cache.put("a", embedding_of(10))
-    cache.put("large", embedding_of(26))
-    assert cache.get("large") is None and cache.get("a") is not None
-    cache.put("a", embedding_of(25))
-    assert (cache.bytes, len(cache)) == (100, 1)
-    cache.put("a", embedding_of(26))
-    assert (cache.bytes, len(cache)) == (0, 0)
 
 
 NAN = float("nan")
@@ -387,15 +393,13 @@ def test_an_expert_that_hangs_is_ill_and_one_that_is_busy_is_well() -> None:
         await segmenter.embed("a", picture())
         expert.turns = threading.Semaphore(0)
         asked = expert.asked
-        work: list[Awaitable[Drawn]] = [
-            asyncio.create_task(segmenter.segment("a", None, Prompt(box=BOX))) for _ in range(2)
-        ]
+        work: list[Awaitable[Drawn]] = [asyncio.create_task(segmenter.segment("a", None, Prompt(box=BOX)))]
         await until(lambda: expert.asked > asked)
         with pytest.raises(RuntimeError, match="has finished nothing within 2 s"):
             await segmenter.check_health()
         check = asyncio.create_task(segmenter.check_health())
         await asyncio.sleep(0)
-        expert.turns.release()  # one of both is drawn, and then the other is still in the health check's way
+        expert.turns.release()  # the mask is drawn, and then the check itself takes too long
         await check
         expert.turns.release()
         await asyncio.gather(*work)
