@@ -7,8 +7,9 @@ import torch
 from segment_anything.modeling import Sam
 
 from actors.config import RolloutConfig, SegmenterConfig
+from actors.experts.promptable import DTYPES, ROWS_ON_GPU
 from actors.experts.registry import sam_config
-from actors.experts.sam import DTYPES, build_sam
+from actors.experts.sam import build_sam, mask_decoder
 from actors.experts.sam_config import SamConfig
 from reasoner.footprint import (
     LiveBytes,
@@ -26,7 +27,6 @@ RUNTIME = 3 << 29
 # Blocks of logits alive at once in a sampler that returns log-probs: computed, float32, scaled, and log-softmax.
 _LOGITS = 4
 _IMAGE_TOKENS = 16384  # the largest image that the processors of Qwen's folders let through; vLLM profiles with it
-_DECODED = 32  # prompts that `SamExpert.decode` takes at a time
 _IMAGE_SIDE = 2048  # assumed of an original image, to which masks are scaled
 
 
@@ -97,16 +97,14 @@ def _embedding(sam: Sam, sizes: SamConfig, dtype: torch.dtype) -> int:
 
 @torch.no_grad()
 def _decoding(sam: Sam, sizes: SamConfig) -> int:
-    """Bytes at the peak of decoding a batch of prompts, each of a box and two points."""
+    """Bytes at the peak of decoding a pass of prompts about as many images, each of a box and two points."""
     channels, grid = sizes.prompt_dim, sizes.grid
     original = (_IMAGE_SIDE, _IMAGE_SIDE)
     with torch.device("meta"), LiveBytes() as live:
-        logits, _ = sam.mask_decoder(
-            image_embeddings=torch.empty(1, channels, grid, grid),
-            image_pe=torch.empty(1, channels, grid, grid),
-            sparse_prompt_embeddings=torch.empty(_DECODED, 4, channels),
-            dense_prompt_embeddings=torch.empty(_DECODED, channels, grid, grid),
-            multimask_output=sizes.multimask_outputs > 0,
+        decoder = mask_decoder(
+            sam.mask_decoder, torch.empty(grid * grid, channels), alternatives=sizes.multimask_outputs > 0
         )
-        sam.postprocess_masks(logits[:, :1], original, original)
+        images = torch.empty(ROWS_ON_GPU, channels, grid, grid)
+        logits, _ = decoder(images, (), torch.empty(ROWS_ON_GPU, 4, channels))
+        sam.postprocess_masks(logits[:, None], original, original)
     return live.peak

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from segment_anything import SamPredictor
 from segment_anything.utils.transforms import ResizeLongestSide
 
-from actors.experts.protocol import Decoded, Embedding
+from actors.experts.protocol import Decoded, Embedding, Prompts
 from actors.experts.registry import licence, load_expert
 from actors.experts.sam import SamExpert, build_sam, content_size
 from actors.experts.sam_config import PUBLISHED_EXPERTS, VIT_B, SamConfig, config_json
@@ -53,7 +53,7 @@ def best_of_predictor(predictor: SamPredictor, prompts: dict[str, NDArray[np.flo
         multimask_output=True,
     )
     best = int(scores.argmax())
-    return Decoded(masks=masks[best], scores=scores[best], logits=logits[best])
+    return Decoded(drawn=torch.from_numpy(masks[best]), scores=scores[best], logits=logits[best])
 
 
 @pytest.mark.slow
@@ -135,16 +135,16 @@ def test_images_are_embedded_together_in_few_shapes_as_alone(preprocess: str) ->
     assert passes == [4, 4]  # the second has three images and one of padding
     for image, together in zip(images, embeddings, strict=True):
         alone = expert.embed(image)
-        torch.testing.assert_close(together.features, alone.features, atol=1e-4, rtol=0)
+        torch.testing.assert_close(together.features[0], alone.features[0], atol=1e-4, rtol=0)
         assert (together.original, together.content) == (alone.original, alone.content)
-        assert together.features.untyped_storage().nbytes() == together.features.nbytes
+        assert together.features[0].untyped_storage().nbytes() == together.nbytes
     assert passes[2:] == [1] * 7
 
 
 def test_a_cpu_embeds_images_one_by_one_as_training_does() -> None:
     expert = small_expert()
     together, alone = expert.embed_all([IMAGE, IMAGE[:20]]), [expert.embed(IMAGE), expert.embed(IMAGE[:20])]
-    assert all(torch.equal(ours.features, each.features) for ours, each in zip(together, alone, strict=True))
+    assert all(torch.equal(ours.features[0], each.features[0]) for ours, each in zip(together, alone, strict=True))
     assert expert.embed_all([]) == []
     with pytest.raises(ValueError, match=r"uint8 \[H, W, 3\]"):
         expert.embed_all([IMAGE, IMAGE[:, :, 0]])
@@ -179,12 +179,51 @@ def test_decoded_arrays_are_in_original_pixels_and_on_the_experts_grid() -> None
     assert (*decoded.logits.shape, str(decoded.logits.dtype)) == (3, 32, 32, "float32")
 
 
-def test_more_prompts_than_fit_a_batch_are_decoded_in_order() -> None:
+@pytest.mark.parametrize("rows", [None, 4])
+def test_a_requests_masks_are_the_same_bits_whatever_is_decoded_beside_it(rows: int | None) -> None:
+    """With passes as on a CPU, and with those of a GPU, which hold prompts of several images."""
+    expert = small_expert(rows=rows)
+    generator = np.random.default_rng(1)
+    images = [generator.integers(0, 256, (40 + i, 60, 3), dtype=np.uint8) for i in range(3)]
+    boxes = np.tile(BOXES, (4, 1)) + generator.uniform(0, 5, (12, 4))
+    requests = [
+        Prompts(embedding=expert.embed(image), boxes=boxes[:count], points=points)
+        for image, count, points in zip(images, (11, 1, 5), (None, None, np.tile(POINTS, (2, 1, 1))[:5]), strict=True)
+    ]
+    together = expert.decode_all(requests)
+    for order in ([2, 0, 1], [1], [0, 1]):
+        for i, decoded in zip(order, expert.decode_all([requests[i] for i in order]), strict=True):
+            assert np.array_equal(decoded.logits, together[i].logits)
+            assert np.array_equal(decoded.scores, together[i].scores)
+            assert torch.equal(decoded.drawn, together[i].drawn)
+
+
+@pytest.mark.parametrize("kind", ["boxes", "points", "both"])
+def test_prompts_of_several_images_are_decoded_as_those_of_one(kind: str) -> None:
+    """Which takes another way through the decoder."""
+    one, several = small_expert(), small_expert(rows=8)
+    first, second = one.embed(IMAGE), one.embed(IMAGE[:, ::-1].copy())
+    prompts = PROMPTS[kind]
+    expected = [decode(one, embedding, prompts) for embedding in (first, second)]
+    found = several.decode_all([Prompts(embedding=embedding, **prompts) for embedding in (first, second)])
+    for theirs, ours in zip(expected, found, strict=True):
+        np.testing.assert_allclose(ours.logits, theirs.logits, atol=1e-4)
+        np.testing.assert_allclose(ours.scores, theirs.scores, atol=1e-5)
+
+
+def test_a_mask_as_prompt_is_what_sam_predictor_makes_of_it() -> None:
     expert = small_expert()
     embedding = expert.embed(IMAGE)
-    whole, parts = (expert.decode(embedding, boxes=BOXES, points=POINTS, batch=batch) for batch in (3, 2))
-    np.testing.assert_allclose(parts.logits, whole.logits, atol=1e-4)
-    assert len(expert.decode(embedding, boxes=BOXES[:0]).masks) == 0
+    before = expert.decode(embedding, boxes=BOXES)
+    refined = expert.decode(embedding, boxes=BOXES, points=POINTS, masks=before.logits)
+    predictor = SamPredictor(expert._sam)
+    predictor.set_image(IMAGE)
+    for i, box in enumerate(BOXES):
+        _, scores, logits = predictor.predict(
+            POINTS[i], np.ones(2), box=box, mask_input=before.logits[i][None], multimask_output=True
+        )
+        np.testing.assert_allclose(refined.logits[i], logits[scores.argmax()], atol=1e-4)
+    assert np.abs(refined.logits - before.logits).max() > 1e-2
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -222,7 +261,7 @@ def test_native_medsam_fills_the_input_takes_boxes_only_and_ignores_brightness()
     expert = small_expert(preprocess="native")
     dark, bright = expert.embed(IMAGE // 4), expert.embed(IMAGE // 4 + 100)
     assert dark.content == Size(64, 64)
-    torch.testing.assert_close(dark.features, bright.features)
+    torch.testing.assert_close(dark.features[0], bright.features[0])
     with pytest.raises(ValueError, match="boxes only"):
         expert.decode(dark, boxes=BOXES, points=POINTS)
     assert expert.decode(dark, boxes=BOXES).masks.shape == (3, 48, 80)
