@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -195,10 +196,11 @@ def test_an_error_reaches_those_who_asked_for_it_and_nobody_else() -> None:
             unread = desk.embed("unreadable", unreadable)
         assert [drawn[0].result(SECONDS), drawn[2].result(SECONDS)] == [1, 2]
         assert [value(images[0].result(SECONDS)), value(images[2].result(SECONDS))] == [4, 5]
-        for failed in (drawn[1], images[1], again):
+        failures: list[Future[Any]] = [drawn[1], images[1], again]
+        for failed in failures:
             with pytest.raises(ValueError, match="thirteen"):
                 failed.result(SECONDS)
-        for failed in (misread, wrong):
+        for failed in [misread, wrong]:
             with pytest.raises(ZeroDivisionError):
                 failed.result(SECONDS)
         with pytest.raises(ValueError, match="no PNG"):
@@ -272,7 +274,7 @@ def test_many_threads_at_once_get_each_their_own() -> None:
 
     def asks(seed: int) -> None:
         for number in np.random.default_rng(seed).integers(1, 6, 40):
-            embedding = desk.embed(str(number), lambda number=number: image(number)).result(SECONDS)
+            embedding = desk.embed(str(number), partial(image, number)).result(SECONDS)
             asked = Prompts(embedding=embedding, boxes=np.zeros((2, 4)))
             assert desk.decode(asked, score).result(SECONDS) == number
 

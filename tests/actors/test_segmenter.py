@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -207,11 +208,13 @@ def test_no_image_file_is_decoded_where_its_embedding_is_kept(sample, monkeypatc
 def test_malformed_answers_never_reach_the_expert(sample, monkeypatch):
     segmenter, group = started(), Group(run="r", step=0, index=0, sample=sample).without_masks()
     asked: list[Prompts] = []
-    monkeypatch.setattr(
-        Desk,
-        "decode",
-        lambda self, prompts, read, decode=Desk.decode: asked.append(prompts) or decode(self, prompts, read),
-    )
+    decode = Desk.decode
+
+    def watched(self: Desk, prompts: Prompts, read: Any) -> Any:
+        asked.append(prompts)
+        return decode(self, prompts, read)
+
+    monkeypatch.setattr(Desk, "decode", watched)
     malformed = ["I cannot say.", "<answer>[1, 2]</answer>", ""]
     scored = segmenter.score(group, sample.mask_bytes, samples_of(sample, malformed), "reward")
     assert scored.rewards == (0.0, 0.0, 0.0) and not asked and segmenter.cache_use().misses == 0
