@@ -200,7 +200,8 @@ class EmbeddingsConfig(Config):
     """Where a segmenter keeps the embeddings of images, so that each image is embedded once."""
 
     memory_mib: MayChange[PositiveInt] = 1024
-    """Main memory of each actor for the embeddings that it used last, in MiB; one of SAM takes 4 MiB."""
+    """Main memory of each actor for the embeddings that it used last, in MiB; one of SAM takes 4 MiB and one of SAM 2
+    16 MiB, with a folder half of that."""
     folder: Path | None = None
     """Folder on each node's own disk, where embeddings outlive a run and all actors of the node share them; null for
     memory alone. Embeddings are then rounded to float16, whether they come from the disk or from the expert."""

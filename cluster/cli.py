@@ -54,6 +54,7 @@ _REFUSALS = {
     errno.ENOSPC: "make room there, or give a path on another disk",
     errno.EDQUOT: "make room there, or give a path on another disk",
     errno.EFBIG: "give a path on another disk",
+    errno.ENOLCK: "give a path on another disk",
     errno.ENOENT: "give a path that is there or, to write, one that can be made",
     errno.ENOTDIR: "a part of it is a file; give another path",
     errno.EISDIR: "a folder is in the way of the file; give another path, or remove it",

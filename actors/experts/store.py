@@ -18,8 +18,9 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load, save
@@ -32,6 +33,8 @@ from umrg.mistake import Mistake
 LOCK_S = 10.0
 """Seconds after which a writer no longer waits for the others."""
 _POLL_S = 0.002
+_ROUNDS_TO_INFINITY = 65520.0
+"""In float16, and what is beyond it."""
 _NAME = re.compile(r"[0-9a-f]{64}\.embedding")
 _LEFTOVER = re.compile(r"\.[0-9a-f]{64}\.embedding\.[0-9a-f]{12}\.part")
 _DIGITS = 20
@@ -40,24 +43,24 @@ _SPARE = 32
 every file."""
 
 
-@dataclass(frozen=True, order=True)
-class _File:
+class _File(NamedTuple):
     used: int
     """In nanoseconds since 1970."""
     size: int
-    path: Path
+    name: str
 
 
 def rounded(embedding: Embedding) -> Embedding:
     """An embedding as it is stored: in float16, in main memory. Raises ValueError where a value does not fit."""
-    features = tuple(each.to(torch.float16) for each in embedding.features)
-    if not all(bool(each.isfinite().all()) for each in features):
-        raise Mistake(
-            "the expert's features have values that float16 does not (beyond 65504); set segmenter.embeddings.folder "
-            "to null, which keeps embeddings in memory as they are"
-        )
+    for each in embedding.features:
+        low, high = map(float, each.aminmax())
+        if not -_ROUNDS_TO_INFINITY < low <= high < _ROUNDS_TO_INFINITY:
+            raise Mistake(
+                f"the expert's features go from {low:g} to {high:g}, and float16 has numbers up to 65504; set "
+                "segmenter.embeddings.folder to null, which keeps embeddings in memory as they are"
+            )
     return Embedding(
-        features=tuple(each.cpu().contiguous() for each in features),
+        features=tuple(each.to(torch.float16).cpu().contiguous() for each in embedding.features),
         original=embedding.original,
         content=embedding.content,
     )
@@ -110,7 +113,7 @@ class EmbeddingStore:
             if _touched(path):
                 return False
             total = self._total(lock)
-            os.ftruncate(lock, 0)  # who is killed from here on leaves a sum that nobody knows
+            os.pwrite(lock, b"?" * _DIGITS, 0)  # who is killed from here on leaves a sum that nobody knows
             if total + size > self._limit:
                 total = self._evict(size)
             with written_aside(path) as aside:
@@ -178,7 +181,7 @@ class EmbeddingStore:
                 elif _NAME.fullmatch(entry.name):
                     with suppress(FileNotFoundError):  # a reader has removed a damaged one
                         about = entry.stat()
-                        found.append(_File(about.st_mtime_ns, about.st_size, Path(entry)))
+                        found.append(_File(about.st_mtime_ns, about.st_size, entry.name))
         return sorted(found)
 
     def _evict(self, size: int) -> int:
@@ -190,7 +193,7 @@ class EmbeddingStore:
         for file in files:
             if total + size <= self._limit - self._limit // _SPARE:
                 break
-            file.path.unlink(missing_ok=True)
+            (self._folder / file.name).unlink(missing_ok=True)
             total -= file.size
         return total
 

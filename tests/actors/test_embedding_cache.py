@@ -1,5 +1,5 @@
-"""The cache of embeddings, in memory and on disk: what it returns, what it forgets, and what becomes of it where writers
-are killed, files damaged and disks full."""
+"""The cache of embeddings, in memory and on disk: what it returns, what it forgets, and what becomes of it where
+writers are killed, files damaged and disks full."""
 
 import fcntl
 import hashlib
@@ -23,7 +23,6 @@ import torch
 from hypothesis import given, settings
 
 from actors.config import EmbeddingsConfig, SegmenterConfig
-from actors.experts import cache as cache_module
 from actors.experts import store as store_module
 from actors.experts.cache import EmbeddingCache, open_cache
 from actors.experts.protocol import Embedding
@@ -279,7 +278,7 @@ def test_the_folder_loses_what_was_used_longest_ago(
 def test_the_bound_holds_at_every_line_of_a_write(tmp_path: Path) -> None:
     limit, watched, largest = 4000, (store_module.__file__, "atomic.py"), 0
 
-    def watch(frame, event, argument):  # type: ignore[no-untyped-def]
+    def watch(frame, event, argument):
         nonlocal largest
         if frame.f_code.co_filename.endswith(watched):
             largest = max(largest, bytes_of(tmp_path))
@@ -371,16 +370,16 @@ def test_a_full_disk_is_told_once_and_the_cache_goes_on_in_memory(
 
 
 def test_a_disk_that_failed_has_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, now, tries = store_in(tmp_path), 1000.0, count()
+    store, times, tries = store_in(tmp_path), [1000.0], count()
 
     def fail(key: str, embedding: Embedding) -> bool:
         next(tries)
         raise OSError(28, "No space left on device", str(tmp_path))
 
     monkeypatch.setattr(store, "put", fail)
-    monkeypatch.setattr(cache_module.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: times[0])
     cache = EmbeddingCache(limit=MIB, store=store)
-    for now in (1000.0, 1001.0, 1059.0, 1061.0, 1062.0):
+    for times[0] in (1000.0, 1001.0, 1059.0, 1061.0, 1062.0):
         cache.put("a", plain(10))
     assert next(tries) == 2
 

@@ -88,6 +88,9 @@ def test_what_cannot_be_found_on_the_cluster_is_refused_before_it_is_sent(here):
         prepare(DEMO, [TINY, shared, "tracking.python=.venv/bin/python"])
     with pytest.raises(Mistake, match=r"^cache is copies, which would .* give cache=/"):
         prepare(DEMO, [TINY, shared, "cache=copies"])
+    with pytest.raises(Mistake, match=r"^segmenter\.embeddings\.folder is kept, which would .* give segmenter\."):
+        prepare(DEMO, [TINY, shared, "segmenter.embeddings.folder=kept"])
+    prepare(DEMO, [TINY, shared, "segmenter.embeddings.folder=/scratch/embeddings"])
     with pytest.raises(Mistake, match=r"^runs is s3:/b/runs, which would "):
         prepare(DEMO, [TINY, "runs=s3://b/runs"])
 

@@ -1,6 +1,8 @@
 """A sample's image and mask, and what is said of damaged ones."""
 
+import hashlib
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -41,6 +43,14 @@ def sample(image: bytes | None = None, *masks: bytes) -> Sample:
 def test_an_image_is_read_as_it_was_written() -> None:
     assert sample().size == Size(30, 20)
     assert np.array_equal(sample().image(), PIXELS)
+
+
+def test_rows_that_share_an_image_file_share_its_key() -> None:
+    one, other = sample(), sample(None, encode_png(mask(1)))
+    assert one.image_key == other.image_key == hashlib.sha256(one.image_bytes).hexdigest()
+    assert sample(encode_png(PIXELS[::-1])).image_key != one.image_key
+    # A row without its files has another, and not that of the row that it was made of.
+    assert replace(one, image_bytes=b"").image_key == hashlib.sha256(b"").hexdigest()
 
 
 def test_a_mask_is_read_as_it_was_written() -> None:
