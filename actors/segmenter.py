@@ -1,5 +1,6 @@
 """The segmenter actor: a frozen expert that turns answers into masks, and masks into rewards."""
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -57,6 +58,7 @@ class Segmenter:
         self._scorer, self._frame, self._think = scorer, frame, think
         self._read = partial(parse_lenient, frame=frame) if lenient else scorer.read
         self._told = CacheUse()
+        self._scoring = threading.Lock()  # terms of users' own need not know of threads
 
     def place(self) -> Place:
         """Where it is; may be called before `start`."""
@@ -107,10 +109,8 @@ class Segmenter:
             if depth == "ablations":
                 ablations = self._ablations(embedding.result(), answers, reference)
             masked = _of_each(answers, _masked(begun.result(), reference) if begun else ())
-        return ScoredGroup(
-            group=group.without_files(),
-            samples=samples,
-            answers=tuple(
+        with self._scoring:
+            scored = [
                 self._scored(
                     answer,
                     completion,
@@ -120,8 +120,8 @@ class Segmenter:
                     step=group.step,
                 )
                 for i, (answer, completion) in enumerate(zip(answers, samples.completions, strict=True))
-            ),
-        )
+            ]
+        return ScoredGroup(group=group.without_files(), samples=samples, answers=tuple(scored))
 
     def _looks_at_masks(self, depth: ScoringDepth) -> bool:
         return depth != "reward" or self._scorer.uses_mask

@@ -30,7 +30,7 @@ U = TypeVar("U")
 Pixels = NDArray[np.uint8]
 """An image, uint8 [H, W, 3] RGB."""
 
-PIXELS_AT_ONCE = 2**28
+PIXELS_AT_ONCE = 2**27
 """Of all masks that are decoded together, a byte each: requests may be about images of a hundred megapixels."""
 
 

@@ -1,5 +1,6 @@
 """A group's answers, scored beside the tiny expert."""
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,6 +22,7 @@ from actors.experts.sam import SamExpert, build_sam
 from actors.experts.sam_config import SamConfig
 from actors.segmenter import Segmenter
 from phantoms import rows
+from rewards.case import Case
 from rewards.scored import ScoredGroup
 from rewards.scoring import Scorer
 from umrg.answers import format_answer
@@ -143,9 +145,9 @@ def test_an_expert_that_takes_boxes_only_is_given_no_points(sample, monkeypatch)
     assert bad.metrics["dice_box"] == 0 and bad.metrics["oracle_dice"] == good.metrics["oracle_dice"]
 
 
-def started(config: SegmenterConfig | None = None) -> Segmenter:
+def started(config: SegmenterConfig | None = None, scorer: Scorer | None = None) -> Segmenter:
     """A segmenter of the tiny expert that rewards masks."""
-    scorer = Scorer({"mask_dice": 1.0, "mask_iou": 1.0, "boundary": 1.0}, think=False)
+    scorer = scorer or Scorer({"mask_dice": 1.0, "mask_iou": 1.0, "boundary": 1.0}, think=False)
     segmenter = Segmenter("tiny", config or SegmenterConfig(threads=1), scorer, frame=Frame.ORIGINAL, think=False)
     segmenter.start()
     return segmenter
@@ -244,10 +246,12 @@ def test_masks_rewards_and_metrics_are_those_of_the_masks_themselves(sample):
 )
 def test_what_is_counted_and_encoded_on_a_device_is_what_numpy_makes_of_it(masks, seed):
     reference = np.random.default_rng(seed).random(masks.shape[1:]) < 0.5
-    found = overlaps(torch.from_numpy(masks), reference)
+    with torch.inference_mode():  # as experts do
+        drawn = torch.from_numpy(masks).clone()
+    found = overlaps(drawn, reference)
     assert found == [Overlap.of(mask, reference) for mask in masks]
-    assert counts_there(torch.from_numpy(masks), reference) == [(each.both, each.predicted) for each in found]
-    assert [encoded_there(mask) for mask in torch.from_numpy(masks)] == [encode_rle(mask) for mask in masks]
+    assert counts_there(drawn, reference) == [(each.both, each.predicted) for each in found]
+    assert [encoded_there(mask) for mask in drawn] == [encode_rle(mask) for mask in masks]
 
 
 def test_a_large_mask_of_few_runs_is_encoded_by_where_they_start():
@@ -262,3 +266,30 @@ def test_a_large_mask_of_few_runs_is_encoded_by_where_they_start():
 def test_masks_of_another_size_than_the_reference_are_refused():
     with pytest.raises(ValueError, match="cannot be compared"):
         overlaps(torch.zeros(2, 3, 4, dtype=torch.bool), np.zeros((4, 3), dtype=np.bool_))
+
+
+class Alone:
+    """A reward term that must not be called while it is."""
+
+    def __init__(self) -> None:
+        self.inside, self.most = 0, 0
+
+    def __call__(self, case: Case) -> float:
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        time.sleep(0.01)
+        self.inside -= 1
+        return 1.0
+
+
+def test_a_users_term_need_not_know_of_threads(sample, monkeypatch):
+    term = Alone()
+    scorer = Scorer({"mask_dice": 1.0}, think=False)
+    monkeypatch.setitem(scorer._terms[0].__dict__, "term", term)
+    segmenter = started(scorer=scorer)
+    group = Group(run="r", step=0, index=0, sample=sample).without_masks()
+    given = samples_of(sample, texts_about(sample))
+    with ThreadPoolExecutor(4) as callers:
+        asked = [callers.submit(segmenter.score, group, sample.mask_bytes, given, "reward") for _ in range(4)]
+        assert all(each.result(120).rewards == (1.0, 1.0, 1.0) for each in asked)
+    assert term.most == 1

@@ -12,6 +12,7 @@ from rewards.scoring import Scorer
 from umrg.answers import parse_answer
 from umrg.frames import Size
 from umrg.images import encode_png
+from umrg.metrics import Overlap
 from umrg.sample import Sample
 
 PERFECT = parse_answer(
@@ -147,3 +148,17 @@ def test_a_weight_is_a_finite_number_not_below_zero(weight: float) -> None:
 def test_some_term_must_count(weights: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="at least one term"):
         Scorer(weights)
+
+
+def test_a_mask_is_brought_here_once_and_only_for_terms_that_look_at_pixels() -> None:
+    fetched = []
+
+    def fetch() -> np.ndarray:
+        fetched.append(1)
+        return square(10, 20)
+
+    mask = Drawn(fetch=fetch, compare=lambda: Overlap(both=1200, predicted=1600, reference=1600))
+    reward = Scorer({"mask_dice": 1.0, "mask_iou": 1.0}).score(PERFECT, REFERENCE, mask)
+    assert reward.parts == {"mask_dice": 0.75, "mask_iou": 0.6} and not fetched
+    assert Scorer({"boundary": 1.0}).score(PERFECT, REFERENCE, mask).total == 1
+    assert Scorer({"boundary": 1.0}).score(PERFECT, REFERENCE, mask).total == 1 and len(fetched) == 1
