@@ -92,13 +92,8 @@ class _Request(_Asked):
 
     prompts: Prompts
     read: Callable[[Decoded], Any]
-
-    @property
-    def pixels(self) -> int:
-        """Of the masks."""
-        given, size = self.prompts, self.prompts.embedding.original
-        n = max(len(each) for each in (given.boxes, given.points, given.masks, ()) if each is not None)
-        return n * size.width * size.height
+    pixels: int
+    """Of the masks."""
 
 
 A = TypeVar("A", bound=_Asked)
@@ -165,7 +160,10 @@ class Desk:
     def decode(self, prompts: Prompts, read: Callable[[Decoded], T]) -> Future[T]:
         """What `read` makes of the decoded prompts. It runs in the expert's thread, and what it does not keep of the
         masks is gone when the next prompts are decoded. All prompts that wait are decoded together."""
-        return self._enqueue(self._requests, _Request(prompts=prompts, read=read))
+        n = max(len(each) for each in (prompts.boxes, prompts.points, prompts.masks, ()) if each is not None)
+        size = prompts.embedding.original
+        request = _Request(prompts=prompts, read=read, pixels=n * size.width * size.height)
+        return self._enqueue(self._requests, request)
 
     def do(self, work: Callable[[], T]) -> Future[T]:
         """Have the expert's thread do some work, before all else that waits."""
