@@ -299,18 +299,18 @@ def test_the_bound_holds_at_every_line_of_a_write(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("limit", [4000, MIB], ids=["full", "with room"])
 def test_the_bound_holds_wherever_a_writer_was_killed(tmp_path: Path, limit: int) -> None:
-    other, embedding = store_in(tmp_path, limit=limit), rounded(plain(300))
+    # Both processes have looked at the files before, and would not again of their own accord.
+    store, embedding = store_in(tmp_path, limit=limit), rounded(plain(300))
+    store.put("first", embedding)
     ended, n = False, 0
     while not ended and n < 300:
         n += 1
-        writer = store_in(tmp_path, limit=limit)
         if (child := os.fork()) == 0:
             _end_at_line(n)
-            writer.put(f"killed at {n}", embedding)
+            store.put(f"killed at {n}", embedding)
             os._exit(0)
         ended = os.waitpid(child, 0)[1] == 0
-        # One that knows the sum from before, and would not look at the files of its own accord.
-        assert other.put(f"after {n}", embedding) and bytes_of(tmp_path) <= limit
+        assert store.put(f"after {n}", embedding) and bytes_of(tmp_path) <= limit
         assert int((tmp_path / ".lock").read_bytes()) == bytes_of(tmp_path)
     assert ended and n > 30
 
