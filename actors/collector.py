@@ -5,6 +5,9 @@
 
 A group is scored while others are sampled. Whatever becomes of the actors, each group is scored once, or put aside with
 its cause.
+
+Segmenters that have nothing to do prepare for groups that are yet to come to them, once for each. Nothing depends on
+how that ends: what failed ahead fails again when the group is scored, where it counts.
 """
 
 from collections.abc import Callable
@@ -14,7 +17,7 @@ from typing import Any, Literal
 
 from actors.calls import Call, Ended, Ref, Waiting
 from actors.ledger import Entry, Ledger
-from actors.pool import Member, Pool
+from actors.pool import AHEAD, Member, Pool
 
 Waits = Literal["queued", "sampled"]
 """Where a group waits to be dispatched."""
@@ -36,6 +39,10 @@ class Post:
     """Calls that a member has at the same time; None for the pool's own bound."""
     fit: Callable[[Member], bool] = lambda member: True
     """Whether a member may be given work."""
+    best: Callable[[Entry, Member], bool] = lambda entry, member: False
+    """Whether a group is better given to this member than to others."""
+    ahead: Callable[[Member, Entry], Ref] | None = None
+    """Calls a member to prepare for a group that is yet to come to it; None where there is nothing to prepare."""
     fault: Callable[[Entry, Any], str | None] = lambda entry, given: None
     """What is wrong with what the driver was given, in words; None if it is sound."""
 
@@ -47,16 +54,44 @@ class Collector:
         self.ledger = ledger
         self._posts: dict[Waits, Post] = {"queued": sampling, "sampled": scoring}
         self._calls = calls
+        self._unprepared = dict(self.ledger.entries) if scoring.ahead else {}
 
     def dispatch(self) -> None:
         """Make the calls that there is room for."""
         for stage, post in self._posts.items():
             for entry in self.ledger.waiting(stage):
-                member = post.pool.pick(alone=entry.alone, bound=post.bound, fit=post.fit)
+                best = partial(post.best, entry)
+                member = post.pool.pick(alone=entry.alone, bound=post.bound, fit=post.fit, best=best)
                 if member is not None:
                     self._make(post, member, entry)
                 elif not entry.alone:
                     break  # there is room for none of those after it
+        self._look_ahead()
+
+    def _look_ahead(self) -> None:
+        """Give segmenters that have nothing to do one group each that is yet to be sampled, unless one of them is
+        prepared for it by an earlier one."""
+        post = self._posts["sampled"]
+        idle = post.pool.idle if self._unprepared else []
+        while idle and self._unprepared:
+            entry = self._unprepared.pop(next(iter(self._unprepared)))
+            coming = entry.stage in ("queued", "sampling")
+            if coming and not any(post.best(entry, member) for member in post.pool.ready):
+                self._prepare(post, idle.pop(0), entry)
+
+    def _prepare(self, post: Post, member: Member, entry: Entry) -> None:
+        assert post.ahead is not None
+        post.pool.took(member, entry.id, AHEAD)
+        then = partial(self._prepared, post, entry)
+        call = Call(actor=member.name, doing="preparing", seconds=post.seconds, then=then)
+        self._calls.add(post.ahead(member, entry), call)
+
+    def _prepared(self, post: Post, entry: Entry, ended: Ended) -> None:
+        actor, cause = ended.call.actor, ended.cause
+        post.pool.gave(actor, entry.id, AHEAD)
+        if ended.fault in ("died", "late"):
+            post.pool.died(actor, cause)
+            self._calls.gone(actor, cause)
 
     def _make(self, post: Post, member: Member, entry: Entry) -> None:
         attempt = self.ledger.begin(entry.id)

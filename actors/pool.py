@@ -24,6 +24,8 @@ FAILED_STARTS = 3
 APART_S = 10.0
 """Seconds within which starts that fail count once: with a node all that start there die, and for some seconds Ray
 places others there."""
+AHEAD = 0
+"""In place of an attempt's number, which is above it."""
 ERRORS = 2
 """Errors of a member one after another before it is replaced."""
 
@@ -49,7 +51,7 @@ class Member:
     handle: Any
     state: State = "starting"
     flying: set[tuple[str, int]] = field(default_factory=set)
-    """Group and attempt of each call of work that it has."""
+    """Group and attempt of each call of work that it has; attempt `AHEAD` of those that prepare for a group."""
     reserved: bool = False
     """Nothing is dispatched to it beside the suspected group that it has, or waits for."""
     said: Any = None
@@ -60,6 +62,18 @@ class Member:
     """The weights that it works with; None for those of the model's folder."""
     taking: Any = None
     """The weights that it is being sent."""
+    images: dict[str, None] = field(default_factory=dict)
+    """Keys of the images that it was given and may have kept, that of longest disuse first."""
+
+    def remember(self, image: str) -> None:
+        """It was given an image."""
+        self.images.pop(image, None)
+        self.images[image] = None
+
+    def forget(self, kept: int) -> None:
+        """It has kept no more images than these, of which it was given the last."""
+        for image in list(self.images)[: max(0, len(self.images) - kept)]:
+            del self.images[image]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +123,11 @@ class Pool:
         """Those that are not on their way out."""
         return [member for member in self if member.state != "draining"]
 
+    @property
+    def idle(self) -> list[Member]:
+        """Those that have nothing to do, and of which nothing speaks against giving them something."""
+        return [member for member in self.ready if not (member.flying or member.reserved or member.errors)]
+
     def worked(self) -> Worked:
         """Since the pool was made."""
         # Called before any member comes, goes, gets work or ends it, and so nothing has changed since the last call.
@@ -154,11 +173,17 @@ class Pool:
             member.state = "ready"
 
     def pick(
-        self, *, alone: bool = False, bound: int | None = None, fit: Callable[[Member], bool] = lambda member: True
+        self,
+        *,
+        alone: bool = False,
+        bound: int | None = None,
+        fit: Callable[[Member], bool] = lambda member: True,
+        best: Callable[[Member], bool] = lambda member: False,
     ) -> Member | None:
         """The ready member with the least work that takes one more call; None if there is none now. alone: one that has
         no other work and gets none; the least loaded one is kept free for it. bound: in place of the pool's own. fit:
-        members that it returns False for get nothing."""
+        members that it returns False for get nothing. best: one that it returns True for comes before the others, as
+        long as it has room."""
         ready = [member for member in self.ready if fit(member)]
         if alone:
             free = [member for member in ready if not member.reserved or not member.flying]
@@ -170,7 +195,7 @@ class Pool:
         most = self.bound if bound is None else bound
         free = [member for member in ready if len(member.flying) < most and not member.reserved]
         # What failed at a member is tried elsewhere, if it can be.
-        return min(free, key=lambda member: (member.errors > 0, len(member.flying)), default=None)
+        return min(free, key=lambda member: (member.errors > 0, not best(member), len(member.flying)), default=None)
 
     def took(self, member: Member, id: str, attempt: int) -> None:
         """A call of work was made to a member."""
@@ -178,14 +203,16 @@ class Pool:
         member.flying.add((id, attempt))
 
     def gave(self, name: str, id: str, attempt: int, *, error: bool = False) -> None:
-        """A call of work ended. error: in an error; after some of them the member is replaced."""
+        """A call of work ended. error: in an error; after some of them the member is replaced. What is done ahead says
+        nothing of that, as it is done again where it failed."""
         member = self.members.get(name)
         if member is None:
             return
         self.worked()
         member.flying.discard((id, attempt))
         member.reserved = member.reserved and bool(member.flying)
-        member.errors = member.errors + 1 if error else 0
+        if attempt != AHEAD:
+            member.errors = member.errors + 1 if error else 0
         if member.errors >= ERRORS and not member.flying:
             self._remove(member, cause=f"{name} failed {ERRORS} times in turn")
 

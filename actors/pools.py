@@ -16,6 +16,7 @@ from actors.calls import Call, Calls, Ended, Ref
 from actors.collector import Post
 from actors.config import DeadlineConfig
 from actors.engine_report import Receiver, Sent, UpdateReceipt
+from actors.experts.desk import CacheUse
 from actors.failures import ActorDied, ActorFailed, DeadlinePassed, Lost, TransferFailed
 from actors.gpus import ALONE, Lodging
 from actors.ledger import Entry
@@ -26,6 +27,8 @@ from umrg.durable import FileRecord
 from umrg.group import Group, GroupSamples, SamplingParams
 from umrg.sample import Sample
 
+GROUPS_AT_ONCE = 4
+"""Groups that a segmenter has at the same time: those that wait are decoded together, while others are measured."""
 FORMING_S = 400.0
 """Seconds within which a group of learner and engines is formed."""
 
@@ -43,10 +46,14 @@ class GroupRefs:
     """Of the `Group` without its row's masks."""
     masks: Ref
     """Of the masks' files (`Sample.mask_bytes`), which only segmenters read."""
+    image: str
+    """Key of its image (`Sample.image_key`)."""
 
     @classmethod
     def put(cls, group: Group) -> Self:
-        return cls(group=ray.put(group.without_masks()), masks=ray.put(group.sample.mask_bytes))
+        stored, masks = group.without_masks(), group.sample.mask_bytes
+        # Asked for before it is stored, so that the key travels with it.
+        return cls(image=stored.sample.image_key, group=ray.put(stored), masks=ray.put(masks))
 
 
 @dataclass(kw_only=True, eq=False)
@@ -191,10 +198,11 @@ class RolloutPool(Pool):
 
 
 class SegmenterPool(Pool):
-    """The segmenter actors."""
+    """The segmenter actors. A group goes to one that was given its image before, as long as that has room: it has
+    most likely kept the image's embedding."""
 
     def __init__(self, starter: Starter, calls: Calls, deadlines: DeadlineConfig) -> None:
-        super().__init__("segmenter", starter, bound=2)  # the next group waits there while one is scored
+        super().__init__("segmenter", starter, bound=GROUPS_AT_ONCE)
         self._calls, self._deadlines = calls, deadlines
 
     def digests(self) -> list[str]:
@@ -202,15 +210,41 @@ class SegmenterPool(Pool):
         refs = {member.name: member.handle.digest.remote() for member in self.ready}
         return self._calls.gather(refs, seconds=self._deadlines.step, doing="hashing its expert")
 
+    def cache_use(self) -> CacheUse:
+        """Of all members together, since each was asked last. Who has which image is put right by it."""
+        refs = {member.name: member.handle.cache_use.remote() for member in self.ready}
+        found = self._calls.settle(refs, seconds=self._deadlines.step, doing="counting its embeddings")
+        for name, ended in found.items():
+            if ended.fault in ("died", "late"):
+                self.died(name, ended.cause)
+                self._calls.gone(name, ended.cause)
+            elif name in self.members and not ended.fault:
+                self.members[name].forget(ended.result.kept)
+        return sum((ended.result for ended in found.values() if not ended.fault), CacheUse())
+
     def scoring(self, groups: Mapping[str, GroupRefs], depth: ScoringDepth) -> Post:
         """Scoring as a stage of work; the driver is given the `ScoredGroup`. groups: by id."""
 
         def make(member: Member, entry: Entry) -> tuple[Ref, Ref]:
             refs, (_, samples) = groups[entry.id], entry.samples
+            member.remember(refs.image)
             scored = member.handle.score.remote(refs.group, refs.masks, samples, depth)
             return scored, scored
 
-        return Post(pool=self, make=make, doing="scoring", seconds=self._deadlines.step, fault=_mixed_up)
+        def ahead(member: Member, entry: Entry) -> Ref:
+            refs = groups[entry.id]
+            member.remember(refs.image)
+            return member.handle.embed.remote(refs.group, depth)
+
+        return Post(
+            pool=self,
+            make=make,
+            doing="scoring",
+            seconds=self._deadlines.step,
+            best=lambda entry, member: groups[entry.id].image in member.images,
+            ahead=ahead,
+            fault=_mixed_up,
+        )
 
 
 def _mixed_up(entry: Entry, scored: ScoredGroup) -> str | None:

@@ -41,13 +41,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import ray
 
 from actors.calls import Calls
 from actors.config import DeadlineConfig
+from actors.experts.protocol import Expert
 from actors.gpus import ALONE, Lodging
 from actors.learner_rank import LearnerRank, fetched
 from actors.pools import LearnerPool, RolloutPool, SegmenterPool
@@ -56,7 +57,7 @@ from actors.segmenter import Segmenter
 from bench.machine import processor
 from bench.rewards import THINK, table
 from rewards.answer_metrics import answer_metrics
-from rewards.case import Reference
+from rewards.case import Drawn, Reference
 from rewards.scored import ScoredAnswer, ScoredGroup
 from rewards.scoring import Scorer
 from umrg.answers import format_answer
@@ -134,17 +135,15 @@ class RecordedRollout(Rollout):
 class RecordedSegmenter(Segmenter):
     """A segmenter whose calls of its expert can be made again."""
 
-    def start(self, lodging: Lodging = ALONE) -> str:
-        digest = super().start(lodging)
-        recorder: Any = Recorder(self._loaded, "embed", "decode")
-        self._loaded = recorder
-        return digest
+    def _load(self, lodging: Lodging) -> Expert:
+        recorder: Any = Recorder(super()._load(lodging), "embed_all", "decode_all")
+        return cast(Expert, recorder)
 
     def again(self) -> float:
         """Seconds that the expert takes for the images and prompts of the last step."""
-        recorder: Any = self._loaded
+        recorder: Any = self._expert
         began = time.perf_counter()
-        recorder.again()
+        self._desk.do(recorder.again).result()
         return time.perf_counter() - began
 
 
@@ -245,6 +244,9 @@ class Host:
         await asyncio.sleep(seconds)
         return seconds, self._samples
 
+    async def embed(self, number: int, group: Group, depth: str) -> None:
+        """As `Segmenter.embed`, of an image that is kept."""
+
     async def score(
         self, number: int, group: Group, masks: tuple[bytes, ...], samples: GroupSamples, depth: str
     ) -> ScoredGroup:
@@ -272,13 +274,14 @@ class Simulated:
 
     def __init__(self, host: Any, number: int) -> None:
         self.sampled, self.score = Method(host.sampled, number), Method(host.score, number)
+        self.embed = Method(host.embed, number)
 
 
 def work_of(sample: Sample) -> tuple[GroupSamples, tuple[ScoredAnswer, ...]]:
     """What rollouts and segmenters return for a row."""
     rng, scorer = np.random.default_rng(0), Scorer.of_preset("mask")
     reference = Reference.of_sample(sample, with_mask=True)
-    mask = reference.mask
+    drawn = Drawn.of(reference.target, reference)
     text = format_answer(box=reference.box, points=reference.points, think=THINK)
     answer = scorer.read(text)
     completions = tuple(
@@ -293,11 +296,11 @@ def work_of(sample: Sample) -> tuple[GroupSamples, tuple[ScoredAnswer, ...]]:
     )
     answers = tuple(
         ScoredAnswer(
-            reward=scorer.score(answer, reference, mask, step=0),
+            reward=scorer.score(answer, reference, drawn, step=0),
             answer=answer,
             failure=None,
-            metrics=answer_metrics(answer, mask, reference, think=True),
-            mask=None if mask is None else encode_rle(mask),
+            metrics=answer_metrics(answer, drawn, reference, think=True),
+            mask=encode_rle(drawn.mask),
             expert_score=0.9,
         )
         for _ in range(N)

@@ -193,6 +193,9 @@ class SimulatedSegmenter:
         time.sleep(seconds)
         return ""
 
+    def embed(self, group: Group, depth: str) -> None:
+        """Nothing, for scoring has its time."""
+
     def score(self, group: Group, masks: tuple[bytes, ...], samples: GroupSamples, depth: str) -> ScoredGroup:
         time.sleep(self._speeds.score_s * self._speeds.scale)
         answers = self._answers[: len(samples.completions)]

@@ -52,6 +52,8 @@ class ActorSpec:
     """What it needs of its GPU while the other actor works with which it takes turns; None for one that takes none."""
     weights: int = 0
     """Bytes of the versions of weights that it is sent during the run, each; 0 if it is sent none."""
+    calls: int | None = None
+    """How many calls it takes at the same time, each in a thread; None for what Ray does."""
     nodes: int | None = None
     """Nodes over which the actors of its role are spread, as many on each; None for the fewest. Of the learner."""
 
@@ -178,7 +180,8 @@ class Hiring:
             spread=self._spread,
             environment=kind.environment,
         )
-        return ray.remote(kind.actor_class).options(**placement.options()).remote(**kind.arguments)
+        threads = {} if kind.calls is None else {"max_concurrency": kind.calls}
+        return ray.remote(kind.actor_class).options(**placement.options(), **threads).remote(**kind.arguments)
 
     def _shared(self) -> dict[tuple[str, str], float]:
         """What this run's actors take of each GPU that is shared out, by its node and its id."""

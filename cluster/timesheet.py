@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from actors.experts.desk import CacheUse
 from actors.pool import Pool, Worked
 
 AWAITED = {"rollout": "rollout", "segmenter": "score", "learner": "learn"}
@@ -95,6 +96,26 @@ class Timesheet:
             metrics[f"busy/{role}_awaited"] = share(worked.busy, worked.there)
         learn = sum(each.seconds for each in spells if each.phase == AWAITED["learner"])
         return {**metrics, "actors/learner": float(self._ranks), "busy/learner": share(learn, step)}
+
+
+def cache_metrics(use: CacheUse) -> dict[str, float]:
+    """The metrics of a step's use of the segmenters' caches of embeddings.
+
+    segmenter/embedded: images that the expert embedded.
+    segmenter/cache_hits, segmenter/cache_misses: images that were looked up and found, or not. One that is embedded
+    ahead is missed then, and found when its group is scored.
+    segmenter/cache_read: of the hits, those that came from disk.
+    segmenter/cache_hit_rate: share of hits.
+    segmenter/cache_mib: what all segmenters keep in memory at the step's end.
+    """
+    return {
+        "segmenter/embedded": float(use.embedded),
+        "segmenter/cache_hits": float(use.hits),
+        "segmenter/cache_misses": float(use.misses),
+        "segmenter/cache_read": float(use.read),
+        "segmenter/cache_hit_rate": share(use.hits, use.hits + use.misses),
+        "segmenter/cache_mib": use.bytes / 2**20,
+    }
 
 
 def _worked(spells: Sequence[_Spell], role: str) -> Worked:

@@ -33,7 +33,7 @@ from cluster.placement import alone
 from cluster.run_folder import RunFolder
 from cluster.scaling import Autoscaler, Scaling, Wishes
 from cluster.steps_ahead import StepsAhead
-from cluster.timesheet import Timesheet
+from cluster.timesheet import Timesheet, cache_metrics
 from cluster.trackers import Trackers
 from cluster.weight_sync import EVERY, Canary, publish, settle, sync_weights, tend
 from cluster.workers import Workers, ranks, ray_connection, rollouts, segmenters, started
@@ -214,7 +214,7 @@ class Training(Loop):
         with phase("sync"):
             gap = self.sync()
         scored = [group.scored for group in groups]
-        roles = self.timesheet.lap()
+        roles = {**self.timesheet.lap(), **cache_metrics(self.workers.segmenters.cache_use())}
         metrics = self.journal.step(self.step, scored, report, canary_gap=gap, resampled=resampled, roles=roles)
         self.display.step(self.step, metrics)
         self.scaling.follow(metrics)
@@ -260,6 +260,7 @@ class Training(Loop):
                 evaluation_groups(self.held_out),
                 replace(self.sampling, n=self.config.evaluation.n),
             )
+        self.workers.segmenters.cache_use()  # of the evaluation, which is no part of a step
         self.journal.evaluation(name, self.step, evaluation)
         self.display.evaluation(name, evaluation.summary())
 

@@ -22,7 +22,7 @@ from actors.engine_report import EngineReport
 from actors.experts.registry import check_expert
 from actors.failures import ActorDied, DeadlinePassed
 from actors.learner_rank import ZeroActor
-from actors.pools import LearnerDied, LearnerPool, RolloutPool, SegmenterPool, SupervisedPool
+from actors.pools import GROUPS_AT_ONCE, LearnerDied, LearnerPool, RolloutPool, SegmenterPool, SupervisedPool
 from actors.rollout import Rollout
 from actors.segmenter import Segmenter
 from cluster.colocation import fall_asleep, refuse_apart
@@ -90,6 +90,7 @@ def segmenters(
             arguments=arguments,
             environment=config.process_environment,
             need=need,
+            calls=GROUPS_AT_ONCE + 1,  # it answers questions beside them
         )
         for bundle in bundles("segmenter", config.actors, config)
     ]

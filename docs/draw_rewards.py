@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from numpy.typing import NDArray
 
 from rewards.box import bbox_align, bbox_iou, bbox_scale
-from rewards.case import Case, Reference
+from rewards.case import Case, Drawn, Reference
 from rewards.mask import boundary, mask_dice, mask_iou
 from rewards.options import Schedule
 from rewards.smoothing import blend, sexp, slog
@@ -26,7 +26,7 @@ REFERENCE = Reference(box=(320, 320, 520, 520), points=((380, 380), (460, 460)),
 def case(box: Box, mask: NDArray[np.bool_] | None = None, target: NDArray[np.bool_] | None = None) -> Case:
     answer = Answer(think="", form=Form.CORRECT, box=box, points=REFERENCE.points, strict=True)
     reference = Reference(box=REFERENCE.box, points=REFERENCE.points, size=REFERENCE.size, mask=target)
-    return Case(answer=answer, reference=reference, mask=mask)
+    return Case(answer=answer, reference=reference, drawn=None if mask is None else Drawn.of(mask, reference))
 
 
 def smoothing(axes: Any) -> None:

@@ -7,13 +7,10 @@ metric, and a malformed answer has 0, so a metric that measures an error is repo
 
 from collections.abc import Callable, Mapping
 
-import numpy as np
-from numpy.typing import NDArray
-
-from rewards.case import Reference
+from rewards.case import Drawn, Reference
 from umrg.answers import Answer
 from umrg.frames import Box, PointPair
-from umrg.metrics import box_iou, mask_dice, mask_iou, pdice, pdice_published
+from umrg.metrics import Overlap, box_iou, pdice, pdice_published
 
 METRICS = {
     "iou": "IoU",
@@ -36,16 +33,14 @@ _OF_BOX_AND_POINTS: Mapping[str, Callable[[Box, PointPair, Reference], float]] =
     "pdice": lambda box, points, reference: pdice(points, reference.points),
     "pdice_published": lambda box, points, reference: pdice_published(points, reference.points),
 }
-_OF_MASKS: Mapping[str, Callable[[NDArray[np.bool_], NDArray[np.bool_]], float]] = {
-    "dice": mask_dice,
-    "mask_iou": mask_iou,
+_OF_MASKS: Mapping[str, Callable[[Overlap], float]] = {
+    "dice": lambda overlap: overlap.dice,
+    "mask_iou": lambda overlap: overlap.iou,
 }
 
 
-def answer_metrics(
-    answer: Answer, mask: NDArray[np.bool_] | None, reference: Reference, *, think: bool
-) -> dict[str, float]:
-    """Metrics of one answer, in original pixels like the reference and the mask; 0 where it is not well formed.
+def answer_metrics(answer: Answer, drawn: Drawn | None, reference: Reference, *, think: bool) -> dict[str, float]:
+    """Metrics of one answer and its mask, in original pixels like the reference; 0 where it is not well formed.
 
     Metrics of the mask are there only where the reference has one. Each metric lies in [0, 1] except
     `pdice_published`, which reaches 2.
@@ -56,6 +51,6 @@ def answer_metrics(
     metrics = {"well_formed": 1.0}
     metrics |= {name: measure(answer.box, answer.points, reference) for name, measure in _OF_BOX_AND_POINTS.items()}
     if reference.mask is not None:
-        assert mask is not None, "a well-formed answer has the expert's mask"
-        metrics |= {name: measure(mask, reference.mask) for name, measure in _OF_MASKS.items()}
+        assert drawn is not None, "a well-formed answer has the expert's mask"
+        metrics |= {name: measure(drawn.overlap) for name, measure in _OF_MASKS.items()}
     return metrics

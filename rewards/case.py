@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Self, TypeVar
 
 import numpy as np
@@ -9,6 +10,8 @@ from numpy.typing import NDArray
 
 from umrg.answers import Answer
 from umrg.frames import Box, PointPair, Size
+from umrg.metrics import Overlap
+from umrg.mistake import Mistake
 from umrg.sample import Sample
 
 
@@ -33,6 +36,38 @@ class Reference:
         mask = sample.mask() if with_mask else None
         return cls(box=sample.box, points=sample.points, size=sample.size, mask=mask, name=sample.name)
 
+    @property
+    def target(self) -> NDArray[np.bool_]:
+        """The mask, bool [H, W]. Raises ValueError if there is none."""
+        if self.mask is None:
+            raise Mistake("a mask term needs reference masks; use data with masks, or no mask terms")
+        return self.mask
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Drawn:
+    """The expert's mask for an answer, wherever it lies: it is brought here once a term looks at its pixels."""
+
+    fetch: Callable[[], NDArray[np.bool_]]
+    """Brings the mask here, bool [H, W]."""
+    compare: Callable[[], Overlap]
+    """Counts pixels of it and of the reference mask. Raises ValueError if they differ in size."""
+
+    @classmethod
+    def of(cls, mask: NDArray[np.bool_], reference: "Reference") -> Self:
+        """A mask that is here already."""
+        return cls(fetch=lambda: mask, compare=lambda: Overlap.of(mask, reference.target))
+
+    @cached_property
+    def mask(self) -> NDArray[np.bool_]:
+        """bool [H, W]."""
+        return self.fetch()
+
+    @cached_property
+    def overlap(self) -> Overlap:
+        """With the reference mask."""
+        return self.compare()
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Case:
@@ -42,12 +77,17 @@ class Case:
     """What the completion says, in original pixels, and its text."""
     reference: Reference
     """What the answer is compared with."""
-    mask: NDArray[np.bool_] | None = field(default=None, repr=False)
-    """The expert's mask for this answer, bool [H, W]; None where none was decoded."""
+    drawn: Drawn | None = field(default=None, repr=False)
+    """The expert's mask for this answer; None where none was decoded."""
     pixel: float = 1.0
     """Length, in original pixels, of one pixel of the thresholds."""
     think: bool = True
     """Whether the prompt asked for reasoning."""
+
+    @property
+    def mask(self) -> NDArray[np.bool_] | None:
+        """The expert's mask for this answer, bool [H, W]; None where none was decoded."""
+        return None if self.drawn is None else self.drawn.mask
 
 
 Term = Callable[..., float]

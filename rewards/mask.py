@@ -4,13 +4,9 @@ Every term raises MissingMask if a well-formed answer has no mask, and ValueErro
 differ in size.
 """
 
-import numpy as np
-from numpy.typing import NDArray
-
-from rewards.case import Case, looks_at_masks
+from rewards.case import Case, Drawn, looks_at_masks
 from rewards.options import Pixels
-from umrg import metrics
-from umrg.mistake import Mistake
+from umrg.metrics import surface_dice
 
 
 class MissingMask(RuntimeError):
@@ -20,13 +16,13 @@ class MissingMask(RuntimeError):
 @looks_at_masks
 def mask_dice(case: Case) -> float:
     """Dice of the two masks."""
-    return metrics.mask_dice(*_masks(case)) if case.answer.promptable else 0.0
+    return _drawn(case).overlap.dice if case.answer.promptable else 0.0
 
 
 @looks_at_masks
 def mask_iou(case: Case) -> float:
     """Intersection over union of the two masks."""
-    return metrics.mask_iou(*_masks(case)) if case.answer.promptable else 0.0
+    return _drawn(case).overlap.iou if case.answer.promptable else 0.0
 
 
 @looks_at_masks
@@ -35,12 +31,10 @@ def boundary(case: Case, *, tolerance: Pixels = 2.0) -> float:
     Dice of Nikolov et al. (2021, arXiv:1809.04430)."""
     if not case.answer.promptable:
         return 0.0
-    return metrics.surface_dice(*_masks(case), tolerance=tolerance * case.pixel)
+    return surface_dice(_drawn(case).mask, case.reference.target, tolerance=tolerance * case.pixel)
 
 
-def _masks(case: Case) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    if case.mask is None:
+def _drawn(case: Case) -> Drawn:
+    if case.drawn is None:
         raise MissingMask("a well-formed answer reached a mask term without the expert's mask")
-    if case.reference.mask is None:
-        raise Mistake("a mask term needs reference masks; use data with masks, or no mask terms")
-    return case.mask, case.reference.mask
+    return case.drawn

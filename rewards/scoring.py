@@ -3,8 +3,8 @@
 scorer = Scorer.of_preset("mask")
 reference = Reference.of_sample(sample, with_mask=scorer.uses_mask)
 answer = scorer.read(completion.text).to_original(frames, Frame.MODEL)
-mask = segment(answer) if scorer.uses_mask and answer.promptable else None
-reward = scorer.score(answer, reference, mask, step=group.step)     # reward.total, reward.parts["bbox_iou"]
+drawn = Drawn.of(segment(answer), reference) if scorer.uses_mask and answer.promptable else None
+reward = scorer.score(answer, reference, drawn, step=group.step)    # reward.total, reward.parts["bbox_iou"]
 """
 
 import math
@@ -12,10 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
-import numpy as np
-from numpy.typing import NDArray
-
-from rewards.case import Case, Reference, Term
+from rewards.case import Case, Drawn, Reference, Term
 from rewards.options import Option, at_step, checked_options
 from rewards.presets import MASK_TERMS, find_preset, find_term
 from rewards.user_terms import UserTerm
@@ -109,10 +106,8 @@ class Scorer:
         """Parse a completion with the parser that belongs to this reward."""
         return parse_published(completion) if self._published else parse_answer(completion)
 
-    def score(
-        self, answer: Answer, reference: Reference, mask: NDArray[np.bool_] | None = None, *, step: int = 0
-    ) -> Reward:
-        """Score one answer. Answer, reference and the expert's mask (bool [H, W]) are in original pixels.
+    def score(self, answer: Answer, reference: Reference, drawn: Drawn | None = None, *, step: int = 0) -> Reward:
+        """Score one answer. Answer, reference and the expert's mask are in original pixels.
 
         step: the training step, which scheduled options follow; 0 in evaluation.
 
@@ -120,6 +115,6 @@ class Scorer:
         no mask then, and RewardTermError if a user's own term fails.
         """
         pixel = 1.0 if self._published else reference.size.long_side / _RELEASED_SIDE
-        case = Case(answer=answer, reference=reference, mask=mask, pixel=pixel, think=self._think)
+        case = Case(answer=answer, reference=reference, drawn=drawn, pixel=pixel, think=self._think)
         parts = {term.name: term.value(case, step) for term in self._terms}
         return Reward(total=sum(self.weights[name] * value for name, value in parts.items()), parts=parts)

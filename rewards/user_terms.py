@@ -10,7 +10,7 @@ from numbers import Real
 
 import numpy as np
 
-from rewards.case import Case, Reference, Term
+from rewards.case import Case, Drawn, Reference, Term
 from rewards.options import Option, at_step
 from umrg.answers import Answer, format_answer, parse_answer
 from umrg.frames import Size
@@ -89,9 +89,10 @@ def _trial_cases() -> list[Case]:
     reference = Reference(
         box=(8, 16, 40, 48), points=((16, 24), (32, 40)), size=Size(64, 64), mask=mask, name="the trial sample"
     )
+    drawn = Drawn.of(mask, reference)
     text = format_answer(box=reference.box, points=reference.points, think="The kidney filters blood.")
     answers: list[tuple[Answer, bool]] = [(parse_answer(text), True), (parse_answer(""), False)]
     return [
-        Case(answer=answer, reference=reference, mask=mask if drawn else None, pixel=64 / 840)
-        for answer, drawn in answers
+        Case(answer=answer, reference=reference, drawn=drawn if well_formed else None, pixel=64 / 840)
+        for answer, well_formed in answers
     ]

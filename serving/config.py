@@ -104,6 +104,14 @@ class ServeConfig(ReasonerConfig):
             raise Mistake("auth is off and there are keys; leave out one of both")
         return self
 
+    @model_validator(mode="after")
+    def _in_memory_alone(self) -> Self:
+        if self.segmenter.embeddings.folder is not None:
+            raise Mistake(
+                "a service writes nothing of its clients' images to a disk; set segmenter.embeddings.folder to null"
+            )
+        return self
+
     @property
     def served_name(self) -> str:
         """What clients call the model: of a run's model the run's name."""

@@ -1,27 +1,27 @@
 """The segmenter's replica: it draws masks for the reasoner's answers and for callers' own prompts.
 
-    event loop  ── embeddings by id: kept, under way, or new ──┐
-    one thread  ◄── all work of torch, one after another ──────┘──► mask, score ──► run lengths
+    event loop  ── images by their ids, prompts ──► the desk: embeddings kept, under way, or new ──► mask, score, runs
 
-All that the expert computes runs in one thread, so that the event loop meanwhile takes requests and answers health
-checks. What is drawn is what training draws: the expert is loaded and asked as the segmenter of training does.
+All that the expert computes runs in one thread (`actors.experts.desk`), so that the event loop meanwhile takes requests
+and answers health checks. What is drawn is what training draws: the expert is loaded and asked as the segmenter of
+training does. An id holds whose picture it is, so that nobody finds the embedding of another's.
 """
 
 import asyncio
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.experts.cache import EmbeddingCache
+from actors.experts.cache import open_cache
+from actors.experts.desk import Desk
+from actors.experts.protocol import Prompts
 from serving.config import ServeConfig
 from serving.consensus import vote
-from serving.embeddings import Embeddings
 from serving.messages import Drawn, Prompt, UnknownImage
 from umrg.answers import Answer
 from umrg.frames import Size
@@ -30,8 +30,6 @@ from umrg.mistake import Mistake
 
 if TYPE_CHECKING:
     from actors.experts.protocol import Decoded, Embedding, Expert
-
-T = TypeVar("T")
 
 _TINY_SIDE = 64
 _TINY_BOX = (16.0, 16.0, 47.0, 47.0)
@@ -82,25 +80,28 @@ class Segmenter:
     ) -> None:
         self._expert = load(config)
         self._patience = patience
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="expert")
-        self._cache = EmbeddingCache(limit=config.segmenter.embeddings.memory_mib << 20)
-        self._embeddings = Embeddings(self._embed_all, self._cache, at_once=self._expert.images_at_once)
-        self._finished = self._decoded = 0
+        self._cache = open_cache(config.segmenter.embeddings, self._expert)
+        self._desk = Desk(self._expert, self._cache, at_once=self._expert.images_at_once)
         # In the thread of all later work, since torch keeps its helper threads and buffers for each.
-        (self._tiny,) = self._thread.submit(self._embedded, [_tiny_image()]).result()
-        self._expected = self._thread.submit(self._warm_up).result()
+        self._tiny = self._desk.do(lambda: self._expert.embed(_tiny_image())).result()
+        self._expected = self._desk.do(self._warm_up).result()
 
     async def embed(self, image_id: str, pixels: NDArray[np.uint8]) -> None:
         """Embed an image, uint8 [H, W, 3], and keep its embedding."""
-        await self._embeddings.of(image_id, pixels)
+        await asyncio.wrap_future(self._desk.embed(image_id, pixels))
 
     async def draw(self, image_id: str, pixels: NDArray[np.uint8], answers: Sequence[Answer]) -> Drawn | None:
         """The mask of an answer, or the consensus of several, all in original pixels; None where none has a usable box
         and points. pixels: uint8 [H, W, 3]."""
-        if not any(answer.promptable for answer in answers):
+        from actors.experts.drawing import prompts_of
+
+        usable = {i: answer for i, answer in enumerate(answers) if answer.promptable}
+        if not usable:
             return None
-        embedding = await self._embeddings.of(image_id, pixels)
-        return await self._run(partial(self._answered, embedding, answers))
+        embedding = await asyncio.wrap_future(self._desk.embed(image_id, pixels))
+        prompts = prompts_of(self._expert, embedding, list(usable.values()))
+        read = partial(_consensus, list(usable), len(answers))
+        return await asyncio.wrap_future(self._desk.decode(prompts, read))
 
     async def segment(self, image_id: str, pixels: NDArray[np.uint8] | None, prompt: Prompt) -> Drawn:
         """The mask of a caller's prompt. pixels: uint8 [H, W, 3]; None for an image whose embedding is kept. Raises
@@ -108,24 +109,22 @@ class Segmenter:
         _check_prompt(prompt, self._expert)
         if pixels is not None:
             _check_within(prompt, Size(width=pixels.shape[1], height=pixels.shape[0]))
-            embedding = await self._embeddings.of(image_id, pixels)
-        else:
-            kept = await self._embeddings.kept(image_id)
-            if kept is None:
-                raise UnknownImage("no image is kept by this id, or no longer; send the image itself")
-            embedding = kept
-            _check_within(prompt, embedding.original)
-        return await self._run(partial(self._prompted, embedding, prompt))
+        found = self._desk.kept(image_id) if pixels is None else self._desk.embed(image_id, pixels)
+        if found is None:
+            raise UnknownImage("no image is kept by this id, or no longer; send the image itself")
+        embedding = await asyncio.wrap_future(found)
+        _check_within(prompt, embedding.original)
+        return await asyncio.wrap_future(self._desk.decode(_prompts(embedding, prompt), partial(_drawn, 0)))
 
     async def check_health(self) -> None:
         """Raise RuntimeError if the expert no longer draws what it drew at the start, or if its thread is stuck. A
         thread that is busy, but finishes its work, is well."""
-        before = self._finished
-        probe = self._run(self._draw_tiny)
+        before = self._desk.finished
+        probe = asyncio.wrap_future(self._desk.do(self._draw_tiny))
         await asyncio.wait([probe], timeout=self._patience)
         if not probe.done():
             probe.cancel()
-            if self._finished == before:
+            if self._desk.finished == before:
                 raise RuntimeError(f"the expert has finished nothing within {self._patience:g} s")
             return
         if not _alike(probe.result(), self._expected):
@@ -136,68 +135,25 @@ class Segmenter:
         return Stats(
             hits=self._cache.hits,
             misses=self._cache.misses,
-            embedded=self._embeddings.embedded,
-            decoded=self._decoded,
+            embedded=self._desk.embedded,
+            decoded=self._desk.decoded,
             kept=len(self._cache),
             kept_bytes=self._cache.bytes,
         )
 
     def close(self) -> None:
         """End the thread after what it is doing; what waits for it is cancelled."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
-
-    def _run(self, work: Callable[[], T]) -> asyncio.Future[T]:
-        """Have the expert's thread do some work."""
-        return asyncio.get_running_loop().run_in_executor(self._thread, self._counted, work)
-
-    def _counted(self, work: Callable[[], T]) -> T:
-        try:
-            return work()
-        finally:
-            self._finished += 1
-
-    def _embed_all(self, images: Sequence[NDArray[np.uint8]]) -> "asyncio.Future[Sequence[Embedding]]":
-        return self._run(partial(self._embedded, images))
-
-    def _embedded(self, images: Sequence[NDArray[np.uint8]]) -> "Sequence[Embedding]":
-        """In the main memory, whose use a GPU's other tenants do not feel; `decode` takes it back in a millisecond."""
-        return [
-            replace(each, features=tuple(level.cpu() for level in each.features))
-            for each in self._expert.embed_all(images)
-        ]
-
-    def _answered(self, embedding: "Embedding", answers: Sequence[Answer]) -> Drawn | None:
-        from actors.experts.drawing import draw_masks
-
-        drawn = draw_masks(self._expert, embedding, answers)
-        self._decoded += len(drawn)
-        if len(answers) == 1:
-            return _drawn(*drawn[0])
-        chosen = vote([drawn[i][0] if i in drawn else None for i in range(len(answers))])
-        if chosen is None:
-            return None
-        score = drawn[chosen.chosen][1]
-        return replace(_drawn(chosen.mask, score), chosen=chosen.chosen, confidence=chosen.confidence)
-
-    def _prompted(self, embedding: "Embedding", prompt: Prompt) -> Drawn:
-        decoded = self._expert.decode(
-            embedding,
-            boxes=None if prompt.box is None else np.array([prompt.box]),
-            points=np.array([prompt.points]) if prompt.points else None,
-            labels=np.array([prompt.labels]) if prompt.labels else None,
-        )
-        self._decoded += 1
-        return _drawn(decoded.masks[0], float(decoded.scores[0]))
+        self._desk.close()
 
     def _warm_up(self) -> "Decoded":
         """Run every shape of the encoder and every kind of prompt once; what the expert draws on a tiny image."""
         for doublings in range(1, self._expert.images_at_once.bit_length()):
-            self._embedded([_tiny_image()] * (1 << doublings))
+            self._expert.embed_all([_tiny_image()] * (1 << doublings))
         self._expert.decode(self._tiny, boxes=np.array([_TINY_BOX]))
         if self._expert.takes_points:
             self._expert.decode(self._tiny, points=np.array([_TINY_POINTS]))
         decoded = self._draw_tiny()
-        encode_rle(decoded.masks[0])
+        _drawn(0, decoded)
         if not (np.isfinite(decoded.logits).all() and np.isfinite(decoded.scores).all()):
             raise RuntimeError(f"the expert {self._expert.name} computes numbers that are not finite; try float32")
         return decoded
@@ -214,8 +170,38 @@ def _tiny_image() -> NDArray[np.uint8]:
     return image
 
 
-def _drawn(mask: NDArray[np.bool_], score: float) -> Drawn:
-    return Drawn(mask=encode_rle(mask), width=mask.shape[1], height=mask.shape[0], score=score)
+def _prompts(embedding: "Embedding", prompt: Prompt) -> Prompts:
+    return Prompts(
+        embedding=embedding,
+        boxes=None if prompt.box is None else np.array([prompt.box]),
+        points=np.array([prompt.points]) if prompt.points else None,
+        labels=np.array([prompt.labels]) if prompt.labels else None,
+    )
+
+
+def _drawn(row: int, decoded: "Decoded") -> Drawn:
+    from actors.experts.measuring import encoded
+
+    (runs,) = encoded(decoded.drawn[row : row + 1])
+    height, width = decoded.drawn.shape[1:]
+    return Drawn(mask=runs, width=width, height=height, score=float(decoded.scores[row]))
+
+
+def _consensus(usable: Sequence[int], answers: int, decoded: "Decoded") -> Drawn:
+    """usable: which of so many answers were decoded, in order."""
+    if answers == 1:
+        return _drawn(0, decoded)
+    rows = {i: row for row, i in enumerate(usable)}
+    chosen = vote([decoded.masks[rows[i]] if i in rows else None for i in range(answers)])
+    assert chosen is not None, "one at least is usable"
+    return Drawn(
+        mask=encode_rle(chosen.mask),
+        width=chosen.mask.shape[1],
+        height=chosen.mask.shape[0],
+        score=float(decoded.scores[rows[chosen.chosen]]),
+        chosen=chosen.chosen,
+        confidence=chosen.confidence,
+    )
 
 
 def _alike(now: "Decoded", expected: "Decoded") -> bool:

@@ -23,7 +23,7 @@ settings.load_profile(os.environ.get("MEDREASONER_HYPOTHESIS", "steady"))
 
 ROOT = Path(__file__).parents[1]
 TINY_REASONER = ROOT / "models" / "tiny-reasoner"
-TIMED = ("seconds/", "actors/", "busy/")
+TIMED = ("seconds/", "actors/", "busy/", "segmenter/")
 """Groups of metrics that depend on how fast the machine is; all others are the same wherever a run is made."""
 
 

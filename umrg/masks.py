@@ -2,28 +2,41 @@
 
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco
 
-_PIXELS_PER_RUN = 256
+PIXELS_PER_RUN = 256
 """Masks of shorter runs are encoded by pycocotools: each run is a Python number on its way there."""
 
 
 def encode_rle(mask: NDArray[np.bool_]) -> dict[str, object]:
     """Encode a mask, bool [H, W], as COCO's compressed RLE `{"size": [H, W], "counts": text}`."""
-    runs = _runs(mask) if mask.size else None
-    if runs is None:
+    starts = _starts(mask) if mask.size else None
+    if starts is None:
         # COCO counts runs along columns, so pycocotools requires Fortran order.
-        encoded = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
-    else:
-        encoded = coco.frPyObjects({"size": list(mask.shape), "counts": runs}, *mask.shape)
+        return _readable(coco.encode(np.asfortranarray(mask, dtype=np.uint8)))
+    return encode_runs(starts, *mask.shape)
+
+
+def encode_runs(starts: NDArray[np.integer], height: int, width: int) -> dict[str, object]:
+    """Encode a mask of that size, of one pixel at least, as `encode_rle` does, by its runs along columns.
+
+    starts: int [k], ascending positions, column by column, of the pixels that differ from the one before them; the
+    first pixel of all differs if it is in the mask.
+    """
+    lengths: list[int] = np.diff(starts, prepend=0, append=height * width).tolist()
+    return _readable(coco.frPyObjects({"size": [height, width], "counts": lengths}, height, width))
+
+
+def _readable(encoded: Mapping[str, Any]) -> dict[str, object]:
     return {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
 
 
-def _runs(mask: NDArray[np.bool_]) -> list[int] | None:
-    """Lengths of the runs along columns, the first of them outside the mask; None if there are many.
+def _starts(mask: NDArray[np.bool_]) -> NDArray[np.integer] | None:
+    """The starts of a mask's runs, as `encode_runs` takes them; None if there are many.
 
     Only the pixels that differ from the one before them are looked at one by one. Putting all pixels into the order of
     columns takes ten times as long for a large image.
@@ -33,11 +46,10 @@ def _runs(mask: NDArray[np.bool_]) -> list[int] | None:
     np.not_equal(mask[1:], mask[:-1], out=starts[1:])
     np.not_equal(mask[0, 1:], mask[-1, :-1], out=starts[0, 1:])
     starts[0, 0] = mask[0, 0]
-    if np.count_nonzero(starts) > mask.size // _PIXELS_PER_RUN:
+    if np.count_nonzero(starts) > mask.size // PIXELS_PER_RUN:
         return None
     rows, columns = np.divmod(np.flatnonzero(starts), width)
-    lengths: list[int] = np.diff(np.sort(columns * height + rows), prepend=0, append=mask.size).tolist()
-    return lengths
+    return np.sort(columns * height + rows)
 
 
 def decode_rle(encoded: Mapping[str, object]) -> NDArray[np.bool_]:

@@ -1,6 +1,8 @@
 """Metrics that compare boxes, points and masks with a reference."""
 
 import math
+from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,16 +63,46 @@ def pdice_published(a: PointPair, b: PointPair) -> float:
     return min(2.0, 2 * intersection / union) if union > 0 else 2.0 * float(set(a) == set(b))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Overlap:
+    """How two masks overlap, in pixels."""
+
+    both: int
+    """Of their intersection."""
+    predicted: int
+    reference: int
+
+    @classmethod
+    def of(cls, prediction: NDArray[np.bool_], reference: NDArray[np.bool_]) -> Self:
+        """Of two masks, bool [H, W]. Raises ValueError if they differ in size."""
+        _check_sizes(prediction, reference)
+        return cls(
+            both=int(np.count_nonzero(prediction & reference)),
+            predicted=int(np.count_nonzero(prediction)),
+            reference=int(np.count_nonzero(reference)),
+        )
+
+    @property
+    def dice(self) -> float:
+        """Dice coefficient, in [0, 1]. Two empty masks give 1, as for a `no_target` row."""
+        total = self.predicted + self.reference
+        return 2 * self.both / total if total else 1.0
+
+    @property
+    def iou(self) -> float:
+        """Intersection over union, in [0, 1]. Two empty masks give 1."""
+        total = self.predicted + self.reference
+        return self.both / (total - self.both) if total else 1.0
+
+
 def mask_dice(prediction: NDArray[np.bool_], reference: NDArray[np.bool_]) -> float:
-    """Dice coefficient of two masks, bool [H, W], in [0, 1]. Two empty masks give 1, as for a `no_target` row."""
-    intersection, total = _mask_counts(prediction, reference)
-    return 2 * intersection / total if total else 1.0
+    """`Overlap.dice` of two masks, bool [H, W]."""
+    return Overlap.of(prediction, reference).dice
 
 
 def mask_iou(prediction: NDArray[np.bool_], reference: NDArray[np.bool_]) -> float:
-    """Intersection over union of two masks, bool [H, W], in [0, 1]. Two empty masks give 1."""
-    intersection, total = _mask_counts(prediction, reference)
-    return intersection / (total - intersection) if total else 1.0
+    """`Overlap.iou` of two masks, bool [H, W]."""
+    return Overlap.of(prediction, reference).iou
 
 
 def surface_dice(prediction: NDArray[np.bool_], reference: NDArray[np.bool_], *, tolerance: float) -> float:
@@ -105,12 +137,6 @@ def _length_far_from(other: NDArray[np.float64], outline: NDArray[np.float64], t
     if not other.any():
         return float(outline.sum())
     return float(outline[distance_transform_edt(other == 0) > tolerance].sum())
-
-
-def _mask_counts(prediction: NDArray[np.bool_], reference: NDArray[np.bool_]) -> tuple[int, int]:
-    _check_sizes(prediction, reference)
-    intersection = int(np.count_nonzero(prediction & reference))
-    return intersection, int(np.count_nonzero(prediction)) + int(np.count_nonzero(reference))
 
 
 def _area(width: float, height: float) -> float:

@@ -272,9 +272,10 @@ class Promptable(ABC):
             return
         if not self.takes_masks:
             raise Mistake(f"{self.name} takes no mask as a prompt with preprocess {self.preprocess!r}; drop it")
-        if prompts.masks.ndim != 3 or len(prompts.masks) != count or not np.isfinite(prompts.masks).all():
+        low = [4 * side for side in prompts.embedding.features[0].shape[2:]]
+        if list(prompts.masks.shape) != [count, *low] or not np.isfinite(prompts.masks).all():
             raise Mistake(
-                f"masks are finite logits [n, h, w] of {count} prompts, as they were decoded before; these are "
+                f"a mask as prompt is finite logits as they were decoded before, here {[count, *low]}; these are "
                 f"{list(prompts.masks.shape)}"
             )
 

@@ -202,7 +202,8 @@ def _touched(path: Path) -> bool:
     """Note that a file is used now; False if there is none."""
     now = time.time_ns()  # the file system's own clock ticks every few milliseconds
     try:
-        os.utime(path, ns=(now, now))
+        with named(path):
+            os.utime(path, ns=(now, now))
     except FileNotFoundError:
         return False
     return True

@@ -78,7 +78,7 @@ def embed(
     dataset = Dataset.open(files)
     import torch
 
-    from actors.experts.registry import load_expert
+    from actors.experts.registry import licence_line, load_expert
     from actors.experts.store import EmbeddingStore
     from cluster.commands.embedding import GIB, embed_dataset
 
@@ -91,6 +91,7 @@ def embed(
         dtype=dtype.value,
         preprocess=preprocess.value,
     )
+    typer.echo(licence_line(expert, checkpoint), err=True)
     store = EmbeddingStore(folder, limit=disk_gib * GIB, fingerprint=loaded.fingerprint())
     filled = embed_dataset(
         dataset, loaded, store, limit=disk_gib * GIB, say=lambda text: typer.echo(f"warning: {text}", err=True)

@@ -26,6 +26,8 @@ LAG = {
     "Share of these weights above their cap": {"share": "learner/truncated_fraction"},
 }
 """Charts of a run whose steps overlapped."""
+CACHE = {"Images whose embedding was kept, share": {"found": "segmenter/cache_hit_rate"}}
+"""Charts of a run whose reward looks at masks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +108,7 @@ def all_charts(metrics: Sequence[Mapping[str, float]]) -> list[str]:
         "Learner": {name: f"learner/{name}" for name in ("grad_norm", "kl", "clip_fraction")},
         "Engine against learner (nats)": {name: f"learner/{name}" for name in ("engine_gap", "canary_gap")},
         **(LAG if lagging else {}),
+        **(CACHE if any(line.get("segmenter/cache_hits") for line in metrics) else {}),
         "Busy, share of a step": {role: f"busy/{role}" for role in AWAITED},
     }
     found = []

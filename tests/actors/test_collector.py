@@ -3,6 +3,7 @@
 import random
 import tracemalloc
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from actors.calls import Call, Ended
 from actors.collector import Collector, Post
 from actors.failures import ActorFailed
 from actors.ledger import Ledger
-from actors.pool import APART_S, Pool
+from actors.pool import APART_S, Member, Pool
 
 
 class World:
@@ -32,9 +33,12 @@ class World:
             Post(pool=pool, make=lambda member, entry: self.make(member, entry), doing="working", seconds=10.0)
             for pool in self.pools.values()
         )
+        scoring = replace(scoring, ahead=self.ahead, best=lambda entry, member: self.image(entry) in member.images)
         self.collector = Collector(self.ledger, sampling, scoring, self)
         self.refs = 0
         self.group: dict[int, str] = {}
+        self.prepared: list[tuple[str, str]] = []
+        """Group and member of each call that was made ahead."""
 
     # As a `Starter`.
     def start(self, pool, name):
@@ -50,9 +54,21 @@ class World:
     def make(self, member, entry):
         assert member.state == "ready" and len(member.flying) <= self.pools[self.role(member.name)].bound
         assert not entry.alone or len(member.flying) == 1, "a suspect has company"
+        member.remember(self.image(entry))
         self.refs += 1
         self.group[self.refs] = entry.id
         return self.refs, self.refs
+
+    def ahead(self, member, entry):
+        assert entry.stage in ("queued", "sampling") and entry.id not in [id for id, _ in self.prepared]
+        assert member.state == "ready" and len(member.flying) == 1 and not member.reserved
+        self.prepared.append((entry.id, member.name))
+        return self.make(member, entry)[0]
+
+    @staticmethod
+    def image(entry):
+        """Two groups each are about the same."""
+        return int(entry.id.rpartition("/")[2].lstrip("g"), 36) // 2
 
     def add(self, ref, call):
         self.flying[ref] = (call, self.now + call.seconds)
@@ -268,3 +284,79 @@ def test_scaling_down_lets_work_end_first():
         world.answer(ref)
     world.pools["rollout"].reconcile(1)
     assert leaving.name not in world.alive and all(world.ledger.entries[id].stage != "queued" for id, _ in had)
+
+
+def world_of_many(groups, *, segmenters, **settings):
+    """After a turn in which rollouts have taken what they have room for."""
+    world = World([f"g{i}" for i in range(groups)], **settings)
+    world.turn({"rollout": 2, "segmenter": segmenters})
+    return world
+
+
+def answer_all(world, role):
+    for ref in [ref for ref, (call, _) in world.flying.items() if world.role(call.actor) == role]:
+        world.answer(ref)
+
+
+def test_segmenters_with_nothing_to_do_prepare_for_groups_that_are_being_sampled():
+    """One image each at a time, which none was given before."""
+    world = world_of_many(8, segmenters=2)
+    assert world.prepared == [("g0", "segmenter 0"), ("g2", "segmenter 1")]
+    world.turn({"rollout": 2, "segmenter": 2})
+    assert len(world.prepared) == 2, "both are busy"
+    world.now += 3.0
+    answer_all(world, "segmenter")
+    assert world.pools["segmenter"].worked().busy == 6.0
+    world.turn({"rollout": 2, "segmenter": 2})
+    assert world.prepared[2:] == [("g4", "segmenter 0"), ("g6", "segmenter 1")]
+    world.settle({"rollout": 2, "segmenter": 2})
+    assert len(world.prepared) == 4
+
+
+def test_a_group_is_scored_where_its_image_is_as_long_as_there_is_room():
+    pool = Pool("segmenter", World([]), bound=2)
+    pool.adopt({f"segmenter {i}": None for i in range(2)})
+    first, second = pool
+    second.remember("liver")
+
+    def pick():
+        return pool.pick(best=lambda member: "liver" in member.images)
+
+    for i, expected in enumerate((second, second, first)):  # a busy one holds up nothing
+        assert pick() is expected
+        pool.took(expected, f"x{i}", 1)
+    pool.gave(second.name, "x0", 1, error=True)
+    assert pick() is first, "what failed is tried elsewhere"
+
+
+def test_what_fails_ahead_puts_no_group_aside_and_is_not_tried_ahead_again():
+    """One image kills a segmenter, another cannot be embedded: both are met again when their groups are scored."""
+    world = world_of_many(6, segmenters=1, poison=["g0"], broken=["g2"])
+    answer_all(world, "segmenter")
+    assert not world.pools["segmenter"].ready and world.ledger.entries["g0"].deaths == 0
+    for _ in range(20):
+        world.turn({"rollout": 0, "segmenter": 1})
+        answer_all(world, "segmenter")
+    assert [id for id, _ in world.prepared] == ["g0", "g1", "g2", "g4"], "the other that is about the image too"
+    assert all(not entry.deaths and not entry.errors for entry in world.ledger.entries.values())
+    assert world.pools["segmenter"].ready[0].errors == 0
+
+
+def test_a_member_is_known_to_have_the_images_that_it_was_given_last():
+    member = Member(name="segmenter 0", handle=None)
+    for image in ("liver", "lung", "liver", "heart"):
+        member.remember(image)
+    member.forget(kept=5)
+    assert list(member.images) == ["lung", "liver", "heart"]
+    member.forget(kept=2)
+    assert list(member.images) == ["liver", "heart"]
+
+
+def test_nothing_is_prepared_at_a_segmenter_that_drains():
+    world = world_of_many(8, segmenters=2)
+    answer_all(world, "segmenter")
+    before = len(world.prepared)
+    for member in world.pools["segmenter"]:
+        member.state = "draining"
+    world.collector.dispatch()
+    assert len(world.prepared) == before

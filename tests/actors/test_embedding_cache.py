@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -294,6 +295,39 @@ def test_the_bound_holds_at_every_line_of_a_write(tmp_path: Path) -> None:
         finally:
             sys.settrace(before)
     assert limit // 2 < largest <= limit
+
+
+@pytest.mark.parametrize("limit", [4000, MIB], ids=["full", "with room"])
+def test_the_bound_holds_wherever_a_writer_was_killed(tmp_path: Path, limit: int) -> None:
+    # Both processes have looked at the files before, and would not again of their own accord.
+    store, embedding = store_in(tmp_path, limit=limit), rounded(plain(300))
+    store.put("first", embedding)
+    ended, n = False, 0
+    while not ended and n < 300:
+        n += 1
+        if (child := os.fork()) == 0:
+            _end_at_line(n)
+            store.put(f"killed at {n}", embedding)
+            os._exit(0)
+        ended = os.waitpid(child, 0)[1] == 0
+        assert store.put(f"after {n}", embedding) and bytes_of(tmp_path) <= limit
+        assert int((tmp_path / ".lock").read_bytes()) == bytes_of(tmp_path)
+    assert ended and n > 30
+
+
+def _end_at_line(n: int) -> None:
+    """End this process, as if it were killed, at the nth line of a write."""
+    signal.alarm(60)
+    lines = count(1)
+
+    def watch(frame, event, argument):
+        if frame.f_code.co_filename.endswith((store_module.__file__, "atomic.py")):
+            if event == "line" and next(lines) == n:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return watch
+        return None
+
+    sys.settrace(watch)
 
 
 def test_a_smaller_bound_holds_from_the_next_write_on(tmp_path: Path) -> None:

@@ -228,6 +228,9 @@ def test_a_mask_as_prompt_is_what_sam_predictor_makes_of_it() -> None:
         )
         np.testing.assert_allclose(refined.logits[i], logits[scores.argmax()], atol=1e-4)
     assert np.abs(refined.logits - before.logits).max() > 1e-2
+    for wrong in (before.logits[:2], before.logits[:, :16], np.full_like(before.logits, np.nan)):
+        with pytest.raises(ValueError, match=r"finite logits as they were decoded before, here \[3, 32, 32\]"):
+            expert.decode(embedding, boxes=BOXES, masks=wrong)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -2,6 +2,7 @@
 
 import errno
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from actors.calls import Call, Calls, Ended
 from actors.config import DeadlineConfig
+from actors.experts.desk import CacheUse
 from actors.failures import ActorDied, ActorFailed, Broken, DeadlinePassed
-from actors.pools import LearnerPool, Placement, RolloutPool
+from actors.ledger import Entry
+from actors.pools import GroupRefs, LearnerPool, Placement, RolloutPool, SegmenterPool
 from umrg.group import SamplingParams
 from umrg.mistake import Mistake
 
@@ -167,3 +170,61 @@ def test_the_learner_waits_as_all_others_do():
     """In the same wait, also where that is empty yet: what ends while the learner learns is dealt with at once."""
     calls = Calls()
     assert LearnerPool({}, DeadlineConfig(), calls)._calls is calls
+
+
+class Told(Calls):
+    """Calls that have ended before they are waited for."""
+
+    def settle(self, calls, *, seconds, doing):
+        found = {name: Call(actor=name, doing=doing, seconds=seconds, then=lambda _: None) for name in calls}
+        return {
+            name: Ended(call=call, result=calls[name], fault=None if calls[name] else "died", cause="it died")
+            for name, call in found.items()
+        }
+
+
+class Handle:
+    """Of a segmenter that is no more than what it was asked."""
+
+    def __init__(self, use=None):
+        self.asked: list[tuple[Any, ...]] = []
+        self.cache_use = SimpleNamespace(remote=lambda: use)
+        self.score = SimpleNamespace(remote=lambda *args: self.asked.append(("score", *args)))
+        self.embed = SimpleNamespace(remote=lambda *args: self.asked.append(("embed", *args)))
+
+
+class Ends:
+    def __init__(self):
+        self.ended = []
+
+    def end(self, name, handle, *, cause):
+        self.ended.append((name, cause))
+
+
+def test_the_use_of_caches_is_summed_and_puts_right_who_has_which_image():
+    starter: Any = Ends()
+    pool = SegmenterPool(starter, Told(), DeadlineConfig())
+    uses = [CacheUse(hits=3, misses=1, kept=2, bytes=64), CacheUse(hits=1, read=1, kept=1, bytes=32), None]
+    pool.adopt({f"segmenter {i}": Handle(use) for i, use in enumerate(uses)})
+    for member in pool:
+        for image in ("liver", "lung", "heart"):
+            member.remember(image)
+    assert pool.cache_use() == CacheUse(hits=4, misses=1, read=1, kept=3, bytes=96)
+    assert [list(member.images) for member in pool] == [["lung", "heart"], ["heart"]]
+    assert starter.ended == [("segmenter 2", "it died")]
+
+
+def test_a_segmenter_is_given_the_group_with_its_masks_and_ahead_without_them():
+    starter: Any = Ends()
+    pool = SegmenterPool(starter, Told(), DeadlineConfig())
+    pool.adopt({"segmenter 0": Handle(), "segmenter 1": Handle()})
+    post = pool.scoring({"g": GroupRefs(group="group", masks="masks", image="liver")}, "reward")
+    first, second = pool
+    entry = Entry(id="g", samples=("receipt", "samples"))
+    assert post.ahead is not None and not post.best(entry, first)
+    post.ahead(first, entry)
+    assert post.best(entry, first) and not post.best(entry, second)
+    post.make(second, entry)
+    assert post.best(entry, second)
+    assert first.handle.asked == [("embed", "group", "reward")]
+    assert second.handle.asked == [("score", "group", "masks", "samples", "reward")]

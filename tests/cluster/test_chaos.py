@@ -239,17 +239,17 @@ def test_a_rollout_that_dies_in_a_weight_update_is_replaced(undisturbed, demo_co
 
 
 class Crooked(Segmenter):
-    """The first of its kind that scores leaves an answer out of each group."""
+    """The first of its kind leaves an answer out of each group."""
+
+    def start(self, *args):
+        flag = Path(os.environ["OF_CROOKED"])
+        self.crooked = not flag.exists()
+        flag.touch()
+        return super().start(*args)
 
     def score(self, *args, **kwargs):
-        if self.crooked is None:
-            flag = Path(os.environ["OF_CROOKED"])
-            self.crooked = not flag.exists()
-            flag.touch()
         scored = super().score(*args, **kwargs)
         return replace(scored, answers=scored.answers[1:]) if self.crooked else scored
-
-    crooked: bool | None = None
 
 
 @chaos

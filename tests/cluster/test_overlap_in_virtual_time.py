@@ -120,7 +120,7 @@ class Groups:
 
     def __init__(self, workers, step, first, rows):
         groups = [SimpleNamespace(id=f"{step}/{first + i}", step=step, index=first + i) for i in range(len(rows))]
-        refs: Any = {group.id: GroupRefs(group=group, masks=()) for group in groups}
+        refs: Any = {group.id: GroupRefs(group=group, masks=(), image=group.id) for group in groups}
         self.ledger, self.aside = Ledger(refs), 0
         stages = workers.rollouts.sampling(refs, SAMPLING), workers.segmenters.scoring(refs, "reward")
         self.dispatch = Collector(self.ledger, *stages, workers.calls).dispatch
@@ -152,7 +152,8 @@ class Run:
             expert_digest="",
         )
         self.workers.rollouts.adopt({f"rollout {i}": Engine(world, speeds) for i in range(ENGINES)})
-        self.workers.segmenters.adopt({"segmenter 0": SimpleNamespace(score=Method(self.score))})
+        segmenter = SimpleNamespace(score=Method(self.score), embed=Method(self.embed))
+        self.workers.segmenters.adopt({"segmenter 0": segmenter})
         self.ahead = StepsAhead(
             draw=lambda count: list(range(count)),
             begin=lambda step, first, rows: Groups(self.workers, step, first, rows),
@@ -171,6 +172,9 @@ class Run:
 
     def end(self, name, handle, *, cause):
         pass
+
+    def embed(self, group, depth):
+        return self.world.returning(0.0, None)
 
     def score(self, group, masks, samples, depth):
         answers = [None] * len(samples.value.completions)

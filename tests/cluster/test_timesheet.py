@@ -2,8 +2,9 @@
 
 import pytest
 
+from actors.experts.desk import CacheUse
 from actors.pool import Pool
-from cluster.timesheet import Clock, Timesheet
+from cluster.timesheet import Clock, Timesheet, cache_metrics
 from tests.actors.test_pool_worked import Nobody
 
 
@@ -95,3 +96,12 @@ def test_the_phases_are_those_of_the_runs_clock():
     run = Run()
     run.step()
     assert run.clock.lap() == {"rollout": 6.0, "score": 4.0, "learn": 8.0, "sync": 2.0, "step": 20.0}
+
+
+def test_the_caches_figures():
+    found = cache_metrics(CacheUse(hits=6, misses=2, read=1, embedded=2, kept=9, bytes=3 << 20))
+    assert found == {
+        "segmenter/embedded": 2, "segmenter/cache_hits": 6, "segmenter/cache_misses": 2, "segmenter/cache_read": 1,
+        "segmenter/cache_hit_rate": 0.75, "segmenter/cache_mib": 3,
+    }  # fmt: skip
+    assert cache_metrics(CacheUse())["segmenter/cache_hit_rate"] == 0, "where no mask is looked at"

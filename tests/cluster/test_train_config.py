@@ -122,9 +122,12 @@ OF_GRPO = {
     "staleness",
     "tolerated_failures",
 }
-OF_INFERENCE = OF_AN_ENGINE | {
-    f"{role}.{key}" for role in ("rollout", "segmenter") for key in {*OF_AN_ACTOR, *OF_A_POOL}
-}
+OF_A_SEGMENTER = {f"segmenter.embeddings.{key}" for key in ("memory_mib", "disk_gib")}
+OF_INFERENCE = (
+    OF_AN_ENGINE
+    | OF_A_SEGMENTER
+    | {f"{role}.{key}" for role in ("rollout", "segmenter") for key in {*OF_AN_ACTOR, *OF_A_POOL}}
+)
 
 
 @pytest.mark.parametrize(

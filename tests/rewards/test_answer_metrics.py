@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rewards.answer_metrics import METRICS, TRAINING_METRICS, answer_metrics
-from rewards.case import Reference
+from rewards.case import Drawn, Reference
 from umrg.answers import parse_answer
 from umrg.frames import Size
 
@@ -19,12 +19,12 @@ def reference(mask=MASK):
 
 
 def test_every_metric_has_a_title():
-    assert answer_metrics(GOOD, MASK, reference(), think=False).keys() <= METRICS.keys()
+    assert answer_metrics(GOOD, Drawn.of(MASK, reference()), reference(), think=False).keys() <= METRICS.keys()
     assert TRAINING_METRICS.keys() <= METRICS.keys()
 
 
 def test_a_perfect_answer_has_every_metric_at_its_highest():
-    found = answer_metrics(GOOD, MASK, reference(), think=False)
+    found = answer_metrics(GOOD, Drawn.of(MASK, reference()), reference(), think=False)
     assert found == {
         "well_formed": 1, "iou": 1, "pdice": 1, "pdice_published": pytest.approx(2), "dice": 1, "mask_iou": 1
     }  # fmt: skip
@@ -32,7 +32,8 @@ def test_a_perfect_answer_has_every_metric_at_its_highest():
 
 def test_a_malformed_answer_has_the_same_metrics_and_all_are_0():
     for mask in (MASK, None):
-        good = answer_metrics(GOOD, mask, reference(mask), think=False)
+        drawn = None if mask is None else Drawn.of(mask, reference(mask))
+        good = answer_metrics(GOOD, drawn, reference(mask), think=False)
         assert answer_metrics(BAD, None, reference(mask), think=False) == dict.fromkeys(good, 0.0)
 
 

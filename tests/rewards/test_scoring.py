@@ -5,13 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rewards.case import Reference
+from rewards.case import Drawn, Reference
 from rewards.mask import MissingMask
 from rewards.presets import PRESETS, TERMS
 from rewards.scoring import Scorer
 from umrg.answers import parse_answer
 from umrg.frames import Size
 from umrg.images import encode_png
+from umrg.metrics import Overlap
 from umrg.sample import Sample
 
 PERFECT = parse_answer(
@@ -27,20 +28,24 @@ def square(x: int, y: int) -> np.ndarray:
     return mask
 
 
+def drawn(mask: np.ndarray, reference: Reference | None = None) -> Drawn:
+    return Drawn.of(mask, reference or REFERENCE)
+
+
 REFERENCE = Reference(box=(10, 20, 49, 59), points=((20, 30), (40, 50)), size=Size(100, 80), mask=square(10, 20))
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_perfect_answer_gets_the_maximum_of_every_preset(name: str) -> None:
     scorer = Scorer.of_preset(name)
-    reward = scorer.score(PERFECT, REFERENCE, square(10, 20))
+    reward = scorer.score(PERFECT, REFERENCE, drawn(square(10, 20)))
     assert set(reward.parts.values()) == {1.0}
     assert reward.total == scorer.maximum
 
 
 def test_the_total_is_the_weighted_sum_of_the_parts() -> None:
     scorer = Scorer.of_preset("mask")
-    reward = scorer.score(PERFECT, REFERENCE, square(20, 20))
+    reward = scorer.score(PERFECT, REFERENCE, drawn(square(20, 20)))
     assert reward.parts["mask_dice"] == 0.75  # three quarters of each square are shared
     assert reward.total == scorer.maximum - 2.0 * 0.25
 
@@ -82,7 +87,7 @@ def test_a_term_says_whether_it_looks_at_masks(name: str) -> None:
 def test_a_malformed_answer_has_no_mask_reward() -> None:
     scorer = Scorer.of_preset("mask")
     assert scorer.score(MALFORMED, REFERENCE).parts["mask_dice"] == 0
-    assert scorer.score(MALFORMED, REFERENCE, square(10, 20)).parts["mask_dice"] == 0
+    assert scorer.score(MALFORMED, REFERENCE, drawn(square(10, 20))).parts["mask_dice"] == 0
 
 
 def test_a_missing_expert_mask_is_an_error_not_a_zero() -> None:
@@ -92,15 +97,16 @@ def test_a_missing_expert_mask_is_an_error_not_a_zero() -> None:
 
 def test_an_empty_expert_mask_scores_zero() -> None:
     empty = np.zeros((80, 100), dtype=np.bool_)
-    assert Scorer.of_preset("mask").score(PERFECT, REFERENCE, empty).parts["mask_dice"] == 0
+    assert Scorer.of_preset("mask").score(PERFECT, REFERENCE, drawn(empty)).parts["mask_dice"] == 0
 
 
 def test_masks_must_be_there_and_of_one_size() -> None:
     scorer = Scorer.of_preset("mask")
     with pytest.raises(ValueError, match="needs reference masks"):
-        scorer.score(PERFECT, replace(REFERENCE, mask=None), square(10, 20))
+        unmasked = replace(REFERENCE, mask=None)
+        scorer.score(PERFECT, unmasked, drawn(square(10, 20), unmasked))
     with pytest.raises(ValueError, match="cannot be compared"):
-        scorer.score(PERFECT, REFERENCE, square(10, 20).T)
+        scorer.score(PERFECT, REFERENCE, drawn(square(10, 20).T))
 
 
 def test_a_reference_is_read_from_a_sample() -> None:
@@ -142,3 +148,17 @@ def test_a_weight_is_a_finite_number_not_below_zero(weight: float) -> None:
 def test_some_term_must_count(weights: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="at least one term"):
         Scorer(weights)
+
+
+def test_a_mask_is_brought_here_once_and_only_for_terms_that_look_at_pixels() -> None:
+    fetched = []
+
+    def fetch() -> np.ndarray:
+        fetched.append(1)
+        return square(10, 20)
+
+    mask = Drawn(fetch=fetch, compare=lambda: Overlap(both=1200, predicted=1600, reference=1600))
+    reward = Scorer({"mask_dice": 1.0, "mask_iou": 1.0}).score(PERFECT, REFERENCE, mask)
+    assert reward.parts == {"mask_dice": 0.75, "mask_iou": 0.6} and not fetched
+    assert Scorer({"boundary": 1.0}).score(PERFECT, REFERENCE, mask).total == 1
+    assert Scorer({"boundary": 1.0}).score(PERFECT, REFERENCE, mask).total == 1 and len(fetched) == 1

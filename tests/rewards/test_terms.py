@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from rewards.box import bbox_align, bbox_area_valid, bbox_iou, bbox_iou_above, bbox_l1_below, bbox_scale
-from rewards.case import Case, Reference, Term
+from rewards.case import Case, Drawn, Reference, Term
 from rewards.format import format_strict
 from rewards.mask import boundary, mask_dice, mask_iou
 from rewards.points import points_align, points_angle, points_dice, points_spread_valid
@@ -102,7 +102,8 @@ tiny_masks = arrays(np.bool_, (5, 7))
 def test_any_text_gets_a_finite_reward_in_range(
     completion: str, reference: Reference, mask: np.ndarray, target: np.ndarray
 ) -> None:
-    reward = EVERYTHING.score(parse_answer(completion), replace(reference, mask=target), mask)
+    reference = replace(reference, mask=target)
+    reward = EVERYTHING.score(parse_answer(completion), reference, Drawn.of(mask, reference))
     assert set(reward.parts) == set(TERMS)
     assert all(0.0 <= value <= 1.0 for value in reward.parts.values())
     assert 0.0 <= reward.total <= EVERYTHING.maximum
@@ -115,7 +116,8 @@ def test_the_reference_itself_gets_the_maximum_of_every_term(
 ) -> None:
     points = reference.points[::-1] if swap else reference.points
     completion = format_answer(box=reference.box, points=(points[0], points[1]), think="because")
-    reward = EVERYTHING.score(parse_answer(completion), replace(reference, mask=mask), mask)
+    reference = replace(reference, mask=mask)
+    reward = EVERYTHING.score(parse_answer(completion), reference, Drawn.of(mask, reference))
     assert set(reward.parts.values()) == {1.0}
 
 
@@ -258,19 +260,22 @@ def test_a_mask_with_one_pixel_put_right_never_scores_worse(mask: np.ndarray, ta
     reference = replace(degenerate_reference((0, 0, 1, 1)), mask=target)
     well_formed = answer(reference.box, reference.points)
     for term in (mask_dice, mask_iou):
-        after, before = (term(Case(answer=well_formed, reference=reference, mask=each)) for each in (better, mask))
+        after, before = (
+            term(Case(answer=well_formed, reference=reference, drawn=Drawn.of(each, reference)))
+            for each in (better, mask)
+        )
         assert after >= before
 
 
 @thorough
 @given(tiny_masks, tiny_masks)
 def test_masks_are_compared_symmetrically(a: np.ndarray, b: np.ndarray) -> None:
-    reference = degenerate_reference((0, 0, 1, 1))
-    well_formed = answer(reference.box, reference.points)
+    references = [replace(degenerate_reference((0, 0, 1, 1)), mask=mask) for mask in (a, b)]
+    well_formed = answer(references[0].box, references[0].points)
     for term in MASK_TERMS.values():
         there, back = (
-            term(Case(answer=well_formed, reference=replace(reference, mask=target), mask=mask))
-            for mask, target in ((a, b), (b, a))
+            term(Case(answer=well_formed, reference=reference, drawn=Drawn.of(mask, reference)))
+            for mask, reference in zip((b, a), references, strict=True)
         )
         assert there == pytest.approx(back)
 
@@ -374,7 +379,7 @@ def test_the_boundary_tolerance_grows_with_the_image() -> None:
     target, mask = np.zeros((2, 80, 80), dtype=np.bool_)
     target[20:60, 20:60], mask[20:60, 22:62] = True, True
     reference = Reference(box=(20, 20, 59, 59), points=((30, 30), (50, 50)), size=Size(80, 80), mask=target)
-    case = Case(answer=answer(reference.box, reference.points), reference=reference, mask=mask)
+    case = Case(answer=answer(reference.box, reference.points), reference=reference, drawn=Drawn.of(mask, reference))
     assert boundary(case, tolerance=2) == 1  # shifted by 2 px
     assert boundary(case, tolerance=1.9) < 1
     assert boundary(replace(case, pixel=0.5), tolerance=2) < 1

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 
+import pytest
+
 from serving.config import ServeConfig, trained_steps, weights_written
 from tests.conftest import TINY_REASONER
 
@@ -35,3 +37,8 @@ def test_weights_that_were_replaced_in_their_folder_are_told_from_those_before(t
     before = weights_written(tmp_path)
     os.utime(path, ns=(before + 1, before + 1))
     assert weights_written(tmp_path) == before + 1
+
+
+def test_no_embedding_of_a_clients_image_is_kept_on_a_disk(tmp_path):
+    with pytest.raises(ValueError, match=r"set segmenter.embeddings.folder to null"):
+        ServeConfig.model_validate({"model": TINY_REASONER, "segmenter": {"embeddings": {"folder": tmp_path}}})

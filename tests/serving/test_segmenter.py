@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from actors.config import EmbeddingsConfig, SegmenterConfig
 from actors.experts.drawing import draw_masks
-from actors.experts.protocol import Decoded, Embedding, Expert, Preprocess
+from actors.experts.protocol import Decoded, Embedding, Expert, Preprocess, Prompts
 from actors.experts.registry import load_expert
 from actors.experts.sam import SamExpert, build_sam
 from actors.experts.sam_config import SamConfig
@@ -90,6 +90,10 @@ class Watched:
         return self._expert.takes_points
 
     @property
+    def takes_masks(self) -> bool:
+        return self._expert.takes_masks
+
+    @property
     def images_at_once(self) -> int:
         return self._images_at_once
 
@@ -103,19 +107,18 @@ class Watched:
             raise RuntimeError("out of memory")
         return self._expert.embed_all(images)
 
-    def decode(
-        self,
-        embedding: Embedding,
-        *,
-        boxes: NDArray[np.floating] | None = None,
-        points: NDArray[np.floating] | None = None,
-        labels: NDArray[np.integer] | None = None,
-    ) -> Decoded:
+    def decode(self, embedding: Embedding, **prompts: Any) -> Decoded:
+        return self.decode_all([Prompts(embedding=embedding, **prompts)])[0]
+
+    def decode_all(self, requests: Sequence[Prompts]) -> list[Decoded]:
         self._take_turn()
-        return self._expert.decode(embedding, boxes=boxes, points=points, labels=labels)
+        return self._expert.decode_all(requests)
 
     def digest(self) -> str:
         return self._expert.digest()
+
+    def fingerprint(self) -> str:
+        return self._expert.fingerprint()
 
     def _take_turn(self) -> None:
         self.asked += 1
@@ -283,6 +286,34 @@ def test_what_the_expert_raises_reaches_all_who_wait_and_the_next_request_is_ser
         assert segmenter.stats().kept == 1
 
 
+def test_prompts_that_wait_together_are_drawn_as_each_alone() -> None:
+    expert = Watched(load_expert("tiny"))
+    boxes = [(30.0 - i, 20.0, 90.0, 80.0 + i) for i in range(3)]
+
+    async def busy(segmenter: Segmenter) -> list[Drawn]:
+        for seed in range(2):
+            await segmenter.embed(str(seed), picture(seed))
+        expert.turns = threading.Semaphore(0)
+        asked = expert.asked
+        first = asyncio.create_task(segmenter.embed("busy", picture(99)))
+        await until(lambda: expert.asked > asked)
+        work = [
+            asyncio.create_task(segmenter.segment(str(i % 2), None, Prompt(box=box))) for i, box in enumerate(boxes)
+        ]
+        for _ in range(10):
+            await asyncio.sleep(0)
+        expert.turns.release(100)
+        await first
+        drawn = list(await asyncio.gather(*work))
+        expert.turns = None
+        return drawn
+
+    with opened(expert=expert) as segmenter:
+        together = run(busy(segmenter))
+        alone = [run(segmenter.segment(str(i % 2), None, Prompt(box=box))) for i, box in enumerate(boxes)]
+    assert together == alone
+
+
 def test_an_embedding_for_which_there_is_no_room_is_asked_for_again() -> None:
     async def nine(segmenter: Segmenter) -> None:
         for i in range(9):
@@ -362,15 +393,13 @@ def test_an_expert_that_hangs_is_ill_and_one_that_is_busy_is_well() -> None:
         await segmenter.embed("a", picture())
         expert.turns = threading.Semaphore(0)
         asked = expert.asked
-        work: list[Awaitable[Drawn]] = [
-            asyncio.create_task(segmenter.segment("a", None, Prompt(box=BOX))) for _ in range(2)
-        ]
+        work: list[Awaitable[Drawn]] = [asyncio.create_task(segmenter.segment("a", None, Prompt(box=BOX)))]
         await until(lambda: expert.asked > asked)
         with pytest.raises(RuntimeError, match="has finished nothing within 2 s"):
             await segmenter.check_health()
         check = asyncio.create_task(segmenter.check_health())
         await asyncio.sleep(0)
-        expert.turns.release()  # one of both is drawn, and then the other is still in the health check's way
+        expert.turns.release()  # the mask is drawn, and then the check itself takes too long
         await check
         expert.turns.release()
         await asyncio.gather(*work)
