@@ -38,6 +38,7 @@ from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
 from actors.experts.cache import EmbeddingCache
+from actors.experts.measuring import overlaps
 from actors.experts.protocol import Embedding
 from actors.experts.registry import TINY_FOLDER
 from actors.experts.sam import SamExpert, build_sam, mask_decoder
@@ -185,7 +186,7 @@ def compare(shape: str, rounds: int, folder: Path) -> tuple[Costs, dict[str, flo
             assert found is not None
             with costs.of(f"decode, {name}"):
                 (decoded,) = expert.decode_all([work.prompts(found)])
-                dice[name] = dice_of(decoded.masks, work.reference)
+                dice[name] = [each.dice for each in overlaps(decoded.drawn, work.reference)]
             if name == "memory":
                 drawn = decoded.masks
         with torch.inference_mode():
