@@ -207,6 +207,10 @@ class EmbeddingsConfig(Config):
     memory alone. Embeddings are then rounded to float16, whether they come from the disk or from the expert."""
     disk_gib: MayChange[PositiveInt] = 64
     """Most bytes of that folder, in GiB, all experts that share it included; what was unused for longest gives way."""
+    ahead: bool | None = None
+    """Whether a segmenter with nothing to do embeds images of groups that are yet to be scored; null for those with a
+    GPU, as on a CPU it would take cores from the engines that are waited for. A service heeds no such thing: it embeds
+    an image while its answer is written."""
 
     def located(self) -> Self:
         """The same for an actor, which has another working directory. The folder need not be there."""
@@ -235,6 +239,11 @@ class SegmenterConfig(PoolConfig):
     def located(self) -> Self:
         """The same for an actor, which has another working directory."""
         return self.at(located).model_copy(update={"embeddings": self.embeddings.located()})
+
+    @property
+    def embeds_ahead(self) -> bool:
+        """Whether images are embedded before their groups are scored."""
+        return self.num_gpus > 0 if self.embeddings.ahead is None else self.embeddings.ahead
 
     @property
     def where(self) -> str:

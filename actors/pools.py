@@ -199,11 +199,12 @@ class RolloutPool(Pool):
 
 class SegmenterPool(Pool):
     """The segmenter actors. A group goes to one that was given its image before, as long as that has room: it has
-    most likely kept the image's embedding."""
+    most likely kept the image's embedding. ahead: whether those with nothing to do are given images before their groups
+    are scored."""
 
-    def __init__(self, starter: Starter, calls: Calls, deadlines: DeadlineConfig) -> None:
+    def __init__(self, starter: Starter, calls: Calls, deadlines: DeadlineConfig, *, ahead: bool = True) -> None:
         super().__init__("segmenter", starter, bound=GROUPS_AT_ONCE)
-        self._calls, self._deadlines = calls, deadlines
+        self._calls, self._deadlines, self._ahead = calls, deadlines, ahead
 
     def digests(self) -> list[str]:
         """Of the experts' weights."""
@@ -242,7 +243,7 @@ class SegmenterPool(Pool):
             doing="scoring",
             seconds=self._deadlines.step,
             best=lambda entry, member: groups[entry.id].image in member.images,
-            ahead=ahead,
+            ahead=ahead if self._ahead else None,
             fault=_mixed_up,
         )
 

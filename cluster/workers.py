@@ -204,7 +204,7 @@ def started(actors: Sequence[ActorSpec], config: RunConfig) -> Iterator[Workers]
         # An endpoint has a bound of its own.
         sequences = engines[0].max_num_seqs if engines else 1024
         rollouts = RolloutPool(hiring, calls, config.deadlines, sequences=sequences)
-        segmenters = SegmenterPool(hiring, calls, config.deadlines)
+        segmenters = SegmenterPool(hiring, calls, config.deadlines, ahead=config.segmenter.embeds_ahead)
         for pool in (rollouts, segmenters):
             pool.adopt(_by_role(pool.role, {name: hiring.handles[name] for name in placed}))
             hiring.expect(pool, begun=placed)
