@@ -58,11 +58,14 @@ def pytest_runtest_teardown(item):
 
 @pytest.fixture(scope="session")
 def demo_config():
-    """The demo's configuration, with overrides as the command line takes them."""
+    """The demo's configuration, with overrides as the command line takes them. Images are embedded ahead, as on
+    GPUs."""
     from cluster.config import TrainConfig, load_config
 
+    always = [f"model={TINY_REASONER}", "segmenter.embeddings.ahead=true"]
+
     def load(*overrides: str) -> TrainConfig:
-        return load_config(TrainConfig, ROOT / "configs" / "demo.yaml", [f"model={TINY_REASONER}", *overrides])
+        return load_config(TrainConfig, ROOT / "configs" / "demo.yaml", [*always, *overrides])
 
     return load
 
