@@ -8,11 +8,10 @@ prepare_ms: milliseconds of preparing one image. Where it is near 1000 / images_
 embed_gib: peak memory of a pass above that of the model, by images.
 masks_per_s: masks of image size drawn per second, by prompts, of which 16 each are about one image. Prompts are decoded
     in float32 whatever the encoder's precision, so they are timed with that of float32 alone.
-features_off: distance of the embedding from that of float32 without TF32, relative to its norm. (What is not zero for
-    float32 is TF32, to which torch lets cuDNN round convolutions by default.) logits_off: mean |difference| of a mask's
-    logits, divided by their standard deviation, the median over answers. pixels_off: share of a mask's pixels that
-    differ, the median over answers. (With random weights several alternative masks have nearly the same score, and a
-    rounding may choose another, which is why these are medians.)
+features_off: distance of the embedding from that of float32, relative to its norm. logits_off: mean |difference| of a
+    mask's logits, divided by their standard deviation, the median over answers. pixels_off: share of a mask's pixels
+    that differ, the median over answers. (With random weights several alternative masks have nearly the same score, and
+    a rounding may choose another, which is why these are medians.)
 
 Each is the fastest of several rounds after one that warms up, and the device is waited for before the clock is started
 and before it is stopped. On a CPU, and with `--rehearse`, it is a rehearsal with small models of the same
@@ -110,14 +109,10 @@ def decoding_figures(expert: Promptable, scale: Scale) -> dict[int, float]:
     return found
 
 
-def drawn(expert: Promptable, scale: Scale, *, tf32: bool = True) -> tuple[Embedding, Decoded]:
-    """An image's embedding and the masks of its answers. tf32: whether convolutions in float32 may round their factors
-    to 10 bits, as torch lets cuDNN do by default."""
+def drawn(expert: Promptable, scale: Scale) -> tuple[Embedding, Decoded]:
+    """An image's embedding and the masks of its answers."""
     work = asked(ANSWERS, side=scale.side)
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = tf32
     embedding = expert.embed(work.image)
-    torch.backends.cudnn.allow_tf32 = before
     (decoded,) = expert.decode_all([work.prompts(embedding)])
     return embedding, decoded
 
@@ -140,7 +135,7 @@ def measured(shape: str, scale: Scale) -> dict[str, Any]:
     for dtype in ("float32", *HALVES):
         expert = random_expert(shape, device=scale.device, dtype=dtype)
         if dtype == "float32":
-            exact = drawn(expert, scale, tf32=False)
+            exact = drawn(expert, scale)
             found["masks_per_s"] = decoding_figures(expert, scale)
         found[dtype] = embedding_figures(expert, scale) | off(exact, drawn(expert, scale))
         del expert

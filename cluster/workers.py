@@ -26,7 +26,7 @@ from actors.pools import GROUPS_AT_ONCE, LearnerDied, LearnerPool, RolloutPool, 
 from actors.rollout import Rollout
 from actors.segmenter import Segmenter
 from cluster.colocation import fall_asleep, refuse_apart
-from cluster.config import RunConfig
+from cluster.config import EvaluateConfig, RunConfig, TrainConfig
 from cluster.direct_transfer import DirectTransfer
 from cluster.hiring import ActorSpec, Hiring, cluster_nodes
 from cluster.memory import learner_need, resting_need, rollout_need, segmenter_need, sleeping_need
@@ -171,7 +171,7 @@ def ray_connection() -> Iterator[None]:
 
 
 @contextmanager
-def started(actors: Sequence[ActorSpec], config: RunConfig) -> Iterator[Workers]:
+def started(actors: Sequence[ActorSpec], config: TrainConfig | EvaluateConfig) -> Iterator[Workers]:
     """Start the actors that a job lists: what a run cannot begin without, and of the others those that have room by
     then; the rest may come later. Raises ValueError if a local cluster is too small for them, or if one cannot load its
     model, expert or run folder, and DeadlinePassed if there is no room."""

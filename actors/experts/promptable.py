@@ -113,6 +113,8 @@ class Promptable(ABC):
         self.takes_points, self.takes_masks = takes_points, takes_masks
         self._model = model.to(device).eval().requires_grad_(False)
         encoder.to(DTYPES[dtype])
+        # A GPU would round the inputs of float32 convolutions to ten bits, and masks would not be those of a CPU.
+        torch.backends.cudnn.allow_tf32 = False
         self._device, self._dtype = torch.device(device), DTYPES[dtype]
         self._rows = rows if rows is not None or self._device.type == "cpu" else ROWS_ON_GPU
 

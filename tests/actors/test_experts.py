@@ -233,6 +233,12 @@ def test_a_mask_as_prompt_is_what_sam_predictor_makes_of_it() -> None:
             expert.decode(embedding, boxes=BOXES, masks=wrong)
 
 
+def test_float32_is_not_rounded_to_tf32_on_a_gpu(monkeypatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    small_expert()
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_half_precision_encoder_gives_nearly_the_same_logits(dtype: str) -> None:
     exact, half = small_expert(), small_expert(dtype=dtype)

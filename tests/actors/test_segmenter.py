@@ -1,9 +1,11 @@
 """A group's answers, scored beside the tiny expert."""
 
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ import actors.segmenter
 from actors.config import EmbeddingsConfig, SegmenterConfig
 from actors.experts.desk import Desk
 from actors.experts.measuring import counts_there, encoded_there, overlaps
-from actors.experts.protocol import Prompts
+from actors.experts.protocol import Embedding, Prompts
 from actors.experts.sam import SamExpert, build_sam
 from actors.experts.sam_config import SamConfig
 from actors.segmenter import Segmenter
@@ -28,7 +30,7 @@ from rewards.scoring import Scorer
 from umrg.answers import format_answer
 from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
-from umrg.frames import Frame, Frames
+from umrg.frames import Frame, Frames, Size
 from umrg.group import Completion, Group, GroupSamples
 from umrg.masks import decode_rle, encode_rle
 from umrg.metrics import Overlap, mask_dice, mask_iou
@@ -205,6 +207,32 @@ def test_no_image_file_is_decoded_where_its_embedding_is_kept(sample, monkeypatc
     segmenter.embed(group, "reward")
     scored = segmenter.score(group, sample.mask_bytes, samples_of(sample, texts_about(sample)), "reward")
     assert scored.rewards[0] > scored.rewards[2] == 0
+
+
+def test_ten_thousand_images_stay_within_the_memory_of_the_configuration(sample, monkeypatch):
+    """Embeddings of 128 KiB, of which all together would take 1.2 GiB; the tests' own expert makes them at once."""
+    segmenter = started(SegmenterConfig(threads=1, embeddings=EmbeddingsConfig(memory_mib=8)))
+    monkeypatch.setattr(Sample, "image", lambda _: np.zeros((4, 4, 3), dtype=np.uint8))
+    monkeypatch.setattr(
+        SamExpert,
+        "embed_all",
+        lambda _, images: [
+            Embedding(features=(torch.ones(1, 128, 16, 16),), original=Size(4, 4), content=Size(224, 224))
+            for _ in images
+        ],
+    )
+    before = _resident_mib()
+    for i in range(10_000):
+        row = replace(sample, image_bytes=i.to_bytes(4), mask_bytes=())
+        segmenter.embed(Group(run="r", step=0, index=i, sample=row))
+    use = segmenter.cache_use()
+    assert (use.embedded, use.kept, use.bytes) == (10_000, 64, 8 << 20)
+    assert _resident_mib() - before < 200
+
+
+def _resident_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE") / 2**20
 
 
 def test_malformed_answers_never_reach_the_expert(sample, monkeypatch):
