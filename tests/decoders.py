@@ -4,7 +4,7 @@ import asyncio
 import struct
 import zlib
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,14 @@ async def refused(decoders: Decoders, file: bytes, **options: Any) -> str:
 
 
 def living() -> list[psutil.Process]:
-    """The decoders of this process."""
-    return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    """The decoders of this process, which has other children where tests before this one used multiprocessing."""
+    return [child for child in psutil.Process().children() if _decodes(child)]
+
+
+def _decodes(child: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):  # it ends just now
+        return child.status() != psutil.STATUS_ZOMBIE and not any("multiprocessing" in each for each in child.cmdline())
+    return False
 
 
 async def until(holds: Callable[[], bool]) -> None:

@@ -91,7 +91,7 @@ def embed(
         dtype=dtype.value,
         preprocess=preprocess.value,
     )
-    typer.echo(licence_line(expert, checkpoint), err=True)
+    typer.echo(licence_line(expert, checkpoint))
     store = EmbeddingStore(folder, limit=disk_gib * GIB, fingerprint=loaded.fingerprint())
     filled = embed_dataset(
         dataset, loaded, store, limit=disk_gib * GIB, say=lambda text: typer.echo(f"warning: {text}", err=True)

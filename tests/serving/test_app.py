@@ -28,7 +28,8 @@ from umrg.dataset import Dataset
 from umrg.dataset_writer import write_rows
 from umrg.group import Group, SamplingParams
 from umrg.images import encode_png
-from umrg.masks import decode_rle, encode_rle
+from umrg.masks import decode_rle
+from umrg.metrics import mask_dice
 from umrg.prompts import PromptSpec, prompt_text
 
 
@@ -126,7 +127,7 @@ def test_a_box_of_the_callers_is_drawn_as_by_the_expert(address, samples):
     )
     assert reply.status_code == 200, reply.text
     decoded = expert.decode(expert.embed(sample.image()), boxes=np.array([sample.box]))
-    assert reply.json()["mask"] == encode_rle(decoded.masks[0])
+    assert mask_dice(decode_rle(reply.json()["mask"]), decoded.masks[0]) > 0.999
     body = {"image_id": reply.json()["image_id"], "box": list(sample.box)}
     assert httpx.post(f"{address}/v1/segment", json=body, timeout=120).json()["mask"] == reply.json()["mask"]
 
@@ -181,7 +182,10 @@ def test_a_served_answer_is_the_grounders(address, samples):
         assert found["completion"] == here.completion and found["reasoning"] == here.reasoning
         assert found["box"] == (list(here.box) if here.box else None)
         assert found["points"] == ([list(point) for point in here.points] if here.points else None)
-        assert found["mask"] == (encode_rle(here.mask) if here.mask is not None else None)
+        assert (found["mask"] is None) == (here.mask is None)
+        if here.mask is not None:
+            # They compute with as many threads as each has, which rounds otherwise.
+            assert mask_dice(decode_rle(found["mask"]), here.mask) > 0.999
         assert found["score"] == pytest.approx(here.score, abs=1e-5)
         masks += here.mask is not None
     assert masks
