@@ -20,6 +20,7 @@ import ray
 
 from actors.calls import Call, Calls, Ended, Ref
 from actors.engine_report import UpdateReceipt
+from actors.experts.desk import CacheUse
 from actors.pool import Pool
 from learner.update_report import UpdateReport
 from rewards.scored import ScoredAnswer, ScoredGroup
@@ -195,6 +196,10 @@ class SimulatedSegmenter:
 
     def embed(self, group: Group, depth: str) -> None:
         """Nothing, for scoring has its time."""
+
+    def cache_use(self) -> CacheUse:
+        """No embeddings are kept."""
+        return CacheUse()
 
     def score(self, group: Group, masks: tuple[bytes, ...], samples: GroupSamples, depth: str) -> ScoredGroup:
         time.sleep(self._speeds.score_s * self._speeds.scale)
