@@ -17,7 +17,7 @@ from torch.nn import functional
 from actors.experts.promptable import Promptable, Rows
 from actors.experts.protocol import Embedding, Preprocess
 from actors.experts.sam_config import SamConfig
-from actors.experts.two_way import Attention, Layer, MaskDecoder, Upscaling
+from actors.experts.two_way import Attention, MaskDecoder, Upscaling, layers
 from umrg.frames import Size
 from umrg.mistake import Mistake
 
@@ -166,20 +166,9 @@ def mask_decoder(decoder: modeling.MaskDecoder, positions: Tensor, *, alternativ
             module.q_proj, module.k_proj, module.v_proj, module.out_proj, module.num_heads, positions=positions
         )
 
-    layers = [
-        Layer(
-            among_tokens=attention(each.self_attn),
-            of_image=attention(each.cross_attn_token_to_image),
-            mlp=each.mlp,
-            of_tokens=attention(each.cross_attn_image_to_token),
-            norms=(each.norm1, each.norm2, each.norm3, each.norm4),
-            first=each.skip_first_layer_pe,
-        )
-        for each in transformer.layers
-    ]
     first, norm, _, second, _ = decoder.output_upscaling
     return MaskDecoder(
-        layers=layers,
+        layers=layers(transformer.layers, attention, norm="norm"),
         last=attention(transformer.final_attn_token_to_image),
         last_norm=transformer.norm_final_attn,
         upscaling=Upscaling(first=first, norm=norm, second=second),

@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 from actors.experts.promptable import Promptable, Rows
 from actors.experts.protocol import Embedding, Preprocess
 from actors.experts.sam2_config import Sam2Config
-from actors.experts.two_way import Attention, Layer, MaskDecoder, Upscaling
+from actors.experts.two_way import Attention, MaskDecoder, Upscaling, layers
 from umrg.frames import Size
 
 Sam2Model = Any
@@ -167,19 +167,8 @@ def mask_decoder(decoder: Any, positions: Tensor) -> MaskDecoder:
             positions=positions,
         )
 
-    layers = [
-        Layer(
-            among_tokens=attention(each.self_attn),
-            of_image=attention(each.cross_attn_token_to_image),
-            mlp=each.mlp,
-            of_tokens=attention(each.cross_attn_image_to_token),
-            norms=(each.layer_norm1, each.layer_norm2, each.layer_norm3, each.layer_norm4),
-            first=each.skip_first_layer_pe,
-        )
-        for each in transformer.layers
-    ]
     return MaskDecoder(
-        layers=layers,
+        layers=layers(transformer.layers, attention, norm="layer_norm"),
         last=attention(transformer.final_attn_token_to_image),
         last_norm=transformer.layer_norm_final_attn,
         upscaling=Upscaling(first=decoder.upscale_conv1, norm=decoder.upscale_layer_norm, second=decoder.upscale_conv2),

@@ -15,7 +15,7 @@ The results are those of the original modules up to rounding; a core takes a thi
 (`python -m bench.segmenter`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +121,22 @@ class Layer:
         tokens = second(tokens + self.of_image.of_image(tokens + prompts, image))
         tokens = third(tokens + self.mlp(tokens))
         return tokens, fourth(self.of_tokens.of_tokens(image, tokens + prompts, tokens))
+
+
+def layers(modules: Iterable[Any], attention: Callable[[Any], Attention], *, norm: str) -> list[Layer]:
+    """The layers of a transformer of segment-anything or transformers. attention: of one of their modules. norm: what
+    the four norms are called, before their number."""
+    return [
+        Layer(
+            among_tokens=attention(each.self_attn),
+            of_image=attention(each.cross_attn_token_to_image),
+            mlp=each.mlp,
+            of_tokens=attention(each.cross_attn_image_to_token),
+            norms=[getattr(each, f"{norm}{i}") for i in (1, 2, 3, 4)],
+            first=each.skip_first_layer_pe,
+        )
+        for each in modules
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

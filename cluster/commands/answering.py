@@ -30,7 +30,7 @@ answering_app = typer.Typer()
 @answering_app.command(
     epilog=examples(
         "medreasoner serve runs/demo --port 8000",
-        "medreasoner serve runs/lingshu_7b_soft --expert sam_vit_h --checkpoint sam_vit_h.safetensors --gpu",
+        "medreasoner serve runs/lingshu_7b_soft --expert medsam2 --checkpoint medsam2.safetensors --gpu",
         "medreasoner serve runs/demo --host 0.0.0.0 --keys keys.yaml limits.image_mib=64",
     )
 )
