@@ -84,11 +84,12 @@ def test_head_workers_run_and_end(sbatch, tmp_path, code):
     assert job.wait(timeout=60) == code, job.stderr.read()
     lines = logged(tmp_path)
     assert lines[0] == "n1: ray start --head --block --node-ip-address=192.0.2.1 --port=23456 (120 s)"
-    assert sorted(lines[1:3]) == [f"n{i}: ray start --block --address=192.0.2.1:23456 (120 s)" for i in (2, 3)]
-    assert lines[3] == (
+    # The workers start in the background, and on a busy machine the run may be first.
+    assert sorted(lines[1:4]) == [
+        *(f"n{i}: ray start --block --address=192.0.2.1:23456 (120 s)" for i in (2, 3)),
         "run: -m cluster.train configs/demo_gpu.yaml runs=/shared/runs resume=auto at 192.0.2.1:23456, "
-        "token 600 of 64 characters"
-    )
+        "token 600 of 64 characters",
+    ]
     assert sorted(lines[4:]) == ["n1: ended", "n2: ended", "n3: ended"]
     assert not list((tmp_path / ".ray").iterdir()), "the token goes with the job"
 
@@ -96,7 +97,7 @@ def test_head_workers_run_and_end(sbatch, tmp_path, code):
 def test_a_run_whose_time_is_up_is_stopped_and_queued_again(sbatch, tmp_path):
     job = sbatch("configs/demo_gpu.yaml", LASTS="yes")
     deadline = time.monotonic() + 60
-    while not any(line.startswith("run: -m") for line in logged(tmp_path)):
+    while len(logged(tmp_path)) < 4:
         assert time.monotonic() < deadline and job.poll() is None
         time.sleep(0.05)
     job.send_signal(signal.SIGTERM)
