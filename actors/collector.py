@@ -6,8 +6,9 @@
 A group is scored while others are sampled. Whatever becomes of the actors, each group is scored once, or put aside with
 its cause.
 
-Segmenters that have nothing to do prepare for groups that are yet to come to them, once for each. Nothing depends on
-how that ends: what failed ahead fails again when the group is scored, where it counts.
+Segmenters that have nothing to do prepare for groups that are yet to come to them, once for each, and for no more than
+they can keep until then. Nothing depends on how that ends: what failed ahead fails again when the group is scored,
+where it counts.
 """
 
 from collections.abc import Callable
@@ -42,7 +43,8 @@ class Post:
     best: Callable[[Entry, Member], bool] = lambda entry, member: False
     """Whether a group is better given to this member than to others."""
     ahead: Callable[[Member, Entry], Ref] | None = None
-    """Calls a member to prepare for a group that is yet to come to it; None where there is nothing to prepare."""
+    """Calls a member to prepare for a group that is yet to come to it, which returns for how many groups a member keeps
+    what it prepared; None where there is nothing to prepare."""
     fault: Callable[[Entry, Any], str | None] = lambda entry, given: None
     """What is wrong with what the driver was given, in words; None if it is sound."""
 
@@ -55,6 +57,8 @@ class Collector:
         self._posts: dict[Waits, Post] = {"queued": sampling, "sampled": scoring}
         self._calls = calls
         self._unprepared = dict(self.ledger.entries) if scoring.ahead else {}
+        self._prepared: dict[str, list[Entry]] = {}
+        """Groups that each member prepared for, by its name; those that have ended are dropped now and then."""
 
     def dispatch(self) -> None:
         """Make the calls that there is room for."""
@@ -72,24 +76,35 @@ class Collector:
         """Give segmenters that have nothing to do one group each that is yet to be sampled, unless one of them is
         prepared for it by an earlier one."""
         post = self._posts["sampled"]
-        idle = post.pool.idle if self._unprepared else []
+        idle = [member for member in post.pool.idle if self._keeps_more(member)] if self._unprepared else []
         while idle and self._unprepared:
             entry = self._unprepared.pop(next(iter(self._unprepared)))
             coming = entry.stage in ("queued", "sampling")
             if coming and not any(post.best(entry, member) for member in post.pool.ready):
                 self._prepare(post, idle.pop(0), entry)
 
+    def _keeps_more(self, member: Member) -> bool:
+        """Whether a member keeps what it prepares next until the group comes to it. Half of what it keeps is left to
+        groups that come to it unprepared, and to those of other steps. A member that has not said yet how much it keeps
+        prepares for one."""
+        kept = [entry for entry in self._prepared.get(member.name, ()) if entry.stage not in ("scored", "aside")]
+        self._prepared[member.name] = kept
+        return len(kept) < (1 if member.keeps is None else member.keeps // 2)
+
     def _prepare(self, post: Post, member: Member, entry: Entry) -> None:
         assert post.ahead is not None
+        self._prepared[member.name].append(entry)
         post.pool.took(member, entry.id, AHEAD)
-        then = partial(self._prepared, post, entry)
+        then = partial(self._was_prepared, post, entry)
         call = Call(actor=member.name, doing="preparing", seconds=post.seconds, then=then)
         self._calls.add(post.ahead(member, entry), call)
 
-    def _prepared(self, post: Post, entry: Entry, ended: Ended) -> None:
+    def _was_prepared(self, post: Post, entry: Entry, ended: Ended) -> None:
         actor, cause = ended.call.actor, ended.cause
         post.pool.gave(actor, entry.id, AHEAD)
-        if ended.fault in ("died", "late"):
+        if ended.fault is None and (member := post.pool.members.get(actor)):
+            member.keeps = ended.result
+        elif ended.fault in ("died", "late"):
             post.pool.died(actor, cause)
             self._calls.gone(actor, cause)
 

@@ -62,6 +62,8 @@ class Member:
     """The weights that it works with; None for those of the model's folder."""
     taking: Any = None
     """The weights that it is being sent."""
+    keeps: int | None = None
+    """Images whose embeddings it keeps at the same time; None as long as it has not said."""
     images: dict[str, None] = field(default_factory=dict)
     """Keys of the images that it was given and may have kept, that of longest disuse first."""
 

@@ -194,8 +194,9 @@ class SimulatedSegmenter:
         time.sleep(seconds)
         return ""
 
-    def embed(self, group: Group, depth: str) -> None:
-        """Nothing, for scoring has its time."""
+    def embed(self, group: Group, depth: str) -> int:
+        """Nothing, for scoring has its time; of nothing any number is kept."""
+        return 1 << 30
 
     def cache_use(self) -> CacheUse:
         """No embeddings are kept."""

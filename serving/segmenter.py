@@ -12,14 +12,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actors.experts.cache import open_cache
 from actors.experts.desk import Desk
-from actors.experts.protocol import Prompts
+from actors.experts.protocol import NotFinite, Prompts
 from serving.config import ServeConfig
 from serving.consensus import vote
 from serving.messages import Drawn, Prompt, UnknownImage
@@ -29,7 +29,11 @@ from umrg.masks import encode_rle
 from umrg.mistake import Mistake
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from actors.experts.protocol import Decoded, Embedding, Expert
+
+T = TypeVar("T")
 
 _TINY_SIDE = 64
 _TINY_BOX = (16.0, 16.0, 47.0, 47.0)
@@ -54,9 +58,9 @@ class Stats:
     """What a replica has done since it started."""
 
     hits: int
-    """Requests whose embedding was kept."""
+    """Images that were looked up and found."""
     misses: int
-    """Requests whose embedding was not, those included that waited for the same image as another."""
+    """Those that were not. A request for an image that is being embedded for another is in neither."""
     embedded: int
     """Images that the expert embedded."""
     decoded: int
@@ -72,7 +76,7 @@ class Segmenter:
 
     load: makes the expert. patience: seconds after which a thread that has finished nothing counts as stuck. The
     constructor returns when the expert is warm: every kind of kernel that requests need has run once. Raises
-    RuntimeError for an expert whose numbers are not finite. All methods belong to one event loop.
+    NotFinite for an expert whose numbers are not finite. All methods belong to one event loop.
     """
 
     def __init__(
@@ -88,7 +92,7 @@ class Segmenter:
 
     async def embed(self, image_id: str, pixels: NDArray[np.uint8]) -> None:
         """Embed an image, uint8 [H, W, 3], and keep its embedding."""
-        await asyncio.wrap_future(self._desk.embed(image_id, pixels))
+        await _awaited(self._desk.embed(image_id, pixels))
 
     async def draw(self, image_id: str, pixels: NDArray[np.uint8], answers: Sequence[Answer]) -> Drawn | None:
         """The mask of an answer, or the consensus of several, all in original pixels; None where none has a usable box
@@ -98,10 +102,10 @@ class Segmenter:
         usable = {i: answer for i, answer in enumerate(answers) if answer.promptable}
         if not usable:
             return None
-        embedding = await asyncio.wrap_future(self._desk.embed(image_id, pixels))
+        embedding = await _awaited(self._desk.embed(image_id, pixels))
         prompts = prompts_of(self._expert, embedding, list(usable.values()))
         read = partial(_consensus, list(usable), len(answers))
-        return await asyncio.wrap_future(self._desk.decode(prompts, read))
+        return await _awaited(self._desk.decode(prompts, read))
 
     async def segment(self, image_id: str, pixels: NDArray[np.uint8] | None, prompt: Prompt) -> Drawn:
         """The mask of a caller's prompt. pixels: uint8 [H, W, 3]; None for an image whose embedding is kept. Raises
@@ -112,9 +116,9 @@ class Segmenter:
         found = self._desk.kept(image_id) if pixels is None else self._desk.embed(image_id, pixels)
         if found is None:
             raise UnknownImage("no image is kept by this id, or no longer; send the image itself")
-        embedding = await asyncio.wrap_future(found)
+        embedding = await _awaited(found)
         _check_within(prompt, embedding.original)
-        return await asyncio.wrap_future(self._desk.decode(_prompts(embedding, prompt), partial(_drawn, 0)))
+        return await _awaited(self._desk.decode(_prompts(embedding, prompt), partial(_drawn, 0)))
 
     async def check_health(self) -> None:
         """Raise RuntimeError if the expert no longer draws what it drew at the start, or if its thread is stuck. A
@@ -154,13 +158,18 @@ class Segmenter:
             self._expert.decode(self._tiny, points=np.array([_TINY_POINTS]))
         decoded = self._draw_tiny()
         _drawn(0, decoded)
-        if not (np.isfinite(decoded.logits).all() and np.isfinite(decoded.scores).all()):
-            raise RuntimeError(f"the expert {self._expert.name} computes numbers that are not finite; try float32")
         return decoded
 
     def _draw_tiny(self) -> "Decoded":
         points = np.array([_TINY_POINTS]) if self._expert.takes_points else None
         return self._expert.decode(self._tiny, boxes=np.array([_TINY_BOX]), points=points)
+
+
+async def _awaited(found: "Future[T]") -> T:
+    try:
+        return await asyncio.wrap_future(found)
+    except NotFinite as error:
+        raise RuntimeError(str(error)) from error  # whose mistake it is not that asks
 
 
 def _tiny_image() -> NDArray[np.uint8]:

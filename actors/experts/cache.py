@@ -30,7 +30,7 @@ class EmbeddingCache:
     """
 
     def __init__(self, *, limit: int, store: "EmbeddingStore | None" = None) -> None:
-        self._limit, self._store = limit, store
+        self.limit, self._store = limit, store
         self._kept: OrderedDict[str, Embedding] = OrderedDict()
         self._lock = threading.Lock()
         self._warned = False
@@ -78,11 +78,11 @@ class EmbeddingCache:
         """In place of those that were used longest ago, as far as there is no room for it."""
         if key in self._kept:
             self.bytes -= self._kept.pop(key).nbytes
-        if embedding.nbytes > self._limit:
+        if embedding.nbytes > self.limit:
             return
         self._kept[key] = embedding
         self.bytes += embedding.nbytes
-        while self.bytes > self._limit:
+        while self.bytes > self.limit:
             _, oldest = self._kept.popitem(last=False)
             self.bytes -= oldest.nbytes
 

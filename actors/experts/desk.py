@@ -4,16 +4,18 @@
                        ──decode──────────────────────────┐ │
                        ──do────────────────────────────┐ │ │
     one thread                          work, prompts, images ──► futures
+    another                                            └──► the cache, and its disk
 
-All that the expert computes runs in the one thread. A round of it does what is to be done besides, decodes all prompts
+All that the expert computes runs in one thread, which does not wait for a disk. A round of it does what is to be done besides, decodes all prompts
 that wait, and embeds one pass of images: so prompts wait for one pass at most, however many images are embedded ahead,
 and images for one batch of prompts. Nothing here imports torch.
 """
 
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -123,6 +125,7 @@ class Desk:
         self._requests: deque[_Request] = deque()
         self._images: deque[tuple[str, Pixels]] = deque()
         self._flights: dict[str, list[Future[Embedding]]] = {}
+        self._keeping = ThreadPoolExecutor(1, thread_name_prefix="embeddings")
         threading.Thread(target=self._run, name="expert", daemon=True).start()
 
     def embed(self, key: str, image: Pixels | Callable[[], Pixels]) -> Future[Embedding]:
@@ -157,6 +160,10 @@ class Desk:
         embedding = self._cache.get(key)
         return None if embedding is None else _attempt(lambda: embedding)
 
+    def room(self, embedding: Embedding) -> int:
+        """How many embeddings of its size are kept in memory at the same time."""
+        return self._cache.limit // embedding.nbytes
+
     def decode(self, prompts: Prompts, read: Callable[[Decoded], T]) -> Future[T]:
         """What `read` makes of the decoded prompts. It runs in the expert's thread, and what it does not keep of the
         masks is gone when the next prompts are decoded. All prompts that wait are decoded together."""
@@ -182,7 +189,7 @@ class Desk:
         )
 
     def close(self) -> None:
-        """End the thread after what it is doing. What waits for it is cancelled, and what is asked for later too."""
+        """End the threads after what they are doing. What waits for it is cancelled, and what is asked for later too."""
         with self._changed:
             self._closed = True
             waiting = [each.given for each in (*self._work, *self._requests)]
@@ -219,6 +226,7 @@ class Desk:
                 self.finished += 1
             self._decode(_wanted(self._some_requests()))
             self._embed(self._taken(self._images, self._at_once))
+        self._keeping.shutdown(wait=False)
 
     def _awaited(self) -> bool:
         """Wait until there is something to do; False once the desk is closed."""
@@ -241,23 +249,30 @@ class Desk:
         return taken
 
     def _decode(self, requests: Sequence[_Request]) -> None:
-        found = _each([request.prompts for request in requests], self._expert.decode_all)
+        found = _each([request.prompts for request in requests], lambda all: self._expert.decode_all(all))
         for request, decoded in zip(requests, found, strict=True):
             if decoded.exception():
                 _give(request.given, decoded)
             else:
-                self.decoded += len(decoded.result().scores)
-                _give(request.given, _attempt(partial(request.read, decoded.result())))
+                _give(request.given, _attempt(partial(self._read, request, decoded.result())))
         self.finished += len(requests)
 
+    def _read(self, request: _Request, decoded: Decoded) -> Any:
+        self.decoded += len(decoded.scores)
+        return request.read(decoded)
+
     def _embed(self, images: Sequence[tuple[str, Pixels]]) -> None:
-        found = _each([pixels for _, pixels in images], self._expert.embed_all)
+        found = _each([pixels for _, pixels in images], lambda all: self._expert.embed_all(all))
         for (key, _), embedding in zip(images, found, strict=True):
-            if not embedding.exception():
+            if embedding.exception():
+                self._land(key, embedding)
+            else:
                 self.embedded += 1
-                embedding = _attempt(partial(self._cache.put, key, embedding.result()))
-            self._land(key, embedding)
+                self._keeping.submit(self._keep, key, embedding.result())
         self.finished += len(images)
+
+    def _keep(self, key: str, embedding: Embedding) -> None:
+        self._land(key, _attempt(partial(self._cache.put, key, embedding)))
 
 
 def _wanted(asked: Sequence[A]) -> list[A]:
@@ -271,6 +286,8 @@ def _attempt(work: Callable[[], T]) -> Future[T]:
     try:
         outcome.set_result(work())
     except BaseException as error:  # noqa: BLE001  # whatever it is, it belongs to those who asked for the work
+        # An error keeps the frames that it came through: a failed pass's tensors, whose room the next attempt needs.
+        traceback.clear_frames(error.__traceback__)
         outcome.set_exception(error)
     return outcome
 
@@ -279,7 +296,7 @@ def _each(asked: Sequence[T], together: Callable[[Sequence[T]], Sequence[U]]) ->
     """What came of each of several; if they fail together, each is tried alone, for the fault may be another's."""
     if not asked:
         return []
-    outcome = _attempt(lambda: together(asked))
+    outcome = _attempt(lambda: [each for _, each in zip(asked, together(asked), strict=True)])
     if (error := outcome.exception()) is None:
         return [_attempt(partial(_same, each)) for each in outcome.result()]
     if len(asked) > 1:

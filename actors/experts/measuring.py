@@ -40,8 +40,9 @@ def _counts_here(masks: NDArray[np.bool_], reference: NDArray[np.bool_]) -> list
 def counts_there(drawn: Tensor, reference: NDArray[np.bool_]) -> list[tuple[int, int]]:
     """Pixels that each mask shares with the reference, and its own, counted on its device."""
     target = torch.from_numpy(reference).to(drawn.device)
-    counts: list[list[int]] = torch.stack([(drawn & target).sum(dim=(1, 2)), drawn.sum(dim=(1, 2))]).tolist()
-    return list(zip(*counts, strict=True))
+    # One mask after another: to sum them up takes 8 bytes a pixel.
+    counts = [torch.stack([(mask & target).sum(), mask.sum()]) for mask in drawn]
+    return [(both, predicted) for both, predicted in torch.stack(counts).tolist()] if counts else []
 
 
 def encoded_there(mask: Tensor) -> dict[str, object]:

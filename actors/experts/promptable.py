@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import pad
 
-from actors.experts.protocol import Decoded, Embedding, Preprocess, Prompts
+from actors.experts.protocol import Decoded, Embedding, NotFinite, Preprocess, Prompts
 from actors.experts.weights import weights_digest
 from umrg.frames import Size, rescale
 from umrg.mistake import Mistake
@@ -113,8 +113,9 @@ class Promptable(ABC):
         self.takes_points, self.takes_masks = takes_points, takes_masks
         self._model = model.to(device).eval().requires_grad_(False)
         encoder.to(DTYPES[dtype])
-        # A GPU would round the inputs of float32 convolutions to ten bits, and masks would not be those of a CPU.
-        torch.backends.cudnn.allow_tf32 = False
+        # A GPU would round what float32 convolutions and products are of to ten bits, and masks would not be those of a
+        # CPU. Products are not rounded by default, but NVIDIA's own containers have them so.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         self._device, self._dtype = torch.device(device), DTYPES[dtype]
         self._rows = rows if rows is not None or self._device.type == "cpu" else ROWS_ON_GPU
 
@@ -185,7 +186,9 @@ class Promptable(ABC):
         return weights_digest(self._model.state_dict())
 
     def fingerprint(self) -> str:
-        told = (self.digest(), self.preprocess, self._dtype, self._device.type, PREPARED)
+        prepared = self._pixels(np.zeros((2, 3, 3), dtype=np.uint8)).shape
+        of_class = (type(self).__module__, type(self).__qualname__, tuple(prepared))
+        told = (of_class, self.digest(), self.preprocess, self._dtype, self._device.type, PREPARED)
         return hashlib.sha256(repr(told).encode()).hexdigest()
 
     def _embedded(self, images: Sequence[NDArray[np.uint8]]) -> list[Embedding]:
@@ -196,6 +199,8 @@ class Promptable(ABC):
             padding = next_power_of_two(len(rows)) - len(rows)
             pixels = torch.cat(rows + padding * [torch.zeros_like(rows[0])])
             levels = [level.float() for level in self._features(pixels.to(self._dtype))]
+            if not all(bool(level[: len(rows)].isfinite().all()) for level in levels):
+                raise self._not_finite()
         alone = len(pixels) == 1
         return [
             Embedding(
@@ -233,7 +238,7 @@ class Promptable(ABC):
             scores.append(found[1][: len(part)])
         sizes = [len(each) for each in requests]
         parts = zip(embeddings, torch.cat(logits).split(sizes), torch.cat(scores).split(sizes), strict=True)
-        return [
+        decoded = [
             Decoded(
                 drawn=self._drawn(low, embedding),
                 scores=score.cpu().numpy(),
@@ -241,6 +246,16 @@ class Promptable(ABC):
             )
             for embedding, low, score in parts
         ]
+        # A mask of logits that are none is empty, which would be a bad answer's.
+        if not all(np.isfinite(each.scores).all() and np.isfinite(each.logits).all() for each in decoded):
+            raise self._not_finite()
+        return decoded
+
+    def _not_finite(self) -> NotFinite:
+        return NotFinite(
+            f"{self.name} computes numbers that are not finite in {str(self._dtype).removeprefix('torch.')}; set "
+            "segmenter.dtype to float32 or, if it is, check the weights"
+        )
 
     def _drawn(self, logits: Tensor, embedding: Embedding) -> Tensor:
         """Masks, bool [n, H, W], few enough at a time."""

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from umrg.frames import Size
+from umrg.mistake import Mistake
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 Preprocess = Literal["published", "native"]
 """`published`: the preprocessing of the published evaluation for every expert. `native`: that of the expert's own
 code."""
+
+
+class NotFinite(Mistake):
+    """An expert computed numbers that are not finite: its weights are broken, or its precision has too small a range."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +109,7 @@ class Expert(Protocol):
         ...
 
     def embed(self, image: NDArray[np.uint8]) -> Embedding:
-        """Embed an image, uint8 [H, W, 3] RGB. Raises ValueError for any other shape or type."""
+        """Embed an image, uint8 [H, W, 3] RGB. Raises ValueError for any other shape or type, and NotFinite."""
         ...
 
     def embed_all(self, images: Sequence[NDArray[np.uint8]]) -> list[Embedding]:
@@ -134,7 +139,7 @@ class Expert(Protocol):
         The masks of a request are the same bits whatever is decoded beside it: passes of the decoder have few, padded
         shapes, which depend on nothing but the expert and the request. Raises ValueError if a prompt has neither a box
         nor points, a shape is wrong, a number is not finite, a label is neither 0 nor 1, or the expert does not take
-        such prompts.
+        such prompts; and NotFinite.
         """
         ...
 
@@ -143,7 +148,7 @@ class Expert(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """sha256 over all that an embedding depends on beside the image: the digest of the weights, preprocessing,
-        precision and kind of device, and the version of the code that prepares images. Embeddings of two experts with
-        the same fingerprint may stand for each other."""
+        """sha256 over all that an embedding depends on beside the image: the expert's class and size of input, the digest
+        of the weights, preprocessing, precision and kind of device, and the version of the code that prepares images.
+        Embeddings of two experts with the same fingerprint may stand for each other."""
         ...

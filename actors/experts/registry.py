@@ -103,7 +103,8 @@ def licence(name: str, checkpoint: Path | None = None) -> str:
     """Licence of an expert's weights, with whose it is; `NOT_STATED` for weights of which nothing says it.
 
     name, checkpoint: as `load_expert` takes them. A folder says it in its `config.json`. A converted file knows the
-    digest of what it was made of: one that is not the official file, such as a training of one's own, states none.
+    digest of what it was made of: one that is not the official file, such as a training of one's own, states none;
+    where the official one's digest is not known, the licence is said with an if.
     Raises ValueError as `find_sizes` does.
     """
     given = Path(name)
@@ -124,8 +125,11 @@ def licence_line(name: str, checkpoint: Path | None = None) -> str:
 
 def _published_licence(expert: PublishedExpert, checkpoint: Path | None) -> str:
     source = None if checkpoint is None else read_header(checkpoint).metadata.get("source_sha256", "")
-    official = source is None or expert.sha256 is None or source.startswith(expert.sha256)
-    return expert.licence if official else NOT_STATED
+    if source is None:
+        return expert.licence
+    if expert.sha256 is None:
+        return f"{expert.licence}, if they are the official ones"
+    return expert.licence if source.startswith(expert.sha256) else NOT_STATED
 
 
 def _load(name: str, checkpoint: Path | None, device: str, dtype: str, preprocess: Preprocess) -> Expert:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from segment_anything import modeling
 from segment_anything.modeling import ImageEncoderViT, PromptEncoder, Sam, TwoWayTransformer
-from segment_anything.utils.transforms import ResizeLongestSide
 from skimage.transform import resize
 from torch import Tensor
 from torch.nn import functional
@@ -121,7 +121,10 @@ class SamExpert(Promptable):
     def _pixels(self, image: NDArray[np.uint8]) -> Tensor:
         if self.preprocess == "native":
             return _squeezed(image, self.config.image_side)
-        scaled = ResizeLongestSide(self.config.image_side).apply_image(image)
+        content = self._content(Size(image.shape[1], image.shape[0]))
+        # As `ResizeLongestSide.apply_image`, which would leave nothing of an image that is thinner than a pixel then.
+        side = (content.width, content.height)
+        scaled = np.array(Image.fromarray(image).resize(side, Image.Resampling.BILINEAR))
         pixels = torch.from_numpy(scaled).to(self._device).permute(2, 0, 1)[None]
         padded: Tensor = self._sam.preprocess(pixels)
         return padded

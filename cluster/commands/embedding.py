@@ -3,17 +3,16 @@ when on that pays."""
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
+from statistics import fmean
 
 from actors.experts.protocol import Embedding, Expert
 from actors.experts.store import EmbeddingStore, rounded
 from cluster.display import progress
 from umrg.dataset import Dataset
-from umrg.sample import Sample
 
 GIB = 1 << 30
 _READ_AGAIN = 16
@@ -86,15 +85,15 @@ def embed_dataset(
     clock = _Clock()
     written: list[str] = []
     with progress("embedding", len(rows), done=len(rows) - len(missing), unit="images") as show:
-        for batch in _batches(dataset.only(missing).unmasked() if missing else (), expert.images_at_once):
-            with clock.timing("embed", len(batch)):
-                embeddings = [rounded(each) for each in expert.embed_all([sample.image() for sample in batch])]
+        # One by one, as segmenters embed them: several in a pass of a GPU are equal to those only up to rounding.
+        for sample in dataset.only(missing).unmasked() if missing else ():
+            with clock.timing("embed"):
+                embedding = rounded(expert.embed(sample.image()))
             if not written:
-                _warn(embeddings[0], len(rows), limit, say)
-            with clock.timing("write", len(batch)):
-                for sample, embedding in zip(batch, embeddings, strict=True):
-                    store.put(sample.image_key, embedding)
-            written += [sample.image_key for sample in batch]
+                _warn(embedding, len(rows), limit, say)
+            with clock.timing("write"):
+                store.put(sample.image_key, embedding)
+            written.append(sample.image_key)
             show(len(rows) - len(missing) + len(written))
     there = [path.stat().st_size for path in map(store.path, rows) if path.exists()]
     return Filled(
@@ -116,12 +115,6 @@ def _first_rows(dataset: Dataset) -> dict[str, int]:
     return rows
 
 
-def _batches(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
-    rest = iter(samples)
-    while batch := list(islice(rest, size)):
-        yield batch
-
-
 def _warn(embedding: Embedding, images: int, limit: int, say: Callable[[str], None]) -> None:
     needed = images * embedding.nbytes
     if needed > limit:
@@ -133,22 +126,21 @@ def _warn(embedding: Embedding, images: int, limit: int, say: Callable[[str], No
 
 
 class _Clock:
-    """Seconds that images took, by what was done with them. The first batch warms up, and counts only if it is the
-    only one."""
+    """Seconds that images took, by what was done with them. The first one warms up, and counts only if it is the only
+    one."""
 
     def __init__(self) -> None:
-        self._taken: dict[str, list[tuple[float, int]]] = {}
+        self._taken: dict[str, list[float]] = {}
 
     @contextmanager
-    def timing(self, what: str, images: int) -> Iterator[None]:
+    def timing(self, what: str) -> Iterator[None]:
         began = time.perf_counter()
         yield
-        self._taken.setdefault(what, []).append((time.perf_counter() - began, images))
+        self._taken.setdefault(what, []).append(time.perf_counter() - began)
 
     def mean(self, what: str) -> float:
         """Of an image."""
-        taken = self._taken[what][1:] or self._taken[what]
-        return sum(seconds for seconds, _ in taken) / sum(images for _, images in taken)
+        return fmean(self._taken[what][1:] or self._taken[what])
 
 
 def _costs(clock: _Clock, store: EmbeddingStore, written: list[str]) -> Costs | None:
@@ -156,7 +148,7 @@ def _costs(clock: _Clock, store: EmbeddingStore, written: list[str]) -> Costs | 
         return None
     for key in written[:: -(-len(written) // _READ_AGAIN)]:
         _leave_memory(store.path(key))
-        with clock.timing("read", 1):
+        with clock.timing("read"):
             store.get(key)
     return Costs(embed=clock.mean("embed"), write=clock.mean("write"), read=clock.mean("read"))
 

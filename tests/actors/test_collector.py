@@ -19,8 +19,9 @@ from actors.pool import APART_S, Member, Pool
 class World:
     """Actors and their calls, as the driver sees them, and what really happens to them."""
 
-    def __init__(self, ids, *, bound=3, poison=(), broken=()):
-        """poison: groups that kill whatever works on them. broken: groups on which every call ends in an error."""
+    def __init__(self, ids, *, bound=3, keeps=100, poison=(), broken=()):
+        """keeps: images that a segmenter keeps prepared. poison: groups that kill whatever works on them. broken: groups
+        on which every call ends in an error."""
         self.now = 0.0
         self.alive: set[str] = set()
         self.flying: dict[int, tuple[Call, float]] = {}
@@ -35,7 +36,7 @@ class World:
         )
         scoring = replace(scoring, ahead=self.ahead, best=lambda entry, member: self.image(entry) in member.images)
         self.collector = Collector(self.ledger, sampling, scoring, self)
-        self.refs = 0
+        self.refs, self.keeps = 0, keeps
         self.group: dict[int, str] = {}
         self.prepared: list[tuple[str, str]] = []
         """Group and member of each call that was made ahead."""
@@ -99,7 +100,7 @@ class World:
             self.heed(Ended(call=call, fault="error", cause="broken"))
         else:
             before = entry.stage
-            self.heed(Ended(call=call, result=ref))
+            self.heed(Ended(call=call, result=self.keeps if call.doing == "preparing" else ref))
             if entry.stage == "scored" != before:
                 self.scored[entry.id] += 1
 
@@ -311,6 +312,26 @@ def test_segmenters_with_nothing_to_do_prepare_for_groups_that_are_being_sampled
     assert world.prepared[2:] == [("g4", "segmenter 0"), ("g6", "segmenter 1")]
     world.settle({"rollout": 2, "segmenter": 2})
     assert len(world.prepared) == 4
+
+
+def test_no_more_is_prepared_than_is_kept_until_it_is_scored():
+    """Half of what a segmenter keeps, as the first one says; those that are scored make room for others."""
+    world = world_of_many(40, segmenters=1, bound=6, keeps=6)
+    for _ in range(9):
+        answer_all(world, "segmenter")
+        world.turn({"rollout": 2, "segmenter": 1})
+    assert [id for id, _ in world.prepared] == ["g0", "g2", "g4"]
+    answer_all(world, "rollout")
+    for _ in range(9):
+        world.turn({"rollout": 2, "segmenter": 1})
+        answer_all(world, "segmenter")
+    waiting = [id for id, _ in world.prepared if world.ledger.entries[id].stage != "scored"]
+    assert len(world.prepared) > 3 and len(waiting) <= 3
+    world = world_of_many(8, segmenters=2, keeps=1)
+    for _ in range(4):
+        answer_all(world, "segmenter")
+        world.turn({"rollout": 2, "segmenter": 2})
+    assert len(world.prepared) == 2, "one each, which said that there is no room"
 
 
 def test_a_group_is_scored_where_its_image_is_as_long_as_there_is_room():

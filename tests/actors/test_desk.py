@@ -2,7 +2,9 @@
 goes away takes from others. The expert is the tests' own, and works only when it is given turns."""
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -206,6 +208,60 @@ def test_an_error_reaches_those_who_asked_for_it_and_nobody_else() -> None:
         with pytest.raises(ValueError, match="no PNG"):
             unread.result(SECONDS)
         assert value(desk.embed("unreadable", image(9)).result(SECONDS)) == 9, "it is tried again"
+
+
+def test_a_failed_pass_leaves_no_memory_behind_while_each_is_tried_alone() -> None:
+    """A GPU may have room for one, but not beside what a pass of two left in its frames."""
+    left: list[weakref.ref[torch.Tensor]] = []
+
+    class Greedy(Scripted):
+        def decode_all(self, requests: Sequence[Prompts]) -> list[Decoded]:
+            activations = torch.zeros(len(requests))
+            assert not any(each() is not None for each in left), "it is still there"
+            left.append(weakref.ref(activations))
+            super().decode_all(requests)
+            raise torch.OutOfMemoryError("no room for all of them")
+
+    gc.disable()
+    try:
+        with opened(expert := Greedy()) as desk:
+            with held(expert, desk):
+                drawn = [desk.decode(prompts(i), score) for i in (1, 2)]
+            for each in drawn:
+                assert isinstance(each.exception(SECONDS), torch.OutOfMemoryError)
+        assert len(left) == 3 and not any(each() is not None for each in left)
+    finally:
+        gc.enable()
+
+
+def test_an_expert_that_answers_too_little_is_an_error_and_no_endless_wait() -> None:
+    class Short(Scripted):
+        def decode_all(self, requests: Sequence[Prompts]) -> list[Decoded]:
+            return super().decode_all(requests)[1:]
+
+    with opened(Short()) as desk:
+        with pytest.raises(ValueError, match="shorter"):
+            desk.decode(prompts(1), score).result(SECONDS)
+        assert value(desk.embed("two", image(2)).result(SECONDS)) == 2
+
+
+def test_no_prompt_waits_for_a_disk() -> None:
+    writing, written = threading.Event(), threading.Event()
+
+    class Slow(EmbeddingCache):
+        def put(self, key: str, embedding: Embedding) -> Embedding:
+            writing.set()
+            assert written.wait(SECONDS)
+            return super().put(key, embedding)
+
+    desk = Desk(Scripted(), Slow(limit=1 << 20))
+    embedding = desk.embed("one", image(1))
+    assert writing.wait(SECONDS)
+    assert desk.decode(prompts(2), score).result(SECONDS) == 2
+    assert not embedding.done()
+    written.set()
+    assert value(embedding.result(SECONDS)) == 1
+    desk.close()
 
 
 def test_a_caller_that_goes_away_takes_nothing_from_others() -> None:

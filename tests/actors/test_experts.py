@@ -12,10 +12,11 @@ from segment_anything import SamPredictor
 from segment_anything.utils.transforms import ResizeLongestSide
 
 from actors.experts import two_way
-from actors.experts.protocol import Decoded, Embedding, Prompts
+from actors.experts.protocol import Decoded, Embedding, NotFinite, Prompts
 from actors.experts.published import PUBLISHED_EXPERTS
 from actors.experts.registry import FAMILIES, licence, licence_line, load_expert
 from actors.experts.sam import SamExpert, build_sam, content_size
+from actors.experts.sam2 import Sam2Expert
 from actors.experts.sam_config import VIT_B, SamConfig, config_json
 from actors.experts.weights import save_weights, shapes_of
 from bench.expert_shapes import SMALL as EXPERT_SHAPES
@@ -233,10 +234,42 @@ def test_a_mask_as_prompt_is_what_sam_predictor_makes_of_it() -> None:
             expert.decode(embedding, boxes=BOXES, masks=wrong)
 
 
-def test_float32_is_not_rounded_to_tf32_on_a_gpu(monkeypatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+def test_float32_is_not_rounded_to_tf32_on_a_gpu() -> None:
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     small_expert()
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.parametrize("part", ["image_encoder.neck.0", "mask_decoder.iou_prediction_head.layers.0"])
+def test_numbers_that_are_none_are_never_a_mask(part: str) -> None:
+    expert = small_expert()
+    expert._sam.get_submodule(part).weight.fill_(torch.nan)
+    with pytest.raises(NotFinite, match=r"small computes numbers that are not finite in float32; set segmenter\.dtype"):
+        expert.decode(expert.embed(IMAGE), boxes=BOXES)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 2000), (2000, 1), (1, 1), (2, 3)])
+def test_an_image_may_be_a_line_or_a_point(height: int, width: int) -> None:
+    expert = small_expert()
+    embedding = expert.embed(np.full((height, width, 3), 200, dtype=np.uint8))
+    decoded = expert.decode(embedding, boxes=np.array([[0.0, 0.0, width - 1.0, height - 1.0]]))
+    assert decoded.masks.shape == (1, height, width)
+
+
+def test_embeddings_of_other_classes_and_inputs_do_not_stand_for_each_other() -> None:
+    """Not even where the weights are the same."""
+
+    class Darker(SamExpert):
+        def _pixels(self, image: NDArray[np.uint8]) -> torch.Tensor:
+            return super()._pixels(image // 2)
+
+    sam = build_sam(SMALL)
+    sam2 = random_expert("small_hiera")
+    assert isinstance(sam2, Sam2Expert)
+    larger = Sam2Expert(sam2._sam2, sam2.config.model_copy(update={"image_side": 512}), name="larger")
+    experts = (SamExpert(sam, SMALL, name="a"), Darker(sam, SMALL, name="a"), sam2, larger)
+    found = [each.fingerprint() for each in experts]
+    assert found[0] == SamExpert(sam, SMALL, name="b").fingerprint() and len(set(found)) == 4
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -331,6 +364,8 @@ def test_a_converted_training_of_ones_own_has_not_the_official_files_licence(tmp
         save_weights({}, path, metadata={"name": "sam_vit_b", "source_sha256": sha256})
     assert licence(str(official)) == licence("sam_vit_b", official) == "Apache-2.0 (Meta AI)"
     assert licence(str(own)) == licence("sam_vit_b", own) == licence("tiny", own) == "not stated"
+    save_weights({}, own, metadata={"name": "medsam2", "source_sha256": 64 * "0"})
+    assert licence(str(own)) == "CC-BY-SA-4.0 (bowang-lab MedSAM2), if they are the official ones"
 
 
 def test_what_is_asked_for_wrongly_is_answered_with_what_to_do(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from actors.config import EmbeddingsConfig, SegmenterConfig
 from actors.experts.drawing import draw_masks
-from actors.experts.protocol import Decoded, Embedding, Expert, Preprocess, Prompts
+from actors.experts.protocol import Decoded, Embedding, Expert, NotFinite, Preprocess, Prompts
 from actors.experts.registry import load_expert
 from actors.experts.sam import SamExpert, build_sam
 from actors.experts.sam_config import SamConfig
@@ -374,15 +374,18 @@ def test_the_health_check_asks_the_expert_itself() -> None:
         with pytest.raises(RuntimeError, match="no longer draws the mask"):
             run(segmenter.check_health())
         sam.mask_decoder.mask_tokens.weight.fill_(torch.nan)
-        with pytest.raises(RuntimeError, match="no longer draws the mask"):
+        with pytest.raises(NotFinite):
             run(segmenter.check_health())
+        run(segmenter.embed("a", picture()))
+        with pytest.raises(RuntimeError, match="not finite"):  # no mistake of the caller's
+            run(segmenter.segment("a", None, Prompt(box=(1.0, 1.0, 20.0, 20.0))))
 
 
 def test_an_expert_that_computes_no_numbers_does_not_start() -> None:
     sam = build_sam(SMALL)
     broken = SamExpert(sam, SMALL, name="small")
     sam.mask_decoder.mask_tokens.weight.fill_(torch.nan)
-    with pytest.raises(RuntimeError, match="not finite"), opened(expert=broken):
+    with pytest.raises(NotFinite), opened(expert=broken):
         pass
 
 
