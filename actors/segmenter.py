@@ -86,8 +86,8 @@ class Segmenter:
         return since
 
     def embed(self, group: Group, depth: ScoringDepth = "masks") -> int:
-        """Have the embedding of a group's image ready for when the group is scored, if masks are looked at then. Returns
-        how many such embeddings are kept at the same time: 0 if none is needed."""
+        """Have the embedding of a group's image ready for when the group is scored, if masks are looked at then.
+        Returns how many such embeddings are kept at the same time: 0 if none is needed."""
         return self._desk.room(self._embedding(group).result()) if self._looks_at_masks(depth) else 0
 
     def score(

@@ -6,9 +6,9 @@
     one thread                          work, prompts, images ──► futures
     another                                            └──► the cache, and its disk
 
-All that the expert computes runs in one thread, which does not wait for a disk. A round of it does what is to be done besides, decodes all prompts
-that wait, and embeds one pass of images: so prompts wait for one pass at most, however many images are embedded ahead,
-and images for one batch of prompts. Nothing here imports torch.
+All that the expert computes runs in one thread, which does not wait for a disk. A round of it does what is to be done
+besides, decodes all prompts that wait, and embeds one pass of images: so prompts wait for one pass at most, however
+many images are embedded ahead, and images for one batch of prompts. Nothing here imports torch.
 """
 
 import threading
@@ -189,7 +189,8 @@ class Desk:
         )
 
     def close(self) -> None:
-        """End the threads after what they are doing. What waits for it is cancelled, and what is asked for later too."""
+        """End the threads after what they are doing. What waits for them is cancelled, and what is asked for later
+        too."""
         with self._changed:
             self._closed = True
             waiting = [each.given for each in (*self._work, *self._requests)]

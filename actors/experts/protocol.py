@@ -20,7 +20,8 @@ code."""
 
 
 class NotFinite(Mistake):
-    """An expert computed numbers that are not finite: its weights are broken, or its precision has too small a range."""
+    """An expert computed numbers that are not finite: its weights are broken, or its precision has too small a
+    range."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +149,7 @@ class Expert(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """sha256 over all that an embedding depends on beside the image: the expert's class and size of input, the digest
-        of the weights, preprocessing, precision and kind of device, and the version of the code that prepares images.
-        Embeddings of two experts with the same fingerprint may stand for each other."""
+        """sha256 over all that an embedding depends on beside the image: the expert's class and size of input, the
+        digest of the weights, preprocessing, precision and kind of device, and the version of the code that prepares
+        images. Embeddings of two experts with the same fingerprint may stand for each other."""
         ...

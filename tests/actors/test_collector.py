@@ -20,8 +20,8 @@ class World:
     """Actors and their calls, as the driver sees them, and what really happens to them."""
 
     def __init__(self, ids, *, bound=3, keeps=100, poison=(), broken=()):
-        """keeps: images that a segmenter keeps prepared. poison: groups that kill whatever works on them. broken: groups
-        on which every call ends in an error."""
+        """keeps: images that a segmenter keeps prepared. poison: groups that kill whatever works on them. broken:
+        groups on which every call ends in an error."""
         self.now = 0.0
         self.alive: set[str] = set()
         self.flying: dict[int, tuple[Call, float]] = {}

@@ -1,7 +1,7 @@
 """`medreasoner expert embed`: what it writes, skips and says."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -32,26 +32,21 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Counting:
-    """An expert of two images at once, whose features are the means of the colours."""
-
-    images_at_once = 2
+    """An expert whose features are the means of the colours."""
 
     def __init__(self, fail_at: int | None = None) -> None:
-        self.batches: list[int] = []
+        self.embedded = 0
         self._fail_at = fail_at
 
-    def embed_all(self, images: Sequence[np.ndarray]) -> list[Embedding]:
-        if len(self.batches) == self._fail_at:
+    def embed(self, image: np.ndarray) -> Embedding:
+        if self.embedded == self._fail_at:
             raise KeyboardInterrupt
-        self.batches.append(len(images))
-        return [
-            Embedding(
-                features=(torch.from_numpy(image.mean(axis=(0, 1)).astype(np.float32)).reshape(1, 3, 1, 1),),
-                original=Size(image.shape[1], image.shape[0]),
-                content=Size(8, 8),
-            )
-            for image in images
-        ]
+        self.embedded += 1
+        return Embedding(
+            features=(torch.from_numpy(image.mean(axis=(0, 1)).astype(np.float32)).reshape(1, 3, 1, 1),),
+            original=Size(image.shape[1], image.shape[0]),
+            content=Size(8, 8),
+        )
 
 
 def filled(
@@ -64,19 +59,19 @@ def filled(
 def test_each_image_is_embedded_once_and_found_by_its_key(file: Path, tmp_path: Path) -> None:
     expert = Counting()
     found = filled(file, tmp_path, expert)
-    assert expert.batches == [2, 2, 2] and (found.images, found.embedded, found.stored) == (6, 6, 6)
+    assert expert.embedded == 6 and (found.images, found.embedded, found.stored) == (6, 6, 6)
     assert found.bytes == sum(path.stat().st_size for path in tmp_path.glob("*.embedding"))
     store = EmbeddingStore(tmp_path, limit=GIB, fingerprint="f")
     for sample in Dataset.open(file):
-        kept, (made,) = store.get(sample.image_key), Counting().embed_all([sample.image()])
+        kept, made = store.get(sample.image_key), Counting().embed(sample.image())
         assert kept is not None and kept.features[0].equal(rounded(made).features[0])
 
 
 def test_an_interrupted_command_goes_on_where_it_was(file: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        filled(file, tmp_path, Counting(fail_at=2))
+        filled(file, tmp_path, Counting(fail_at=4))
     expert = Counting()
-    assert filled(file, tmp_path, expert).embedded == 2 and expert.batches == [2]
+    assert filled(file, tmp_path, expert).embedded == 2 and expert.embedded == 2
     assert next(filled(file, tmp_path, Counting()).lines()) == "6 images: 0 embedded now, 6 were there"
 
 
