@@ -2,7 +2,7 @@
 # make demo    the main job, small: GRPO on phantoms; leaves runs/demo/report/index.html; sets up first
 # make test    what must pass before a change goes in; sets up first
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint lint-types lint-rest test test-cluster test-rest test-slow slow-cluster slow-rest chaos fuzz \
+.PHONY: help setup demo serve lint lint-types lint-rest test test-cluster test-rest test-slow slow-cluster slow-rest chaos fuzz \
 	test-gpu check-gpu-install clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
@@ -60,7 +60,7 @@ $(STAMP): pyproject.toml $(wildcard constraints/*.txt)
 	@echo $(EXTRA) > $@
 	@echo "ready: $(BIN)/medreasoner doctor"
 
-demo: setup ## train the tiny reasoner with GRPO on phantoms: about ten minutes; DEMO="key=value …" changes its config
+demo: setup ## train the tiny reasoner with GRPO on phantoms: about six minutes, set-up not counted; DEMO="key=value …" changes its config
 	$(BIN)/medreasoner train configs/$(if $(filter gpu,$(EXTRA)),demo_gpu,demo).yaml $(DEMO)
 
 serve: setup ## the bundled tiny model over HTTP at http://127.0.0.1:8000, until Ctrl-C; SERVE="MODEL key=value …" serves another

@@ -15,7 +15,8 @@ from umrg.mistake import Mistake
 
 
 class Autoscale(Config):
-    """Bounds between which a training run chooses how many actors a role has, as it measures who waits for whom."""
+    """Bounds between which a role has as many actors as it needs: a training run measures who waits for whom, a service
+    counts requests under way."""
 
     min: PositiveInt
     """Fewest actors."""
@@ -29,7 +30,8 @@ class PoolConfig(ActorConfig):
     actors: MayChange[PositiveInt] = 1
     """Number of actors; with `autoscale`, at the start."""
     autoscale: MayChange[Autoscale | None] = None
-    """Bounds between which a training run changes the number of actors by itself; null for a constant number."""
+    """Bounds between which a training run or a service changes the number of actors by itself; null for a constant
+    number, which an evaluation always has."""
 
     @model_validator(mode="after")
     def _begins_within(self) -> Self:

@@ -131,7 +131,7 @@ class TrainConfig(LearningConfig):
     """GRPO: `medreasoner train CONFIG`."""
 
     expert: str
-    """Name of the expert, its folder or the URI of that."""
+    """Name of the expert, its folder, a converted file, or the URI of one of these."""
     data: TrainDataConfig
     reward: RewardConfig
     rollout: RolloutConfig = RolloutConfig()
@@ -289,7 +289,7 @@ class EvaluateConfig(RunConfig):
     endpoint: EndpointConfig | None = None
     """Sampled from in place of `model`; `frame` must then say what its coordinates are."""
     expert: str
-    """Name of the expert, its folder or the URI of that."""
+    """Name of the expert, its folder, a converted file, or the URI of one of these."""
     data: EvaluationDataConfig
     n: NonNegativeInt = 0
     """Answers sampled per row, besides the greedy one."""
@@ -318,6 +318,15 @@ class EvaluateConfig(RunConfig):
                 "an endpoint resizes images by its own settings; leave min_pixels and max_pixels out, and say in "
                 "endpoint.min_pixels and endpoint.max_pixels what they are"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _as_many_as_it_began_with(self) -> Self:
+        for role, actors in (("rollout", self.rollout), ("segmenter", self.segmenter)):
+            if actors.autoscale:
+                raise Mistake(
+                    f"an evaluation has a constant number of actors; take {role}.autoscale out and set {role}.actors"
+                )
         return self
 
     @property

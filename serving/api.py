@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 MaskFormat = Literal["rle", "png", "none"]
 """How JSON carries a mask: COCO run lengths, a PNG in base64, or not at all."""
+MOST_SAMPLES = 64
+"""Answers that one query may ask for; a service may allow fewer (`limits.samples`)."""
 XYXY = tuple[float, float, float, float]
 XY = tuple[float, float]
 
@@ -31,7 +33,7 @@ class GroundOptions(Strict):
 
     think: bool | None = None
     """Whether to reason before answering; null for what the model was trained to do."""
-    samples: int = Field(default=1, ge=1, le=64)
+    samples: int = Field(default=1, ge=1, le=MOST_SAMPLES)
     """Answers whose masks are put to a vote; `confidence` then says how far they agree."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Of several samples: the same seed gives the same answers."""

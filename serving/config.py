@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from actors.config import PoolConfig, RolloutConfig, SegmenterConfig
+from serving.api import MOST_SAMPLES
 from umrg.config import Config
 from umrg.mistake import Mistake
 from umrg.prompts import ReasonerConfig
@@ -44,7 +45,7 @@ class Limits(Config):
     """Longest query."""
     chat_characters: PositiveInt = 16_000
     """Longest text of a chat's messages, which holds the instructions too."""
-    samples: PositiveInt = 16
+    samples: PositiveInt = Field(default=16, le=MOST_SAMPLES)
     """Most answers to one query."""
     request_seconds: PositiveFloat = 120.0
     """Longest time from a request's last byte to the answer."""
@@ -71,9 +72,10 @@ class ServeConfig(ReasonerConfig):
     name: str | None = None
     """What clients call the model; null for the folder's name."""
     expert: str = "tiny"
-    """Name or folder of the expert."""
+    """Name of the expert, its folder or a converted file."""
     rollout: RolloutConfig = Field(default_factory=lambda: RolloutConfig(num_cpus=0.5))
-    """The reasoner's replicas, each with an engine as in training; n and temperature are those of several samples."""
+    """The reasoner's replicas, each with an engine as in training. `temperature` is that of several samples, of which a
+    request says how many; `n` is not read."""
     segmenter: SegmenterConfig = Field(default_factory=lambda: SegmenterConfig(num_cpus=0.1))
     """The expert's replicas, as in training."""
     ingress: IngressConfig = Field(default_factory=lambda: IngressConfig(num_cpus=0.1, actors=2))

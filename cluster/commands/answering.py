@@ -30,7 +30,8 @@ answering_app = typer.Typer()
 @answering_app.command(
     epilog=examples(
         "medreasoner serve runs/demo --port 8000",
-        "medreasoner serve runs/lingshu_7b_soft --expert medsam2 --checkpoint medsam2.safetensors --gpu",
+        "medreasoner serve runs/lingshu_7b_soft --expert medsam2 --checkpoint medsam2.safetensors --gpu "
+        "rollout.max_tokens=2048",
         "medreasoner serve runs/demo --host 0.0.0.0 --keys keys.yaml limits.image_mib=64",
     )
 )
@@ -42,7 +43,9 @@ def serve(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the configuration.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of the service's configuration.")] = None,
-    expert: Annotated[str | None, typer.Option(help="Name or folder of the expert; tiny by default.")] = None,
+    expert: Annotated[
+        str | None, typer.Option(help="Name, folder or converted file of the expert; tiny by default.")
+    ] = None,
     checkpoint: Checkpoint = None,
     prompt: Prompt = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="One GPU, shared by reasoner and expert.")] = False,
@@ -51,7 +54,9 @@ def serve(
     keys: Annotated[Path | None, typer.Option(help="YAML file of the clients' keys (`medreasoner key`).")] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Serve a reasoner and its expert over HTTP, until Ctrl-C; SIGHUP lets it take over newer weights."""
+    """Serve a reasoner and its expert over HTTP, until Ctrl-C; SIGHUP lets it take over newer weights.
+
+    Lengths and precision are not those of the model's training: give rollout.max_tokens and rollout.dtype."""
     if model is not None and "=" in str(model) and not model.exists():
         # No model was named, and what follows it stands in its place.
         model, overrides = None, [str(model), *(overrides or ())]
@@ -117,7 +122,9 @@ def _print_service(config: "ServeConfig", host: str, port: int) -> None:
 )
 def ground(
     ctx: typer.Context,
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="PNG, JPEG, TIFF, WebP or the like.")],
+    image: Annotated[
+        Path, typer.Argument(metavar="IMAGE", help="PNG, JPEG, TIFF or WebP; without --server others too.")
+    ],
     query: Annotated[str, typer.Argument(metavar="QUERY", help="What is asked about the image.")],
     model: Annotated[Path, typer.Option(help="Folder of the reasoner.", autocompletion=run_folders)] = TINY_REASONER,
     prompt: Prompt = None,

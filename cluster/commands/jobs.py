@@ -42,8 +42,9 @@ def train(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = Fal
 
 @jobs_app.command(
     epilog=examples(
-        "medreasoner sft configs/tiny_reasoner_sft.yaml data.train=rows.parquet validation=0.1",
-        "medreasoner sft configs/tiny_reasoner_sft.yaml data.train=rows.parquet --dry-run",
+        "medreasoner sft configs/tiny_reasoner_sft.yaml model=models/tiny-reasoner data.train=rows.parquet "
+        "validation=0.1",
+        "medreasoner sft configs/tiny_reasoner_sft.yaml model=models/tiny-reasoner data.train=rows.parquet --dry-run",
     )
 )
 def sft(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False) -> None:
@@ -78,7 +79,7 @@ def evaluate(
     ] = None,
     prompt: Prompt = None,
     data: Annotated[list[Path] | None, typer.Option(help="Rows to answer; may be given several times.")] = None,
-    expert: Annotated[str | None, typer.Option(help="Name or folder of the expert.")] = None,
+    expert: Annotated[str | None, typer.Option(help="Name, folder or converted file of the expert.")] = None,
     checkpoint: Checkpoint = None,
     name: Annotated[str | None, typer.Option(help="Name of the run, whose folder is runs/NAME.")] = None,
     n: Annotated[int | None, typer.Option("--n", help="Answers to sample per row, besides the greedy one.")] = None,
@@ -88,7 +89,8 @@ def evaluate(
 ) -> None:
     """Evaluate a reasoner with an expert, and write metrics, tables and a page to runs/NAME.
 
-    An interrupted evaluation continues when it is run again."""
+    Lengths, precision and devices are those of rollout.* and segmenter.*, not of the model's training; by default it
+    computes on a CPU. An interrupted evaluation continues when it is run again."""
     options = {
         "model": model,
         "data.eval": data,

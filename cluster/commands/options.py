@@ -81,7 +81,7 @@ RunFolderPath = Annotated[
 Prompt = Annotated[
     str | None, typer.Option(help="full, compact or the file of a template, instead of the model's own prompt.")
 ]
-Expert = Annotated[str, typer.Option(help="Name or folder of the expert.")]
+Expert = Annotated[str, typer.Option(help="Name, folder or converted file of the expert.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="Weights of a published expert, as `expert convert` wrote them.")]
 DryRun = Annotated[
     bool,

@@ -34,7 +34,9 @@ _STEP = re.compile(r"(?:step |: )(\d+)(?:/| of )(\d+)\b")
 @submit_app.command(
     epilog=examples(
         "medreasoner submit configs/demo.yaml runs=/shared/runs --address http://head:8265",
-        "medreasoner submit configs/lingshu_7b_soft.yaml runs=/shared/runs model=/shared/Lingshu-7B --detach",
+        "medreasoner submit configs/lingshu_7b_soft.yaml runs=/shared/runs model=/shared/Lingshu-7B "
+        "segmenter.checkpoint=/shared/medsam2.safetensors data.train=/shared/train.parquet "
+        "data.eval=/shared/test.parquet --detach",
         "medreasoner submit configs/demo.yaml runs=/shared/runs --dry-run",
     )
 )

@@ -1,5 +1,6 @@
 """`--dry-run`: what would be done is told, what would be refused is refused, and nothing is done."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from cluster.config import EvaluateConfig, SftConfig, load_config
 from cluster.dry_run import dry_run
 from cluster.lease import leased
 from cluster.run_folder import RunFolder
+from tests.cluster.commands.test_help import examples
 from tests.cluster.test_checkpoints import save
 from tests.cluster.test_cli import outcome
 from tests.conftest import ROOT, TINY_REASONER
@@ -152,6 +154,16 @@ def test_the_service_is_told(capsys):
     assert "0.8" in text and "segmenter" in text and "http://127.0.0.1:8000/v1/ground" in text
     with pytest.raises(ValueError, match="nearest expert"):
         serve(TINY_REASONER, expert="tinny", dry_run=True)
+
+
+@pytest.mark.parametrize("example", [*examples("sft"), *examples("submit")])
+def test_examples_beneath_help_work_as_typed(example, monkeypatch, tmp_path):
+    """In a checkout, beside rows of one's own."""
+    drawn_rows(tmp_path / "rows.parquet", 6)
+    for name in ("configs", "models"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    assert outcome(*shlex.split(example)[1:], "--dry-run") == 0
 
 
 def test_the_command_line_has_the_exit_codes_of_the_run(monkeypatch, tmp_path, capfd):

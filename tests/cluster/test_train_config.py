@@ -346,3 +346,9 @@ def test_an_older_placement_is_answered_with_what_to_write(demo_config, older, w
         demo_config(f"placement={older}")
     with pytest.raises(ValueError, match=f"write spread={written}"):
         load_config(EvaluateConfig, ROOT / "configs" / "evaluate_demo.yaml", [f"placement={older}"])
+
+
+@pytest.mark.parametrize("role", ["rollout", "segmenter"])
+def test_an_evaluation_does_not_change_the_number_of_its_actors(role):
+    with pytest.raises(ValueError, match=f"take {role}.autoscale out and set {role}.actors"):
+        load_config(EvaluateConfig, ROOT / "configs" / "evaluate_demo.yaml", [f"{role}.autoscale={{min: 1, max: 4}}"])

@@ -52,10 +52,13 @@ def test_an_engine_and_an_expert_fill_a_gpu():
         assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
 
 
-def test_the_reasoner_begins_with_the_model_of_the_application():
+def test_the_reasoner_begins_with_the_model_of_the_application_and_tells_its_step():
     deployments = {each.name: each for each in application().deployments}
     assert deployments.keys() <= NAMES
-    assert deployments["Reasoner"].user_config == {"model": application().args["model"], "policy_version": 0}
+    model, config = application().args["model"], ROOT / "configs" / "lingshu_7b_soft.yaml"
+    assert model == f"/shared/runs/{config.stem}"
+    steps = yaml.safe_load(config.read_text())["steps"]
+    assert deployments["Reasoner"].user_config == {"model": model, "policy_version": steps}
 
 
 def test_the_block_for_other_keys_is_one_of_serve_once_it_is_no_comment():

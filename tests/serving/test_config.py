@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 
-from serving.config import ServeConfig, trained_steps, weights_written
+from serving.api import GroundOptions
+from serving.config import Limits, ServeConfig, trained_steps, weights_written
 from tests.conftest import TINY_REASONER
 
 
@@ -42,3 +43,12 @@ def test_weights_that_were_replaced_in_their_folder_are_told_from_those_before(t
 def test_no_embedding_of_a_clients_image_is_kept_on_a_disk(tmp_path):
     with pytest.raises(ValueError, match=r"set segmenter.embeddings.folder to null"):
         ServeConfig.model_validate({"model": TINY_REASONER, "segmenter": {"embeddings": {"folder": tmp_path}}})
+
+
+def test_a_service_cannot_allow_more_samples_than_a_query_may_ask_for():
+    most = Limits(samples=64).samples
+    assert GroundOptions(samples=most).samples == most
+    with pytest.raises(ValueError, match="less than or equal to 64"):
+        GroundOptions(samples=most + 1)
+    with pytest.raises(ValueError, match="less than or equal to 64"):
+        Limits(samples=most + 1)

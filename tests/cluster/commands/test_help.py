@@ -26,13 +26,18 @@ def commands(command: Any, name: str = "") -> dict[str, Any]:
 COMMANDS = commands(typer.main.get_command(app))
 
 
+def examples(name: str) -> list[str]:
+    """Those beneath a command's help text."""
+    lines = COMMANDS[name].epilog.splitlines()
+    return [line[2:].replace("\\[", "[") for line in lines if line.startswith("$ ")]
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_help_text_has_examples_that_are_understood(name):
     result = RUNNER.invoke(app, [*name.split(), "--help"], catch_exceptions=False)
     assert result.exit_code == 0 and "Examples" in result.output
-    examples = [line[2:].replace("\\[", "[") for line in COMMANDS[name].epilog.splitlines() if line.startswith("$ ")]
-    assert examples and all(example.startswith(f"medreasoner {name}") for example in examples)
-    for example in examples:
+    assert examples(name) and all(example.startswith(f"medreasoner {name}") for example in examples(name))
+    for example in examples(name):
         words = shlex.split(example)[1 + len(name.split()) :]
         COMMANDS[name].make_context(name, words)  # raises where an option or argument is not known
 
