@@ -218,7 +218,13 @@ class Training(Loop):
         metrics = self.journal.step(self.step, scored, report, canary_gap=gap, resampled=resampled, roles=roles)
         self.display.step(self.step, metrics)
         self.scaling.follow(metrics)
-        for alarm in self.journal.alarms:
+        self.warn()
+
+    def warn(self) -> None:
+        """Show what is alarming, each once."""
+        if self.workers.direct and (given_up := self.workers.direct.given_up):
+            self.journal.alarms["transfer"] = given_up
+        for alarm in self.journal.alarms.values():
             self.display.warning(alarm)
 
     def sync(self) -> float | None:
