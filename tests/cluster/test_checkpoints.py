@@ -141,7 +141,7 @@ def test_a_learner_that_dies_before_its_run_wrote_one_goes_on_from_what_it_resum
     resumed.rewind(4)
     resumed.save(RunState(step=5, cursor=Cursor(seed=0, position=5), metrics=500), "name: trial\n")
     resumed.saved(wait=True)
-    assert resumed.newest().state.step == 5
+    assert (newest := resumed.newest()) and newest.state.step == 5
 
 
 @pytest.fixture(scope="module")

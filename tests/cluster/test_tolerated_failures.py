@@ -8,7 +8,6 @@ import pytest
 from actors.calls import Calls
 from actors.config import DeadlineConfig
 from actors.pools import GroupRefs, RolloutPool, SegmenterPool
-from cluster import evaluation
 from cluster.evaluation import TooManyFailures
 from cluster.train import Training
 from umrg.group import SamplingParams
@@ -20,11 +19,12 @@ BATCH, SHARE = 40, 0.05
 def begin(monkeypatch):
     """Begins so many groups of a step, of which so many were put aside already."""
     refs: Any = GroupRefs(group=None, masks=None, image="")
-    monkeypatch.setattr(evaluation.GroupRefs, "put", lambda group: refs)
-    calls, starter = Calls(), SimpleNamespace()
+    monkeypatch.setattr(GroupRefs, "put", lambda group: refs)
+    calls = Calls()
+    starter: Any = None  # nobody is started
     workers = SimpleNamespace(
-        rollouts=RolloutPool(starter, calls, DeadlineConfig(), sequences=8),  # type: ignore[arg-type]
-        segmenters=SegmenterPool(starter, calls, DeadlineConfig()),  # type: ignore[arg-type]
+        rollouts=RolloutPool(starter, calls, DeadlineConfig(), sequences=8),
+        segmenters=SegmenterPool(starter, calls, DeadlineConfig()),
         calls=calls,
         put_aside=[],
     )

@@ -50,7 +50,8 @@ class Engines:
     def turn(self, seconds=1.0):
         flying, self.flying = self.flying, []
         for (_, name, version, buckets), call in flying:
-            if fault := "died" if name in self.dead else self.fault:
+            fault: Any = "died" if name in self.dead else self.fault
+            if fault:
                 call.then(Ended(call=call, fault=fault, cause=f"{name}: {fault}"))
                 continue
             self.held[name].append(f"host {version} {' '.join(buckets)}")
