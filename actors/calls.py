@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, Literal, Protocol
 
 import ray
@@ -102,12 +103,15 @@ class Calls:
 
     def turn(self, seconds: float = 1.0) -> None:
         """Wait until a call ends, for so many seconds at most, and let follow what follows from all that have ended.
-        Raises Mistake for one of the user's."""
-        ended = self._ended(seconds)
-        for each in ended:
-            each.call.then(each)
-        while late := self._late():
-            late.call.then(late)
+        Then raises the first error that this raised, or Mistake for one of the user's."""
+        ended, raised = self._ended(seconds), list[Exception]()
+        for each in chain(ended, iter(self._late, None)):
+            try:
+                each.call.then(each)
+            except Exception as error:  # noqa: BLE001  # raised below: the other calls must be heeded too
+                raised.append(error)
+        if raised:
+            raise raised[0]
         for each in ended:
             if each.fault == "mistake":
                 raise Mistake(each.cause) from each.error

@@ -20,7 +20,7 @@ from actors.failures import ActorFailed
 State = Literal["starting", "loaded", "ready", "draining"]
 
 FAILED_STARTS = 3
-"""Starts that fail one after another before the pool gives up."""
+"""Members that die one after another before they are admitted, until the pool gives up."""
 APART_S = 10.0
 """Seconds within which starts that fail count once: with a node all that start there die, and for some seconds Ray
 places others there."""
@@ -164,7 +164,6 @@ class Pool:
 
     def has_loaded(self, name: str, said: Any = None) -> None:
         """A member's model is loaded. said: what its start returned."""
-        self._failed_starts = 0
         if (member := self.members.get(name)) and member.state == "starting":
             member.state, member.said = "loaded", said
 
@@ -172,7 +171,7 @@ class Pool:
         """A loaded member may work."""
         self.worked()
         if (member := self.members.get(name)) and member.state == "loaded":
-            member.state = "ready"
+            member.state, self._failed_starts = "ready", 0
 
     def pick(
         self,
@@ -219,12 +218,12 @@ class Pool:
             self._remove(member, cause=f"{name} failed {ERRORS} times in turn")
 
     def died(self, name: str, cause: str) -> None:
-        """A member died, or is given up. Raises ActorFailed if members keep dying before they are loaded."""
+        """A member died, or is given up. Raises ActorFailed if members keep dying before they are admitted."""
         member = self.members.get(name)
         if member is None:
             return
         self._remove(member, cause=cause)
-        if member.state == "starting":
+        if member.state in ("starting", "loaded"):
             if self._now() >= self._failed_at + APART_S:
                 self._failed_starts, self._failed_at = self._failed_starts + 1, self._now()
             if self._failed_starts >= FAILED_STARTS:

@@ -5,7 +5,7 @@ they died is done again. The ranks of a learner live and die together.
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,7 +20,7 @@ from actors.experts.desk import CacheUse
 from actors.failures import ActorDied, ActorFailed, DeadlinePassed, Lost, TransferFailed
 from actors.gpus import ALONE, Lodging
 from actors.ledger import Entry
-from actors.pool import Member, Pool, Starter
+from actors.pool import ERRORS, Member, Pool, Starter
 from learner.update_report import SftReport, UpdateReport
 from rewards.scored import ScoredGroup, ScoringDepth
 from umrg.durable import FileRecord
@@ -165,6 +165,7 @@ class RolloutPool(Pool):
         received: Callable[[str, Weights, UpdateReceipt], None],
     ) -> None:
         """The references travel in a list, which Ray does not resolve: the actor fetches one bucket at a time."""
+        sent = replace(weights)  # what is exported anew meanwhile has another checksum
 
         def taken(ended: Ended) -> None:
             member.taking = None
@@ -172,12 +173,17 @@ class RolloutPool(Pool):
                 return  # it was given up meanwhile
             if ended.fault == "error":
                 raise ActorFailed(ended.cause) from ended.error
-            if ended.fault:
-                # Also where the learner's weights were lost: an engine begins no update before it has ended the last.
+            if ended.fault == "lost":
+                # They are exported anew, or whoever asks for that learns that the learner is dead. The engine holds
+                # what it held: one that has begun to replace its weights ends as Broken.
+                if weights.buckets is buckets:
+                    weights.buckets = None
+                member.errors += 1
+            if ended.fault and (ended.fault != "lost" or member.errors >= ERRORS):
                 self.died(member.name, ended.cause)
-            else:
-                received(member.name, weights, ended.result)
-                member.holds = weights
+            if not ended.fault:
+                received(member.name, sent, ended.result)
+                member.holds, member.errors = weights, 0
 
         member.taking = weights
         call = Call(actor=member.name, doing="taking new weights", seconds=self._deadlines.step, then=taken)

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from ray.exceptions import ObjectLostError
+
 from actors.config import RolloutConfig
 from actors.engine_report import EngineReport, UpdateReceipt
 from actors.failures import Broken
@@ -68,8 +70,14 @@ class Rollout:
         return time.monotonic() - began, samples
 
     async def update_weights(self, version: int, buckets: "Sequence[ray.ObjectRef[Bucket]]") -> UpdateReceipt:
-        """Take over weights of a version. buckets: references, of which one at a time is fetched and released."""
-        return await self._awaited(lambda engine: engine.update_weights(_fetched(buckets), version))
+        """Take over weights of a version. buckets: references, of which one at a time is fetched and released. Where
+        one is lost, raises ObjectLostError if the engine holds what it held, and Broken if it holds parts of both."""
+        try:
+            return await self._awaited(lambda engine: engine.update_weights(_fetched(buckets), version))
+        except ObjectLostError:
+            with _engine_alive():
+                await self._running().check_health()
+            raise
 
     async def connect(self, direct: str | None, arguments: Mapping[str, Any]) -> None:
         """Take weights directly from the learner's process too; a collective with it. Of this call and those of an

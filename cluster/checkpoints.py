@@ -228,9 +228,10 @@ class Checkpoints(CheckpointFolder):
         self._prune()
 
     def newest(self) -> Checkpoint | None:
-        """The newest whole one, after the learner died; what it was writing is given up."""
+        """The newest of those that were put in their place, after the learner died; what it was writing is given up.
+        None before the first: what the folder holds then may be later than what the run resumed from."""
         self._begun = None
-        return self.latest()
+        return self.latest() if self.placed else None
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Let the learner go on from a checkpoint, this run's or another's. Later ones stay until `rewind`."""

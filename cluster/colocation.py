@@ -51,6 +51,7 @@ class Colocation:
         self._workers.learner.park(state=self._workers.parks)
         self._of_engines("wake_weights", "waking")
         send()
+        self._workers.learner.park(state=self._workers.parks)  # what the export took, before the KV cache needs it
         self._of_engines("wake", "waking")
 
     def _await_starting(self) -> None:

@@ -145,7 +145,7 @@ class TrainConfig(LearningConfig):
     transfer: MayChange[Literal["host", "nccl", "ipc"]] = "host"
     """How weights go from the learner to the engines: through host memory and Ray's object store; by NCCL from GPU to
     GPU; or, where a learner and an engine share GPUs, by CUDA's handles of the memory itself. A rollout that starts
-    during the run gets its first ones as the others do."""
+    during the run gets its first ones through host memory."""
     staleness: MayChange[NonNegativeInt] = 0
     """Steps by which the weights that sample may be older than those that learn. 0: a step begins when the one before
     is learnt (on-policy). 1: the next step is sampled while one is learnt; more for steps of uneven length."""

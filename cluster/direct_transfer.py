@@ -9,13 +9,15 @@ from typing import Any
 
 from actors.calls import Calls
 from actors.engine_report import Receiver, Sent
-from actors.failures import ActorFailed, TransferFailed
+from actors.failures import TransferFailed
 from actors.pool import Member
-from actors.pools import LearnerPool
+from actors.pools import LearnerDied, LearnerPool
 from cluster.config import TrainConfig
 
 ANSWER = 60
 """Seconds within which an engine answers whose update was given up; one that does not is blocked by it."""
+FAILURES = 3
+"""Transfers that fail one after another before no other is tried."""
 
 
 class DirectTransfer:
@@ -26,6 +28,9 @@ class DirectTransfer:
         self._learner, self._direct = learner, config.transfer
         self._workers, self._seconds = config.rollout.tensor_parallel, min(ANSWER, config.deadlines.step)
         self._handles: dict[str, Any] = {}
+        self._failures = 0
+        self.given_up: str | None = None
+        """Why no other transfer is to be tried, in words."""
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -42,10 +47,18 @@ class DirectTransfer:
                 self.forget()
                 self._learner.connect(self._direct, self._receivers(wanted))
                 self._handles = wanted
-            return self._learner.send(version, everything=everything)
-        except (TransferFailed, ActorFailed):
+            sent = self._learner.send(version, everything=everything)
+        except (TransferFailed, LearnerDied) as error:
             self.forget()
+            self._failures += 1
+            if self._failures == FAILURES:
+                self.given_up = (
+                    f"transfer={self._direct} failed {FAILURES} times in turn, and the weights go through host memory "
+                    f"from now on; mend it, or set transfer to host: {error}"
+                )
             raise
+        self._failures = 0
+        return sent
 
     def abandon(self, members: Sequence[Member]) -> dict[str, str]:
         """Let engines go on after a transfer that failed. Returns why one cannot, by its name: it holds weights of two

@@ -48,7 +48,7 @@ class Collecting:
         *,
         tolerated: float = 0.0,
     ) -> None:
-        """tolerated: share of the groups that may be put aside."""
+        """tolerated: how many groups may be put aside."""
         self._workers, self._tolerated = workers, tolerated
         self._refs = {group.id: GroupRefs.put(group) for group in groups}
         self._ledger = Ledger(self._refs)
@@ -79,7 +79,7 @@ class Collecting:
         tolerated."""
         self._collector.dispatch()
         aside = self._ledger.aside
-        if len(aside) > self._tolerated * len(self._refs):
+        if len(aside) > self._tolerated:
             raise TooManyFailures(
                 f"{len(aside)} of {len(self._refs)} groups could not be sampled or scored; the last: {aside[-1].id}: "
                 f"{aside[-1].cause}"
@@ -94,16 +94,11 @@ class Collecting:
 
 
 def collect(
-    workers: Workers,
-    groups: Sequence[Group],
-    sampling: SamplingParams,
-    depth: ScoringDepth,
-    *,
-    tolerated: float = 0.0,
+    workers: Workers, groups: Sequence[Group], sampling: SamplingParams, depth: ScoringDepth
 ) -> list[Collected]:
-    """Sample and score groups; a group is scored while others are still being sampled. tolerated: as in
-    `Collecting`."""
-    collecting = Collecting(workers, groups, sampling, depth, tolerated=tolerated)
+    """Sample and score groups; a group is scored while others are still being sampled. Raises TooManyFailures if one is
+    put aside."""
+    collecting = Collecting(workers, groups, sampling, depth)
     while not collecting.closed:
         tend(workers)
         collecting.dispatch()

@@ -41,7 +41,8 @@ class Journal:
         self._engine_kl: list[float] = []
         self.facts: dict[str, Any] = {}
         """Found out at the start, for the summary."""
-        self.alarms: list[str] = []
+        self.alarms: dict[str, str] = {}
+        """What the user should look at, in words, by what it is about."""
 
     def __enter__(self) -> Self:
         self._memory.start()
@@ -79,8 +80,8 @@ class Journal:
         write_records(self._run.samples / f"step-{step:06d}.parquet", groups)
         if metrics["policy/lag"] == 0:  # else it measures how far the policy has moved as well
             self._engine_kl.append(report.engine_kl)
-        if not self.alarms and drifted(self._engine_kl):
-            self.alarms.append(f"step {step}: {alarm(self._engine_kl)}")
+        if "drift" not in self.alarms and drifted(self._engine_kl):
+            self.alarms["drift"] = f"step {step}: {alarm(self._engine_kl)}"
         return metrics
 
     def has_evaluation(self, name: str) -> bool:
@@ -135,7 +136,7 @@ class Journal:
             **{name: kinds[name] for name in ("before", "after") if name in kinds},
             "seconds": {name: round(seconds, 2) for name, seconds in self.clock.total.items()},
             **self.facts,
-            **({"alarms": self.alarms} if self.alarms else {}),
+            **({"alarms": list(self.alarms.values())} if self.alarms else {}),
             "peak_memory_gib": round(self._memory.peak / 2**30, 2),
             "versions": {"vllm": version(_vllm_package()), **{name: version(name) for name in PACKAGES}},
         }

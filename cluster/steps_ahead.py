@@ -60,7 +60,7 @@ class StepsAhead:
         self,
         *,
         draw: Callable[[int], list[int]],
-        begin: Callable[[int, int, Sequence[int]], Begun],
+        begin: Callable[[int, int, Sequence[int], int], Begun],
         tend: Callable[[], None],
         turn: Callable[[], None],
         batch: int,
@@ -69,9 +69,10 @@ class StepsAhead:
         last: int,
     ) -> None:
         """draw: takes so many rows from the data. begin: sends rows as groups of a step on their way; it is given the
-        step, the index of the first group, and the rows. tend: looks after the pools, and waits for nothing. turn:
-        waits until something happens, a second at most. batch: groups of a step. retries: how often zero-variance
-        groups of a step are replaced. last: number of the last step, from 0."""
+        step, the index of the first group, the rows, and how many groups of the step were put aside. tend: looks after
+        the pools, and waits for rollouts and segmenters not at all. turn: waits until something happens, a second at
+        most. batch: groups of a step. retries: how often zero-variance groups of a step are replaced. last: number of
+        the last step, from 0."""
         self._draw, self._begin, self._tend, self._wait = draw, begin, tend, turn
         self._batch, self._retries, self._staleness, self._last = batch, retries, staleness, last
         self._steps: list[_Step] = []
@@ -95,15 +96,17 @@ class StepsAhead:
         meanwhile: Callable[[], None],
     ) -> tuple[list[Collected], int]:
         """The groups of a step, and how many zero-variance groups were replaced. phase: times the phases "rollout" and
-        "score". meanwhile: called at least once a second. Raises TooManyFailures."""
+        "score". meanwhile: called at once, and at least once a second. Raises TooManyFailures."""
         for open in range(number + len(self._steps), min(number + self._staleness, self._last) + 1):
             self._open(open)
         step = self._awaited = self._steps[0]
         assert step.number == number
+        with phase("rollout"):  # also where nothing is waited for, as the learner is free only between two steps
+            meanwhile()
+            self._tend()
         if step.collecting is None:
-            for name in ("rollout", "score"):  # nothing was waited for
-                with phase(name):
-                    pass
+            with phase("score"):
+                pass
         while (collecting := step.collecting) is not None:
             with phase("rollout"):
                 while not collecting.sampled:
@@ -143,7 +146,7 @@ class StepsAhead:
             _Step(
                 number=number,
                 rows=dict(enumerate(rows)),
-                collecting=self._begin(number, 0, rows),
+                collecting=self._begin(number, 0, rows, 0),
                 retries=self._retries,
                 sampled=len(rows),
             )
@@ -167,7 +170,7 @@ class StepsAhead:
             step.collecting = None
         else:
             fresh = self._draw(missing)
-            step.collecting = self._begin(step.number, step.sampled, fresh)
+            step.collecting = self._begin(step.number, step.sampled, fresh, step.put_aside)
             step.retries -= 1
             step.rows = {
                 **{group.scored.group.index: step.rows[group.scored.group.index] for group in step.kept},

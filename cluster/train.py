@@ -218,7 +218,13 @@ class Training(Loop):
         metrics = self.journal.step(self.step, scored, report, canary_gap=gap, resampled=resampled, roles=roles)
         self.display.step(self.step, metrics)
         self.scaling.follow(metrics)
-        for alarm in self.journal.alarms:
+        self.warn()
+
+    def warn(self) -> None:
+        """Show what is alarming, each once."""
+        if self.workers.direct and (given_up := self.workers.direct.given_up):
+            self.journal.alarms["transfer"] = given_up
+        for alarm in self.journal.alarms.values():
             self.display.warning(alarm)
 
     def sync(self) -> float | None:
@@ -243,13 +249,15 @@ class Training(Loop):
         rows, self.cursor = next(batches(self.rows, count, self.cursor))
         return rows
 
-    def begin(self, step: int, first: int, rows: Sequence[int]) -> Collecting:
-        """Rows as groups of a step, with indices from `first` on, on their way to be sampled and scored."""
+    def begin(self, step: int, first: int, rows: Sequence[int], aside: int) -> Collecting:
+        """Rows as groups of a step, with indices from `first` on, on their way to be sampled and scored. aside: groups
+        of the step that were put aside."""
         groups = [
             Group(run=self.config.name, step=step, index=first + i, sample=sample)
             for i, sample in enumerate(self.rows.samples(rows))
         ]
-        return Collecting(self.workers, groups, self.sampling, "reward", tolerated=self.config.tolerated_failures)
+        tolerated = self.config.tolerated_failures * self.config.batch - aside
+        return Collecting(self.workers, groups, self.sampling, "reward", tolerated=tolerated)
 
     def evaluate_held_out(self, name: str) -> None:
         """Evaluate on the held-out rows, and record it under a name."""

@@ -10,7 +10,7 @@ import numpy as np
 import ray
 
 from actors.engine_report import UpdateReceipt
-from actors.failures import ActorFailed, TransferFailed
+from actors.failures import TransferFailed
 from actors.pools import LearnerDied, Weights
 from cluster.config import TrainConfig
 from cluster.direct_transfer import DirectTransfer
@@ -33,8 +33,8 @@ class WeightsDiffer(RuntimeError):
 
 def publish(workers: Workers, *, version: int, everything: bool = False) -> None:
     """Make the learner's weights those that rollouts are to work with. Where weights go from GPU to GPU, those that
-    work have them when it returns; whatever goes wrong with that, they go through host memory. everything: those of
-    modules of which nothing learns too, for engines that may hold others. Raises WeightsDiffer as `tend` does."""
+    work have them when it returns; where that fails, they go through host memory. everything: those of modules of
+    which nothing learns too, for engines that may hold others. Raises WeightsDiffer as `tend` does."""
     rollouts = workers.rollouts
     if before := rollouts.weights:
         before.buckets = None  # two versions may be more than the object store holds
@@ -46,11 +46,11 @@ def _sent_directly(workers: Workers, direct: DirectTransfer, version: int, *, ev
     """Send weights to the rollouts that work, all at once, whatever they are at. Those that can do nothing more after a
     transfer that failed are given up."""
     rollouts, members = workers.rollouts, workers.rollouts.ready
-    if not members or any(member.taking for member in members):
+    if direct.given_up or not members or any(member.taking for member in members):
         return False
     try:
         sent = direct.send(version, members, everything=everything)
-    except (TransferFailed, ActorFailed) as error:
+    except (TransferFailed, LearnerDied) as error:
         for name, cause in direct.abandon(members).items():
             workers.calls.gone(name, cause)
             rollouts.died(name, cause)
@@ -99,7 +99,8 @@ def tend(workers: Workers) -> None:
         workers.segmenters.admit(member.name)
     weights = workers.rollouts.weights
     if weights and weights.buckets is None and workers.rollouts.waiting and not workers.learner.busy:
-        # For those that join; they may hold other frozen modules than the learner, which a run that resumed got.
+        # For those that join, and where they were lost on their way. One that joins may hold other frozen modules than
+        # the learner, which a run that resumed got.
         again = workers.learner.weights(weights.version, everything=True)
         weights.checksum, weights.buckets = again.checksum, again.buckets
     workers.rollouts.renew(check_receipt)

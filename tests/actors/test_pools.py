@@ -172,6 +172,31 @@ def test_the_learner_waits_as_all_others_do():
     assert LearnerPool({}, DeadlineConfig(), calls)._calls is calls
 
 
+class Over(Calls):
+    """Calls that have all ended when they are waited for."""
+
+    def _ended(self, seconds):
+        flying, self._flying = self._flying, {}
+        return [Ended(call=call, result=ref) for ref, (call, _) in flying.items()]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_follows_from_one_call_may_fail_and_the_others_are_heeded(late):
+    """Also from those that missed their deadlines."""
+    calls, heeded = (Calls if late else Over)(), list[str]()
+
+    def fail(ended):
+        raise ActorFailed(f"{ended.call.actor} was the last")
+
+    for name, then in {"a": fail, "b": lambda ended: heeded.append(ended.call.actor), "c": fail}.items():
+        calls.add(name, Call(actor=name, doing="sampling", seconds=0, then=then))
+    if late:
+        calls._ended = lambda seconds: []  # type: ignore[method-assign]
+    with pytest.raises(ActorFailed, match="a was the last"):
+        calls.turn()
+    assert heeded == ["b"] and len(calls) == 0
+
+
 class Told(Calls):
     """Calls that have ended before they are waited for."""
 

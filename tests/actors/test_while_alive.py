@@ -1,10 +1,13 @@
-"""A call to an engine that dies meanwhile."""
+"""A call to an engine that dies meanwhile, or that loses what it was to fetch."""
 
 import asyncio
+from typing import Any
 
 import pytest
+from ray.exceptions import ObjectLostError
 
-from actors.rollout import while_alive
+from actors.failures import Broken
+from actors.rollout import Rollout, while_alive
 
 
 class Engine:
@@ -47,3 +50,32 @@ def test_a_call_that_is_answered_returns_and_raises_as_it_would_alone():
     assert asyncio.run(while_alive(seven(), Engine().check)) == 7
     with pytest.raises(ValueError, match="wrong"):
         asyncio.run(while_alive(wrong(), Engine().check))
+
+
+class Taking:
+    """An engine that replaces its weights bucket by bucket."""
+
+    def __init__(self):
+        self.replaced = 0
+
+    async def update_weights(self, buckets, version):
+        async for _ in buckets:
+            self.replaced += 1
+
+    async def check_health(self):
+        if self.replaced:
+            raise Broken("it holds weights of two versions")
+
+
+@pytest.mark.parametrize(("there", "error"), [(0, ObjectLostError), (1, Broken)])
+def test_an_engine_stays_whole_where_the_first_of_its_new_weights_was_lost_already(there, error):
+    """And counts as dead where a later one was, for it holds parts of two versions."""
+
+    async def bucket(number):
+        if number >= there:
+            raise ObjectLostError("a0", None, "")
+
+    rollout: Any = object.__new__(Rollout)
+    rollout._engine = Taking()
+    with pytest.raises(error):
+        asyncio.run(rollout.update_weights(1, [bucket(number) for number in range(there + 1)]))

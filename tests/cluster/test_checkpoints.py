@@ -131,6 +131,19 @@ def test_the_very_first_is_there_or_not(tmp_path, halfway):
     assert operations > 15
 
 
+def test_a_learner_that_dies_before_its_run_wrote_one_goes_on_from_what_it_resumed_from(tmp_path):
+    """And not from a later one of the folder, which stays until nothing can refuse the older one any more."""
+    for step in (4, 6):
+        save(tmp_path, step)
+    resumed = Checkpoints(tmp_path, Learner(), keep=2, keep_best=0)
+    resumed.load(CheckpointFolder(tmp_path).at(4))
+    assert resumed.newest() is None and latest(tmp_path).state.step == 6
+    resumed.rewind(4)
+    resumed.save(RunState(step=5, cursor=Cursor(seed=0, position=5), metrics=500), "name: trial\n")
+    resumed.saved(wait=True)
+    assert (newest := resumed.newest()) and newest.state.step == 5
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "checkpoints"

@@ -97,6 +97,7 @@ def test_the_turns_of_a_step():
         "learner: update",
         *("learner: park, state True", "rollout 0: wake_weights", "rollout 1: wake_weights"),
         "weights",
+        "learner: park, state True",  # what the export took, before the KV cache needs it
         *("rollout 0: wake", "rollout 1: wake"),
     ]
 

@@ -1,5 +1,7 @@
 """What a run's records say of engine and learner drifting apart."""
 
+from types import MappingProxyType
+
 import pytest
 
 from cluster.drift import FIRST
@@ -20,7 +22,7 @@ def recorded(demo_config, tmp_path):
     """Records steps of one group each, by the divergence of engine and learner, in a run's folder."""
     folder = RunFolder(tmp_path / "run")
 
-    def record(values, resumed_after=None, lag=0):
+    def record(values, resumed_after=None, lag=0, alarms=MappingProxyType({})):
         config = demo_config()
         run = folder if folder.path.exists() else RunFolder.create(folder.path, config)
         with Trackers(run, config, pytest.fail) as trackers, Journal(run, trackers) as journal:
@@ -29,6 +31,7 @@ def recorded(demo_config, tmp_path):
                 lines = (folder.path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
                 journal.rewind(resumed_after, sum(map(len, lines[:resumed_after])))
                 first = resumed_after + 1
+            journal.alarms |= alarms
             for step, value in enumerate(values, first):
                 journal.step(step, [group(step, lag)], report(value), canary_gap=0.0, resampled=0, roles={})
             return journal.summary().get("alarms", [])
@@ -88,6 +91,11 @@ def test_a_resumed_run_is_compared_with_its_own_beginning(recorded):
     """Not with the first steps after it went on."""
     assert recorded([0.002] * FIRST) == []
     assert len(recorded([0.1] * 5, resumed_after=FIRST)) == 1
+
+
+def test_a_rise_is_told_beside_what_else_is_alarming(recorded):
+    other, drift = recorded([0.002] * FIRST + [0.1] * 10, alarms={"transfer": "it failed too often"})
+    assert other == "it failed too often" and "drift apart" in drift
 
 
 def test_where_steps_overlap_a_rise_is_the_policys_own(recorded):

@@ -156,7 +156,7 @@ class Run:
         self.workers.segmenters.adopt({"segmenter 0": segmenter})
         self.ahead = StepsAhead(
             draw=lambda count: list(range(count)),
-            begin=lambda step, first, rows: Groups(self.workers, step, first, rows),
+            begin=lambda step, first, rows, aside: Groups(self.workers, step, first, rows),
             tend=lambda: tend(self.workers),
             turn=calls.turn,
             batch=BATCH,

@@ -21,19 +21,23 @@ class Driver:
 
     def __init__(self, *, staleness, steps=9, flat=0.0, retries=0, seed=0):
         """flat: share of zero-variance groups."""
-        self.chance, self.flat = random.Random(seed), flat
+        self.chance: Any = random.Random(seed)
+        self.flat = flat
         self.steps, self.staleness, self.retries = steps, staleness, retries
         self.drawn, self.step, self.version = 0, 0, 0
         self.learnt: list[list[int]] = []
         self.given_up: list[int] = []
         self.lags: Counter[int] = Counter()
+        self.begun: list[tuple[int, int, int]] = []
+        """Step, groups, and how many of the step were put aside before, of all that were begun."""
+        self.meanwhile: Any = lambda: None
         self.tend: Any = lambda: None
         self.ahead = self.stream()
 
     def stream(self):
         return StepsAhead(
             draw=self.draw,
-            begin=lambda step, first, rows: Groups(self, step, first, rows),
+            begin=lambda step, first, rows, aside: Groups(self, step, first, rows, aside),
             tend=lambda: self.tend(),
             turn=lambda: None,
             batch=BATCH,
@@ -48,7 +52,7 @@ class Driver:
 
     def take_step(self):
         phase: Any = lambda name: nullcontext()  # noqa: E731
-        kept, resampled = self.ahead.collect(self.step, phase=phase, meanwhile=lambda: None)
+        kept, resampled = self.ahead.collect(self.step, phase=phase, meanwhile=lambda: self.meanwhile())
         for _ in range(self.chance.randrange(8)):
             self.ahead.attend()
         self.learnt.append([each.row for each in kept])
@@ -65,10 +69,11 @@ class Driver:
 class Groups:
     """Groups on their way, of which some are sampled at each dispatch, with the weights of then."""
 
-    def __init__(self, driver, step, first, rows):
+    def __init__(self, driver, step, first, rows, aside):
         self.driver, self.step, self.rows = driver, step, dict(enumerate(rows, start=first))
         self.waiting, self.left = list(self.rows), 3
         self.aside = 0
+        driver.begun.append((step, len(rows), aside))
 
     @property
     def sampled(self):
@@ -128,6 +133,34 @@ def test_the_learner_may_be_waited_for_while_a_step_is_collected(staleness):
     driver.tend = lambda: driver.ahead.attend() if driver.chance.random() < 0.5 else None
     driver.run()
     assert [len(rows) for rows in driver.learnt] == [BATCH] * driver.steps
+
+
+def test_actors_and_wishes_are_looked_after_between_two_steps_also_where_nothing_is_waited_for():
+    """A wish first, so that what it asks for is there as soon as it can be; and while the learner is free."""
+    driver = Driver(staleness=1)
+    driver.take_step()
+    for _ in range(500):
+        driver.ahead.attend()
+    seen: list[str] = []
+    driver.meanwhile, driver.tend = (lambda: seen.append("wishes")), (lambda: seen.append("actors"))
+    driver.chance = SimpleNamespace(randrange=lambda _: 0)  # the learner is not waited for
+    driver.take_step()
+    assert seen == ["wishes", "actors"]
+
+
+def test_what_replaces_flat_groups_is_told_how_many_of_the_step_were_put_aside():
+    driver = Driver(staleness=0, flat=1.0, retries=2)
+    begin = driver.ahead._begin
+
+    def failing(step, first, rows, aside):
+        groups = begin(step, first, rows, aside)
+        groups.aside = 1
+        return groups
+
+    driver.ahead._begin = failing
+    phase: Any = lambda name: nullcontext()  # noqa: E731
+    driver.ahead.collect(0, phase=phase, meanwhile=lambda: None)
+    assert driver.begun == [(0, BATCH, 0), (0, BATCH, 1), (0, BATCH, 2)]
 
 
 def test_no_step_after_the_last_is_begun():

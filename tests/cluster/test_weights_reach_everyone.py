@@ -1,5 +1,6 @@
 """Weights from the learner to rollouts that come, go and die, each way that they go: what the driver decides."""
 
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,20 +9,24 @@ import pytest
 from actors.calls import Ended
 from actors.config import DeadlineConfig
 from actors.engine_report import Sent, UpdateReceipt
-from actors.failures import TransferFailed
+from actors.failures import ActorFailed, TransferFailed
+from actors.pool import APART_S, FAILED_STARTS
 from actors.pools import LearnerDied, RolloutPool, SegmenterPool, Weights
+from cluster.direct_transfer import DirectTransfer
+from cluster.train import Training
 from cluster.weight_sync import WeightsDiffer, publish, settle, sync_weights, tend
 from cluster.workers import Workers
 
 
 class Engines:
-    """The actors and the driver's wait: a call ends at the next turn, unless its engine is dead or hangs."""
+    """The actors and the driver's wait: a call ends at the next turn. fault: what all calls end in."""
 
     def __init__(self):
         self.held: dict[str, list[str]] = {}
         self.dead: set[str] = set()
         self.garbled: set[str] = set()
         self.flying: list[tuple[Any, Any]] = []
+        self.fault: Any = None
 
     # As a `Starter`.
     def start(self, pool, name):
@@ -45,8 +50,9 @@ class Engines:
     def turn(self, seconds=1.0):
         flying, self.flying = self.flying, []
         for (_, name, version, buckets), call in flying:
-            if name in self.dead:
-                call.then(Ended(call=call, fault="died", cause=f"{name} died"))
+            fault: Any = "died" if name in self.dead else self.fault
+            if fault:
+                call.then(Ended(call=call, fault=fault, cause=f"{name}: {fault}"))
                 continue
             self.held[name].append(f"host {version} {' '.join(buckets)}")
             checksum = "garbled" if name in self.garbled else f"sum of {' '.join(buckets)}"
@@ -56,28 +62,34 @@ class Engines:
 class Learner:
     """As `LearnerPool`."""
 
-    busy = False
+    busy, dead = False, False
 
     def __init__(self):
         self.exports: list[tuple[int, bool]] = []
 
     def weights(self, version, *, everything):
+        if self.dead:
+            raise LearnerDied("learner 0 died while exporting weights")
         self.exports.append((version, everything))
         buckets = (f"learning-{version}", *(["frozen"] if everything else []))
         return Weights(version=version, checksum=f"sum of {' '.join(buckets)}", buckets=buckets)
 
 
 class Direct:
-    """As `DirectTransfer`. fails: versions that do not arrive; kills: those that the learner dies of;
-    useless: engines that can then do nothing more."""
+    """As `DirectTransfer`. fails: versions that do not arrive; kills: those that the learner dies of; meets: those
+    while which another error ends the run; useless: engines that can then do nothing more."""
 
-    def __init__(self, engines, *, fails=(), kills=(), useless=()):
-        self.engines, self.fails, self.kills, self.useless = engines, fails, kills, useless
+    given_up: str | None = None
+
+    def __init__(self, engines, *, fails=(), kills=(), meets=(), useless=()):
+        self.engines, self.fails, self.kills, self.meets, self.useless = engines, fails, kills, meets, useless
         self.sent: list[tuple[int, tuple[str, ...]]] = []
 
     def send(self, version, members, *, everything):
         if version in self.kills:
             raise LearnerDied(f"learner 0 did not finish sending weights to engines within {version} s")
+        if version in self.meets:
+            raise ActorFailed("3 segmenters in turn did not start: no such expert")
         if version in self.fails:
             raise TransferFailed(f"weights of version {version} did not arrive")
         names = tuple(member.name for member in members)
@@ -219,6 +231,125 @@ def test_a_learner_that_dies_of_a_direct_transfer_is_not_asked_for_weights_again
     with pytest.raises(LearnerDied):
         publish(workers, version=1)
     assert learner.exports == [] and [member.name for member in workers.rollouts] == ["rollout 1"]
+
+
+def test_what_has_nothing_to_do_with_a_direct_transfer_ends_the_run_during_one_too():
+    workers, _, learner, _ = driver(meets=[1])
+    with pytest.raises(ActorFailed, match="3 segmenters in turn did not start"):
+        publish(workers, version=1)
+    assert learner.exports == []
+
+
+def test_a_direct_transfer_that_was_given_up_is_not_tried_again():
+    workers, engines, _, direct = driver(fails=())
+    direct.given_up = "it failed too often"
+    sync_weights(workers, version=1)
+    assert direct.sent == [] and engines.held["rollout 0"] == ["host 1 learning-1"]
+
+
+def test_three_direct_transfers_in_turn_that_fail_are_the_last(demo_config):
+    """One that arrives in between begins the count anew."""
+    arrives = iter([False, False, True, False, False, False])
+
+    def send(version, *, everything):
+        if not next(arrives):
+            raise TransferFailed(f"weights of version {version} did not arrive")
+
+    learner: Any = SimpleNamespace(connect=lambda direct, receivers: None, send=send)
+    transfer = DirectTransfer(learner, demo_config().model_copy(update={"transfer": "nccl"}))
+    for version in range(1, 7):
+        assert transfer.given_up is None
+        with suppress(TransferFailed):
+            transfer.send(version, [], everything=True)
+    assert transfer.given_up == (
+        "transfer=nccl failed 3 times in turn, and the weights go through host memory from now on; mend it, or set "
+        "transfer to host: weights of version 6 did not arrive"
+    )
+
+
+def test_that_a_direct_transfer_was_given_up_is_an_alarm_of_the_run():
+    workers, _, _, direct = driver(fails=())
+    shown: list[str] = []
+    journal, display = SimpleNamespace(alarms={"drift": "apart"}), SimpleNamespace(warning=shown.append)
+    training: Any = SimpleNamespace(workers=workers, journal=journal, display=display)
+    Training.warn(training)
+    assert shown == ["apart"]
+    direct.given_up = "it failed too often"
+    Training.warn(training)
+    assert (
+        journal.alarms == {"drift": "apart", "transfer": "it failed too often"}
+        and shown[-1] == journal.alarms["transfer"]
+    )
+
+
+def test_where_the_learner_died_after_its_export_its_death_is_met_and_the_engines_stay():
+    """The references of its buckets are dead with it."""
+    workers, engines, learner, _ = driver()
+    publish(workers, version=1)
+    learner.dead, engines.fault = True, "lost"
+    with pytest.raises(LearnerDied):
+        settle(workers)
+    assert len(workers.rollouts.ready) == 2 and not engines.dead
+    learner.dead, engines.fault = False, None
+    sync_weights(workers, version=0, everything=True)
+    assert engines.held["rollout 0"] == engines.held["rollout 1"] == ["host 0 learning-0 frozen"]
+
+
+def test_buckets_that_were_lost_are_exported_anew_while_others_take_the_old_ones():
+    """Whose checksum is another, as everything is exported then."""
+    workers, engines, learner, _ = driver()
+    publish(workers, version=1)
+    tend(workers)
+    (_, first), other = engines.flying
+    engines.flying = [other]
+    first.then(Ended(call=first, fault="lost", cause="a node went"))
+    tend(workers)
+    settle(workers)
+    assert learner.exports == [(1, False), (1, True)]
+    assert engines.held == {"rollout 0": ["host 1 learning-1 frozen"], "rollout 1": ["host 1 learning-1"]}
+
+
+@pytest.mark.parametrize("fault", ["lost", "died"])
+def test_engines_that_never_take_their_first_weights_end_the_run(fault):
+    """Whatever starts in their place fails too."""
+    workers, engines, _, _ = driver()
+    clock = apart(workers)
+    engines.fault = fault
+    publish(workers, version=1)
+    with pytest.raises(ActorFailed, match=f"3 rollouts in turn did not start: rollout .: {fault}"):
+        for _ in range(10 * FAILED_STARTS):
+            clock.append(clock[-1] + APART_S)
+            tend(workers)
+            workers.calls.turn()
+            come_up(workers)
+    assert len(engines.dead) <= 2 + 2 * FAILED_STARTS
+
+
+def test_an_engine_that_works_ends_the_count_of_those_that_did_not_come_to_it():
+    workers, _, _, _ = driver(rollouts=1)
+    clock = apart(workers)
+    sync_weights(workers, version=1)
+    for _ in range(2 * FAILED_STARTS):
+        for _ in range(FAILED_STARTS - 1):
+            workers.wanted["rollout"] += 1
+            tend(workers)
+            come_up(workers)
+            for member in workers.rollouts.loaded:
+                clock.append(clock[-1] + APART_S)
+                workers.rollouts.died(member.name, "killed")
+            workers.wanted["rollout"] -= 1
+        workers.wanted["rollout"] += 1
+        tend(workers)
+        come_up(workers)
+        settle(workers)
+    assert len(workers.rollouts.ready) == 1 + 2 * FAILED_STARTS
+
+
+def apart(workers):
+    """Sets a clock of the test's own: the times so far, of which the last is now."""
+    clock = [0.0]
+    workers.rollouts._now = lambda: clock[-1]
+    return clock
 
 
 def test_one_that_is_too_many_ends_the_update_that_it_is_at_first():
