@@ -77,26 +77,32 @@ class Decoders:
         if window is not None:
             Window.parse(window)
         for fresh in (False, True):
-            async with self._borrowed(fresh) as decoder:
-                try:
+            try:
+                async with self._borrowed(fresh) as decoder:
                     return await decoder.decode(data, window, frame)
-                except _NotReceived:
-                    # Something else has ended it, and maybe all of them: the file is not to blame.
-                    continue
+            except _NotReceived:
+                # Something else has ended it, and maybe all of them: the file is not to blame.
+                continue
         raise Unavailable("the decoders of images end before they have read a file; try again later")
 
     @asynccontextmanager
     async def _borrowed(self, fresh: bool) -> "AsyncIterator[_Decoder]":
         """A decoder that lives; with `fresh`, a new one. In its place comes another if it is left in the middle of an
-        image."""
+        image. Raises _NotReceived for one that was on its way and does not start."""
         if not self._running:
             raise Unavailable("the service ends; try again later")
         place = await self._free.get()
         try:
             if place.done() and (fresh or not ((decoder := _decoder(place)) and decoder.alive)):
                 place = self._place(_decoder(place))
-            # Whoever is cancelled here leaves the decoder that starts to the next.
-            yield await asyncio.shield(place)
+            try:
+                # Whoever is cancelled here leaves the decoder that starts to the next.
+                decoder = await asyncio.shield(place)
+            except Unavailable as error:
+                if fresh:
+                    raise
+                raise _NotReceived from error
+            yield decoder
         finally:
             if (decoder := _decoder(place)) and not decoder.idle:
                 decoder.kill()
@@ -122,7 +128,7 @@ def _decoder(place: "_Place") -> "_Decoder | None":
 
 
 class _NotReceived(Exception):
-    """The decoder has ended before it read the file."""
+    """The decoder has ended before it read the file, or before it was ready."""
 
 
 class _Decoder:
