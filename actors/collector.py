@@ -57,8 +57,6 @@ class Collector:
         self._posts: dict[Waits, Post] = {"queued": sampling, "sampled": scoring}
         self._calls = calls
         self._unprepared = dict(self.ledger.entries) if scoring.ahead else {}
-        self._prepared: dict[str, list[Entry]] = {}
-        """Groups that each member prepared for, by its name; those that have ended are dropped now and then."""
 
     def dispatch(self) -> None:
         """Make the calls that there is room for."""
@@ -85,15 +83,14 @@ class Collector:
 
     def _keeps_more(self, member: Member) -> bool:
         """Whether a member keeps what it prepares next until the group comes to it. Half of what it keeps is left to
-        groups that come to it unprepared, and to those of other steps. A member that has not said yet how much it keeps
-        prepares for one."""
-        kept = [entry for entry in self._prepared.get(member.name, ()) if entry.stage not in ("scored", "aside")]
-        self._prepared[member.name] = kept
-        return len(kept) < (1 if member.keeps is None else member.keeps // 2)
+        groups that come to it unprepared. A member that has not said how much it keeps prepares for one."""
+        ended = [entry for entry in member.prepared if entry.stage in ("scored", "aside")]
+        member.prepared.difference_update(ended)
+        return len(member.prepared) < (1 if member.keeps is None else member.keeps // 2)
 
     def _prepare(self, post: Post, member: Member, entry: Entry) -> None:
         assert post.ahead is not None
-        self._prepared[member.name].append(entry)
+        member.prepared.add(entry)
         post.pool.took(member, entry.id, AHEAD)
         then = partial(self._was_prepared, post, entry)
         call = Call(actor=member.name, doing="preparing", seconds=post.seconds, then=then)

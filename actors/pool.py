@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
+from weakref import WeakSet
 
 from actors.failures import ActorFailed
 
@@ -57,13 +58,17 @@ class Member:
     said: Any = None
     """What its start returned."""
     errors: int = 0
-    """Calls of it that ended in errors, since the last one that did not."""
+    """Calls of work that ended in errors, since the last one that did not."""
+    lost: int = 0
+    """Weights that were lost on their way to it, since the last that were not."""
     holds: Any = None
     """The weights that it works with; None for those of the model's folder."""
     taking: Any = None
     """The weights that it is being sent."""
     keeps: int | None = None
-    """Images whose embeddings it keeps at the same time; None as long as it has not said."""
+    """For how many groups it keeps what it prepared; None as long as it has not said."""
+    prepared: WeakSet[Any] = field(default_factory=WeakSet)
+    """Groups that it prepared for, of all ledgers that are still looked at."""
     images: dict[str, None] = field(default_factory=dict)
     """Keys of the images that it was given and may have kept, that of longest disuse first."""
 

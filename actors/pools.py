@@ -178,12 +178,12 @@ class RolloutPool(Pool):
                 # what it held: one that has begun to replace its weights ends as Broken.
                 if weights.buckets is buckets:
                     weights.buckets = None
-                member.errors += 1
-            if ended.fault and (ended.fault != "lost" or member.errors >= ERRORS):
+                member.lost += 1
+            if ended.fault and (ended.fault != "lost" or member.lost >= ERRORS):
                 self.died(member.name, ended.cause)
             if not ended.fault:
                 received(member.name, sent, ended.result)
-                member.holds, member.errors = weights, 0
+                member.holds, member.lost = weights, 0
 
         member.taking = weights
         call = Call(actor=member.name, doing="taking new weights", seconds=self._deadlines.step, then=taken)

@@ -85,10 +85,10 @@ class Segmenter:
         since, self._told = use.since(self._told), use
         return since
 
-    def embed(self, group: Group, depth: ScoringDepth = "masks") -> int:
-        """Have the embedding of a group's image ready for when the group is scored, if masks are looked at then.
-        Returns how many such embeddings are kept at the same time: 0 if none is needed."""
-        return self._desk.room(self._embedding(group).result()) if self._looks_at_masks(depth) else 0
+    def embed(self, group: Group, depth: ScoringDepth = "masks") -> int | None:
+        """Have the embedding of a group's image ready for when the group is scored. Returns how many such embeddings are
+        kept at the same time; None where no masks are looked at, and so none is made."""
+        return self._desk.room(self._embedding(group).result()) if self._looks_at_masks(depth) else None
 
     def score(
         self, group: Group, masks: tuple[bytes, ...], samples: GroupSamples, depth: ScoringDepth = "masks"

@@ -162,7 +162,7 @@ class WeightSender:
             self._engine = WeightTransferTrainerFactory.trainer_init(
                 init_info(direct, offered), client=self._client, source=self._source
             )
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             raise TransferFailed(f"the engines and the learner did not form a group: {error}") from error
 
     def send(self, version: int, *, everything: bool, seconds: float) -> Sent:
@@ -176,8 +176,6 @@ class WeightSender:
         try:
             with self._guarded(due, seconds):
                 self._engine.send_weights()
-        except torch.OutOfMemoryError:
-            raise
         except (RuntimeError, AssertionError) as error:
             # Of a member that has gone, or of a group that was ended while or, which vLLM asserts, before it sent.
             if isinstance(error, AssertionError) and self._client.failure is None:

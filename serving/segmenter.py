@@ -121,7 +121,7 @@ class Segmenter:
         return await _awaited(self._desk.decode(_prompts(embedding, prompt), partial(_drawn, 0)))
 
     async def check_health(self) -> None:
-        """Raise RuntimeError if the expert no longer draws what it drew at the start, or if its thread is stuck. A
+        """Raise an error if the expert no longer draws what it drew at the start, or if its thread is stuck. A
         thread that is busy, but finishes its work, is well."""
         before = self._desk.finished
         probe = asyncio.wrap_future(self._desk.do(self._draw_tiny))

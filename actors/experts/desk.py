@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.experts.cache import EmbeddingCache
+from actors.experts.cache import EmbeddingCache, in_memory
 from actors.experts.protocol import Decoded, Embedding, Expert, Prompts
 
 T = TypeVar("T")
@@ -156,6 +156,8 @@ class Desk:
             if (waiting := self._flights.get(key)) is not None:
                 mine: Future[Embedding] = Future()
                 waiting.append(mine)
+                if self._closed:
+                    mine.cancel()
                 return mine
         embedding = self._cache.get(key)
         return None if embedding is None else _attempt(lambda: embedding)
@@ -263,7 +265,8 @@ class Desk:
         return request.read(decoded)
 
     def _embed(self, images: Sequence[tuple[str, Pixels]]) -> None:
-        found = _each([pixels for _, pixels in images], lambda all: self._expert.embed_all(all))
+        # In main memory, because a GPU's is not to wait for a disk.
+        found = _each([pixels for _, pixels in images], lambda all: list(map(in_memory, self._expert.embed_all(all))))
         for (key, _), embedding in zip(images, found, strict=True):
             if embedding.exception():
                 self._land(key, embedding)
