@@ -86,8 +86,8 @@ class Segmenter:
         return since
 
     def embed(self, group: Group, depth: ScoringDepth = "masks") -> int | None:
-        """Have the embedding of a group's image ready for when the group is scored. Returns how many such embeddings are
-        kept at the same time; None where no masks are looked at, and so none is made."""
+        """Have the embedding of a group's image ready for when the group is scored. Returns how many such embeddings
+        are kept at the same time; None where no masks are looked at, and so none is made."""
         return self._desk.room(self._embedding(group).result()) if self._looks_at_masks(depth) else None
 
     def score(

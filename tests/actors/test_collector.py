@@ -327,7 +327,8 @@ def test_no_more_is_prepared_than_is_kept_until_it_is_scored():
         answer_all(world, "segmenter")
     waiting = [id for id, _ in world.prepared if world.ledger.entries[id].stage != "scored"]
     assert len(world.prepared) > 3 and len(waiting) <= 3
-    other = Collector(Ledger(["other"]), *world.collector._posts.values(), world)  # of another step
+    sampling, scoring = world.collector._posts.values()
+    other = Collector(Ledger(["other"]), sampling, scoring, world)  # of another step
     (member,) = world.pools["segmenter"]
     assert not member.flying and len(member.prepared) == 3 and not other._keeps_more(member)
     world = world_of_many(8, segmenters=2, keeps=1)
