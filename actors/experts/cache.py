@@ -45,6 +45,11 @@ class EmbeddingCache:
     def __len__(self) -> int:
         return len(self._kept)
 
+    @property
+    def on_disk(self) -> bool:
+        """Whether embeddings are kept on a disk besides."""
+        return self._store is not None
+
     def get(self, key: str) -> Embedding | None:
         """What was put by that key, from memory or else from disk; counts as its use, and as a hit or a miss."""
         with self._lock:

@@ -4,7 +4,7 @@
                        ──decode──────────────────────────┐ │
                        ──do────────────────────────────┐ │ │
     one thread                          work, prompts, images ──► futures
-    another                                            └──► the cache, and its disk
+    another, where there is a disk                     └──► the cache
 
 All that the expert computes runs in one thread, which does not wait for a disk. A round of it does what is to be done
 besides, decodes all prompts that wait, and embeds one pass of images: so prompts wait for one pass at most, however
@@ -125,7 +125,8 @@ class Desk:
         self._requests: deque[_Request] = deque()
         self._images: deque[tuple[str, Pixels]] = deque()
         self._flights: dict[str, list[Future[Embedding]]] = {}
-        self._keeping = ThreadPoolExecutor(1, thread_name_prefix="embeddings")
+        # Without a disk there is nothing to wait for, and a thread more would itself be waited for where cores are busy.
+        self._keeping = ThreadPoolExecutor(1, thread_name_prefix="embeddings") if cache.on_disk else None
         threading.Thread(target=self._run, name="expert", daemon=True).start()
 
     def embed(self, key: str, image: Pixels | Callable[[], Pixels]) -> Future[Embedding]:
@@ -229,7 +230,8 @@ class Desk:
                 self.finished += 1
             self._decode(_wanted(self._some_requests()))
             self._embed(self._taken(self._images, self._at_once))
-        self._keeping.shutdown(wait=False)
+        if self._keeping:
+            self._keeping.shutdown(wait=False)
 
     def _awaited(self) -> bool:
         """Wait until there is something to do; False once the desk is closed."""
@@ -272,7 +274,8 @@ class Desk:
                 self._land(key, embedding)
             else:
                 self.embedded += 1
-                self._keeping.submit(self._keep, key, embedding.result())
+                keep = partial(self._keep, key, embedding.result())
+                self._keeping.submit(keep) if self._keeping else keep()
         self.finished += len(images)
 
     def _keep(self, key: str, embedding: Embedding) -> None:

@@ -249,6 +249,8 @@ def test_no_prompt_waits_for_a_disk() -> None:
     writing, written = threading.Event(), threading.Event()
 
     class Slow(EmbeddingCache):
+        on_disk = True
+
         def put(self, key: str, embedding: Embedding) -> Embedding:
             writing.set()
             assert written.wait(SECONDS)
