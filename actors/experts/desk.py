@@ -125,7 +125,7 @@ class Desk:
         self._requests: deque[_Request] = deque()
         self._images: deque[tuple[str, Pixels]] = deque()
         self._flights: dict[str, list[Future[Embedding]]] = {}
-        # Without a disk there is nothing to wait for, and where cores are busy a thread more is waited for itself.
+        # Without a disk there is nothing to wait for.
         self._keeping = ThreadPoolExecutor(1, thread_name_prefix="embeddings") if cache.on_disk else None
         threading.Thread(target=self._run, name="expert", daemon=True).start()
 
