@@ -169,7 +169,7 @@ async def _awaited(found: "Future[T]") -> T:
     try:
         return await asyncio.wrap_future(found)
     except NotFinite as error:
-        raise RuntimeError(str(error)) from error  # whose mistake it is not that asks
+        raise RuntimeError(str(error)) from error  # no mistake of the caller's, to whom a ValueError would be told
 
 
 def _tiny_image() -> NDArray[np.uint8]:

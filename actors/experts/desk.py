@@ -254,7 +254,7 @@ class Desk:
         return taken
 
     def _decode(self, requests: Sequence[_Request]) -> None:
-        found = _each([request.prompts for request in requests], lambda all: self._expert.decode_all(all))
+        found = _each([request.prompts for request in requests], lambda prompts: self._expert.decode_all(prompts))
         for request, decoded in zip(requests, found, strict=True):
             if decoded.exception():
                 _give(request.given, decoded)
@@ -268,7 +268,7 @@ class Desk:
 
     def _embed(self, images: Sequence[tuple[str, Pixels]]) -> None:
         # In main memory, because a GPU's is not to wait for a disk.
-        found = _each([pixels for _, pixels in images], lambda all: list(map(in_memory, self._expert.embed_all(all))))
+        found = _each([pixels for _, pixels in images], lambda some: list(map(in_memory, self._expert.embed_all(some))))
         for (key, _), embedding in zip(images, found, strict=True):
             if embedding.exception():
                 self._land(key, embedding)
